@@ -1,0 +1,15 @@
+//! The wire format of ringfs: bytes and time in, bytes out.
+//!
+//! No fd, thread, clock or logger lives here, and no unsafe code: both ends, the fuzz targets and
+//! the simulations drive the same state machines. The way of the bytes:
+//!
+//! - [`abi`]: the kernel's FUSE layouts, which travel unchanged inside records;
+//! - [`limits`]: every bound, and how the bounds relate;
+//! - [`batch`]: what one send carries; a checked view of it, and a writer into a lent buffer;
+//! - [`deframe`]: a stream of bytes, cut into whole batches;
+//! - [`hello`]: the handshake's messages;
+//! - [`slot`]: the session table: what is in flight, and exactly once;
+//! - [`session`]: one connection's sequence numbers and acknowledgements.
+#![forbid(unsafe_code)]
+
+pub mod abi;
