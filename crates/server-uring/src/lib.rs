@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The host daemon of ringfs.
+pub mod creds;
+pub mod fdops;
