@@ -316,8 +316,16 @@ fn timespec(time: SetTime) -> Result<Timespec> {
 /// `ENODATA`, `ERANGE` (buffer too small), `EOPNOTSUPP`; `ERANGE` for an impossible name.
 pub fn getxattr(fd: BorrowedFd<'_>, name: &CStr, value: &mut [u8]) -> Result<usize> {
     check_xattr_name(name)?;
-    match rustix::fs::fgetxattr(fd, name, &mut *value) {
-        Err(Errno::BADF) => rustix::fs::getxattr(ProcPath::of(fd).as_c_str(), name, value),
+    let by_path = |path: ProcPath, value: &mut [u8]| match value {
+        [] => rustix::fs::getxattr_query(path.as_c_str(), name),
+        value => rustix::fs::getxattr(path.as_c_str(), name, value),
+    };
+    let by_fd = match &mut *value {
+        [] => rustix::fs::fgetxattr_query(fd, name),
+        value => rustix::fs::fgetxattr(fd, name, value),
+    };
+    match by_fd {
+        Err(Errno::BADF) => by_path(ProcPath::of(fd), value),
         other => other,
     }
     .map_err(not_sticky)
@@ -350,8 +358,16 @@ pub fn setxattr(fd: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: u32) -> Re
 /// # Errors
 /// `ERANGE` (buffer too small); the call's errno.
 pub fn listxattr(fd: BorrowedFd<'_>, list: &mut [u8]) -> Result<usize> {
-    match rustix::fs::flistxattr(fd, &mut *list) {
-        Err(Errno::BADF) => rustix::fs::listxattr(ProcPath::of(fd).as_c_str(), list),
+    let by_path = |path: ProcPath, list: &mut [u8]| match list {
+        [] => rustix::fs::listxattr_query(path.as_c_str()),
+        list => rustix::fs::listxattr(path.as_c_str(), list),
+    };
+    let by_fd = match &mut *list {
+        [] => rustix::fs::flistxattr_query(fd),
+        list => rustix::fs::flistxattr(fd, list),
+    };
+    match by_fd {
+        Err(Errno::BADF) => by_path(ProcPath::of(fd), list),
         other => other,
     }
     .map_err(not_sticky)
