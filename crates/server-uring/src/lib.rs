@@ -1,3 +1,4 @@
 //! The host daemon of ringfs.
 pub mod creds;
 pub mod fdops;
+pub mod import;
