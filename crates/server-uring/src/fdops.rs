@@ -62,10 +62,10 @@ pub fn check_name(name: &CStr) -> Result<()> {
 /// Copies bytes from file to file inside the host; returns how many, at most [`COPY_BYTES_MAX`].
 /// Fewer than asked is a success, 0 is the end of the source.
 ///
-/// No copy loop of ours: for `EXDEV` and `EOPNOTSUPP` the guest's kernel copies by itself through
-/// its page cache (fs/fuse/file.c, `fuse_copy_file_range`, Linux 4.20 and later). Every other
-/// error reaches the program there, so each must be true: `EINVAL` is an overlap or no regular
-/// file. Source: copy_file_range(2).
+/// No copy loop of ours: for `EOPNOTSUPP` (since Linux 4.20) and `EXDEV` (since 5.3) the guest's
+/// kernel copies by itself through its page cache (fs/fuse/file.c, `fuse_copy_file_range`), and cp
+/// does so on older ones. Every other error reaches the program there, so each must be true:
+/// `EINVAL` is an overlap or no regular file. Source: copy_file_range(2).
 ///
 /// # Errors
 /// The call's errno; `ENOSYS` as `EOPNOTSUPP`; `EOVERFLOW` for ranges beyond `i64::MAX`.

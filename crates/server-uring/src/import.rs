@@ -119,6 +119,20 @@ impl Handle {
         &self.bytes
     }
 
+    /// The upper half of the type are the kernel's own flags (`FILEID_IS_CONNECTABLE` and others),
+    /// which may differ between kernels.
+    const fn file_system_type(&self) -> i32 {
+        self.raw_type & 0xffff
+    }
+
+    const fn is_overlay(&self) -> bool {
+        self.file_system_type() == OVERLAY_HANDLE
+    }
+
+    fn same_file(&self, other: &Handle) -> bool {
+        self.file_system_type() == other.file_system_type() && self.bytes == other.bytes
+    }
+
     /// The best handle that the kernel and the file system give for `name` in `dir`, which `fd`
     /// is; `None` where there is none. Needs no privilege. Source: name_to_handle_at(2).
     pub fn of(dir: BorrowedFd<'_>, name: &CStr, fd: BorrowedFd<'_>) -> Option<Handle> {
@@ -218,9 +232,9 @@ impl Recipe {
         let now = self.handle.as_ref().and_then(|h| Handle::of_kind(h.kind, dir, &self.name, fd));
         match (&self.handle, now) {
             // The first write to a lower file gives it another birth time, and this handle stays.
-            (Some(handle), Some(now)) if handle.raw_type == OVERLAY_HANDLE => Ok(now == *handle),
+            (Some(handle), Some(now)) if handle.is_overlay() => Ok(handle.same_file(&now)),
             // Inode number, generation and birth time: enough on whatever device it is now.
-            (Some(handle), Some(now)) => Ok(now == *handle && self.resembles(&seen)),
+            (Some(handle), Some(now)) => Ok(handle.same_file(&now) && self.resembles(&seen)),
             (Some(_) | None, _) => {
                 let same_generation =
                     self.generation.is_none() || self.generation == generation(fd, seen.kind);
