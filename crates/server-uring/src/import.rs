@@ -160,8 +160,8 @@ impl Handle {
     }
 }
 
-/// Which file system: `f_fsid` of statfs(2) stays over remounts for ext4 and btrfs, the device
-/// number tells copies of one image apart while they are mounted.
+/// Which file system: `f_fsid` of statfs(2) stays over remounts for ext4 and btrfs; the device
+/// number tells apart, while they are mounted, what has no such id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MountIdentity {
     /// `f_fsid`; 0 where the file system has none.
@@ -331,7 +331,8 @@ impl Root {
     }
 
     /// Makes handles of the file system of `dir` resolvable. For the root of each mount below the
-    /// share, when an import or a lookup first meets it. Returns whether it was new.
+    /// share, before the first import: two mounts of copies of one image are only told apart where
+    /// both are known. Returns whether it was new.
     ///
     /// # Errors
     /// [`ImportError::Host`], with `ENOSPC` beyond [`MOUNTS_MAX`].
@@ -415,13 +416,14 @@ impl Root {
         Ok(Found::ByPath(fd, components))
     }
 
-    /// The mount of exactly this identity, or the only one with its file system's id: device
-    /// numbers change with a remount.
+    /// The only mount with this file system's id. Device numbers do not decide: they change hands
+    /// with a remount, and copies of one image (which have one id, and equal handles) would be
+    /// taken for each other; with two alike, only names and their mount points tell.
     fn mount_of(&self, wanted: &MountIdentity) -> Option<&Mount> {
-        if let Some(exact) = self.mounts.iter().find(|mount| mount.identity == *wanted) {
-            return Some(exact);
-        }
-        let mut alike = self.mounts.iter().filter(|m| m.identity.fs_id == wanted.fs_id);
+        let mut alike = self.mounts.iter().filter(|mount| {
+            let same_id = mount.identity.fs_id == wanted.fs_id;
+            same_id && (wanted.fs_id != 0 || mount.identity == *wanted)
+        });
         let only = alike.next()?;
         alike.next().is_none().then_some(only)
     }

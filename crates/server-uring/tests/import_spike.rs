@@ -292,8 +292,12 @@ fn two_devices_with_equal_numbers_stay_apart() {
             assert_eq!(share.add_mount(open(mount).as_fd()), Ok(true));
             assert_eq!(share.add_mount(open(mount).as_fd()), Ok(false));
         }
-        assert_eq!(got(share.by_handle(&x)), path("x/f", "x"));
-        assert_eq!(got(share.by_handle(&y)), path("y/f", "y"));
+        let found = [got(share.by_handle(&x)), got(share.by_handle(&y))];
+        let apart = [path("x/f", "x"), path("y/f", "y")];
+        assert_eq!(found, if copies { [STALE, STALE] } else { apart });
+        let parent = open(&mounts[0]);
+        assert_eq!(got(share.resolve(&x, Some(parent.as_fd()))), Got::Name("x".into()));
+        drop(parent);
         let wrong_parent = open(&mounts[1]);
         let swapped = got(share.by_name(&x, wrong_parent.as_fd()));
         // A copy of the image has the same file in every respect that can be compared.
@@ -316,9 +320,15 @@ fn two_devices_with_equal_numbers_stay_apart() {
         }
         let again = [got(share.by_handle(&x)), got(share.by_handle(&y))];
         println!("two devices, mounted in another order (copies: {copies}): {again:?}");
-        if !copies && connectable(&x) {
-            assert_eq!(again, [path("x/f", "x"), path("y/f", "y")]);
+        let found = [path("x/f", "x"), path("y/f", "y")];
+        if copies {
+            assert_eq!(again, [STALE, STALE], "never the other copy's file");
+        } else if connectable(&x) {
+            assert_eq!(again, found);
         }
+        let parent = open(&mounts[1]);
+        assert_eq!(got(share.resolve(&y, Some(parent.as_fd()))), Got::Name("y".into()));
+        drop(parent);
         drop(share);
         lab.unmount("share/x");
         lab.unmount("share/y");
@@ -395,6 +405,10 @@ fn numbers_that_are_used_again_and_removed_files_are_stale() {
     assert_eq!(got(share.resolve(&file, Some(dir.as_fd()))), STALE, "no name left");
     drop(kept_open);
     assert_eq!(got(share.resolve(&file, Some(dir.as_fd()))), STALE, "no inode left");
+    drop((share, dir));
+    lab.remount("img", "m");
+    let (share, dir) = (root(&m), open(&m));
+    assert_eq!(got(share.resolve(&file, Some(dir.as_fd()))), STALE, "nor after a remount");
 
     // ext4 gives the lowest free number: the new file has the old one's.
     let reused = (0..64).any(|i| {
