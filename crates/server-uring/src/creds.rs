@@ -384,4 +384,28 @@ mod tests {
         assert_eq!(refused, Err(CredsError::Uid(Errno::PERM)));
         assert_eq!(now(), before);
     }
+
+    #[test]
+    fn a_guard_that_cannot_restore_aborts() {
+        use std::os::unix::process::ExitStatusExt;
+
+        const CHILD: &str = "RINGFS_TEST_CREDS_ABORT";
+        if !root() {
+            return;
+        }
+        if std::env::var_os(CHILD).is_some() {
+            let guard = SuppGroups::set(&[2000]).expect("groups");
+            let mut sets = capabilities(None).expect("capget");
+            sets.effective -= CapabilitySet::SETGID;
+            set_capabilities(None, sets).expect("capset");
+            drop(guard);
+            return;
+        }
+        let output = std::process::Command::new(std::env::current_exe().expect("own path"))
+            .args(["--exact", "creds::tests::a_guard_that_cannot_restore_aborts"])
+            .env(CHILD, "1")
+            .output()
+            .expect("the child ran");
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+    }
 }
