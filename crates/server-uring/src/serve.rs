@@ -41,7 +41,7 @@ impl<R: Ring> Shard<R> {
         };
         tag.conn = key;
         tag.reserved = reserved as u32;
-        self.shared.stats.count_op(header.code);
+        self.shared.stats.begin_op(header.code);
         match fs.route(&request) {
             Route::Inline => return Ok(self.execute(tag, &fs, &request, own)),
             Route::Read { file, offset, len } => {
@@ -96,7 +96,7 @@ impl<R: Ring> Shard<R> {
                         add(&self.shared.stats.errors, 1);
                     }
                 }
-                add(&self.shared.stats.records_out, 1);
+                self.shared.stats.end_op();
             }
             Some(mut buf) => match fs.execute(request, &mut buf[BODY_AT..]) {
                 Ok(len) => self.reply_from(tag, buf, len),
@@ -111,7 +111,7 @@ impl<R: Ring> Shard<R> {
 
     /// Answers from a buffer with the body at [`BODY_AT`]: as it is if large, else copied.
     fn reply_from(&mut self, tag: RequestTag, buf: Buf, len: usize) {
-        add(&self.shared.stats.records_out, 1);
+        self.shared.stats.end_op();
         let conn = &mut self.conns[tag.conn];
         if len > REPLY_INLINE_BYTES_MAX {
             conn.reply_large(&tag, buf, len);
@@ -128,7 +128,7 @@ impl<R: Ring> Shard<R> {
             Err(errno) => (errno.raw_os_error() as u32, &[][..]),
         };
         add(&self.shared.stats.errors, usize::from(errno != 0));
-        add(&self.shared.stats.records_out, 1);
+        self.shared.stats.end_op();
         conn.reply(&tag, errno, body, &mut self.buffers);
         self.touched.push(tag.conn);
     }
@@ -173,7 +173,7 @@ impl<R: Ring> Shard<R> {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
                         add(&self.shared.stats.bytes_read, n);
-                        return add(&self.shared.stats.records_out, 1);
+                        return self.shared.stats.end_op();
                     }
                     Cached::Part(_) => {}
                     Cached::Failed(errno) => return self.answer(tag, Err(errno)),
@@ -288,7 +288,7 @@ impl<R: Ring> Shard<R> {
                 Some((one.nodeid, one.nlookup))
             })),
         }
-        self.shared.stats.count_op(ringfs_wire::abi::Opcode::Forget as u32);
+        self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);
         self.answer(tag, Ok(&[]));
         Ok(Step::Taken)
     }

@@ -126,10 +126,8 @@ impl<R: Ring> Shard<R> {
     }
 
     fn publish(&self) {
-        let slots: usize = self.conns.iter().map(|(_, conn)| conn.slots_in_use()).sum();
         let stats = &self.shared.stats;
         stats.connections.store(self.conns.len() as u64, Relaxed);
-        stats.slots_in_use.store(slots as u64, Relaxed);
         // Each open connection has one buffer to receive into.
         stats.buffers_in_use.store(self.buffers.in_use() as u64, Relaxed);
     }
@@ -328,6 +326,8 @@ impl<R: Ring> Shard<R> {
             let mut conn = self.conns.remove(key);
             conn.end_input(&mut self.buffers);
             conn.drop_output(&mut self.buffers);
+            let abandoned = conn.slots_in_use() as u64;
+            self.shared.stats.slots_in_use.fetch_sub(abandoned, Relaxed);
             self.shared.registry.detach(&conn.session, conn.index);
         } else if conn.closing.is_some() && !conn.has_output() {
             // Wakes the receive that is still in flight.

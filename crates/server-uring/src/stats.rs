@@ -51,10 +51,17 @@ impl Default for ShardStats {
 }
 
 impl ShardStats {
-    /// Counts a request.
-    pub fn count_op(&self, opcode: u32) {
+    /// A request begins.
+    pub fn begin_op(&self, opcode: u32) {
         let index = Opcode::from_u32(opcode).map_or(0, |opcode| opcode as usize);
         self.ops[index].fetch_add(1, Relaxed);
+        self.slots_in_use.fetch_add(1, Relaxed);
+    }
+
+    /// Its reply is made.
+    pub fn end_op(&self) {
+        self.slots_in_use.fetch_sub(1, Relaxed);
+        self.records_out.fetch_add(1, Relaxed);
     }
 }
 
