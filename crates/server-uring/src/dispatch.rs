@@ -24,7 +24,7 @@ pub const READDIRPLUS_BYTES_MAX: usize = 64 << 10;
 /// The longest value or list of extended attributes (the kernel's XATTR_SIZE_MAX).
 pub const XATTR_BYTES_MAX: usize = 64 << 10;
 /// The last 24 bytes of `fuse_in_header`.
-const HEAD_BYTES: usize = 24;
+pub const REQUEST_HEAD_BYTES: usize = 24;
 
 /// A request as it comes out of a record: nodeid u64, uid u32, gid u32, pid u32, total_extlen u16,
 /// padding u16, then the opcode's arguments, then extensions.
@@ -49,7 +49,7 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// `None` where the body is too short for what its header claims.
     pub fn parse(opcode: u32, body: &'a [u8]) -> Option<Request<'a>> {
-        let (head, rest) = body.split_first_chunk::<HEAD_BYTES>()?;
+        let (head, rest) = body.split_first_chunk::<REQUEST_HEAD_BYTES>()?;
         let word =
             |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         // The kernel counts extensions in units of 8 bytes.

@@ -11,36 +11,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use ringfs_wire::abi;
+pub use ringfs_wire::hello::CacheMode;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 
-use crate::handles::{Handle, Handles, OpenFile};
+use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::nodes::{Node, Nodes, Released};
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
 
-/// How far a guest may trust what it has seen; the words of virtiofsd.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CacheMode {
-    /// Nothing is kept, and all file I/O goes to the host.
-    Never,
-    /// Names, attributes and directories are kept for a day, file contents never.
-    Metadata,
-    /// Names and attributes for a second; contents until the next open or a change seen.
-    #[default]
-    Auto,
-    /// Everything for a day: only where nobody else changes the share.
-    Always,
-}
-
-impl CacheMode {
-    /// How long names and attributes are good for, in seconds.
-    pub fn valid_secs(self) -> u64 {
-        match self {
-            CacheMode::Never => 0,
-            CacheMode::Auto => 1,
-            CacheMode::Metadata | CacheMode::Always => 86_400,
-        }
+/// How long names and attributes are good for in the guest, in seconds.
+pub(crate) fn valid_secs(cache: CacheMode) -> u64 {
+    match cache {
+        CacheMode::Never => 0,
+        CacheMode::Auto => 1,
+        CacheMode::Metadata | CacheMode::Always => 86_400,
     }
 }
 
@@ -139,7 +124,7 @@ pub struct Fs {
     /// Metadata calls do not wait for a network or for another daemon.
     pub(crate) local: bool,
     /// RWF_NOWAIT means something on this file system.
-    nowait: bool,
+    waits: Waits,
     /// INIT flags in force.
     pub(crate) negotiated: AtomicU64,
     /// Devices other than the root's, in the order of their discovery.
@@ -170,7 +155,7 @@ impl Fs {
             root: root_fd,
             root_stat,
             local: kind.local,
-            nowait: kind.nowait,
+            waits: kind.waits,
             negotiated: AtomicU64::new(0),
             devices: RwLock::new(Vec::new()),
         })
@@ -223,7 +208,7 @@ impl Fs {
 
     /// The entry of a node whose count was given already.
     pub(crate) fn entry(&self, nodeid: u64, stat: &Stat) -> abi::EntryOut {
-        let valid = self.options.cache.valid_secs();
+        let valid = valid_secs(self.options.cache);
         abi::EntryOut {
             nodeid,
             // Ids are never reused, so a generation has nothing to tell apart.
@@ -239,7 +224,7 @@ impl Fs {
     /// Attributes with their time of validity.
     pub(crate) fn attr_out(&self, stat: &Stat) -> abi::AttrOut {
         abi::AttrOut {
-            attr_valid: self.options.cache.valid_secs(),
+            attr_valid: valid_secs(self.options.cache),
             attr_valid_nsec: 0,
             dummy: 0,
             attr: crate::reply::attr(stat, self.guest_ino(stat.dev, stat.ino)),
@@ -278,7 +263,7 @@ impl Fs {
 
     /// Numbers an opened file.
     pub(crate) fn insert_file(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> u64 {
-        let file = OpenFile::new(node, fd, flags, self.nowait);
+        let file = OpenFile::new(node, fd, flags, self.waits);
         self.handles.insert(Handle::File(Arc::new(file)))
     }
 
@@ -318,7 +303,7 @@ fn open_root(root: &Path, submounts: Submounts) -> Result<(OwnedFd, bool), Errno
 /// What the kind of a file system says about waiting.
 struct FsKind {
     local: bool,
-    nowait: bool,
+    waits: Waits,
 }
 
 impl FsKind {
@@ -335,10 +320,11 @@ impl FsKind {
         const OVERLAYFS: u64 = 0x794c_7630;
         let magic = rustix::fs::fstatfs(root)?.f_type as u64 & 0xffff_ffff;
         Ok(match magic {
-            EXT4 | XFS | BTRFS | F2FS | OVERLAYFS => FsKind { local: true, nowait: true },
-            TMPFS | BCACHEFS | ZFS | SQUASHFS | EROFS => FsKind { local: true, nowait: false },
+            EXT4 | XFS | BTRFS | F2FS | OVERLAYFS => FsKind { local: true, waits: Waits::Nowait },
+            TMPFS => FsKind { local: true, waits: Waits::Never },
+            BCACHEFS | ZFS | SQUASHFS | EROFS => FsKind { local: true, waits: Waits::Maybe },
             // NFS, FUSE, 9p, SMB, and what we do not know.
-            _ => FsKind { local: false, nowait: false },
+            _ => FsKind { local: false, waits: Waits::Maybe },
         })
     }
 }

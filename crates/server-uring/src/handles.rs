@@ -3,10 +3,9 @@
 //! Handles are numbered like nodes: from the wall clock, never twice. A handle belongs to one node
 //! and is good for nothing on another; it keeps its node alive, also after a FORGET. Reads, writes
 //! and syncs go to the fd here, so the crate holds no handle at all.
-#![allow(unsafe_code, reason = "close(2) with its errno, for FLUSH")]
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -15,6 +14,17 @@ use rustix::io::Errno;
 use crate::nodes::{Node, first_id};
 
 const SHARDS: usize = 64;
+
+/// What is known of waiting for a file system's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waits {
+    /// It has none (tmpfs).
+    Never,
+    /// Calls with `RWF_NOWAIT` say EAGAIN instead of waiting.
+    Nowait,
+    /// Any call may wait.
+    Maybe,
+}
 
 /// A regular file that a guest holds open.
 pub struct OpenFile {
@@ -25,6 +35,8 @@ pub struct OpenFile {
     pub direct: bool,
     /// The file system answers reads that would block with EAGAIN (`RWF_NOWAIT`).
     pub nowait: bool,
+    /// The file system keeps everything in memory: nothing on it waits for a disk.
+    pub memory: bool,
     /// Writes append, whatever offset they carry.
     pub append: bool,
     /// Reads are allowed.
@@ -35,13 +47,14 @@ pub struct OpenFile {
 
 impl OpenFile {
     /// `flags` are those of open(2) that the fd was opened with.
-    pub fn new(node: Arc<Node>, fd: OwnedFd, flags: u32, nowait: bool) -> OpenFile {
+    pub fn new(node: Arc<Node>, fd: OwnedFd, flags: u32, waits: Waits) -> OpenFile {
         let mode = flags & libc::O_ACCMODE as u32;
         OpenFile {
             node,
             fd,
             direct: flags & libc::O_DIRECT as u32 != 0,
-            nowait,
+            nowait: waits == Waits::Nowait,
+            memory: waits == Waits::Never,
             append: flags & libc::O_APPEND as u32 != 0,
             readable: mode != libc::O_WRONLY as u32,
             writable: mode != libc::O_RDONLY as u32,
@@ -50,10 +63,13 @@ impl OpenFile {
 
     /// Does to the fd what close(2) would, so that errors kept until then (quota on NFS) arrive.
     pub fn flush(&self) -> Result<(), Errno> {
-        let twin = rustix::io::fcntl_dupfd_cloexec(&self.fd, 0)?;
-        // SAFETY: `twin` was just made and is owned by nobody else; into_raw_fd gives the
-        // ownership up, and it is closed exactly here.
-        unsafe { rustix::io::try_close(twin.into_raw_fd()) }
+        crate::fdops::flush(self.fd.as_fd())
+    }
+}
+
+impl std::fmt::Debug for OpenFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OpenFile({:?} of node {})", self.fd, self.node.id)
     }
 }
 

@@ -135,7 +135,7 @@ pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
             Backing::Fd(fd) => statx_fd(fs, fd, &ask)?,
         }
     };
-    let attr_valid = fs.options.cache.valid_secs();
+    let attr_valid = crate::fs::valid_secs(fs.options.cache);
     put(out, &abi::StatxOut { attr_valid, stat, ..abi::StatxOut::default() })
 }
 

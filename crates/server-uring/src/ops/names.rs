@@ -26,7 +26,7 @@ pub fn lookup(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
         Ok(found) => reply_entry(fs, &found, out),
         // Node id 0: "there is no such name, and you may remember that".
         Err(Errno::NOENT) if fs.options.cache == CacheMode::Always => {
-            let entry_valid = fs.options.cache.valid_secs();
+            let entry_valid = crate::fs::valid_secs(fs.options.cache);
             put(out, &abi::EntryOut { entry_valid, ..abi::EntryOut::default() })
         }
         Err(error) => Err(error),
