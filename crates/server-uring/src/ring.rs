@@ -8,7 +8,8 @@
 
 #![allow(unsafe_code, reason = "the kernel is given pointers into buffers that the table owns")]
 
-use crate::limits::RING_ENTRIES;
+use crate::buffers::Buf;
+use crate::limits::{LARGE_BUFFERS_KEPT, RING_ENTRIES};
 use crate::op::{Io, Op};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use slab::Slab;
@@ -37,6 +38,16 @@ pub struct UringRing {
     // Field order: the kernel's side goes before the memory that it may touch.
     uring: IoUring,
     ops: Slab<Op>,
+    /// Which of the buffers that live as long as the shard the kernel knows by their slot.
+    registered: [Registered; LARGE_BUFFERS_KEPT],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registered {
+    NotYet,
+    Yes,
+    /// The kernel would not have it (RLIMIT_MEMLOCK, an old kernel): plain calls do.
+    Refused,
 }
 
 /// Marks completions that belong to no operation.
@@ -58,10 +69,38 @@ impl UringRing {
             }
             other => other?,
         };
-        Ok(UringRing { uring, ops: Slab::with_capacity(RING_ENTRIES as usize) })
+        let sparse = uring.submitter().register_buffers_sparse(LARGE_BUFFERS_KEPT as u32);
+        let first = if sparse.is_ok() { Registered::NotYet } else { Registered::Refused };
+        Ok(UringRing {
+            uring,
+            ops: Slab::with_capacity(RING_ENTRIES as usize),
+            registered: [first; LARGE_BUFFERS_KEPT],
+        })
     }
 
-    fn entry(io: &mut Io) -> squeue::Entry {
+    /// The slot by which the kernel knows the operation's buffer; made known at its first use.
+    fn registered_slot(&mut self, io: &Io) -> Option<u16> {
+        let buf: &Buf = match io {
+            Io::Read { buf, .. } => buf,
+            Io::Write { buf, .. } => buf,
+            Io::Recv { .. } | Io::Send { .. } | Io::Fsync { .. } | Io::Wake { .. } => return None,
+        };
+        let slot = buf.slot()?;
+        let known = &mut self.registered[usize::from(slot)];
+        if *known == Registered::NotYet {
+            let iovec =
+                libc::iovec { iov_base: buf.as_ptr().cast_mut().cast(), iov_len: buf.len() };
+            // SAFETY: a buffer with a slot is freed with its shard's pool only, and the ring that
+            // pins it is dropped before: see the order of fields in `Shard`.
+            let update = unsafe {
+                self.uring.submitter().register_buffers_update(slot.into(), &[iovec], None)
+            };
+            *known = if update.is_ok() { Registered::Yes } else { Registered::Refused };
+        }
+        (*known == Registered::Yes).then_some(slot)
+    }
+
+    fn entry(io: &mut Io, slot: Option<u16>) -> squeue::Entry {
         let fd = types::Fd(io.fd().as_raw_fd());
         match io {
             Io::Recv { buf, range, .. } => {
@@ -76,11 +115,23 @@ impl UringRing {
             }
             Io::Read { buf, range, offset, .. } => {
                 let room = &mut buf[range.clone()];
-                opcode::Read::new(fd, room.as_mut_ptr(), room.len() as u32).offset(*offset).build()
+                let (start, len) = (room.as_mut_ptr(), room.len() as u32);
+                match slot {
+                    Some(slot) => {
+                        opcode::ReadFixed::new(fd, start, len, slot).offset(*offset).build()
+                    }
+                    None => opcode::Read::new(fd, start, len).offset(*offset).build(),
+                }
             }
             Io::Write { buf, range, offset, .. } => {
                 let bytes = &buf[range.clone()];
-                opcode::Write::new(fd, bytes.as_ptr(), bytes.len() as u32).offset(*offset).build()
+                let (start, len) = (bytes.as_ptr(), bytes.len() as u32);
+                match slot {
+                    Some(slot) => {
+                        opcode::WriteFixed::new(fd, start, len, slot).offset(*offset).build()
+                    }
+                    None => opcode::Write::new(fd, start, len).offset(*offset).build(),
+                }
             }
             Io::Fsync { data_only, .. } => {
                 let flags = if *data_only {
@@ -110,8 +161,9 @@ impl UringRing {
 
 impl Ring for UringRing {
     fn submit(&mut self, op: Op) -> Result<(), Op> {
+        let slot = self.registered_slot(&op.io);
         let key = self.ops.insert(op);
-        let entry = Self::entry(&mut self.ops[key].io).user_data(key as u64);
+        let entry = Self::entry(&mut self.ops[key].io, slot).user_data(key as u64);
         self.push(&entry).map_err(|_| self.ops.remove(key))
     }
 
