@@ -70,7 +70,7 @@ impl BufferPool {
 
     /// A buffer of [`LARGE_BUFFER_BYTES`], or `None` while too many are out.
     pub fn large(&mut self) -> Option<Buf> {
-        if self.large_out >= LARGE_BUFFERS_MAX {
+        if !self.has_large() {
             return None;
         }
         self.large_out += 1;
@@ -82,6 +82,11 @@ impl BufferPool {
             }
             buf
         }))
+    }
+
+    /// Whether [`BufferPool::large`] would give one.
+    pub fn has_large(&self) -> bool {
+        self.large_out < LARGE_BUFFERS_MAX
     }
 
     /// A buffer for `len` bytes behind an aligned start.

@@ -15,7 +15,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use slab::Slab;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a completed operation returned: bytes, or an errno.
 pub type IoResult = Result<usize, rustix::io::Errno>;
@@ -49,6 +49,9 @@ enum Registered {
     /// The kernel would not have it (RLIMIT_MEMLOCK, an old kernel): plain calls do.
     Refused,
 }
+
+/// How long a ring that is dropped waits for what cannot be cancelled.
+const DROP_LIMIT: Duration = Duration::from_secs(5);
 
 /// Marks completions that belong to no operation.
 const NO_OP: u64 = u64::MAX;
@@ -216,12 +219,14 @@ impl Drop for UringRing {
     fn drop(&mut self) {
         let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
         let _ = self.push(&cancel.user_data(NO_OP));
+        let until = Instant::now() + DROP_LIMIT;
         while !self.ops.is_empty() {
-            let waited = self.enter(Some(Duration::from_secs(1)));
-            let mut done = Vec::new();
-            self.reap(&mut done);
-            if waited.is_err() {
-                // The kernel still owns the memory: losing it is safe, freeing it is not.
+            let waited = self.enter(Some(Duration::from_millis(100)));
+            self.reap(&mut Vec::new());
+            if waited.is_err() || Instant::now() > until {
+                // A dead disk holds them. The kernel still owns the memory: losing it is safe,
+                // freeing it is not.
+                tracing::error!(left = self.ops.len(), "file operations do not end");
                 std::mem::forget(std::mem::take(&mut self.ops));
             }
         }
