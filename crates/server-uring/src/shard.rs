@@ -272,6 +272,10 @@ impl<R: Ring> Shard<R> {
         if self.touched.is_empty() {
             self.touched = touched; // keeps the allocation
         }
+        // A buffer may have come back after the one that waits for it was looked at.
+        if self.buffers.has_large() {
+            self.touched.append(&mut self.starved);
+        }
     }
 
     fn work_on(&mut self, key: usize) {
