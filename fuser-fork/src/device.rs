@@ -7,14 +7,14 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ringfs_wire::abi::OutHeader;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use zerocopy::FromBytes;
 
@@ -153,9 +153,11 @@ pub struct Ready {
 ///
 /// All methods take `&self`: one thread may read while another writes. Dropping a device fails
 /// the requests which it has read and not answered; dropping a session's last one aborts the mount.
+/// (The session's first fd is closed only when its `Mount` guard is gone too: the guard needs it to
+/// tell its mount from another one.)
 #[derive(Debug)]
 pub struct Device {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     path: PathBuf,
     /// Replies that somebody owed and dropped (see `reader::Owed`).
     pub(crate) dropped_replies: AtomicU64,
@@ -165,11 +167,8 @@ impl Device {
     /// Opens the device at `path`, usually [`DEVICE_PATH`]; it is of no session yet.
     pub fn open(path: impl AsRef<Path>) -> Result<Device, DeviceError> {
         let path = path.as_ref();
-        let opened = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(OFlags::CLOEXEC.bits().cast_signed())
-            .open(path);
+        // The standard library opens everything close-on-exec.
+        let opened = File::options().read(true).write(true).open(path);
         let file = opened.map_err(|source| open_error(path, source))?;
         let meta = file
             .metadata()
@@ -183,7 +182,7 @@ impl Device {
 
     /// Takes an fd that somebody else opened (`fusermount3`, a parent); `path` is for clones.
     pub fn from_fd(fd: OwnedFd, path: impl Into<PathBuf>) -> Device {
-        Device { fd, path: path.into(), dropped_replies: AtomicU64::new(0) }
+        Device { fd: Arc::new(fd), path: path.into(), dropped_replies: AtomicU64::new(0) }
     }
 
     /// A further fd of the same session, with its own queue of requests in work.
@@ -271,6 +270,11 @@ impl Device {
         }
     }
 
+    /// A handle on the fd by which a mount guard asks how the session is.
+    pub(crate) fn session(&self) -> Session {
+        Session(Arc::clone(&self.fd))
+    }
+
     /// How many owed replies were dropped unspent, and answered `EIO`: each is a bug of ours.
     pub fn dropped_replies(&self) -> u64 {
         self.dropped_replies.load(Ordering::Relaxed)
@@ -280,6 +284,40 @@ impl Device {
 impl AsFd for Device {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// The session's first fd, in the hands of its mount guard.
+#[derive(Debug)]
+pub(crate) struct Session(Arc<OwnedFd>);
+
+/// How a session is, as its fd tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Connection {
+    /// Its file system lives (mounted somewhere, or detached and in use).
+    Alive,
+    /// Aborted: dead, but perhaps still in the mount table.
+    Aborted,
+    /// Unmounted.
+    Ended,
+}
+
+impl Session {
+    /// Never blocks: only a connection that has ended is read, and that stays ended.
+    pub(crate) fn connection(&self) -> Connection {
+        let fd = self.0.as_fd();
+        let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut polled, Some(&now)) {
+            Ok(_) if polled[0].revents().contains(PollFlags::ERR) => {}
+            _ => return Connection::Alive,
+        }
+        // The kernel looks at the length before anything else.
+        let mut buf = vec![0; read_buffer_bytes(1 << 20)];
+        match rustix::io::read(fd, &mut buf) {
+            Err(Errno::NODEV) => Connection::Ended,
+            _ => Connection::Aborted,
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use crate::device::{DEVICE_PATH, DeviceError};
 use crate::mount::MountError;
 
 /// The program's name where nobody says otherwise.
@@ -106,6 +107,10 @@ fn finish(mut child: Child, program: &Path, path: &Path) -> Result<(), MountErro
         }
     }
     let message = String::from_utf8_lossy(&message).trim().to_owned();
+    if message.contains(DEVICE_PATH) && message.contains("Permission denied") {
+        // It opens the device with the user's rights.
+        return Err(DeviceError::Permission { path: DEVICE_PATH.into() }.into());
+    }
     let message = if message.is_empty() { status.to_string() } else { message };
     Err(MountError::Fusermount { program: program.into(), path: path.into(), message })
 }

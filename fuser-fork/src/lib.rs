@@ -21,6 +21,7 @@ pub mod init;
 pub mod mount;
 pub mod mountinfo;
 pub mod notify;
+mod options;
 pub mod reader;
 mod sys;
 pub mod uring;

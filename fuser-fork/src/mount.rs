@@ -6,7 +6,6 @@
 //! mounted. It must not serve the session: that is the holder of the [`Device`].
 
 use std::ffi::{CString, OsStr, OsString};
-use std::fmt::Write as _;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -15,9 +14,10 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::device::{DEVICE_PATH, Device, DeviceError};
+use crate::device::{Connection, Device, DeviceError, Session};
 use crate::fusermount;
 use crate::mountinfo::{FS_TYPE, MountInfo, all_mounts, is_mounted_as, top_at};
+pub use crate::options::{Method, MountOptions, RootKind};
 
 /// Where the kernel's control files of FUSE connections are, if mounted.
 pub const CONTROL_PATH: &str = "/sys/fs/fuse/connections";
@@ -27,150 +27,6 @@ const SOURCE_BYTES_MAX: usize = 1024;
 
 /// Symbolic links followed on the way to a mount point.
 const LINKS_MAX: usize = 8;
-
-/// What the root of the mount is; the mount point must be of the same kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RootKind {
-    /// A directory.
-    #[default]
-    Directory,
-    /// A single regular file.
-    File,
-}
-
-/// Who mounts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Method {
-    /// mount(2), and `fusermount3` where it is not permitted.
-    #[default]
-    Auto,
-    /// mount(2) only.
-    Direct,
-    /// `fusermount3` only.
-    Fusermount,
-}
-
-/// How to mount. `nosuid` and `nodev` are always on.
-#[derive(Clone, Debug)]
-pub struct MountOptions {
-    /// What the mount table names as source: `share@vsock:2:5640`.
-    pub source: OsString,
-    /// The kind of the root.
-    pub root: RootKind,
-    /// Who mounts.
-    pub method: Method,
-    /// `ro`.
-    pub read_only: bool,
-    /// `noexec`.
-    pub noexec: bool,
-    /// `noatime`.
-    pub noatime: bool,
-    /// `nodiratime`.
-    pub nodiratime: bool,
-    /// `sync`.
-    pub sync: bool,
-    /// `dirsync`.
-    pub dirsync: bool,
-    /// Whether other users than the mounting one get in; `None`: if root mounts.
-    pub allow_other: Option<bool>,
-    /// Whether the kernel checks permissions by mode, owner and group.
-    pub default_permissions: bool,
-    /// Largest READ, bytes: the `max_write` that INIT will ask for.
-    pub max_read: Option<u32>,
-    /// The FUSE device.
-    pub device: PathBuf,
-    /// The program that mounts for users.
-    pub fusermount: PathBuf,
-}
-
-impl MountOptions {
-    /// The defaults: a directory, read and write, `default_permissions`.
-    pub fn new(source: impl Into<OsString>) -> MountOptions {
-        MountOptions {
-            source: source.into(),
-            root: RootKind::default(),
-            method: Method::default(),
-            read_only: false,
-            noexec: false,
-            noatime: false,
-            nodiratime: false,
-            sync: false,
-            dirsync: false,
-            allow_other: None,
-            default_permissions: true,
-            max_read: None,
-            device: DEVICE_PATH.into(),
-            fusermount: fusermount::PROGRAM.into(),
-        }
-    }
-
-    /// Takes one word of a `-o` list, as fstab and mount(8) write it. `false`: none of ours, or
-    /// one that we do not grant (`suid`, `dev`).
-    pub fn apply_word(&mut self, word: &str) -> bool {
-        match word {
-            "ro" => self.read_only = true,
-            "rw" => self.read_only = false,
-            "noexec" => self.noexec = true,
-            "exec" => self.noexec = false,
-            "noatime" => self.noatime = true,
-            "atime" | "relatime" => self.noatime = false,
-            "nodiratime" => self.nodiratime = true,
-            "diratime" => self.nodiratime = false,
-            "sync" => self.sync = true,
-            "async" => self.sync = false,
-            "dirsync" => self.dirsync = true,
-            "allow_other" => self.allow_other = Some(true),
-            "noallow_other" => self.allow_other = Some(false),
-            "default_permissions" => self.default_permissions = true,
-            "nodefault_permissions" => self.default_permissions = false,
-            // What is always so, and what only mount(8) and systemd act on.
-            "nosuid" | "nodev" | "defaults" | "auto" | "noauto" | "user" | "users" | "nouser"
-            | "owner" | "group" | "nofail" | "_netdev" => {}
-            _ => match word.strip_prefix("max_read=").map(str::parse) {
-                Some(Ok(bytes)) => self.max_read = Some(bytes),
-                Some(Err(_)) => return false,
-                None => return word.starts_with("x-"),
-            },
-        }
-        true
-    }
-
-    fn allows_other(&self) -> bool {
-        self.allow_other.unwrap_or_else(|| rustix::process::geteuid().is_root())
-    }
-
-    /// The switches that mount(2) takes as flags and `fusermount3` as words.
-    fn flags(&self) -> impl Iterator<Item = (MountFlags, &'static str)> {
-        [
-            (true, MountFlags::NOSUID, "nosuid"),
-            (true, MountFlags::NODEV, "nodev"),
-            (self.read_only, MountFlags::RDONLY, "ro"),
-            (self.noexec, MountFlags::NOEXEC, "noexec"),
-            (self.noatime, MountFlags::NOATIME, "noatime"),
-            (self.nodiratime, MountFlags::NODIRATIME, "nodiratime"),
-            (self.sync, MountFlags::SYNCHRONOUS, "sync"),
-            (self.dirsync, MountFlags::DIRSYNC, "dirsync"),
-        ]
-        .into_iter()
-        .filter_map(|(on, flag, word)| on.then_some((flag, word)))
-    }
-
-    /// The options of the FUSE file system that both ways share, each with a comma before it.
-    fn fuse_words(&self) -> String {
-        let mut words = String::new();
-        if self.default_permissions {
-            words.push_str(",default_permissions");
-        }
-        if self.allows_other() {
-            words.push_str(",allow_other");
-        }
-        if let Some(bytes) = self.max_read {
-            // Writing to a String cannot fail.
-            let _ = write!(words, ",max_read={bytes}");
-        }
-        words
-    }
-}
 
 /// Why a mount or an unmount failed.
 #[derive(Debug, thiserror::Error)]
@@ -319,12 +175,16 @@ pub enum AbortOutcome {
 ///
 /// Keep it until the lanes have ended, or drop it to end them: their reads then tell
 /// `Unmounted`. [`Mount::unmount`] wants the lanes running, since the kernel may write dirty
-/// pages back first.
+/// pages back first. Where INIT agreed on `ABORT_ERROR` it also takes down a mount that was aborted
+/// through its control file; without that flag such a one cannot be told from one that is gone.
 #[derive(Debug)]
 pub struct Mount {
     mountpoint: PathBuf,
-    /// Mount id and device minor; `None` where there was no mount table to read them from.
+    /// Mount id and device minor; `None` where there was no mount table to read them from. The
+    /// kernel gives both to the next mount as soon as ours is gone, so they count only together
+    /// with what the session's fd says.
     identity: Option<(u32, u32)>,
+    session: Session,
     fusermount: Option<PathBuf>,
     armed: bool,
 }
@@ -357,7 +217,8 @@ pub fn mount(mountpoint: &Path, options: &MountOptions) -> Result<(Device, Mount
             None
         }
     };
-    Ok((device, Mount { mountpoint: path, identity, fusermount, armed: true }))
+    let session = device.session();
+    Ok((device, Mount { mountpoint: path, identity, session, fusermount, armed: true }))
 }
 
 fn mount_direct(path: &Path, options: &MountOptions) -> Result<Device, MountError> {
@@ -501,7 +362,10 @@ impl Mount {
 
     /// Aborts the connection: see [`abort`].
     pub fn abort(&self) -> Result<AbortOutcome, MountError> {
-        self.dev_minor().map_or(Ok(AbortOutcome::NoConnection), abort)
+        match (self.dev_minor(), self.session.connection()) {
+            (Some(dev_minor), Connection::Alive) => abort(dev_minor),
+            _ => Ok(AbortOutcome::NoConnection),
+        }
     }
 
     /// Leaves the mount to somebody else: dropping does nothing any more.
@@ -509,8 +373,12 @@ impl Mount {
         self.armed = false;
     }
 
-    /// Where it is now: `None` if nobody can tell, `Some(None)` if nowhere.
+    /// Where it is now, and whether nothing covers it: `None` if nobody can tell, `Some(None)` if
+    /// nowhere.
     fn place(&self) -> Option<Option<(PathBuf, bool)>> {
+        if self.session.connection() == Connection::Ended {
+            return Some(None);
+        }
         let (mount_id, dev_minor) = self.identity?;
         let mounts = all_mounts().ok()?;
         let ours = |mount: &&MountInfo| mount.mount_id == mount_id && mount.dev_minor == dev_minor;
@@ -613,23 +481,6 @@ pub fn abort_at(control: &Path, dev_minor: u32) -> Result<AbortOutcome, MountErr
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn words_of_option_lists() {
-        let mut options = MountOptions::new("s@unix:/x");
-        for word in ["ro", "noexec", "noatime", "_netdev", "x-systemd.automount", "max_read=4096"] {
-            assert!(options.apply_word(word), "{word}");
-        }
-        for word in ["suid", "dev", "max_read=", "max_read=-1", "", "RO", "uring=on"] {
-            assert!(!options.apply_word(word), "{word}");
-        }
-        let words: Vec<_> = options.flags().map(|(_, word)| word).collect();
-        assert_eq!(words, ["nosuid", "nodev", "ro", "noexec", "noatime"]);
-        assert!(options.apply_word("noallow_other"));
-        assert_eq!(options.fuse_words(), ",default_permissions,max_read=4096");
-        assert!(options.apply_word("allow_other"));
-        assert!(options.fuse_words().contains(",allow_other"));
-    }
 
     #[test]
     fn sources_with_commas() {

@@ -73,7 +73,7 @@ pub(crate) fn all_mounts() -> io::Result<Vec<MountInfo>> {
 /// The mount that a path's users see where several are stacked on `mount_point`.
 pub(crate) fn top_at<'a>(mounts: &'a [MountInfo], mount_point: &Path) -> Option<&'a MountInfo> {
     let here = || mounts.iter().filter(|mount| mount.mount_point == mount_point);
-    here().filter(|one| !here().any(|other| other.parent_id == one.mount_id)).next_back()
+    here().rfind(|one| !here().any(|other| other.parent_id == one.mount_id))
 }
 
 fn parse(table: &[u8]) -> Vec<MountInfo> {
