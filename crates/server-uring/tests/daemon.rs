@@ -15,7 +15,7 @@ const MIB: usize = 1 << 20;
 fn on_both(check: impl Fn(&Daemon)) {
     for engine in ["uring", "threads"] {
         let daemon = Daemon::start(engine);
-        let before = daemon.gauges();
+        let before = daemon.gauges_at_rest();
         check(&daemon);
         daemon.settles_at(&before);
         daemon.stop_well();

@@ -96,6 +96,16 @@ impl Daemon {
         GAUGES.iter().map(|&name| (name, counters[name])).collect()
     }
 
+    /// The gauges once nothing is in flight: a connection then has its one buffer to receive into.
+    pub fn gauges_at_rest(&self) -> Vec<(&'static str, u64)> {
+        until("rest", || {
+            let gauges = self.gauges();
+            let value = |name| gauges.iter().find(|(found, _)| *found == name).map(|(_, n)| *n);
+            let rests = value("buffers_in_use") == value("connections");
+            (rests && value("slots_in_use") == Some(0)).then_some(gauges)
+        })
+    }
+
     /// The daemon holds again what it held before, no more and no less.
     pub fn settles_at(&self, before: &[(&'static str, u64)]) {
         let start = Instant::now();
