@@ -310,6 +310,30 @@ fn an_open_connections_index_is_not_given_twice() {
 }
 
 #[test]
+fn a_flood_that_is_not_read_is_bounded() {
+    on_both(|scene| {
+        let memory = scene.daemon.memory_kib();
+        for kind in [Kind::Ping, Kind::Forget] {
+            let mut foe = scene.daemon.guest();
+            foe.stream.set_write_timeout(Some(Duration::from_secs(1))).expect("timeout");
+            let mut seq = 0;
+            // 80 MB of records; their answers are as many bytes.
+            'flood: for _ in 0..1280 {
+                for _ in 0..4096 {
+                    foe.add(kind as u8, SlotUse { slot: 0, seq }, 0, &[]);
+                    seq += 1;
+                }
+                if !foe.flush() {
+                    break 'flood; // not read any further: as it should be
+                }
+            }
+            let grown = scene.daemon.memory_kib().saturating_sub(memory);
+            assert!(grown < 40 << 10, "{grown} KiB for a flood of {kind:?}");
+        }
+    });
+}
+
+#[test]
 fn guests_that_vanish_leave_nothing() {
     on_both(|scene| {
         for round in 0..12usize {
