@@ -32,7 +32,7 @@ pub const TEST_PACKAGES: &[&str] = &[
 ];
 
 /// What the demo alone needs.
-pub const DEMO_PACKAGES: &[&str] = &["fuse3", "gcc", "mount"];
+pub const DEMO_PACKAGES: &[&str] = &["fuse3"];
 
 /// Tools that cargo installs into `target/tools`: name and exact version.
 const CARGO_TOOLS: &[(&str, &str)] = &[("pjdfstest", "0.2.2"), ("fsx", "0.3.2")];

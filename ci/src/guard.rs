@@ -7,11 +7,11 @@
 //! mounts are looked up in /proc/self/mountinfo, and FUSE is aborted before it is detached.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, mpsc};
 use std::time::{Duration, Instant};
 use std::{fs, process, thread};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::mount::{UnmountFlags, unmount};
@@ -84,17 +84,34 @@ impl Drop for Guard {
     }
 }
 
+/// Where the next signal goes instead of ending the process.
+static NEXT_SIGNAL: Mutex<Option<mpsc::Sender<()>>> = Mutex::new(None);
+
 /// Starts the thread that undoes everything on SIGINT, SIGTERM and SIGHUP.
 pub fn on_signals() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("install signal handlers")?;
     thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
+        for signal in signals.forever() {
+            let waiting = NEXT_SIGNAL.lock().map(|mut next| next.take()).unwrap_or_default();
+            if waiting.is_some_and(|waiting| waiting.send(()).is_ok()) {
+                continue;
+            }
             eprintln!("\nxtask: signal {signal}: cleaning up");
             undo_all();
             process::exit(128 + signal);
         }
     });
     Ok(())
+}
+
+/// Gives the next signal to the receiver, as the ordinary end of a command; one after that cleans
+/// up and ends the process as always.
+pub fn next_signal() -> mpsc::Receiver<()> {
+    let (sender, receiver) = mpsc::channel();
+    if let Ok(mut next) = NEXT_SIGNAL.lock() {
+        *next = Some(sender);
+    }
+    receiver
 }
 
 /// Undoes everything that is still listed, newest first.
@@ -175,15 +192,53 @@ pub fn end_group(pid: Pid) -> Result<()> {
 
 /// Takes the mount point off the tree without asking the file system behind it.
 pub fn detach(path: &Path) -> Result<()> {
-    for mount in mounts::at(path)? {
-        if mount.is_fuse() {
-            // Processes that wait in the mount get out, and the client's reader ends.
-            let _ = mounts::abort_fuse(&mount);
-        }
-        unmount(path, UnmountFlags::DETACH)
+    for _mount in mounts::at(path)? {
+        // FORCE ends a FUSE connection: processes that wait in the mount get out, and the client's
+        // reader ends. To ext4 it means nothing.
+        unmount(path, UnmountFlags::DETACH | UnmountFlags::FORCE)
             .with_context(|| format!("unmount {}", path.display()))?;
     }
     Ok(())
+}
+
+/// Does `work`; when it takes longer than `limit`, all our FUSE mounts are aborted, so that what
+/// waits in them fails instead of hanging, and the work is said to have hung.
+pub fn with_limit<T>(limit: Duration, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (done, waiting) = mpsc::channel::<()>();
+    let watcher = thread::spawn(move || {
+        let hung = waiting.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
+        if hung {
+            eprintln!("xtask: nothing moves after {limit:?}: aborting the mounts");
+            abort_mounts();
+        }
+        hung
+    });
+    let result = work();
+    drop(done);
+    match (watcher.join(), result) {
+        (Ok(true), Ok(_)) => Err(anyhow!("took longer than {limit:?}")),
+        (Ok(true), Err(error)) => Err(error.context(format!("hung for {limit:?}"))),
+        (_, result) => result,
+    }
+}
+
+fn abort_mounts() {
+    let paths: Vec<PathBuf> = {
+        let list = list();
+        let paths = list.entries.iter().filter_map(|(_, undo)| match undo {
+            Undo::Mount(path) => Some(path.clone()),
+            Undo::Group(_) | Undo::Loop(_) | Undo::Dir(_) => None,
+        });
+        paths.collect()
+    };
+    for path in paths {
+        let mounts = mounts::at(&path).unwrap_or_default();
+        if mounts.iter().any(mounts::Mount::is_fuse)
+            && let Err(error) = detach(&path)
+        {
+            eprintln!("xtask: {error:#}");
+        }
+    }
 }
 
 fn detach_loop(device: &Path) -> Result<()> {

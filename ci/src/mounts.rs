@@ -13,8 +13,6 @@ use anyhow::{Context, Result};
 /// One line of mountinfo, of which we need this much.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// Device number, as `(major, minor)`; of FUSE the minor names the connection.
-    pub device: (u32, u32),
     /// Where it is mounted.
     pub point: PathBuf,
     /// File system type, such as `ext4` or `fuse.ringfs`.
@@ -44,24 +42,12 @@ pub fn below(path: &Path) -> Result<Vec<Mount>> {
     Ok(all()?.into_iter().rev().filter(|mount| mount.point.starts_with(path)).collect())
 }
 
-/// Ends the FUSE connection of `mount`: every call into it fails with ENOTCONN from now on.
-pub fn abort_fuse(mount: &Mount) -> Result<()> {
-    let path = format!("/sys/fs/fuse/connections/{}/abort", mount.device.1);
-    fs::write(&path, "1").with_context(|| format!("write {path} (is fusectl mounted?)"))
-}
-
 /// `36 35 0:45 / /mnt/my\040dir rw,nosuid shared:1 - fuse.ringfs src rw,user_id=0`
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
-    let device = std::str::from_utf8(fields.nth(2)?).ok()?;
-    let (major, minor) = device.split_once(':')?;
-    let point = PathBuf::from(unescape(fields.nth(1)?));
+    let point = PathBuf::from(unescape(fields.nth(4)?));
     let fs_type = fields.skip_while(|field| *field != b"-").nth(1)?;
-    Some(Mount {
-        device: (major.parse().ok()?, minor.parse().ok()?),
-        point,
-        fs_type: String::from_utf8_lossy(fs_type).into_owned(),
-    })
+    Some(Mount { point, fs_type: String::from_utf8_lossy(fs_type).into_owned() })
 }
 
 /// The kernel writes space, tab, newline and backslash as `\ooo`.
@@ -93,10 +79,9 @@ mod tests {
     fn lines_are_read_as_the_kernel_writes_them() {
         let line = b"44 27 0:39 / /tmp/a\\040b\\134c rw,nosuid shared:5 - fuse.ringfs x\\040y rw";
         let mount = parse_line(line).unwrap();
-        assert_eq!(mount.device, (0, 39));
         assert_eq!(mount.point, Path::new("/tmp/a b\\c"));
         assert!(mount.is_fuse());
-        for odd in [&b""[..], b"1 2 3", b"44 27 0:39 / /a rw -", b"44 27 x:39 / /a rw - t s o"] {
+        for odd in [&b""[..], b"1 2 3", b"44 27 0:39 / /a rw -"] {
             assert_eq!(parse_line(odd), None, "{odd:?}");
         }
     }

@@ -336,7 +336,8 @@ mod tests {
         check("a ok", "a FAILED", &[], &["fails on the mount alone"]);
         check("a ok", "a FAILED", &["a"], &[]);
         check("a ok", "a ok", &["a"], &["take it off"]);
-        check("a ok", "a skipped", &["a"], &["skipped on the mount alone"]);
+        check("a ok", "a skipped", &[], &["skipped on the mount alone"]);
+        check("a ok", "a skipped", &["a"], &[]);
         check("a ok\nb ok", "a ok", &[], &["one side alone"]);
         check("a ok", "a ok", &["z"], &["no such case"]);
     }
