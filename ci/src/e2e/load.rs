@@ -28,6 +28,8 @@ const LIMIT: Duration = Duration::from_secs(150);
 fn fio(dir: &Path, name: &str, more: &[&str]) -> Result<()> {
     let fio = Cmd::new("fio").arg(format!("--name={name}")).arg("--directory").arg(dir);
     let fio = fio.args(["--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1"]);
+    // Without this fio leaves a file in the working directory.
+    let fio = fio.arg("--verify_state_save=0");
     fio.args(["--group_reporting", "--size=64m"]).args(more).limit(LIMIT).run().map(drop)
 }
 
