@@ -90,7 +90,7 @@ impl Daemon {
         let socket = sandbox.path(&format!("{name}.sock"));
         let control = sandbox.path(&format!("{name}.ctl"));
         let log = sandbox.path(&format!("{name}.log"));
-        let mut cmd = Cmd::new(&bins.ringfsd);
+        let mut cmd = Cmd::new(&bins.ringfsd).env("NO_COLOR", "1");
         for share in shares {
             cmd = cmd.arg("--share").arg(share);
         }
@@ -182,7 +182,7 @@ impl Daemon {
     /// Mounts `share` on the existing directory `dir`.
     pub fn mount_on(&self, share: &str, dir: &Path, options: &str) -> Result<Mount> {
         let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
-        self.mount_cmd(share, dir, options).run().with_context(|| self.log_tail())?;
+        self.mount_cmd(share, dir, options).run()?;
         ensure!(!mounts::at(dir)?.is_empty(), "`ringfs mount` ended with 0 and mounted nothing");
         Ok(Mount { dir: dir.to_path_buf(), ringfs: self.ringfs.clone(), guard: Some(guard) })
     }
