@@ -381,6 +381,10 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Ping) => {
+                // Each costs an answer, and no slot bounds them.
+                if !self.conns[key].reserve(0) {
+                    return Ok(Step::PeerFull);
+                }
                 self.conns[key].push(Kind::Pong, header.code, &[], &mut self.buffers);
                 Ok(Step::Taken)
             }
