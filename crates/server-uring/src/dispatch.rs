@@ -202,7 +202,8 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Syncfs => rule(Pool, false, 0, io::syncfs),
         Op::Opendir => rule(Metadata, false, OPENED, dirs::opendir),
         Op::Readdir => asked(Metadata, 16, IO_BYTES_MAX, dirs::readdir),
-        Op::Readdirplus => asked(Metadata, 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
+        Op::Readdirplus =>
+            asked(PoolIf(dirs::is_long), 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
         Op::Releasedir => rule(Metadata, false, 0, dirs::releasedir),
         Op::Fsyncdir => rule(Pool, false, 0, dirs::fsyncdir),
         Op::Setxattr => rule(Metadata, true, 0, xattrs::setxattr),

@@ -90,6 +90,9 @@ pub enum FsError {
         /// The kernel's answer.
         source: Errno,
     },
+    /// The opened directory does not answer.
+    #[error("cannot read the attributes of the share's directory")]
+    Root(#[source] Errno),
     /// The crate refused.
     #[error("cannot start the file system: is /proc mounted?")]
     Backend(#[source] std::io::Error),
@@ -124,7 +127,7 @@ pub struct Fs {
     one_device: bool,
     /// Metadata calls do not wait for a network or for another daemon.
     pub(crate) local: bool,
-    /// RWF_NOWAIT means something on this file system.
+    /// What reads and writes of this file system wait for.
     waits: Waits,
     /// INIT flags in force.
     pub(crate) negotiated: AtomicU64,
@@ -134,28 +137,72 @@ pub struct Fs {
     devices: RwLock<Vec<u64>>,
 }
 
+/// The directory that a share gives, opened: what a process without rights can be handed.
+///
+/// With `submounts=hide` it is the root of a detached private copy of the one mount: nothing that
+/// is or gets mounted on the host below it can be seen, and no path leads out of it. The copy
+/// lives as long as an fd of it does.
+#[derive(Debug)]
+pub struct ShareRoot {
+    fd: OwnedFd,
+    /// False where mounts below could not be hidden so: other devices are refused then (EXDEV).
+    hidden: bool,
+}
+
+impl ShareRoot {
+    /// Opens `dir`. Hiding mounts wants CAP_SYS_ADMIN.
+    ///
+    /// # Errors
+    /// [`FsError::Open`].
+    pub fn open(dir: &Path, submounts: Submounts) -> Result<ShareRoot, FsError> {
+        let opened = |source| FsError::Open { path: dir.to_owned(), source };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty()).map_err(opened)?;
+        match submounts {
+            Submounts::Merge => Ok(ShareRoot { fd: plain, hidden: true }),
+            Submounts::Hide => hide_submounts(plain).map_err(opened),
+        }
+    }
+
+    /// Another one of the same copy, for another session.
+    ///
+    /// # Errors
+    /// [`FsError::Open`]: no fd is left.
+    pub fn try_clone(&self) -> Result<ShareRoot, FsError> {
+        let fd = self.fd.try_clone().map_err(FsError::Backend)?;
+        Ok(ShareRoot { fd, hidden: self.hidden })
+    }
+}
+
 impl Fs {
-    /// Starts to serve `root`.
+    /// Starts to serve the directory `dir`.
     ///
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
-    pub fn new(root: &Path, options: FsOptions) -> Result<Fs, FsError> {
-        let opened = |source| FsError::Open { path: root.to_owned(), source };
-        let (root_fd, hidden) = open_root(root, options.submounts).map_err(opened)?;
-        let root_stat = Stat::of(&root_fd).map_err(opened)?;
-        let kind = fdops::fs_kind(root_fd.as_fd()).map_err(opened)?;
+    pub fn new(dir: &Path, options: FsOptions) -> Result<Fs, FsError> {
+        Fs::on(ShareRoot::open(dir, options.submounts)?, options)
+    }
+
+    /// Starts to serve a directory that was opened before, with the same `submounts`.
+    ///
+    /// # Errors
+    /// See [`FsError`]. `/proc` must be mounted.
+    pub fn on(root: ShareRoot, options: FsOptions) -> Result<Fs, FsError> {
+        let ShareRoot { fd: root, hidden } = root;
+        let root_stat = Stat::of(&root).map_err(FsError::Root)?;
+        let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;
         // "/." makes the last step of the path a directory, which O_NOFOLLOW does not refuse.
-        let path = format!("/proc/self/fd/{}/.", root_fd.as_raw_fd());
+        let path = format!("/proc/self/fd/{}/.", root.as_raw_fd());
         let backend = Backend::new(Path::new(&path), options.xattr).map_err(FsError::Backend)?;
         let backend = Arc::new(backend);
         self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
         Ok(Fs {
             nodes: Nodes::new(Arc::clone(&backend), options.nodes_max),
             handles: Handles::new(options.handles_max),
-            one_device: options.submounts == Submounts::Hide && !hidden,
+            one_device: !hidden,
             options,
             backend,
-            root: root_fd,
+            root,
             root_stat,
             local: kind.is_local(),
             waits: waits(kind),
@@ -277,22 +324,14 @@ impl Fs {
     }
 }
 
-/// Opens a share's root. With `Hide`, it is the root of a detached private copy of the one mount:
-/// nothing that is or gets mounted on the host below it can be seen, and no path leads out of it.
-/// Second value: false where the mounts could not be hidden so (no CAP_SYS_ADMIN).
-fn open_root(root: &Path, submounts: Submounts) -> Result<(OwnedFd, bool), Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let plain = rustix::fs::openat(CWD, root, flags, Mode::empty())?;
-    if submounts == Submounts::Merge {
-        return Ok((plain, false));
-    }
+fn hide_submounts(plain: OwnedFd) -> Result<ShareRoot, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
     let tree = match rustix::mount::open_tree(&plain, c"", flags) {
         Ok(tree) => tree,
         Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
-            return Ok((plain, false));
+            return Ok(ShareRoot { fd: plain, hidden: false });
         }
         Err(error) => return Err(error),
     };
@@ -301,7 +340,7 @@ fn open_root(root: &Path, submounts: Submounts) -> Result<(OwnedFd, bool), Errno
     if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::PRIVATE) {
         tracing::debug!(%error, "cannot make the share's mount private");
     }
-    Ok((tree, true))
+    Ok(ShareRoot { fd: tree, hidden: true })
 }
 
 fn waits(kind: FsKind) -> Waits {

@@ -203,6 +203,24 @@ fn lookups_race_forgets() {
 }
 
 #[test]
+fn large_deleted_files_are_freed_with_their_node() {
+    let (dir, guest) = share();
+    let (entry, fh) = guest.create(ROOT, "large", O_RDWR).expect("create");
+    let (small, _) = guest.create(ROOT, "small", O_RDWR).expect("create");
+    let ask = abi::FallocateIn { fh, length: 64 << 20, ..Default::default() };
+    guest.ask(Opcode::Fallocate, entry.nodeid, ask.as_bytes()).expect("fallocate");
+    guest.unlink(ROOT, "large").expect("unlink");
+    guest.unlink(ROOT, "small").expect("unlink");
+    guest.release(entry.nodeid, fh).expect("release");
+    assert!(!guest.fs.forget_later([(small.nodeid, 1)].into_iter()).frees_much());
+    let released = guest.fs.forget_later([(entry.nodeid, 1)].into_iter());
+    assert!(released.frees_much());
+    drop(released);
+    assert!(guest.fs.forget_later([(entry.nodeid, 1)].into_iter()).is_empty());
+    assert_eq!(std::fs::read_dir(dir.path()).expect("host").count(), 0);
+}
+
+#[test]
 fn one_name_for_an_unnamed_file_races_lookups() {
     let (_dir, guest) = share();
     let before = guest.fs.counts();

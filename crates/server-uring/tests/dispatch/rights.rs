@@ -3,7 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use ringfs_server::fs::{FsOptions, Submounts};
+use ringfs_server::fs::{Fs, FsOptions, ShareRoot, Submounts};
 use ringfs_wire::abi::{self, Opcode, fattr};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -247,7 +247,11 @@ fn mounts_below_a_share() {
     std::fs::write(dir.path().join("early/over"), b"").expect("host");
     let submounts = Submounts::Merge;
     let merge = Guest::new(dir.path(), FsOptions { submounts, ..FsOptions::default() });
-    let hide = Guest::new(dir.path(), FsOptions::default());
+    let root = ShareRoot::open(dir.path(), Submounts::Hide).expect("root");
+    let second = root.try_clone().expect("clone");
+    drop(Fs::on(root, FsOptions::default()).expect("a session that ends"));
+    let hide = Guest { fs: Fs::on(second, FsOptions::default()).expect("fs"), uid: 0, gid: 0 };
+    hide.init();
     let _late = Mounted::tmpfs(dir.path().join("late"));
     std::fs::write(dir.path().join("late/over"), b"").expect("host");
 
