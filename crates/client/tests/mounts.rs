@@ -341,7 +341,8 @@ fn a_killed_reader_gets_out_and_the_daemon_is_told() {
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
     reader.kill();
     assert_eq!(reader.wait().status.signal(), Some(9));
-    bench.host.wait_for("a cancel", |seen| (seen.cancels == 1).then_some(()));
+    // One for the READ, and one for the FLUSH of a killed process if the kernel is quick enough.
+    bench.host.wait_for("a cancel", |seen| (seen.cancels >= 1).then_some(()));
     assert!(bench.umount(&[]).status.success());
     assert!(client.wait().0.success());
     assert_eq!(bench.host.slots_in_use(), 0);
@@ -358,7 +359,10 @@ fn a_parked_reader_gets_out_without_the_daemon() {
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
     let mut second = Command::new("cat");
     second.stdin(parked_file).stdout(Stdio::piped());
-    let second = Reader { child: second.spawn().expect("cat") };
+    let child = second.spawn().expect("cat");
+    // It holds the open file as well.
+    drop(second);
+    let second = Reader { child };
     wait_until("the park", || status_of(&bench)["parked"] == 1);
     second.kill();
     assert_eq!(second.wait().status.signal(), Some(9));
