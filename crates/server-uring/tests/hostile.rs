@@ -211,6 +211,7 @@ fn handshakes_are_refused_for_the_right_reason() {
         check(Hello { conn: 1, ..hello("share") }, Reason::Protocol);
         check(Hello { slots: 0, ..hello("share") }, Reason::Protocol);
         check(Hello { mount_flags: 1 << 31, ..hello("share") }, Reason::Protocol);
+        let long = "é".repeat(1000);
         let subdirs: &[&[u8]] = &[
             b"..",
             b"../share",
@@ -227,6 +228,7 @@ fn handshakes_are_refused_for_the_right_reason() {
             b"a\0",
             b"sub/deep/../../..",
             b"\xff\xfe",
+            long.as_bytes(),
         ];
         for subdir in subdirs {
             check(Hello { subdir: subdir.to_vec(), ..hello("share") }, Reason::BadSubdir);
@@ -306,6 +308,24 @@ fn an_open_connections_index_is_not_given_twice() {
         });
         let gone = [Reason::UnknownSession, Reason::Protocol];
         assert!(matches!(end, End::Goodbye(Some(reason), _) if gone.contains(&reason)));
+    });
+}
+
+#[test]
+fn silent_connections_do_not_keep_others_out() {
+    on_both(|scene| {
+        let silent: Vec<_> = (0..300).map(|_| scene.daemon.connect()).collect();
+        let mut some: Vec<_> = (0..20).map(|_| scene.daemon.connect()).collect();
+        some.iter_mut().for_each(|stream| stream.write_all(&[120, 0, 0, 0]).expect("sent"));
+        let start = Instant::now();
+        let mut guest = scene.daemon.guest();
+        assert!(guest.lookup(1, "friend").is_ok());
+        assert!(start.elapsed() < Duration::from_secs(3), "kept out by silent ones");
+        // Whoever says nothing is told goodbye in the end.
+        for mut stream in silent {
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+        }
     });
 }
 
