@@ -330,6 +330,46 @@ fn silent_connections_do_not_keep_others_out() {
 }
 
 #[test]
+fn a_guest_that_never_reads_holds_up_nobody() {
+    on_both(|scene| {
+        let memory = scene.daemon.memory_kib();
+        let mut foes = Vec::new();
+        for i in 0..24 {
+            let mut foe = scene.daemon.guest();
+            let (node, fh) = foe.create("large").expect("create");
+            if i == 0 {
+                assert_eq!(foe.write(node, fh, 0, &pattern(1, MIB as usize)), Ok(MIB));
+            }
+            while foe.has_free() {
+                foe.start(Opcode::Read, node, &read_args(fh, 0, MIB));
+            }
+            foe.flush();
+            foes.push(foe);
+        }
+        scene.friend_is_served(9);
+        let grown = scene.daemon.memory_kib().saturating_sub(memory);
+        assert!(grown < 400 << 10, "{grown} KiB for guests that do not read");
+        drop(foes);
+    });
+}
+
+#[test]
+fn half_a_batch_holds_up_nobody() {
+    on_both(|scene| {
+        let mut foes = Vec::new();
+        for _ in 0..220 {
+            let mut foe = scene.daemon.guest();
+            let data = vec![0; MIB as usize];
+            foe.start(Opcode::Write, 1, &write_args(0, 0, &data));
+            let bytes = foe.seal();
+            foe.stream.write_all(&bytes[..100_000]).expect("sent");
+            foes.push(foe);
+        }
+        scene.friend_is_served(5);
+    });
+}
+
+#[test]
 fn a_flood_that_is_not_read_is_bounded() {
     on_both(|scene| {
         let memory = scene.daemon.memory_kib();
