@@ -5,7 +5,7 @@
 
 use crate::accept::Accepted;
 use crate::connection::{Connection, Link};
-use crate::fs::{Fs, FsOptions};
+use crate::fs::{Fs, FsOptions, Submounts};
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::session::{Registry, Session, Terms};
@@ -261,7 +261,12 @@ fn open_subdir(share: &Share, subdir: &[u8]) -> Result<OwnedFd, Refusal> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let path: &[u8] = if subdir.is_empty() { b"." } else { subdir };
     // A guest may have made links in the share: none is followed, and nothing leads out.
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let mut resolve =
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    if share.options.submounts == Submounts::Hide {
+        // What is mounted below the share is not to be seen: no way leads into it either.
+        resolve |= ResolveFlags::NO_XDEV;
+    }
     rustix::fs::openat2(&share.root, path, flags, Mode::empty(), resolve).map_err(|error| {
         refuse(Reason::BadSubdir, format!("{shown:?} in share {:?}: {error}", share.name))
     })

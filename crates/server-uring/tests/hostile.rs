@@ -469,3 +469,28 @@ fn a_daemon_ends_well_under_load() {
         assert!(matches!(end, End::Goodbye(Some(Reason::Shutdown), _) | End::Closed), "{end:?}");
     }
 }
+
+/// A daemon in a mount namespace of its own, in which `script` has mounted something at `$1`.
+fn daemon_with_mounts(engine: &str, script: &str) -> Daemon {
+    Daemon::start_as(engine, |daemon, share| {
+        let mut command = std::process::Command::new("unshare");
+        let script = format!("set -e; {script}; d=$2; shift 2; exec \"$d\" \"$@\"");
+        command.args(["--mount", "sh", "-c", &script, "sh"]).arg(share).arg(daemon);
+        command
+    })
+}
+
+#[test]
+fn what_is_mounted_below_a_share_cannot_be_mounted() {
+    let script = "mkdir -p \"$1/sub/inner\"; mount --bind /etc \"$1/sub/inner\"";
+    let daemon = daemon_with_mounts("uring", script);
+    let inner = Hello { subdir: b"sub/inner".to_vec(), ..hello("share") };
+    let end = Guest::greet(daemon.connect(), &inner).err();
+    assert!(matches!(end, Some(End::Goodbye(Some(Reason::BadSubdir), _))), "{end:?}");
+    let sub = Hello { subdir: b"sub".to_vec(), ..hello("share") };
+    let mut guest = Guest::greet(daemon.connect(), &sub).expect("no mount");
+    let inner = guest.lookup(1, "inner").expect("the directory underneath");
+    assert_eq!(guest.lookup(inner.nodeid, "passwd"), Err(libc::ENOENT as u32));
+    daemon.stop_well();
+}
+
