@@ -185,10 +185,7 @@ impl<R: Ring> Shard<R> {
     fn step_mail(&mut self, mail: Mail) {
         match mail {
             Mail::Connection(conn) => self.adopt(*conn),
-            Mail::Done(Done { tag, result, batch }) => {
-                self.buffers.give_shared(batch);
-                self.finish(tag, result.as_deref().map_err(|&errno| errno));
-            }
+            Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
                 let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();

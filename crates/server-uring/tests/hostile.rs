@@ -494,3 +494,29 @@ fn what_is_mounted_below_a_share_cannot_be_mounted() {
     daemon.stop_well();
 }
 
+#[test]
+fn large_replies_of_the_pool_arrive_whole() {
+    // On ramfs, which the daemon does not know as local, metadata is the pool's business.
+    let names = (0..4000).map(|i| format!("a-file-with-a-long-name-{i:05}"));
+    for engine in ["uring", "threads"] {
+        let daemon = daemon_with_mounts(engine, "mount -t ramfs none \"$1\"");
+        let before = daemon.gauges_at_rest();
+        let mut guest = daemon.guest();
+        for name in names.clone() {
+            let (node, fh) = guest.create(&name).expect("create");
+            guest.release(node, fh).expect("release");
+            guest.forget(&[(node, 1)]);
+        }
+        let opened = guest.call(Opcode::Opendir, 1, &[0; 8]).expect("opendir");
+        let fh = u64::from_le_bytes(opened[..8].try_into().expect("8 bytes"));
+        let entries = guest.call(Opcode::Readdir, 1, &read_args(fh, 0, MIB)).expect("readdir");
+        assert!(entries.len() > 150_000, "{} bytes of entries", entries.len());
+        let found = names
+            .clone()
+            .filter(|name| entries.windows(name.len()).any(|window| window == name.as_bytes()));
+        assert_eq!(found.take(20).count(), 20);
+        drop(guest);
+        daemon.settles_at(&before);
+        daemon.stop_well();
+    }
+}
