@@ -297,6 +297,14 @@ impl<R: Ring> Shard<R> {
     }
 
     fn work_on(&mut self, key: usize) {
+        let before = self.conns[key].batches_received();
+        self.work_through(key);
+        if let Some(conn) = self.conns.get(key) {
+            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
+        }
+    }
+
+    fn work_through(&mut self, key: usize) {
         for _ in 0..RECORDS_A_TURN_MAX {
             let conn = &mut self.conns[key];
             match conn.poll_input(&mut self.buffers) {
