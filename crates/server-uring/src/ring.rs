@@ -162,9 +162,11 @@ fn take(ops: &mut Slab<Op>, completion: &cqueue::Entry) -> Option<(Op, IoResult)
 
 impl Drop for UringRing {
     fn drop(&mut self) {
-        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
-        let _ = self.push(&cancel.user_data(NO_OP));
         while !self.ops.is_empty() {
+            // In each round: a cancel that found no room, or met an operation between two tries,
+            // has ended nothing.
+            let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+            let _ = self.push(&cancel.user_data(NO_OP));
             let waited = self.enter(Some(Duration::from_secs(1)));
             let mut done = Vec::new();
             self.reap(&mut done);
