@@ -159,6 +159,9 @@ fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
         .map_err(|e| error(e, ""))?;
     let bound = match net::bind(&socket, &address) {
         Err(Errno::ADDRINUSE) => {
+            if !is_socket(path) {
+                return Err(error(Errno::ADDRINUSE, " (a file that is no socket is there)"));
+            }
             if is_alive(&address) {
                 return Err(error(Errno::ADDRINUSE, " (another daemon listens there)"));
             }
@@ -181,7 +184,12 @@ fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
     Ok(socket)
 }
 
-/// Whether somebody listens on the socket file; a file that is no socket counts as alive.
+fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
+}
+
+/// Whether somebody listens on the socket file.
 fn is_alive(address: &SocketAddrUnix) -> bool {
     let Ok(probe) = net::socket(AddressFamily::UNIX, SocketType::STREAM, None) else { return true };
     net::connect(&probe, address) != Err(Errno::CONNREFUSED)

@@ -14,6 +14,7 @@ pub struct Buf {
     memory: Vec<u8>,
     start: usize,
     len: usize,
+    slot: Option<u16>,
 }
 
 impl Buf {
@@ -21,7 +22,13 @@ impl Buf {
         // Zeroed memory of this size comes untouched from the kernel: it costs nothing until used.
         let memory = vec![0u8; len + BUFFER_ALIGN];
         let start = memory.as_ptr().align_offset(BUFFER_ALIGN);
-        Buf { memory, start, len }
+        Buf { memory, start, len, slot: None }
+    }
+
+    /// The place in the ring's table of registered buffers that is this memory's for good, if it
+    /// has one: such a buffer lives as long as its shard.
+    pub fn slot(&self) -> Option<u16> {
+        self.slot
     }
 
     /// Whether it holds the largest batch.
@@ -50,6 +57,7 @@ pub struct BufferPool {
     large: Vec<Buf>,
     small_out: usize,
     large_out: usize,
+    slots_given: u16,
 }
 
 impl BufferPool {
@@ -62,11 +70,23 @@ impl BufferPool {
 
     /// A buffer of [`LARGE_BUFFER_BYTES`], or `None` while too many are out.
     pub fn large(&mut self) -> Option<Buf> {
-        if self.large_out >= LARGE_BUFFERS_MAX {
+        if !self.has_large() {
             return None;
         }
         self.large_out += 1;
-        Some(self.large.pop().unwrap_or_else(|| Buf::new(LARGE_BUFFER_BYTES)))
+        Some(self.large.pop().unwrap_or_else(|| {
+            let mut buf = Buf::new(LARGE_BUFFER_BYTES);
+            if usize::from(self.slots_given) < LARGE_BUFFERS_KEPT {
+                buf.slot = Some(self.slots_given);
+                self.slots_given += 1;
+            }
+            buf
+        }))
+    }
+
+    /// Whether [`BufferPool::large`] would give one.
+    pub fn has_large(&self) -> bool {
+        self.large_out < LARGE_BUFFERS_MAX
     }
 
     /// A buffer for `len` bytes behind an aligned start.
@@ -76,14 +96,17 @@ impl BufferPool {
 
     /// Takes a buffer back.
     pub fn give(&mut self, buf: Buf) {
-        let (free, kept, out) = if buf.is_large() {
-            (&mut self.large, LARGE_BUFFERS_KEPT, &mut self.large_out)
+        if buf.is_large() {
+            self.large_out -= 1;
+            // Those that the ring may know, and no others.
+            if buf.slot.is_some() {
+                self.large.push(buf);
+            }
         } else {
-            (&mut self.small, SMALL_BUFFERS_KEPT, &mut self.small_out)
-        };
-        *out -= 1;
-        if free.len() < kept {
-            free.push(buf);
+            self.small_out -= 1;
+            if self.small.len() < SMALL_BUFFERS_KEPT {
+                self.small.push(buf);
+            }
         }
     }
 

@@ -5,7 +5,7 @@
 //! into buffers of the caller. The handlers are in `ops`, and dispatch.rs says which opcode runs
 //! which, and where.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 
+use crate::fdops::{self, FsKind, LocalFs};
 use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::nodes::{Node, Nodes, Released};
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
@@ -127,6 +128,8 @@ pub struct Fs {
     waits: Waits,
     /// INIT flags in force.
     pub(crate) negotiated: AtomicU64,
+    /// The daemon's own supplementary groups must not be lent to a guest's user.
+    pub(crate) has_groups: bool,
     /// Devices other than the root's, in the order of their discovery.
     devices: RwLock<Vec<u64>>,
 }
@@ -140,9 +143,9 @@ impl Fs {
         let opened = |source| FsError::Open { path: root.to_owned(), source };
         let (root_fd, hidden) = open_root(root, options.submounts).map_err(opened)?;
         let root_stat = Stat::of(&root_fd).map_err(opened)?;
-        let kind = FsKind::of(&root_fd).map_err(opened)?;
+        let kind = fdops::fs_kind(root_fd.as_fd()).map_err(opened)?;
         // "/." makes the last step of the path a directory, which O_NOFOLLOW does not refuse.
-        let path = format!("/proc/self/fd/{}/.", std::os::fd::AsRawFd::as_raw_fd(&root_fd));
+        let path = format!("/proc/self/fd/{}/.", root_fd.as_raw_fd());
         let backend = Backend::new(Path::new(&path), options.xattr).map_err(FsError::Backend)?;
         let backend = Arc::new(backend);
         self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
@@ -154,9 +157,10 @@ impl Fs {
             backend,
             root: root_fd,
             root_stat,
-            local: kind.local,
-            waits: kind.waits,
+            local: kind.is_local(),
+            waits: waits(kind),
             negotiated: AtomicU64::new(0),
+            has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),
             devices: RwLock::new(Vec::new()),
         })
     }
@@ -293,39 +297,20 @@ fn open_root(root: &Path, submounts: Submounts) -> Result<(OwnedFd, bool), Errno
         Err(error) => return Err(error),
     };
     // A copy of a shared mount would be given what is mounted on the original later.
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&tree));
+    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
     if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::PRIVATE) {
         tracing::debug!(%error, "cannot make the share's mount private");
     }
     Ok((tree, true))
 }
 
-/// What the kind of a file system says about waiting.
-struct FsKind {
-    local: bool,
-    waits: Waits,
-}
-
-impl FsKind {
-    fn of(root: &OwnedFd) -> Result<FsKind, Errno> {
-        const EXT4: u64 = 0xef53;
-        const XFS: u64 = 0x5846_5342;
-        const BTRFS: u64 = 0x9123_683e;
-        const TMPFS: u64 = 0x0102_1994;
-        const F2FS: u64 = 0xf2f5_2010;
-        const BCACHEFS: u64 = 0xca45_1a4e;
-        const ZFS: u64 = 0x2fc1_2fc1;
-        const SQUASHFS: u64 = 0x7371_7368;
-        const EROFS: u64 = 0xe0f5_e1e2;
-        const OVERLAYFS: u64 = 0x794c_7630;
-        let magic = rustix::fs::fstatfs(root)?.f_type as u64 & 0xffff_ffff;
-        Ok(match magic {
-            EXT4 | XFS | BTRFS | F2FS | OVERLAYFS => FsKind { local: true, waits: Waits::Nowait },
-            TMPFS => FsKind { local: true, waits: Waits::Never },
-            BCACHEFS | ZFS | SQUASHFS | EROFS => FsKind { local: true, waits: Waits::Maybe },
-            // NFS, FUSE, 9p, SMB, and what we do not know.
-            _ => FsKind { local: false, waits: Waits::Maybe },
-        })
+fn waits(kind: FsKind) -> Waits {
+    match kind {
+        FsKind::Local(LocalFs::Tmpfs) => Waits::Never,
+        FsKind::Local(LocalFs::Ext4 | LocalFs::Xfs | LocalFs::Btrfs | LocalFs::F2fs) => {
+            Waits::Nowait
+        }
+        FsKind::Network | FsKind::Fuse | FsKind::Other(_) => Waits::Maybe,
     }
 }
 

@@ -2,7 +2,6 @@
 
 pub mod accept;
 pub mod buffers;
-pub mod caller;
 pub mod connection;
 pub mod control;
 pub mod creds;

@@ -8,9 +8,9 @@ pub const BUFFER_ALIGN: usize = 4096;
 pub const SMALL_BUFFER_BYTES: usize = BATCH_TARGET_BYTES + 2 * BUFFER_ALIGN;
 /// A buffer for the largest batch, with its payload at an aligned place.
 pub const LARGE_BUFFER_BYTES: usize = BATCH_BYTES_MAX.next_multiple_of(BUFFER_ALIGN) + BUFFER_ALIGN;
-/// Free buffers of each size that a shard keeps instead of giving them back to the allocator.
+/// Free small buffers that a shard keeps instead of giving them back to the allocator.
 pub const SMALL_BUFFERS_KEPT: usize = 64;
-/// See [`SMALL_BUFFERS_KEPT`].
+/// Large buffers that a shard keeps once it has used them, registered with its ring.
 pub const LARGE_BUFFERS_KEPT: usize = 8;
 /// Large buffers of a shard that are out at once; requests that need one more wait.
 pub const LARGE_BUFFERS_MAX: usize = 96;

@@ -8,13 +8,14 @@
 
 #![allow(unsafe_code, reason = "the kernel is given pointers into buffers that the table owns")]
 
-use crate::limits::RING_ENTRIES;
+use crate::buffers::Buf;
+use crate::limits::{LARGE_BUFFERS_KEPT, RING_ENTRIES};
 use crate::op::{Io, Op};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use slab::Slab;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a completed operation returned: bytes, or an errno.
 pub type IoResult = Result<usize, rustix::io::Errno>;
@@ -37,7 +38,20 @@ pub struct UringRing {
     // Field order: the kernel's side goes before the memory that it may touch.
     uring: IoUring,
     ops: Slab<Op>,
+    /// Which of the buffers that live as long as the shard the kernel knows by their slot.
+    registered: [Registered; LARGE_BUFFERS_KEPT],
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registered {
+    NotYet,
+    Yes,
+    /// The kernel would not have it (RLIMIT_MEMLOCK, an old kernel): plain calls do.
+    Refused,
+}
+
+/// How long a ring that is dropped waits for what cannot be cancelled.
+const DROP_LIMIT: Duration = Duration::from_secs(5);
 
 /// Marks completions that belong to no operation.
 const NO_OP: u64 = u64::MAX;
@@ -58,10 +72,38 @@ impl UringRing {
             }
             other => other?,
         };
-        Ok(UringRing { uring, ops: Slab::with_capacity(RING_ENTRIES as usize) })
+        let sparse = uring.submitter().register_buffers_sparse(LARGE_BUFFERS_KEPT as u32);
+        let first = if sparse.is_ok() { Registered::NotYet } else { Registered::Refused };
+        Ok(UringRing {
+            uring,
+            ops: Slab::with_capacity(RING_ENTRIES as usize),
+            registered: [first; LARGE_BUFFERS_KEPT],
+        })
     }
 
-    fn entry(io: &mut Io) -> squeue::Entry {
+    /// The slot by which the kernel knows the operation's buffer; made known at its first use.
+    fn registered_slot(&mut self, io: &Io) -> Option<u16> {
+        let buf: &Buf = match io {
+            Io::Read { buf, .. } => buf,
+            Io::Write { buf, .. } => buf,
+            Io::Recv { .. } | Io::Send { .. } | Io::Fsync { .. } | Io::Wake { .. } => return None,
+        };
+        let slot = buf.slot()?;
+        let known = &mut self.registered[usize::from(slot)];
+        if *known == Registered::NotYet {
+            let iovec =
+                libc::iovec { iov_base: buf.as_ptr().cast_mut().cast(), iov_len: buf.len() };
+            // SAFETY: a buffer with a slot is freed with its shard's pool only, and the ring that
+            // pins it is dropped before: see the order of fields in `Shard`.
+            let update = unsafe {
+                self.uring.submitter().register_buffers_update(slot.into(), &[iovec], None)
+            };
+            *known = if update.is_ok() { Registered::Yes } else { Registered::Refused };
+        }
+        (*known == Registered::Yes).then_some(slot)
+    }
+
+    fn entry(io: &mut Io, slot: Option<u16>) -> squeue::Entry {
         let fd = types::Fd(io.fd().as_raw_fd());
         match io {
             Io::Recv { buf, range, .. } => {
@@ -76,11 +118,23 @@ impl UringRing {
             }
             Io::Read { buf, range, offset, .. } => {
                 let room = &mut buf[range.clone()];
-                opcode::Read::new(fd, room.as_mut_ptr(), room.len() as u32).offset(*offset).build()
+                let (start, len) = (room.as_mut_ptr(), room.len() as u32);
+                match slot {
+                    Some(slot) => {
+                        opcode::ReadFixed::new(fd, start, len, slot).offset(*offset).build()
+                    }
+                    None => opcode::Read::new(fd, start, len).offset(*offset).build(),
+                }
             }
             Io::Write { buf, range, offset, .. } => {
                 let bytes = &buf[range.clone()];
-                opcode::Write::new(fd, bytes.as_ptr(), bytes.len() as u32).offset(*offset).build()
+                let (start, len) = (bytes.as_ptr(), bytes.len() as u32);
+                match slot {
+                    Some(slot) => {
+                        opcode::WriteFixed::new(fd, start, len, slot).offset(*offset).build()
+                    }
+                    None => opcode::Write::new(fd, start, len).offset(*offset).build(),
+                }
             }
             Io::Fsync { data_only, .. } => {
                 let flags = if *data_only {
@@ -110,8 +164,9 @@ impl UringRing {
 
 impl Ring for UringRing {
     fn submit(&mut self, op: Op) -> Result<(), Op> {
+        let slot = self.registered_slot(&op.io);
         let key = self.ops.insert(op);
-        let entry = Self::entry(&mut self.ops[key].io).user_data(key as u64);
+        let entry = Self::entry(&mut self.ops[key].io, slot).user_data(key as u64);
         self.push(&entry).map_err(|_| self.ops.remove(key))
     }
 
@@ -164,12 +219,14 @@ impl Drop for UringRing {
     fn drop(&mut self) {
         let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
         let _ = self.push(&cancel.user_data(NO_OP));
+        let until = Instant::now() + DROP_LIMIT;
         while !self.ops.is_empty() {
-            let waited = self.enter(Some(Duration::from_secs(1)));
-            let mut done = Vec::new();
-            self.reap(&mut done);
-            if waited.is_err() {
-                // The kernel still owns the memory: losing it is safe, freeing it is not.
+            let waited = self.enter(Some(Duration::from_millis(100)));
+            self.reap(&mut Vec::new());
+            if waited.is_err() || Instant::now() > until {
+                // A dead disk holds them. The kernel still owns the memory: losing it is safe,
+                // freeing it is not.
+                tracing::error!(left = self.ops.len(), "file operations do not end");
                 std::mem::forget(std::mem::take(&mut self.ops));
             }
         }

@@ -274,6 +274,10 @@ impl<R: Ring> Shard<R> {
             return Err(self.protocol(key, "a FORGET of a length that cannot be"));
         }
         let conn = &mut self.conns[key];
+        // The slot is free again before the guest has read the answer, so it bounds nothing.
+        if !conn.reserve(0) {
+            return Ok(Step::PeerFull);
+        }
         let mut tag = match conn.begin(&header) {
             Ok(tag) => tag,
             Err(error) => return Err(self.protocol(key, error)),

@@ -272,6 +272,10 @@ impl<R: Ring> Shard<R> {
         if self.touched.is_empty() {
             self.touched = touched; // keeps the allocation
         }
+        // A buffer may have come back after the one that waits for it was looked at.
+        if self.buffers.has_large() {
+            self.touched.append(&mut self.starved);
+        }
     }
 
     fn work_on(&mut self, key: usize) {
@@ -377,6 +381,10 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Ping) => {
+                // Each costs an answer, and no slot bounds them.
+                if !self.conns[key].reserve(0) {
+                    return Ok(Step::PeerFull);
+                }
                 self.conns[key].push(Kind::Pong, header.code, &[], &mut self.buffers);
                 Ok(Step::Taken)
             }
