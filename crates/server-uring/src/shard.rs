@@ -294,7 +294,12 @@ impl<R: Ring> Shard<R> {
         }
         // A buffer may have come back after the one that waits for it was looked at.
         if self.buffers.has_large() {
-            self.touched.append(&mut self.starved);
+            for key in std::mem::take(&mut self.starved) {
+                if let Some(conn) = self.conns.get_mut(key) {
+                    conn.starving = false;
+                    self.touched.push(key);
+                }
+            }
         }
     }
 
