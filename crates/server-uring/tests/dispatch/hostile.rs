@@ -1,10 +1,11 @@
 //! A guest that lies: every hole that we know of, races, and random bytes.
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringfs_server::dispatch::Request;
 use ringfs_server::fs::FsOptions;
-use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::abi::{self, Opcode, fattr};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
@@ -72,6 +73,40 @@ fn a_directory_moved_out_of_the_share_leads_nowhere() {
     assert_eq!(guest.lookup(id, ".."), Err(Errno::INVAL));
     assert_eq!(guest.lookup(ROOT, ".."), Err(Errno::INVAL));
     assert_eq!(guest.lookup(ROOT, "secret"), Err(Errno::NOENT));
+}
+
+#[test]
+fn a_link_is_never_followed_on_the_host() {
+    let outer = tempfile::tempdir().expect("directory");
+    let share = outer.path().join("share");
+    std::fs::create_dir(&share).expect("host");
+    let secret = outer.path().join("secret");
+    std::fs::write(&secret, b"secret").expect("host");
+    std::os::unix::fs::symlink(&secret, share.join("link")).expect("host");
+    std::os::unix::fs::symlink(outer.path(), share.join("up")).expect("host");
+    let before = std::fs::metadata(&secret).expect("host");
+    let guest = Guest::new(&share, FsOptions::default());
+    let link = guest.lookup(ROOT, "link").expect("lookup").nodeid;
+    let up = guest.lookup(ROOT, "up").expect("lookup").nodeid;
+    for bits in [fattr::MODE, fattr::SIZE, fattr::UID, fattr::GID, fattr::ATIME | fattr::MTIME] {
+        let set = abi::SetattrIn { valid: bits, mode: 0o777, uid: 9, gid: 9, ..Default::default() };
+        let _ = guest.setattr(link, set);
+    }
+    for name in [&b"user.x"[..], b"trusted.x", b"security.x"] {
+        let _ = guest.setxattr(link, name, b"x");
+        assert!(guest.getxattr(link, b"user.x", 100).is_err());
+    }
+    assert_eq!(guest.open(link, O_RDWR), Err(Errno::LOOP));
+    assert_eq!(guest.opendir(up), Err(Errno::NOTDIR));
+    assert_eq!(guest.lookup(up, "secret"), Err(Errno::NOTDIR));
+    assert_eq!(guest.create(up, "new", O_RDWR), Err(Errno::NOTDIR));
+    assert_eq!(guest.create(ROOT, "link", O_RDWR), Err(Errno::LOOP));
+    assert_eq!(guest.link(link, ROOT, "twin").expect("link").nodeid, link, "the link itself");
+    let after = std::fs::metadata(&secret).expect("host");
+    assert_eq!((after.mode(), after.uid(), after.len()), (before.mode(), before.uid(), 6));
+    let times = |meta: &std::fs::Metadata| (meta.ctime(), meta.ctime_nsec(), meta.nlink());
+    assert_eq!(times(&after), times(&before), "no attribute of any kind was set");
+    assert_eq!(std::fs::read_dir(outer.path()).expect("host").count(), 2);
 }
 
 #[test]
