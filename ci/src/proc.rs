@@ -22,8 +22,9 @@ use crate::guard::{self, Guard, Undo};
 const LIMIT: Duration = Duration::from_secs(60);
 /// Of captured output we keep this much.
 const OUTPUT_BYTES_MAX: u64 = 16 << 20;
-/// Lines of output shown when a command fails.
-const TAIL_LINES: usize = 40;
+/// Lines of output shown when a command fails: from its start and from its end.
+const TAIL_LINES: usize = 25;
+const HEAD_LINES: usize = 8;
 
 /// A command to run, to be built up as `std::process::Command` is.
 #[derive(Debug)]
@@ -208,10 +209,13 @@ impl Drop for Process {
     }
 }
 
-/// The last lines of a text, for an error message.
+/// The first and last lines of a text, for an error message.
 pub fn tail(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+    let mut lines: Vec<&str> = text.lines().collect();
+    if lines.len() > HEAD_LINES + TAIL_LINES {
+        lines.splice(HEAD_LINES..lines.len() - TAIL_LINES, ["..."]);
+    }
+    lines.join("\n")
 }
 
 /// The last lines of a log file, or why it cannot be read.

@@ -110,7 +110,7 @@ fn no_device(rig: &Rig) -> Result<()> {
     let dir = rig.sandbox.make_dir("mnt")?;
     let source = format!("d@unix:{}", rig.daemon.socket.display());
     // A /dev without fuse, in a mount namespace of its own.
-    let hide = "mount -t tmpfs none /dev && exec \"$@\"";
+    let hide = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\"";
     let hidden = Cmd::new("unshare").args(["--mount", "sh", "-c", hide, "sh"]);
     let hidden = hidden.arg(&rig.bins.ringfs).arg("mount").arg(&source).arg(&dir);
     refused(hidden, &["/dev/fuse"])?;

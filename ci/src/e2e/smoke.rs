@@ -236,6 +236,7 @@ fn sparse(rig: &Rig) -> Result<()> {
     let mut near = [1; 4];
     file.read_exact_at(&mut near, 0)?;
     ensure!(near == [0; 4]);
+    drop(file);
     mount.umount()
 }
 

@@ -125,6 +125,16 @@ impl Client {
         kill_process(self.pid(), signal).expect("kill");
     }
 
+    /// The next line of standard error, which [`Client::wait`] then does not see.
+    fn next_words(&mut self) -> String {
+        let stderr = self.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
+        within("words", move || {
+            let mut line = String::new();
+            BufReader::new(stderr).read_line(&mut line).expect("utf-8");
+            line
+        })
+    }
+
     fn wait(mut self) -> (ExitStatus, String) {
         let mut child = self.child.take().expect("running");
         let pid = Pid::from_child(&child);
@@ -341,7 +351,8 @@ fn a_killed_reader_gets_out_and_the_daemon_is_told() {
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
     reader.kill();
     assert_eq!(reader.wait().status.signal(), Some(9));
-    bench.host.wait_for("a cancel", |seen| (seen.cancels == 1).then_some(()));
+    // One for the READ, and one for the FLUSH of a killed process if the kernel is quick enough.
+    bench.host.wait_for("a cancel", |seen| (seen.cancels >= 1).then_some(()));
     assert!(bench.umount(&[]).status.success());
     assert!(client.wait().0.success());
     assert_eq!(bench.host.slots_in_use(), 0);
@@ -351,14 +362,10 @@ fn a_killed_reader_gets_out_and_the_daemon_is_told() {
 fn a_parked_reader_gets_out_without_the_daemon() {
     let bench = Bench::new(Terms { slots: 1, ..Terms::default() });
     let client = bench.mount("lanes=1");
-    // Opened while the slot is free: `cat` would park with its LOOKUP.
-    let path = bench.file("hang");
-    let parked_file = within("open", move || File::open(path)).expect("open");
     let first = bench.cat("hang");
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    let mut second = Command::new("cat");
-    second.stdin(parked_file).stdout(Stdio::piped());
-    let second = Reader { child: second.spawn().expect("cat") };
+    // It parks with its LOOKUP.
+    let second = bench.cat("hang");
     wait_until("the park", || status_of(&bench)["parked"] == 1);
     second.kill();
     assert_eq!(second.wait().status.signal(), Some(9));
@@ -388,7 +395,7 @@ fn many_waiting_requests_are_parked_and_all_answered() {
         std::thread::scope(|scope| {
             for _ in 0..40 {
                 let path = &path;
-                scope.spawn(move || read_big(path, 3));
+                scope.spawn(move || read_big(path, 2));
             }
         });
     });
@@ -453,17 +460,18 @@ fn a_signal_unmounts_and_a_busy_mount_is_served_until_it_is_free() {
     assert!(status.success() && !bench.is_mounted(), "{stderr}");
 
     let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let mut client = bench.mount("lanes=2");
     let path = bench.file("big");
     let file = within("open", move || File::open(path)).expect("open");
     client.signal(Signal::TERM);
-    wait_until("the detached mount", || !bench.is_mounted());
+    let words = client.next_words();
+    assert!(words.contains("is in use") && !bench.is_mounted(), "{words}");
     within("a late read", move || {
         let mut buffer = [0; 16];
         file.read_at(&mut buffer, 0).expect("still served");
     });
     let (status, stderr) = client.wait();
-    assert!(status.success() && stderr.contains("is in use"), "{status} {stderr}");
+    assert!(status.success(), "{status} {stderr}");
 }
 
 #[test]

@@ -66,6 +66,7 @@ impl<R: Ring> Shard<R> {
                     batch: batch.clone(),
                     body,
                     tag,
+                    own: own.take(),
                     mailbox: self.shared.mailbox.clone(),
                 });
             }
@@ -137,6 +138,23 @@ impl<R: Ring> Shard<R> {
     pub(super) fn finish(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
         self.conns[tag.conn].in_flight -= 1;
         self.answer(tag, result);
+    }
+
+    /// Answers a request that the pool has executed.
+    pub(super) fn executed(&mut self, done: Done) {
+        let Done { tag, result, small, own, batch } = done;
+        self.buffers.give_shared(batch);
+        match (own, result) {
+            (Some(buf), Ok(len)) => {
+                self.conns[tag.conn].in_flight -= 1;
+                self.reply_from(tag, buf, len);
+                self.touched.push(tag.conn);
+            }
+            (own, result) => {
+                own.into_iter().for_each(|buf| self.buffers.give(buf));
+                self.finish(tag, result.map(|len| &small[..len]));
+            }
+        }
     }
 
     fn begin(&mut self, tag: RequestTag, io: Io) {
@@ -306,6 +324,7 @@ impl<R: Ring> Shard<R> {
         let named = RequestTag { conn: key, lane: header.lane, at, reserved: 0 };
         if let Some(job) = self.shared.pool.cancel(conn.session.id, named) {
             self.buffers.give_shared(job.batch);
+            job.own.into_iter().for_each(|buf| self.buffers.give(buf));
             self.finish(job.tag, Err(Errno::INTR));
         }
     }

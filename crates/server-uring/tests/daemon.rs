@@ -178,6 +178,8 @@ fn pings_are_answered_and_optional_kinds_skipped() {
         guest.flush();
         let (record, _) = guest.receive().expect("a pong");
         assert_eq!((record.kind, record.code), (Kind::Pong as u8, 77));
+        let counters = daemon.counters();
+        assert_eq!(counters["batches_in"], 1);
         guest.add(Kind::Goodbye as u8, none, 1, b"bye");
         guest.flush();
         guest.ending();

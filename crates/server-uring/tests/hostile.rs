@@ -211,6 +211,7 @@ fn handshakes_are_refused_for_the_right_reason() {
         check(Hello { conn: 1, ..hello("share") }, Reason::Protocol);
         check(Hello { slots: 0, ..hello("share") }, Reason::Protocol);
         check(Hello { mount_flags: 1 << 31, ..hello("share") }, Reason::Protocol);
+        let long = "é".repeat(1000);
         let subdirs: &[&[u8]] = &[
             b"..",
             b"../share",
@@ -227,6 +228,7 @@ fn handshakes_are_refused_for_the_right_reason() {
             b"a\0",
             b"sub/deep/../../..",
             b"\xff\xfe",
+            long.as_bytes(),
         ];
         for subdir in subdirs {
             check(Hello { subdir: subdir.to_vec(), ..hello("share") }, Reason::BadSubdir);
@@ -306,6 +308,64 @@ fn an_open_connections_index_is_not_given_twice() {
         });
         let gone = [Reason::UnknownSession, Reason::Protocol];
         assert!(matches!(end, End::Goodbye(Some(reason), _) if gone.contains(&reason)));
+    });
+}
+
+#[test]
+fn silent_connections_do_not_keep_others_out() {
+    on_both(|scene| {
+        let silent: Vec<_> = (0..300).map(|_| scene.daemon.connect()).collect();
+        let mut some: Vec<_> = (0..20).map(|_| scene.daemon.connect()).collect();
+        some.iter_mut().for_each(|stream| stream.write_all(&[120, 0, 0, 0]).expect("sent"));
+        let start = Instant::now();
+        let mut guest = scene.daemon.guest();
+        assert!(guest.lookup(1, "friend").is_ok());
+        assert!(start.elapsed() < Duration::from_secs(3), "kept out by silent ones");
+        // Whoever says nothing is told goodbye in the end.
+        for mut stream in silent {
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_never_reads_holds_up_nobody() {
+    on_both(|scene| {
+        let memory = scene.daemon.memory_kib();
+        let mut foes = Vec::new();
+        for i in 0..24 {
+            let mut foe = scene.daemon.guest();
+            let (node, fh) = foe.create("large").expect("create");
+            if i == 0 {
+                assert_eq!(foe.write(node, fh, 0, &pattern(1, MIB as usize)), Ok(MIB));
+            }
+            while foe.has_free() {
+                foe.start(Opcode::Read, node, &read_args(fh, 0, MIB));
+            }
+            foe.flush();
+            foes.push(foe);
+        }
+        scene.friend_is_served(9);
+        let grown = scene.daemon.memory_kib().saturating_sub(memory);
+        assert!(grown < 400 << 10, "{grown} KiB for guests that do not read");
+        drop(foes);
+    });
+}
+
+#[test]
+fn half_a_batch_holds_up_nobody() {
+    on_both(|scene| {
+        let mut foes = Vec::new();
+        for _ in 0..220 {
+            let mut foe = scene.daemon.guest();
+            let data = vec![0; MIB as usize];
+            foe.start(Opcode::Write, 1, &write_args(0, 0, &data));
+            let bytes = foe.seal();
+            foe.stream.write_all(&bytes[..100_000]).expect("sent");
+            foes.push(foe);
+        }
+        scene.friend_is_served(5);
     });
 }
 
@@ -407,5 +467,56 @@ fn a_daemon_ends_well_under_load() {
         assert!(start.elapsed() < Duration::from_secs(8), "{:?} to end", start.elapsed());
         let end = load.join().expect("the load");
         assert!(matches!(end, End::Goodbye(Some(Reason::Shutdown), _) | End::Closed), "{end:?}");
+    }
+}
+
+/// A daemon in a mount namespace of its own, in which `script` has mounted something at `$1`.
+fn daemon_with_mounts(engine: &str, script: &str) -> Daemon {
+    Daemon::start_as(engine, |daemon, share| {
+        let mut command = std::process::Command::new("unshare");
+        let script = format!("set -e; {script}; d=$2; shift 2; exec \"$d\" \"$@\"");
+        command.args(["--mount", "sh", "-c", &script, "sh"]).arg(share).arg(daemon);
+        command
+    })
+}
+
+#[test]
+fn what_is_mounted_below_a_share_cannot_be_mounted() {
+    let script = "mkdir -p \"$1/sub/inner\"; mount --bind /etc \"$1/sub/inner\"";
+    let daemon = daemon_with_mounts("uring", script);
+    let inner = Hello { subdir: b"sub/inner".to_vec(), ..hello("share") };
+    let end = Guest::greet(daemon.connect(), &inner).err();
+    assert!(matches!(end, Some(End::Goodbye(Some(Reason::BadSubdir), _))), "{end:?}");
+    let sub = Hello { subdir: b"sub".to_vec(), ..hello("share") };
+    let mut guest = Guest::greet(daemon.connect(), &sub).expect("no mount");
+    let inner = guest.lookup(1, "inner").expect("the directory underneath");
+    assert_eq!(guest.lookup(inner.nodeid, "passwd"), Err(libc::ENOENT as u32));
+    daemon.stop_well();
+}
+
+#[test]
+fn large_replies_of_the_pool_arrive_whole() {
+    // On ramfs, which the daemon does not know as local, metadata is the pool's business.
+    let names = (0..4000).map(|i| format!("a-file-with-a-long-name-{i:05}"));
+    for engine in ["uring", "threads"] {
+        let daemon = daemon_with_mounts(engine, "mount -t ramfs none \"$1\"");
+        let before = daemon.gauges_at_rest();
+        let mut guest = daemon.guest();
+        for name in names.clone() {
+            let (node, fh) = guest.create(&name).expect("create");
+            guest.release(node, fh).expect("release");
+            guest.forget(&[(node, 1)]);
+        }
+        let opened = guest.call(Opcode::Opendir, 1, &[0; 8]).expect("opendir");
+        let fh = u64::from_le_bytes(opened[..8].try_into().expect("8 bytes"));
+        let entries = guest.call(Opcode::Readdir, 1, &read_args(fh, 0, MIB)).expect("readdir");
+        assert!(entries.len() > 150_000, "{} bytes of entries", entries.len());
+        let found = names
+            .clone()
+            .filter(|name| entries.windows(name.len()).any(|window| window == name.as_bytes()));
+        assert_eq!(found.take(20).count(), 20);
+        drop(guest);
+        daemon.settles_at(&before);
+        daemon.stop_well();
     }
 }

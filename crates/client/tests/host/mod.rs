@@ -13,7 +13,7 @@ use ringfs_wire::slot::{ServerSlots, SlotUse};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -147,7 +147,8 @@ impl Host {
 
 impl Shared {
     fn note(&self, edit: impl FnOnce(&mut Seen)) {
-        edit(&mut self.seen.lock().expect("seen"));
+        // A failed test has poisoned it; the other threads go on.
+        edit(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner));
         self.changed.notify_all();
     }
 
@@ -179,9 +180,9 @@ impl Conn {
 fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
     let conn = Arc::new(Conn {
         stream: stream.try_clone().expect("dup"),
-        tx: Mutex::new((LinkTx::new(false), 0)),
+        tx: Mutex::new((LinkTx::new(true), 0)),
     });
-    let mut rx = LinkRx::new(false);
+    let mut rx = LinkRx::new(true);
     let mut deframer = Deframer::new();
     loop {
         while let Some(bytes) = deframer.next_batch().map_err(|e| e.to_string())? {
