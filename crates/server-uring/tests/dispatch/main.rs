@@ -3,5 +3,6 @@
 mod dirs;
 mod hostile;
 mod life;
+mod random;
 mod rights;
 mod support;

@@ -1,19 +1,16 @@
 //! Whose rights, whose bits, whose mounts. Most of it can only be tried by root.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ringfs_server::fs::{Fs, FsOptions, ShareRoot, Submounts};
 use ringfs_wire::abi::{self, Opcode, fattr};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::support::{Guest, O_EXCL, O_RDWR, ROOT, named, share, share_with, split_created};
-
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}
+use crate::support::{
+    Guest, Mounted, O_EXCL, O_RDWR, ROOT, is_root, named, share, share_with, split_created,
+};
 
 fn set_mode(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("host");
@@ -208,23 +205,6 @@ fn device_nodes_only_when_allowed() {
         let node = mknod(&guest, libc::S_IFCHR | 0o600, b"node").expect("device");
         assert_eq!(node.attr.rdev, 0x0001_0305);
         assert_eq!(guest.open(node.nodeid, O_RDWR), Err(Errno::NXIO));
-    }
-}
-
-/// A tmpfs somewhere; gone when dropped, also after a failed assertion.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn tmpfs(path: PathBuf) -> Mounted {
-        rustix::mount::mount("tmpfs", &path, "tmpfs", MountFlags::empty(), c"size=1m")
-            .expect("mount");
-        Mounted(path)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.0, UnmountFlags::DETACH);
     }
 }
 

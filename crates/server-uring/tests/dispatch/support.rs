@@ -1,12 +1,13 @@
 //! A guest's kernel in a few lines: builds requests as bytes and reads the replies.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ringfs_server::dispatch::{Request, Route};
 use ringfs_server::fs::{Fs, FsOptions};
 use ringfs_wire::abi::{self, Opcode};
 use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub const ROOT: u64 = abi::FUSE_ROOT_ID;
@@ -310,4 +311,31 @@ pub fn fds_on(path: &Path) -> usize {
             .is_ok_and(|seen| (seen.dev(), seen.ino()) == (host.dev(), host.ino()))
     });
     same.count()
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// A tmpfs somewhere; gone when dropped, also after a failed assertion.
+pub struct Mounted(pub PathBuf);
+
+impl Mounted {
+    pub fn tmpfs(path: PathBuf) -> Mounted {
+        rustix::mount::mount(
+            "tmpfs",
+            &path,
+            "tmpfs",
+            MountFlags::empty(),
+            c"size=16m,nr_inodes=20000",
+        )
+        .expect("mount");
+        Mounted(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, UnmountFlags::DETACH);
+    }
 }
