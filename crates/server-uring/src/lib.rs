@@ -21,6 +21,8 @@ pub mod passthrough;
 pub mod pool;
 pub mod reply;
 pub mod ring;
+#[doc(hidden)]
+pub mod ring_sim;
 pub mod ring_threads;
 pub mod session;
 pub mod shard;

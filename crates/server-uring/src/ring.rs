@@ -31,6 +31,11 @@ pub trait Ring {
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>);
     /// Operations in flight.
     fn in_flight(&self) -> usize;
+    /// Whether file operations must come here even where they would not wait for anything: a
+    /// simulation wants to decide about each.
+    fn takes_all(&self) -> bool {
+        false
+    }
 }
 
 /// [`Ring`] on io_uring.

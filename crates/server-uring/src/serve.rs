@@ -173,7 +173,10 @@ impl<R: Ring> Shard<R> {
     ) {
         let conn = &mut self.conns[tag.conn];
         let mut done = 0;
+        let try_cache = !self.ring.takes_all();
         let buf = match own {
+            Some(buf) if !try_cache => buf,
+            None if !try_cache => self.buffers.small(),
             Some(mut buf) => {
                 match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
                     Cached::All(n) => return self.read_done(tag, buf, n),
@@ -249,7 +252,7 @@ impl<R: Ring> Shard<R> {
         batch: &Arc<Buf>,
         range: Range<usize>,
     ) {
-        if file.memory {
+        if file.memory && !self.ring.takes_all() {
             // No disk can make this wait, and the ring would send it to a worker thread.
             let result = fdops::write_at(file.as_fd(), offset, &batch[range]);
             return self.write_answer(tag, result);

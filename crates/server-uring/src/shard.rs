@@ -175,7 +175,12 @@ impl<R: Ring> Shard<R> {
                     self.buffers.give_shared(buf);
                 }
             },
-            (Io::Fsync { .. }, Tag::Request(tag)) => self.finish(tag, result.map(|_| &[][..])),
+            (Io::Fsync { file, data_only }, Tag::Request(tag)) => match result {
+                Err(Errno::INTR | Errno::AGAIN) => {
+                    self.submit(Op { io: Io::Fsync { file, data_only }, tag: op.tag });
+                }
+                _ => self.finish(tag, result.map(|_| &[][..])),
+            },
             (io, tag) => unreachable!("{io:?} is never submitted for {tag:?}"),
         }
     }

@@ -74,7 +74,8 @@ fn is_protocol_error(end: End, what: &str) {
 #[test]
 fn broken_batches_end_the_connection() {
     on_both(|scene| {
-        let attacks: &[(&str, fn(&mut Vec<u8>))] = &[
+        type Attack = fn(&mut Vec<u8>);
+        let attacks: &[(&str, Attack)] = &[
             ("garbage", |b| b.iter_mut().enumerate().for_each(|(i, v)| *v = (i * 37) as u8)),
             ("magic", |b| b[4] ^= 1),
             ("length of a batch: short", |b| b[..4].copy_from_slice(&31u32.to_le_bytes())),
