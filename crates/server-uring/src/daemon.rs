@@ -6,11 +6,10 @@
 
 use crate::accept::{self, Address, ListenError, Listener};
 use crate::control::Control;
-use crate::fs::{Fs, FsOptions, Submounts};
+use crate::fs::{Fs, FsOptions, ShareRoot, Submounts};
 use crate::greet::Share;
 use crate::worker::Worker;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
 use std::os::fd::OwnedFd;
@@ -57,11 +56,9 @@ pub struct ShareConfig {
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum DaemonError {
-    #[error("cannot share {dir:?}: {source}")]
-    Share { dir: PathBuf, source: std::io::Error },
     #[error("the share name {0:?} is given twice")]
     Twice(String),
-    #[error("the share {name:?} cannot be served: {source}")]
+    #[error("cannot serve the share {name:?}: {source}")]
     Serve { name: String, source: crate::fs::FsError },
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -148,12 +145,10 @@ fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
 
 fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
     let ShareConfig { name, dir, options } = config;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(&dir, flags, Mode::empty())
-        .map_err(|errno| DaemonError::Share { dir: dir.clone(), source: errno.into() })?;
+    let serve = |source| DaemonError::Serve { name: name.clone(), source };
+    let root = ShareRoot::open(&dir, options.submounts).map_err(serve)?;
     // Tried once, so that what can never be served is said at the start.
-    Fs::new(&dir, options.clone())
-        .map_err(|source| DaemonError::Serve { name: name.clone(), source })?;
+    root.try_clone().and_then(|root| Fs::on(root, options.clone())).map_err(serve)?;
     Ok(Share { name, dir, root, options })
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use ringfs_wire::abi;
 pub use ringfs_wire::hello::CacheMode;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 
@@ -170,6 +170,22 @@ impl ShareRoot {
     /// [`FsError::Open`]: no fd is left.
     pub fn try_clone(&self) -> Result<ShareRoot, FsError> {
         let fd = self.fd.try_clone().map_err(FsError::Backend)?;
+        Ok(ShareRoot { fd, hidden: self.hidden })
+    }
+
+    /// A directory below, or this one for an empty path. Guests may have made links in the share:
+    /// none is followed, nothing leads out, nor into a mount that is to be hidden.
+    ///
+    /// # Errors
+    /// What openat2 says; `EXDEV` where the path leads out.
+    pub fn descend(&self, path: &[u8]) -> Result<ShareRoot, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        if !self.hidden {
+            resolve |= ResolveFlags::NO_XDEV;
+        }
+        let path = if path.is_empty() { b".".as_slice() } else { path };
+        let fd = rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)?;
         Ok(ShareRoot { fd, hidden: self.hidden })
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::accept::Accepted;
 use crate::connection::{Connection, Link};
-use crate::fs::{Fs, FsOptions, Submounts};
+use crate::fs::{Fs, FsOptions, ShareRoot};
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::session::{Registry, Session, Terms};
@@ -14,9 +14,8 @@ use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, mount_flag};
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -30,7 +29,7 @@ pub struct Share {
     /// Where it is.
     pub dir: PathBuf,
     /// Its root, opened by the parent.
-    pub root: OwnedFd,
+    pub root: ShareRoot,
     /// How it is served.
     pub options: FsOptions,
 }
@@ -204,13 +203,16 @@ impl Greeter {
         if !self.registry.has_room() {
             return Err(refuse(Reason::Limit, format!("{SESSIONS_MAX} sessions are open already")));
         }
-        let root = open_subdir(share, &hello.subdir)?;
+        let root = share.root.descend(&hello.subdir).map_err(|error| {
+            let subdir = String::from_utf8_lossy(&hello.subdir);
+            let text = format!("{subdir:?} in share {:?}: {error}", share.name);
+            refuse(Reason::BadSubdir, text)
+        })?;
         let mut options = share.options.clone();
         options.cache = hello.cache;
         options.writeback = hello.mount_flags & mount_flag::WRITEBACK != 0;
         options.read_only |= hello.mount_flags & mount_flag::READ_ONLY != 0;
-        let path = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
-        let fs = Fs::new(&path, options).map_err(|error| {
+        let fs = Fs::on(root, options).map_err(|error| {
             tracing::error!(share = share.name, dir = %share.dir.display(), %error, "cannot serve");
             refuse(Reason::Internal, "the share cannot be served; the daemon's log says why")
         })?;
@@ -254,22 +256,6 @@ fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
         }
         _ => Err(protocol("the first batch is one HELLO".into())),
     }
-}
-
-fn open_subdir(share: &Share, subdir: &[u8]) -> Result<OwnedFd, Refusal> {
-    let shown = String::from_utf8_lossy(subdir);
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let path: &[u8] = if subdir.is_empty() { b"." } else { subdir };
-    // A guest may have made links in the share: none is followed, and nothing leads out.
-    let mut resolve =
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    if share.options.submounts == Submounts::Hide {
-        // What is mounted below the share is not to be seen: no way leads into it either.
-        resolve |= ResolveFlags::NO_XDEV;
-    }
-    rustix::fs::openat2(&share.root, path, flags, Mode::empty(), resolve).map_err(|error| {
-        refuse(Reason::BadSubdir, format!("{shown:?} in share {:?}: {error}", share.name))
-    })
 }
 
 fn say_goodbye(accepted: &Accepted, refusal: &Refusal) {

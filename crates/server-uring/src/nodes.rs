@@ -100,6 +100,11 @@ impl Released {
         self.0.is_empty()
     }
 
+    /// How many fds dropping this closes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// True where dropping this frees the blocks of a large file: better on another thread.
     pub fn frees_much(&self) -> bool {
         let stats = self.0.iter().filter_map(|node| match node.backing().ok()? {

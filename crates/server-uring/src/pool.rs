@@ -8,6 +8,7 @@ use crate::connection::BODY_AT;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::mailbox::{Mail, Mailbox};
+use crate::nodes::Released;
 use crate::op::RequestTag;
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -49,11 +50,18 @@ pub struct Done {
     pub batch: Arc<Buf>,
 }
 
+/// What waits for a thread.
+enum Task {
+    Request(Box<Job>),
+    /// Files to close, nobody waits for it.
+    Release(Released),
+}
+
 #[derive(Default)]
 struct Turn {
     session: u64,
     running: usize,
-    waiting: VecDeque<Job>,
+    waiting: VecDeque<Task>,
 }
 
 #[derive(Default)]
@@ -94,12 +102,20 @@ impl Pool {
 
     /// Queues a job. How many wait is bounded by the sessions' slots.
     pub fn submit(self: &Arc<Self>, job: Job) {
+        self.queue(job.session, Task::Request(Box::new(job)));
+    }
+
+    /// Closes files that a session has given back. Bounded by the nodes that it may know.
+    pub fn release(self: &Arc<Self>, session: u64, released: Released) {
+        self.queue(session, Task::Release(released));
+    }
+
+    fn queue(self: &Arc<Self>, session: u64, task: Task) {
         let mut queue = self.lock();
-        let session = job.session;
         match queue.turns.iter_mut().find(|turn| turn.session == session) {
-            Some(turn) => turn.waiting.push_back(job),
+            Some(turn) => turn.waiting.push_back(task),
             None => {
-                queue.turns.push_back(Turn { session, running: 0, waiting: VecDeque::from([job]) })
+                queue.turns.push_back(Turn { session, running: 0, waiting: VecDeque::from([task]) })
             }
         }
         let busy: usize = queue.turns.iter().map(|turn| turn.running + turn.waiting.len()).sum();
@@ -119,10 +135,9 @@ impl Pool {
                     // Without any thread the job would wait for ever.
                     tracing::error!(%error, "cannot start a pool thread; the job runs on the shard");
                     drop(handles);
-                    let job = self.lock().take_next(self.share);
-                    if let Some(job) = job {
-                        let session = job.session;
-                        execute(job);
+                    let next = self.lock().take_next(self.share);
+                    if let Some((session, task)) = next {
+                        execute(task);
                         self.lock().finished(session);
                     }
                 }
@@ -136,14 +151,20 @@ impl Pool {
         let mut queue = self.lock();
         let at = queue.turns.iter().position(|turn| turn.session == session)?;
         let turn = &mut queue.turns[at];
-        let index = turn.waiting.iter().position(|job| {
-            (job.tag.conn, job.tag.lane, job.tag.at) == (tag.conn, tag.lane, tag.at)
+        let index = turn.waiting.iter().position(|task| match task {
+            Task::Request(job) => {
+                (job.tag.conn, job.tag.lane, job.tag.at) == (tag.conn, tag.lane, tag.at)
+            }
+            Task::Release(_) => false,
         })?;
-        let job = turn.waiting.remove(index);
+        let task = turn.waiting.remove(index);
         if turn.running == 0 && turn.waiting.is_empty() {
             queue.turns.remove(at);
         }
-        job
+        match task {
+            Some(Task::Request(job)) => Some(*job),
+            Some(Task::Release(_)) | None => None,
+        }
     }
 
     fn run(&self) {
@@ -152,9 +173,9 @@ impl Pool {
         }
         loop {
             let mut queue = self.lock();
-            let job = loop {
-                if let Some(job) = queue.take_next(self.share) {
-                    break job;
+            let (session, task) = loop {
+                if let Some(next) = queue.take_next(self.share) {
+                    break next;
                 }
                 if queue.closed {
                     return;
@@ -162,8 +183,7 @@ impl Pool {
                 queue = self.work.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner());
             };
             drop(queue);
-            let session = job.session;
-            execute(job);
+            execute(task);
             self.lock().finished(session);
             // A session that was at its share may go on.
             self.work.notify_one();
@@ -184,14 +204,16 @@ impl Pool {
 }
 
 impl Queue {
-    fn take_next(&mut self, share: usize) -> Option<Job> {
+    /// Whose turn it is, and what.
+    fn take_next(&mut self, share: usize) -> Option<(u64, Task)> {
         let index =
             self.turns.iter().position(|turn| turn.running < share && !turn.waiting.is_empty())?;
         let mut turn = self.turns.remove(index)?;
-        let job = turn.waiting.pop_front();
+        let task = turn.waiting.pop_front()?;
         turn.running += 1;
+        let session = turn.session;
         self.turns.push_back(turn);
-        job
+        Some((session, task))
     }
 
     fn finished(&mut self, session: u64) {
@@ -205,7 +227,14 @@ impl Queue {
     }
 }
 
-fn execute(job: Job) {
+fn execute(task: Task) {
+    match task {
+        Task::Request(job) => execute_request(*job),
+        Task::Release(released) => drop(released),
+    }
+}
+
+fn execute_request(job: Job) {
     let Job { fs, opcode, batch, body, tag, mut own, mailbox, session: _ } = job;
     let mut small = Vec::new();
     let result = match Request::parse(opcode, &batch[body]) {

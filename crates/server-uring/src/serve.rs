@@ -305,13 +305,18 @@ impl<R: Ring> Shard<R> {
         };
         tag.conn = key;
         let fs = conn.session.fs.clone();
-        match forgets {
-            Some(forgets) => fs.forget(forgets.iter().map(|one| (one.nodeid, one.nlookup))),
+        let released = match forgets {
+            Some(forgets) => fs.forget_later(forgets.iter().map(|one| (one.nodeid, one.nlookup))),
             // Not aligned where it lies.
-            None => fs.forget(body.chunks_exact(size_of::<ForgetOne>()).filter_map(|bytes| {
-                let one = ForgetOne::read_from_bytes(bytes).ok()?;
-                Some((one.nodeid, one.nlookup))
-            })),
+            None => {
+                fs.forget_later(body.chunks_exact(size_of::<ForgetOne>()).filter_map(|bytes| {
+                    let one = ForgetOne::read_from_bytes(bytes).ok()?;
+                    Some((one.nodeid, one.nlookup))
+                }))
+            }
+        };
+        if released.len() > RELEASED_INLINE_MAX || released.frees_much() {
+            self.shared.pool.release(self.conns[key].session.id, released);
         }
         self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);
         self.answer(tag, Ok(&[]));
@@ -332,6 +337,9 @@ impl<R: Ring> Shard<R> {
         }
     }
 }
+
+/// Nodes of one FORGET that are closed on the shard itself.
+const RELEASED_INLINE_MAX: usize = 64;
 
 /// What the page cache had of a range.
 enum Cached {
