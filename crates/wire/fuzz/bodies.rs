@@ -129,7 +129,7 @@ fn request(slots: &mut ServerSlots, record: &RecordHeader) {
     match slots.begin(at) {
         Ok(()) => {
             assert!(!running && slots.is_running(at) && slots.in_use() == in_use + 1);
-            if record.code % 2 == 0 {
+            if record.code.is_multiple_of(2) {
                 assert_eq!(slots.finish(at), Ok(()));
                 assert!(slots.begin(at).is_err(), "the same use twice");
             }
