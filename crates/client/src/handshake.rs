@@ -83,7 +83,7 @@ pub fn refusal(reason: Option<Reason>, text: &str) -> String {
 /// Says HELLO on a fresh connection and reads the answer.
 pub fn join(socket: Socket, hello: &Hello) -> Result<Joined, HandshakeError> {
     let deadline = Instant::now() + LIMIT;
-    let (mut tx, mut rx) = (LinkTx::new(false), LinkRx::new(false));
+    let (mut tx, mut rx) = (LinkTx::new(true), LinkRx::new(true));
     let mut buffer = vec![0; HELLO_BYTES_MAX];
     let mut builder = BatchBuilder::new();
     let header = RecordHeader { kind: Kind::Hello as u8, ..Default::default() };
@@ -194,7 +194,7 @@ mod tests {
         let mut builder = BatchBuilder::new();
         let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
         assert!(builder.push(&mut buffer, header, body));
-        LinkTx::new(false).seal(&mut builder, &mut buffer, 1).to_vec()
+        LinkTx::new(true).seal(&mut builder, &mut buffer, 1).to_vec()
     }
 
     /// What `join` makes of a peer that reads the HELLO, says `answer` and closes.

@@ -18,6 +18,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Where a large reply's body starts in its buffer: aligned, with room for both headers before it.
 pub const BODY_AT: usize = BUFFER_ALIGN;
@@ -60,6 +61,12 @@ pub struct Connection {
     pub in_flight: usize,
     /// Why it ends, once it does.
     pub closing: Option<Reason>,
+    /// It is in the shard's list of those that wait for a large buffer.
+    pub starving: bool,
+    /// Since when a large buffer waits for the rest of its batch.
+    pub receiving_since: Option<Instant>,
+    /// Since when the batch that is being sent is being sent.
+    pub sending_since: Option<Instant>,
     tx: LinkTx,
     rx: LinkRx,
     /// The tables of lanes `index`, `index + conns`, ...
@@ -100,6 +107,9 @@ impl Connection {
             index,
             in_flight: 0,
             closing: None,
+            starving: false,
+            receiving_since: None,
+            sending_since: None,
             tx: link.tx,
             rx: link.rx,
             lanes,
@@ -407,6 +417,12 @@ impl Connection {
         // An idle connection keeps nothing; a busy one builds its next batch here.
         buffers.give(buf);
         None
+    }
+
+    /// Whether one batch, in either direction, takes the peer longer than `limit`.
+    pub fn is_stalled(&self, now: Instant, limit: Duration) -> bool {
+        let since = [self.receiving_since, self.sending_since];
+        since.into_iter().flatten().any(|since| now.saturating_duration_since(since) > limit)
     }
 
     /// Whether anything waits to be sent or is being sent.

@@ -6,7 +6,7 @@
 
 use crate::accept::{self, Address, ListenError, Listener};
 use crate::control::Control;
-use crate::fs::{Fs, FsOptions};
+use crate::fs::{Fs, FsOptions, Submounts};
 use crate::greet::Share;
 use crate::worker::Worker;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
@@ -42,15 +42,15 @@ pub struct Config {
     pub control: Option<PathBuf>,
 }
 
-/// `NAME=DIR[,ro]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// `NAME=DIR[,OPTION...]`.
+#[derive(Clone, Debug)]
 pub struct ShareConfig {
     /// What guests call it.
     pub name: String,
     /// The directory.
     pub dir: PathBuf,
-    /// Guests may not change it.
-    pub read_only: bool,
+    /// How it is served, whatever guests ask for.
+    pub options: FsOptions,
 }
 
 /// Why the daemon cannot serve.
@@ -88,12 +88,23 @@ impl FromStr for ShareConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<ShareConfig, String> {
-        let (name, rest) = text.split_once('=').ok_or("a share is NAME=DIR or NAME=DIR,ro")?;
-        let (dir, read_only) = match rest.rsplit_once(',') {
-            Some((dir, "ro")) => (dir, true),
-            Some((dir, "rw")) => (dir, false),
-            _ => (rest, false),
-        };
+        let (name, rest) =
+            text.split_once('=').ok_or("a share is NAME=DIR or NAME=DIR,OPTION...")?;
+        let mut options = FsOptions::default();
+        let mut dir = rest;
+        // From the right, so that only the last parts can be options and a directory may have commas.
+        while let Some((before, word)) = dir.rsplit_once(',') {
+            match word {
+                "ro" => options.read_only = true,
+                "rw" => options.read_only = false,
+                "direct_io=pass" => options.direct_io = true,
+                "direct_io=buffered" => options.direct_io = false,
+                "submounts=merge" => options.submounts = Submounts::Merge,
+                "submounts=hide" => options.submounts = Submounts::Hide,
+                _ => break,
+            }
+            dir = before;
+        }
         if name.is_empty() || name.len() > SHARE_NAME_BYTES_MAX || name.contains(['/', '@']) {
             return Err(format!(
                 "the share name {name:?} must have 1 to {SHARE_NAME_BYTES_MAX} bytes, and no / or @"
@@ -102,7 +113,7 @@ impl FromStr for ShareConfig {
         if dir.is_empty() {
             return Err(format!("the share {name:?} has no directory"));
         }
-        Ok(ShareConfig { name: name.into(), dir: dir.into(), read_only })
+        Ok(ShareConfig { name: name.into(), dir: dir.into(), options })
     }
 }
 
@@ -136,11 +147,10 @@ fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
 }
 
 fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
-    let ShareConfig { name, dir, read_only } = config;
+    let ShareConfig { name, dir, options } = config;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(&dir, flags, Mode::empty())
         .map_err(|errno| DaemonError::Share { dir: dir.clone(), source: errno.into() })?;
-    let options = FsOptions { read_only, ..FsOptions::default() };
     // Tried once, so that what can never be served is said at the start.
     Fs::new(&dir, options.clone())
         .map_err(|source| DaemonError::Serve { name: name.clone(), source })?;
@@ -186,4 +196,39 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     drop(control);
     tracing::info!("stopped; {}", totals.to_json().trim_end());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares() {
+        let check = |text: &str, expected: Option<(&str, &str, bool, bool, Submounts)>| {
+            let parsed = text.parse::<ShareConfig>().ok();
+            let found = parsed.as_ref().map(|share| {
+                let FsOptions { read_only, direct_io, submounts, .. } = share.options;
+                let dir = share.dir.to_str().unwrap_or_default();
+                (share.name.as_str(), dir, read_only, direct_io, submounts)
+            });
+            assert_eq!(found, expected, "{text}");
+        };
+        let (hide, merge) = (Submounts::Hide, Submounts::Merge);
+        check("a=/b", Some(("a", "/b", false, false, hide)));
+        check("a=/b,ro", Some(("a", "/b", true, false, hide)));
+        check("a=/b,c,ro,direct_io=pass", Some(("a", "/b,c", true, true, hide)));
+        check("a=/b=c,submounts=merge", Some(("a", "/b=c", false, false, merge)));
+        check("a=/b,unknown", Some(("a", "/b,unknown", false, false, hide)));
+        for bad in ["", "a", "=/b", "a=", "a/b=/c", "a@b=/c", "a=,ro"] {
+            check(bad, None);
+        }
+    }
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!(parse_cpus("0-2,5, 1"), Ok(vec![0, 1, 2, 5]));
+        for bad in ["", "x", "3-1", "0-99999999", "-1", "1,,2"] {
+            assert!(parse_cpus(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -12,6 +12,7 @@ use ringfs_wire::abi::{self, Opcode};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, KnownLayout};
 
+use crate::fdops;
 use crate::fs::Fs;
 use crate::handles::OpenFile;
 use crate::ops::{attrs, dirs, init, io, names, xattrs};
@@ -22,7 +23,7 @@ pub const IO_BYTES_MAX: usize = 1 << 20;
 /// The longest READDIRPLUS: its counts must be replayable.
 pub const READDIRPLUS_BYTES_MAX: usize = 64 << 10;
 /// The longest value or list of extended attributes (the kernel's XATTR_SIZE_MAX).
-pub const XATTR_BYTES_MAX: usize = 64 << 10;
+pub const XATTR_BYTES_MAX: usize = fdops::XATTR_VALUE_BYTES_MAX;
 /// The last 24 bytes of `fuse_in_header`.
 pub const REQUEST_HEAD_BYTES: usize = 24;
 
@@ -201,7 +202,8 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Syncfs => rule(Pool, false, 0, io::syncfs),
         Op::Opendir => rule(Metadata, false, OPENED, dirs::opendir),
         Op::Readdir => asked(Metadata, 16, IO_BYTES_MAX, dirs::readdir),
-        Op::Readdirplus => asked(Metadata, 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
+        Op::Readdirplus =>
+            asked(PoolIf(dirs::is_long), 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
         Op::Releasedir => rule(Metadata, false, 0, dirs::releasedir),
         Op::Fsyncdir => rule(Pool, false, 0, dirs::fsyncdir),
         Op::Setxattr => rule(Metadata, true, 0, xattrs::setxattr),
@@ -293,13 +295,7 @@ pub(crate) fn name_pair(bytes: &[u8]) -> Result<(&CStr, &CStr), Errno> {
 /// A name, and what follows its NUL. A name never leads anywhere but into its own directory.
 pub(crate) fn name_first(bytes: &[u8]) -> Result<(&CStr, &[u8]), Errno> {
     let (name, rest) = text_first(bytes)?;
-    let text = name.to_bytes();
-    if text.is_empty() || text == b"." || text == b".." || text.contains(&b'/') {
-        return Err(Errno::INVAL);
-    }
-    if text.len() > 255 {
-        return Err(Errno::NAMETOOLONG);
-    }
+    fdops::check_name(name)?;
     Ok((name, rest))
 }
 

@@ -5,7 +5,7 @@
 //! into buffers of the caller. The handlers are in `ops`, and dispatch.rs says which opcode runs
 //! which, and where.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 
+use crate::fdops::{self, FsKind, LocalFs};
 use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::nodes::{Node, Nodes, Released};
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
@@ -89,6 +90,9 @@ pub enum FsError {
         /// The kernel's answer.
         source: Errno,
     },
+    /// The opened directory does not answer.
+    #[error("cannot read the attributes of the share's directory")]
+    Root(#[source] Errno),
     /// The crate refused.
     #[error("cannot start the file system: is /proc mounted?")]
     Backend(#[source] std::io::Error),
@@ -123,40 +127,87 @@ pub struct Fs {
     one_device: bool,
     /// Metadata calls do not wait for a network or for another daemon.
     pub(crate) local: bool,
-    /// RWF_NOWAIT means something on this file system.
+    /// What reads and writes of this file system wait for.
     waits: Waits,
     /// INIT flags in force.
     pub(crate) negotiated: AtomicU64,
+    /// The daemon's own supplementary groups must not be lent to a guest's user.
+    pub(crate) has_groups: bool,
     /// Devices other than the root's, in the order of their discovery.
     devices: RwLock<Vec<u64>>,
 }
 
+/// The directory that a share gives, opened: what a process without rights can be handed.
+///
+/// With `submounts=hide` it is the root of a detached private copy of the one mount: nothing that
+/// is or gets mounted on the host below it can be seen, and no path leads out of it. The copy
+/// lives as long as an fd of it does.
+#[derive(Debug)]
+pub struct ShareRoot {
+    fd: OwnedFd,
+    /// False where mounts below could not be hidden so: other devices are refused then (EXDEV).
+    hidden: bool,
+}
+
+impl ShareRoot {
+    /// Opens `dir`. Hiding mounts wants CAP_SYS_ADMIN.
+    ///
+    /// # Errors
+    /// [`FsError::Open`].
+    pub fn open(dir: &Path, submounts: Submounts) -> Result<ShareRoot, FsError> {
+        let opened = |source| FsError::Open { path: dir.to_owned(), source };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty()).map_err(opened)?;
+        match submounts {
+            Submounts::Merge => Ok(ShareRoot { fd: plain, hidden: true }),
+            Submounts::Hide => hide_submounts(plain).map_err(opened),
+        }
+    }
+
+    /// Another one of the same copy, for another session.
+    ///
+    /// # Errors
+    /// [`FsError::Open`]: no fd is left.
+    pub fn try_clone(&self) -> Result<ShareRoot, FsError> {
+        let fd = self.fd.try_clone().map_err(FsError::Backend)?;
+        Ok(ShareRoot { fd, hidden: self.hidden })
+    }
+}
+
 impl Fs {
-    /// Starts to serve `root`.
+    /// Starts to serve the directory `dir`.
     ///
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
-    pub fn new(root: &Path, options: FsOptions) -> Result<Fs, FsError> {
-        let opened = |source| FsError::Open { path: root.to_owned(), source };
-        let (root_fd, hidden) = open_root(root, options.submounts).map_err(opened)?;
-        let root_stat = Stat::of(&root_fd).map_err(opened)?;
-        let kind = FsKind::of(&root_fd).map_err(opened)?;
+    pub fn new(dir: &Path, options: FsOptions) -> Result<Fs, FsError> {
+        Fs::on(ShareRoot::open(dir, options.submounts)?, options)
+    }
+
+    /// Starts to serve a directory that was opened before, with the same `submounts`.
+    ///
+    /// # Errors
+    /// See [`FsError`]. `/proc` must be mounted.
+    pub fn on(root: ShareRoot, options: FsOptions) -> Result<Fs, FsError> {
+        let ShareRoot { fd: root, hidden } = root;
+        let root_stat = Stat::of(&root).map_err(FsError::Root)?;
+        let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;
         // "/." makes the last step of the path a directory, which O_NOFOLLOW does not refuse.
-        let path = format!("/proc/self/fd/{}/.", std::os::fd::AsRawFd::as_raw_fd(&root_fd));
+        let path = format!("/proc/self/fd/{}/.", root.as_raw_fd());
         let backend = Backend::new(Path::new(&path), options.xattr).map_err(FsError::Backend)?;
         let backend = Arc::new(backend);
         self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
         Ok(Fs {
             nodes: Nodes::new(Arc::clone(&backend), options.nodes_max),
             handles: Handles::new(options.handles_max),
-            one_device: options.submounts == Submounts::Hide && !hidden,
+            one_device: !hidden,
             options,
             backend,
-            root: root_fd,
+            root,
             root_stat,
-            local: kind.local,
-            waits: kind.waits,
+            local: kind.is_local(),
+            waits: waits(kind),
             negotiated: AtomicU64::new(0),
+            has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),
             devices: RwLock::new(Vec::new()),
         })
     }
@@ -273,59 +324,32 @@ impl Fs {
     }
 }
 
-/// Opens a share's root. With `Hide`, it is the root of a detached private copy of the one mount:
-/// nothing that is or gets mounted on the host below it can be seen, and no path leads out of it.
-/// Second value: false where the mounts could not be hidden so (no CAP_SYS_ADMIN).
-fn open_root(root: &Path, submounts: Submounts) -> Result<(OwnedFd, bool), Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let plain = rustix::fs::openat(CWD, root, flags, Mode::empty())?;
-    if submounts == Submounts::Merge {
-        return Ok((plain, false));
-    }
+fn hide_submounts(plain: OwnedFd) -> Result<ShareRoot, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
     let tree = match rustix::mount::open_tree(&plain, c"", flags) {
         Ok(tree) => tree,
         Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
-            return Ok((plain, false));
+            return Ok(ShareRoot { fd: plain, hidden: false });
         }
         Err(error) => return Err(error),
     };
     // A copy of a shared mount would be given what is mounted on the original later.
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&tree));
+    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
     if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::PRIVATE) {
         tracing::debug!(%error, "cannot make the share's mount private");
     }
-    Ok((tree, true))
+    Ok(ShareRoot { fd: tree, hidden: true })
 }
 
-/// What the kind of a file system says about waiting.
-struct FsKind {
-    local: bool,
-    waits: Waits,
-}
-
-impl FsKind {
-    fn of(root: &OwnedFd) -> Result<FsKind, Errno> {
-        const EXT4: u64 = 0xef53;
-        const XFS: u64 = 0x5846_5342;
-        const BTRFS: u64 = 0x9123_683e;
-        const TMPFS: u64 = 0x0102_1994;
-        const F2FS: u64 = 0xf2f5_2010;
-        const BCACHEFS: u64 = 0xca45_1a4e;
-        const ZFS: u64 = 0x2fc1_2fc1;
-        const SQUASHFS: u64 = 0x7371_7368;
-        const EROFS: u64 = 0xe0f5_e1e2;
-        const OVERLAYFS: u64 = 0x794c_7630;
-        let magic = rustix::fs::fstatfs(root)?.f_type as u64 & 0xffff_ffff;
-        Ok(match magic {
-            EXT4 | XFS | BTRFS | F2FS | OVERLAYFS => FsKind { local: true, waits: Waits::Nowait },
-            TMPFS => FsKind { local: true, waits: Waits::Never },
-            BCACHEFS | ZFS | SQUASHFS | EROFS => FsKind { local: true, waits: Waits::Maybe },
-            // NFS, FUSE, 9p, SMB, and what we do not know.
-            _ => FsKind { local: false, waits: Waits::Maybe },
-        })
+fn waits(kind: FsKind) -> Waits {
+    match kind {
+        FsKind::Local(LocalFs::Tmpfs) => Waits::Never,
+        FsKind::Local(LocalFs::Ext4 | LocalFs::Xfs | LocalFs::Btrfs | LocalFs::F2fs) => {
+            Waits::Nowait
+        }
+        FsKind::Network | FsKind::Fuse | FsKind::Other(_) => Waits::Maybe,
     }
 }
 

@@ -5,7 +5,7 @@
 
 use crate::accept::Accepted;
 use crate::connection::{Connection, Link};
-use crate::fs::{Fs, FsOptions};
+use crate::fs::{Fs, FsOptions, Submounts};
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::session::{Registry, Session, Terms};
@@ -93,12 +93,18 @@ impl Greeter {
     fn take_in(&self, accepted: &Receiver<Accepted>, greetings: &mut Vec<Greeting>) -> bool {
         loop {
             match accepted.try_recv() {
-                Ok(accepted) if greetings.len() < GREETINGS_MAX => {
-                    let until = Instant::now() + Duration::from_millis(HELLO_TIMEOUT_MS);
-                    greetings.push(Greeting { accepted, bytes: Vec::new(), until });
-                }
                 Ok(accepted) => {
-                    say_goodbye(&accepted, &refuse(Reason::Limit, "too many greetings at once"));
+                    let until = Instant::now() + Duration::from_millis(HELLO_TIMEOUT_MS);
+                    let greeting = Greeting { accepted, bytes: Vec::new(), until };
+                    // Most have said HELLO by now and never wait.
+                    let Some(waits) = self.go_on(greeting, true) else { continue };
+                    if greetings.len() >= GREETINGS_MAX {
+                        // The oldest was silent longest: it must not keep newcomers out.
+                        let oldest = greetings.remove(0);
+                        let refusal = refuse(Reason::Limit, "too many greetings at once");
+                        say_goodbye(&oldest.accepted, &refusal);
+                    }
+                    greetings.push(waits);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -255,7 +261,12 @@ fn open_subdir(share: &Share, subdir: &[u8]) -> Result<OwnedFd, Refusal> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let path: &[u8] = if subdir.is_empty() { b"." } else { subdir };
     // A guest may have made links in the share: none is followed, and nothing leads out.
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let mut resolve =
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    if share.options.submounts == Submounts::Hide {
+        // What is mounted below the share is not to be seen: no way leads into it either.
+        resolve |= ResolveFlags::NO_XDEV;
+    }
     rustix::fs::openat2(&share.root, path, flags, Mode::empty(), resolve).map_err(|error| {
         refuse(Reason::BadSubdir, format!("{shown:?} in share {:?}: {error}", share.name))
     })
@@ -264,8 +275,8 @@ fn open_subdir(share: &Share, subdir: &[u8]) -> Result<OwnedFd, Refusal> {
 fn say_goodbye(accepted: &Accepted, refusal: &Refusal) {
     let Refusal { reason, text } = refusal;
     tracing::warn!(peer = accepted.peer, ?reason, "refused: {text}");
-    let text = &text.as_bytes()[..text.len().min(GOODBYE_TEXT_BYTES_MAX)];
-    send(accepted, &mut LinkTx::new(true), Kind::Goodbye, *reason as u32, text);
+    let text = &text[..text.floor_char_boundary(GOODBYE_TEXT_BYTES_MAX)];
+    send(accepted, &mut LinkTx::new(true), Kind::Goodbye, *reason as u32, text.as_bytes());
 }
 
 /// Sends one record in a batch of its own. Small enough for any socket's empty buffer: a peer that

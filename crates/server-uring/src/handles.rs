@@ -60,11 +60,6 @@ impl OpenFile {
             writable: mode != libc::O_RDONLY as u32,
         }
     }
-
-    /// Does to the fd what close(2) would, so that errors kept until then (quota on NFS) arrive.
-    pub fn flush(&self) -> Result<(), Errno> {
-        crate::fdops::flush(self.fd.as_fd())
-    }
 }
 
 impl std::fmt::Debug for OpenFile {

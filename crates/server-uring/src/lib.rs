@@ -2,7 +2,6 @@
 
 pub mod accept;
 pub mod buffers;
-pub mod caller;
 pub mod connection;
 pub mod control;
 pub mod creds;
@@ -22,6 +21,8 @@ pub mod passthrough;
 pub mod pool;
 pub mod reply;
 pub mod ring;
+#[doc(hidden)]
+pub mod ring_sim;
 pub mod ring_threads;
 pub mod session;
 pub mod shard;

@@ -26,6 +26,11 @@ pub const CONNS_PER_SHARD_MAX: usize = 4096;
 pub const GREETINGS_MAX: usize = 64;
 /// Time to say HELLO.
 pub const HELLO_TIMEOUT_MS: u64 = 5_000;
+/// Where others wait for its buffers, or where it is being closed: time for a peer to take or to
+/// complete one batch before it is cut off.
+pub const STALL_LIMIT_MS: u64 = 5_000;
+/// How often stalled peers are looked for while anybody waits.
+pub const SWEEP_INTERVAL_MS: u64 = 500;
 /// Sessions of one daemon.
 pub const SESSIONS_MAX: usize = 1024;
 /// Threads for calls that may block long.

@@ -35,7 +35,11 @@ Exit codes: 0 after SIGTERM or SIGINT, 1 on failure, 2 on wrong arguments.";
 #[derive(Args)]
 struct Serve {
     /// Directory to share, and the name that guests mount it by. May be given several times.
-    #[arg(long = "share", value_name = "NAME=DIR[,ro]")]
+    ///
+    /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the host's
+    /// disk; by default, buffered, it bypasses the guest's cache only); submounts=merge (what is
+    /// mounted below DIR on the host is seen; by default, hide, the directory underneath is).
+    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
     shares: Vec<ShareConfig>,
     /// Where guests connect. May be given several times.
     #[arg(long = "listen", value_name = "unix:PATH|vsock:[CID:]PORT")]

@@ -18,7 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ringfs_wire::abi::FUSE_ROOT_ID;
 use rustix::io::Errno;
 
-use crate::passthrough::{Backend, Found, ROOT_INODE};
+use crate::passthrough::{Backend, Found, ROOT_INODE, Stat};
 
 const SHARDS: usize = 64;
 /// Stands for "the crate does not know this file".
@@ -85,16 +85,29 @@ impl Drop for Node {
     }
 }
 
-/// Nodes that a FORGET let go. Dropping them closes fds, which may free the blocks of large
-/// deleted files: where that must not hold anything up, drop it on another thread.
+/// Nodes that a FORGET let go. Dropping them closes fds, and that is when the blocks of a deleted
+/// file are freed (not at its UNLINK: the node still holds it then).
 #[must_use = "dropping it closes files, which may take long"]
 #[derive(Default)]
 pub struct Released(Vec<Arc<Node>>);
 
+/// Blocks of 512 bytes that a file system frees in a moment (32 MiB).
+const BLOCKS_FREED_AT_ONCE: u64 = 64 << 10;
+
 impl Released {
-    /// Nothing to close: no need to bother another thread.
+    /// Nothing to close.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// True where dropping this frees the blocks of a large file: better on another thread.
+    pub fn frees_much(&self) -> bool {
+        let stats = self.0.iter().filter_map(|node| match node.backing().ok()? {
+            Backing::Crate(inode) => node.backend.getattr(inode).ok(),
+            Backing::Fd(fd) => Stat::of(fd).ok(),
+        });
+        let blocks = stats.filter(|stat| stat.nlink == 0).map(|stat| stat.blocks);
+        blocks.fold(0, u64::saturating_add) > BLOCKS_FREED_AT_ONCE
     }
 }
 

@@ -21,6 +21,8 @@ use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use rustix::io::Errno;
 
+use crate::fdops::SetTime;
+
 /// The crate's number of the root directory.
 pub const ROOT_INODE: u64 = 1;
 
@@ -105,8 +107,8 @@ impl Stat {
     }
 }
 
-/// The fields that one SETATTR changes; `None` leaves a field as it is.
-#[derive(Clone, Copy, Debug, Default)]
+/// The fields that one SETATTR changes; `None` and `Omit` leave a field as it is.
+#[derive(Clone, Copy, Debug)]
 pub struct Changes {
     /// Permission bits, without the file type.
     pub mode: Option<u32>,
@@ -117,23 +119,14 @@ pub struct Changes {
     /// New length in bytes.
     pub size: Option<u64>,
     /// Access time.
-    pub atime: Option<Time>,
+    pub atime: SetTime,
     /// Modification time.
-    pub mtime: Option<Time>,
+    pub mtime: SetTime,
     /// Clear suid and sgid with the change of length.
     pub kill_suidgid: bool,
 }
 
-/// A time to set.
-#[derive(Clone, Copy, Debug)]
-pub enum Time {
-    /// The host's clock, at the moment of the call.
-    Now,
-    /// Seconds since the epoch, and nanoseconds below one second.
-    At(i64, u32),
-}
-
-/// Which file system calls need the daemon to be root; without it, nobody is impersonated.
+/// The crate's file system over one directory.
 pub struct Backend {
     fs: PassthroughFs,
     /// The daemon has no right to change its ids: what guests create belongs to the daemon's user.
@@ -219,20 +212,20 @@ impl Backend {
             valid |= SetattrValid::KILL_SUIDGID;
         }
         match changes.atime {
-            Some(Time::Now) => valid |= SetattrValid::ATIME | SetattrValid::ATIME_NOW,
-            Some(Time::At(sec, nsec)) => {
+            SetTime::Now => valid |= SetattrValid::ATIME | SetattrValid::ATIME_NOW,
+            SetTime::At(sec, nsec) => {
                 valid |= SetattrValid::ATIME;
                 (stat.st_atime, stat.st_atime_nsec) = (sec, i64::from(nsec));
             }
-            None => {}
+            SetTime::Omit => {}
         }
         match changes.mtime {
-            Some(Time::Now) => valid |= SetattrValid::MTIME | SetattrValid::MTIME_NOW,
-            Some(Time::At(sec, nsec)) => {
+            SetTime::Now => valid |= SetattrValid::MTIME | SetattrValid::MTIME_NOW,
+            SetTime::At(sec, nsec) => {
                 valid |= SetattrValid::MTIME;
                 (stat.st_mtime, stat.st_mtime_nsec) = (sec, i64::from(nsec));
             }
-            None => {}
+            SetTime::Omit => {}
         }
         let answer = self.fs.setattr(&Context::default(), inode, stat, None, valid);
         answer.map(|(stat, _)| Stat::from_crate(&stat)).map_err(errno)
@@ -452,5 +445,10 @@ fn no_attributes() -> stat64 {
 
 /// The errno of an error of the crate, which mostly passes on the kernel's.
 fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+    match Errno::from_io_error(&error) {
+        // To the guest's kernel ENOSYS means "never ask again", whatever file it was about.
+        Some(Errno::NOSYS) => Errno::OPNOTSUPP,
+        Some(errno) => errno,
+        None => Errno::IO,
+    }
 }

@@ -4,11 +4,13 @@
 //! calls delays its own only. One session never has all threads.
 
 use crate::buffers::Buf;
+use crate::connection::BODY_AT;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::mailbox::{Mail, Mailbox};
 use crate::op::RequestTag;
 use rustix::io::Errno;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -27,6 +29,8 @@ pub struct Job {
     pub body: Range<usize>,
     /// Where the reply goes.
     pub tag: RequestTag,
+    /// For the body of a large reply, at [`BODY_AT`].
+    pub own: Option<Buf>,
     /// The shard that waits.
     pub mailbox: Arc<Mailbox>,
 }
@@ -35,8 +39,12 @@ pub struct Job {
 pub struct Done {
     /// The job's.
     pub tag: RequestTag,
-    /// The body of the reply.
-    pub result: Result<Vec<u8>, Errno>,
+    /// The length of the reply's body.
+    pub result: Result<usize, Errno>,
+    /// The body, where the job had no buffer for it.
+    pub small: Vec<u8>,
+    /// The job's, with the body at [`BODY_AT`].
+    pub own: Option<Buf>,
     /// The job's batch, so that its memory returns to the shard.
     pub batch: Arc<Buf>,
 }
@@ -62,17 +70,20 @@ pub struct Pool {
     threads: usize,
     /// How many of the threads one session may have.
     share: usize,
+    /// Where the threads may run: whoever starts one is itself bound to one CPU.
+    cpus: CpuSet,
     handles: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
 impl Pool {
-    /// At most `threads` threads.
-    pub fn new(threads: usize) -> Arc<Pool> {
+    /// At most `threads` threads on `cpus`.
+    pub fn new(threads: usize, cpus: CpuSet) -> Arc<Pool> {
         Arc::new(Pool {
             queue: Mutex::default(),
             work: Condvar::new(),
             threads: threads.max(2),
             share: threads.max(2) - 1,
+            cpus,
             handles: Mutex::default(),
         })
     }
@@ -108,8 +119,11 @@ impl Pool {
                     // Without any thread the job would wait for ever.
                     tracing::error!(%error, "cannot start a pool thread; the job runs on the shard");
                     drop(handles);
-                    if let Some(job) = self.lock().take_next(self.share) {
+                    let job = self.lock().take_next(self.share);
+                    if let Some(job) = job {
+                        let session = job.session;
                         execute(job);
+                        self.lock().finished(session);
                     }
                 }
                 Err(error) => tracing::warn!(%error, "cannot start another pool thread"),
@@ -120,14 +134,22 @@ impl Pool {
     /// Takes a request out that has not begun. A cancelled request is still answered: by the caller.
     pub fn cancel(&self, session: u64, tag: RequestTag) -> Option<Job> {
         let mut queue = self.lock();
-        let turn = queue.turns.iter_mut().find(|turn| turn.session == session)?;
+        let at = queue.turns.iter().position(|turn| turn.session == session)?;
+        let turn = &mut queue.turns[at];
         let index = turn.waiting.iter().position(|job| {
             (job.tag.conn, job.tag.lane, job.tag.at) == (tag.conn, tag.lane, tag.at)
         })?;
-        turn.waiting.remove(index)
+        let job = turn.waiting.remove(index);
+        if turn.running == 0 && turn.waiting.is_empty() {
+            queue.turns.remove(at);
+        }
+        job
     }
 
     fn run(&self) {
+        if let Err(error) = sched_setaffinity(None, &self.cpus) {
+            tracing::debug!(%error, "cannot let a pool thread run on all CPUs");
+        }
         loop {
             let mut queue = self.lock();
             let job = loop {
@@ -184,15 +206,20 @@ impl Queue {
 }
 
 fn execute(job: Job) {
-    let result = match Request::parse(job.opcode, &job.batch[job.body.clone()]) {
+    let Job { fs, opcode, batch, body, tag, mut own, mailbox, session: _ } = job;
+    let mut small = Vec::new();
+    let result = match Request::parse(opcode, &batch[body]) {
         Some(request) => {
-            let mut out = vec![0; job.fs.reply_bytes_max(&request)];
-            job.fs.execute(&request, &mut out).map(|len| {
-                out.truncate(len);
-                out
-            })
+            let out = match &mut own {
+                Some(buf) => &mut buf[BODY_AT..],
+                None => {
+                    small.resize(fs.reply_bytes_max(&request), 0);
+                    &mut small[..]
+                }
+            };
+            fs.execute(&request, out)
         }
         None => Err(Errno::INVAL),
     };
-    job.mailbox.post(Mail::Done(Done { tag: job.tag, result, batch: job.batch }));
+    mailbox.post(Mail::Done(Done { tag, result, small, own, batch }));
 }

@@ -31,6 +31,11 @@ pub trait Ring {
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>);
     /// Operations in flight.
     fn in_flight(&self) -> usize;
+    /// Whether file operations must come here even where they would not wait for anything: a
+    /// simulation wants to decide about each.
+    fn takes_all(&self) -> bool {
+        false
+    }
 }
 
 /// [`Ring`] on io_uring.
@@ -217,10 +222,12 @@ fn take(ops: &mut Slab<Op>, completion: &cqueue::Entry) -> Option<(Op, IoResult)
 
 impl Drop for UringRing {
     fn drop(&mut self) {
-        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
-        let _ = self.push(&cancel.user_data(NO_OP));
         let until = Instant::now() + DROP_LIMIT;
         while !self.ops.is_empty() {
+            // In each round: a cancel that found no room, or met an operation between two tries,
+            // has ended nothing.
+            let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+            let _ = self.push(&cancel.user_data(NO_OP));
             let waited = self.enter(Some(Duration::from_millis(100)));
             self.reap(&mut Vec::new());
             if waited.is_err() || Instant::now() > until {

@@ -66,6 +66,7 @@ impl<R: Ring> Shard<R> {
                     batch: batch.clone(),
                     body,
                     tag,
+                    own: own.take(),
                     mailbox: self.shared.mailbox.clone(),
                 });
             }
@@ -139,6 +140,23 @@ impl<R: Ring> Shard<R> {
         self.answer(tag, result);
     }
 
+    /// Answers a request that the pool has executed.
+    pub(super) fn executed(&mut self, done: Done) {
+        let Done { tag, result, small, own, batch } = done;
+        self.buffers.give_shared(batch);
+        match (own, result) {
+            (Some(buf), Ok(len)) => {
+                self.conns[tag.conn].in_flight -= 1;
+                self.reply_from(tag, buf, len);
+                self.touched.push(tag.conn);
+            }
+            (own, result) => {
+                own.into_iter().for_each(|buf| self.buffers.give(buf));
+                self.finish(tag, result.map(|len| &small[..len]));
+            }
+        }
+    }
+
     fn begin(&mut self, tag: RequestTag, io: Io) {
         self.conns[tag.conn].in_flight += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
@@ -155,7 +173,10 @@ impl<R: Ring> Shard<R> {
     ) {
         let conn = &mut self.conns[tag.conn];
         let mut done = 0;
+        let try_cache = !self.ring.takes_all();
         let buf = match own {
+            Some(buf) if !try_cache => buf,
+            None if !try_cache => self.buffers.small(),
             Some(mut buf) => {
                 match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
                     Cached::All(n) => return self.read_done(tag, buf, n),
@@ -231,7 +252,7 @@ impl<R: Ring> Shard<R> {
         batch: &Arc<Buf>,
         range: Range<usize>,
     ) {
-        if file.memory {
+        if file.memory && !self.ring.takes_all() {
             // No disk can make this wait, and the ring would send it to a worker thread.
             let result = fdops::write_at(file.as_fd(), offset, &batch[range]);
             return self.write_answer(tag, result);
@@ -274,6 +295,10 @@ impl<R: Ring> Shard<R> {
             return Err(self.protocol(key, "a FORGET of a length that cannot be"));
         }
         let conn = &mut self.conns[key];
+        // The slot is free again before the guest has read the answer, so it bounds nothing.
+        if !conn.reserve(0) {
+            return Ok(Step::PeerFull);
+        }
         let mut tag = match conn.begin(&header) {
             Ok(tag) => tag,
             Err(error) => return Err(self.protocol(key, error)),
@@ -302,6 +327,7 @@ impl<R: Ring> Shard<R> {
         let named = RequestTag { conn: key, lane: header.lane, at, reserved: 0 };
         if let Some(job) = self.shared.pool.cancel(conn.session.id, named) {
             self.buffers.give_shared(job.batch);
+            job.own.into_iter().for_each(|buf| self.buffers.give(buf));
             self.finish(job.tag, Err(Errno::INTR));
         }
     }

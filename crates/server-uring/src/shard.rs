@@ -54,8 +54,10 @@ pub struct Shard<R: Ring> {
     buffers: BufferPool,
     /// Connections to look at in this turn.
     touched: Vec<usize>,
-    /// Connections that wait for large buffers.
+    /// Connections that wait for large buffers, in the order of their turns.
     starved: Vec<usize>,
+    /// When to look for peers that hold up others.
+    sweep_at: Option<Instant>,
     /// Operations that the ring had no room for.
     refused: Vec<Op>,
     ending: Option<Instant>,
@@ -81,6 +83,7 @@ impl<R: Ring> Shard<R> {
             buffers: BufferPool::default(),
             touched: Vec::new(),
             starved: Vec::new(),
+            sweep_at: None,
             refused: Vec::new(),
             ending: None,
         }
@@ -96,13 +99,16 @@ impl<R: Ring> Shard<R> {
             for op in std::mem::take(&mut self.refused) {
                 self.submit(op);
             }
-            if !done.is_empty() {
-                self.touched.append(&mut self.starved);
-            }
+            // What is done may have brought buffers back.
+            let starved = match done.is_empty() {
+                true => Vec::new(),
+                false => std::mem::take(&mut self.starved),
+            };
             for (op, result) in done.drain(..) {
                 self.step(op, result);
             }
-            self.work();
+            self.work(starved);
+            self.sweep();
             self.publish();
             if self.is_over() {
                 return Ok(());
@@ -113,6 +119,8 @@ impl<R: Ring> Shard<R> {
     fn patience(&self) -> Option<Duration> {
         if !self.touched.is_empty() || !self.refused.is_empty() {
             Some(Duration::ZERO)
+        } else if let Some(at) = self.sweep_at {
+            Some(at.saturating_duration_since(Instant::now()))
         } else if self.ending.is_some() {
             Some(Duration::from_millis(50))
         } else {
@@ -167,7 +175,12 @@ impl<R: Ring> Shard<R> {
                     self.buffers.give_shared(buf);
                 }
             },
-            (Io::Fsync { .. }, Tag::Request(tag)) => self.finish(tag, result.map(|_| &[][..])),
+            (Io::Fsync { file, data_only }, Tag::Request(tag)) => match result {
+                Err(Errno::INTR | Errno::AGAIN) => {
+                    self.submit(Op { io: Io::Fsync { file, data_only }, tag: op.tag });
+                }
+                _ => self.finish(tag, result.map(|_| &[][..])),
+            },
             (io, tag) => unreachable!("{io:?} is never submitted for {tag:?}"),
         }
     }
@@ -175,10 +188,7 @@ impl<R: Ring> Shard<R> {
     fn step_mail(&mut self, mail: Mail) {
         match mail {
             Mail::Connection(conn) => self.adopt(*conn),
-            Mail::Done(Done { tag, result, batch }) => {
-                self.buffers.give_shared(batch);
-                self.finish(tag, result.as_deref().map_err(|&errno| errno));
-            }
+            Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
                 let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
@@ -200,6 +210,9 @@ impl<R: Ring> Shard<R> {
     fn receive(&mut self, key: usize, buf: Buf, range: Range<usize>) {
         let conn = &mut self.conns[key];
         conn.in_flight += 1;
+        if buf.is_large() {
+            conn.receiving_since.get_or_insert_with(Instant::now);
+        }
         let socket = conn.socket.clone();
         self.submit(Op { io: Io::Recv { socket, buf, range }, tag: Tag::Stream(key) });
     }
@@ -209,6 +222,10 @@ impl<R: Ring> Shard<R> {
         conn.in_flight -= 1;
         match result {
             Ok(n) if n > 0 => {
+                if n == range.len() {
+                    // A large buffer is filled up to the end of its batch.
+                    conn.receiving_since = None;
+                }
                 conn.handle_received(buf, 0..range.start + n, &mut self.buffers);
                 self.touched.push(key);
             }
@@ -252,14 +269,22 @@ impl<R: Ring> Shard<R> {
         match conn.handle_sent(buf, range, done, &mut self.buffers) {
             Some((buf, rest)) => self.send(key, buf, rest),
             None => {
+                conn.sending_since = None;
                 add(&self.shared.stats.batches_out, 1);
                 self.touched.push(key);
             }
         }
     }
 
-    /// Looks at every connection that was touched.
-    fn work(&mut self) {
+    /// Looks at every connection that was touched; `starved` ones come first, in their order, so
+    /// that nobody who is touched more often takes each buffer from them.
+    fn work(&mut self, starved: Vec<usize>) {
+        for key in starved {
+            if let Some(conn) = self.conns.get_mut(key) {
+                conn.starving = false;
+                self.work_on(key);
+            }
+        }
         let mut touched = std::mem::take(&mut self.touched);
         touched.sort_unstable();
         touched.dedup();
@@ -274,11 +299,24 @@ impl<R: Ring> Shard<R> {
         }
         // A buffer may have come back after the one that waits for it was looked at.
         if self.buffers.has_large() {
-            self.touched.append(&mut self.starved);
+            for key in std::mem::take(&mut self.starved) {
+                if let Some(conn) = self.conns.get_mut(key) {
+                    conn.starving = false;
+                    self.touched.push(key);
+                }
+            }
         }
     }
 
     fn work_on(&mut self, key: usize) {
+        let before = self.conns[key].batches_received();
+        self.work_through(key);
+        if let Some(conn) = self.conns.get(key) {
+            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
+        }
+    }
+
+    fn work_through(&mut self, key: usize) {
         for _ in 0..RECORDS_A_TURN_MAX {
             let conn = &mut self.conns[key];
             match conn.poll_input(&mut self.buffers) {
@@ -290,7 +328,7 @@ impl<R: Ring> Shard<R> {
                     Ok(wait) => {
                         self.buffers.give_shared(buf);
                         if matches!(wait, Step::Starved) {
-                            self.starved.push(key);
+                            self.starve(key);
                         }
                         return self.flush(key);
                     }
@@ -305,7 +343,7 @@ impl<R: Ring> Shard<R> {
                 }
                 Ok(Next::Wait) => {
                     if conn.has_input() {
-                        self.starved.push(key);
+                        self.starve(key);
                     }
                     return self.flush(key);
                 }
@@ -320,10 +358,54 @@ impl<R: Ring> Shard<R> {
         self.flush(key);
     }
 
+    fn starve(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        if !std::mem::replace(&mut conn.starving, true) {
+            self.starved.push(key);
+            self.plan_sweep();
+        }
+    }
+
+    fn plan_sweep(&mut self) {
+        let after = Duration::from_millis(SWEEP_INTERVAL_MS);
+        self.sweep_at.get_or_insert_with(|| Instant::now() + after);
+    }
+
+    /// Cuts off peers that take too long over a batch while somebody waits for their buffers, or
+    /// while they are being closed. Nobody else is in a hurry: a paused guest may take its time.
+    fn sweep(&mut self) {
+        let Some(at) = self.sweep_at else { return };
+        let now = Instant::now();
+        if now < at {
+            return;
+        }
+        self.sweep_at = None;
+        let limit = Duration::from_millis(STALL_LIMIT_MS);
+        let pressed = !self.starved.is_empty();
+        let mut stalled = Vec::new();
+        let mut again = pressed;
+        for (key, conn) in self.conns.iter() {
+            let closing = conn.closing.is_some();
+            again |= closing;
+            if (pressed || closing) && conn.is_stalled(now, limit) {
+                stalled.push(key);
+            }
+        }
+        for key in stalled {
+            let session = self.conns[key].session.id;
+            tracing::warn!(session, "cutting off a connection that takes no data");
+            self.hang_up(key, Reason::Timeout);
+        }
+        if again {
+            self.plan_sweep();
+        }
+    }
+
     /// Sends what the connection has to say, and drops it when it is over.
     fn flush(&mut self, key: usize) {
         let conn = &mut self.conns[key];
         if let Some((buf, range)) = conn.poll_send() {
+            conn.sending_since = Some(Instant::now());
             return self.send(key, buf, range);
         }
         if conn.closing.is_some() && conn.in_flight == 0 {
@@ -363,6 +445,7 @@ impl<R: Ring> Shard<R> {
         let conn = &mut self.conns[key];
         conn.closing.get_or_insert(reason);
         conn.end_input(&mut self.buffers);
+        self.plan_sweep();
         self.flush(key);
     }
 
@@ -381,6 +464,10 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Ping) => {
+                // Each costs an answer, and no slot bounds them.
+                if !self.conns[key].reserve(0) {
+                    return Ok(Step::PeerFull);
+                }
                 self.conns[key].push(Kind::Pong, header.code, &[], &mut self.buffers);
                 Ok(Step::Taken)
             }

@@ -59,7 +59,9 @@ impl Worker {
         engine: Engine,
     ) -> Result<Worker, DaemonError> {
         let registry = Arc::new(Registry::default());
-        let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX));
+        let mut pool_cpus = CpuSet::new();
+        cpus.iter().for_each(|&cpu| pool_cpus.set(cpu));
+        let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX), pool_cpus);
         let mut shards = Vec::new();
         for &cpu in cpus {
             shards.push(start_shard(cpu, engine, &registry, &pool)?);

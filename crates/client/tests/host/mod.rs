@@ -180,9 +180,9 @@ impl Conn {
 fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
     let conn = Arc::new(Conn {
         stream: stream.try_clone().expect("dup"),
-        tx: Mutex::new((LinkTx::new(false), 0)),
+        tx: Mutex::new((LinkTx::new(true), 0)),
     });
-    let mut rx = LinkRx::new(false);
+    let mut rx = LinkRx::new(true);
     let mut deframer = Deframer::new();
     loop {
         while let Some(bytes) = deframer.next_batch().map_err(|e| e.to_string())? {

@@ -1,20 +1,19 @@
 //! Attributes: GETATTR, SETATTR, STATX, ACCESS, STATFS.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use ringfs_wire::abi::{self, fattr};
-use rustix::fs::{AtFlags, StatxFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
-use crate::caller::FsetidGuard;
 use crate::dispatch::Request;
+use crate::fdops::{self, SetTime};
 use crate::fs::Fs;
 use crate::nodes::{Backing, Node};
-use crate::passthrough::{Changes, Stat, Time};
+use crate::ops::no_fsetid;
+use crate::passthrough::{Caller, Changes, Stat};
 use crate::reply::put;
 
-/// What STATX may ask for: the basic fields and the time of birth.
-const STATX_ASKED: u32 = 0xfff;
+/// What GETATTR gives too.
 const STATX_BASIC: u32 = 0x7ff;
 
 /// GETATTR, of an open file by its fd.
@@ -48,7 +47,7 @@ pub fn setattr(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let changes = changes(&setattr)?;
     let stat = if setattr.valid & fattr::FH != 0 {
         let file = fs.handles.file(setattr.fh, request.nodeid)?;
-        change_fd(std::os::fd::AsFd::as_fd(file.as_ref()), &changes)?
+        change_fd(file.as_fd(), &changes)?
     } else {
         match node.backing()? {
             Backing::Crate(inode) => fs.backend.setattr(inode, &changes)?,
@@ -67,9 +66,9 @@ fn changes(setattr: &abi::SetattrIn) -> Result<Changes, Errno> {
         (true, id) => Ok(Some(id)),
     };
     let time = |bit, now, sec: u64, nsec: u32| match (asked(bit), asked(now)) {
-        (false, _) => Ok(None),
-        (true, true) => Ok(Some(Time::Now)),
-        (true, false) if nsec < 1_000_000_000 => Ok(Some(Time::At(sec as i64, nsec))),
+        (false, _) => Ok(SetTime::Omit),
+        (true, true) => Ok(SetTime::Now),
+        (true, false) if nsec < 1_000_000_000 => Ok(SetTime::At(sec as i64, nsec)),
         (true, false) => Err(Errno::INVAL),
     };
     if asked(fattr::SIZE) && i64::try_from(setattr.size).is_err() {
@@ -89,33 +88,20 @@ fn changes(setattr: &abi::SetattrIn) -> Result<Changes, Errno> {
 /// In the order of the crate: mode, owner, size, times.
 fn change_fd(fd: BorrowedFd<'_>, changes: &Changes) -> Result<Stat, Errno> {
     if let Some(mode) = changes.mode {
-        rustix::fs::fchmod(fd, rustix::fs::Mode::from_raw_mode(mode))?;
+        fdops::chmod_fd(fd, mode)?;
     }
     if changes.uid.is_some() || changes.gid.is_some() {
-        let user = changes.uid.map(rustix::process::Uid::from_raw);
-        let group = changes.gid.map(rustix::process::Gid::from_raw);
-        rustix::fs::fchown(fd, user, group)?;
+        fdops::chown_fd(fd, changes.uid, changes.gid)?;
     }
     if let Some(size) = changes.size {
-        let _fsetid = FsetidGuard::drop_if(changes.kill_suidgid)?;
-        rustix::fs::ftruncate(fd, size)?;
+        let _fsetid = no_fsetid(changes.kill_suidgid)?;
+        fdops::truncate_fd(fd, size)?;
     }
-    if changes.atime.is_some() || changes.mtime.is_some() {
-        let times = Timestamps {
-            last_access: timespec(changes.atime),
-            last_modification: timespec(changes.mtime),
-        };
-        rustix::fs::futimens(fd, &times)?;
+    let times = [&changes.atime, &changes.mtime];
+    if times.iter().any(|time| !matches!(time, SetTime::Omit)) {
+        fdops::utimens_fd(fd, changes.atime, changes.mtime)?;
     }
     Stat::of(fd)
-}
-
-fn timespec(time: Option<Time>) -> Timespec {
-    match time {
-        None => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        Some(Time::Now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
-        Some(Time::At(sec, nsec)) => Timespec { tv_sec: sec, tv_nsec: i64::from(nsec) },
-    }
 }
 
 /// STATX: with the time of birth for regular files and directories, where the host knows it.
@@ -124,12 +110,12 @@ pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
     let node = fs.nodes.find(request.nodeid)?;
     let stat = if ask.getattr_flags & abi::FUSE_GETATTR_FH != 0 {
         let file = fs.handles.file(ask.fh, request.nodeid)?;
-        statx_fd(fs, std::os::fd::AsFd::as_fd(file.as_ref()), &ask)?
+        statx_fd(fs, file.as_fd(), &ask)?
     } else {
         match node.backing()? {
             Backing::Crate(inode) if matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) => {
                 let fd = fs.backend.path_fd(inode)?;
-                statx_fd(fs, std::os::fd::AsFd::as_fd(&fd), &ask)?
+                statx_fd(fs, fd.as_fd(), &ask)?
             }
             Backing::Crate(inode) => statx_basic(fs, &fs.backend.getattr(inode)?),
             Backing::Fd(fd) => statx_fd(fs, fd, &ask)?,
@@ -140,34 +126,10 @@ pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
 }
 
 fn statx_fd(fs: &Fs, fd: BorrowedFd<'_>, ask: &abi::StatxIn) -> Result<abi::Statx, Errno> {
-    let mask = StatxFlags::from_bits_retain((ask.sx_mask & STATX_ASKED) | STATX_BASIC);
-    let seen = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, mask)?;
-    let dev = rustix::fs::makedev(seen.stx_dev_major, seen.stx_dev_minor);
-    let time = |time: rustix::fs::StatxTimestamp| abi::SxTime {
-        tv_sec: time.tv_sec,
-        tv_nsec: time.tv_nsec,
-        reserved: 0,
-    };
-    Ok(abi::Statx {
-        mask: seen.stx_mask & STATX_ASKED,
-        blksize: seen.stx_blksize,
-        attributes: seen.stx_attributes.bits(),
-        nlink: seen.stx_nlink,
-        uid: seen.stx_uid,
-        gid: seen.stx_gid,
-        mode: seen.stx_mode,
-        ino: fs.guest_ino(dev, seen.stx_ino),
-        size: seen.stx_size,
-        blocks: seen.stx_blocks,
-        attributes_mask: seen.stx_attributes_mask.bits(),
-        atime: time(seen.stx_atime),
-        btime: time(seen.stx_btime),
-        ctime: time(seen.stx_ctime),
-        mtime: time(seen.stx_mtime),
-        rdev_major: seen.stx_rdev_major,
-        rdev_minor: seen.stx_rdev_minor,
-        ..abi::Statx::default()
-    })
+    let seen = fdops::statx(fd, ask.sx_mask | STATX_BASIC, ask.sx_flags)?;
+    let dev = rustix::fs::makedev(seen.dev_major, seen.dev_minor);
+    // The guest shows its own mount's device, and the host's is not its business.
+    Ok(abi::Statx { ino: fs.guest_ino(dev, seen.ino), dev_major: 0, dev_minor: 0, ..seen })
 }
 
 fn statx_basic(fs: &Fs, stat: &Stat) -> abi::Statx {
@@ -198,7 +160,7 @@ pub fn access(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Err
     if fs.options.read_only && access.mask & libc::W_OK as u32 != 0 {
         return Err(Errno::ROFS);
     }
-    let caller = crate::passthrough::Caller { uid: request.uid, gid: request.gid };
+    let caller = Caller { uid: request.uid, gid: request.gid };
     match node.backing()? {
         Backing::Crate(inode) => fs.backend.access(caller, inode, access.mask)?,
         // Whoever reaches an unnamed file has made it.

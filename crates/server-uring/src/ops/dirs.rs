@@ -22,6 +22,8 @@ use zerocopy::IntoBytes;
 /// than that on none of the file systems that we know.
 const SCRATCH_BYTES_MIN: usize = 1024;
 const SCRATCH_BYTES_MAX: usize = 64 << 10;
+/// About a hundred entries with a LOOKUP each: more would hold a shard up.
+const PLUS_INLINE_BYTES_MAX: u32 = 16 << 10;
 
 /// OPENDIR.
 pub fn opendir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
@@ -73,6 +75,11 @@ pub fn readdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
         put_dirent(space, entry, guest_ino(fs, &dir, entry))?;
         Ok(bytes)
     })
+}
+
+/// True for a READDIRPLUS with many LOOKUPs.
+pub fn is_long(request: &Request<'_>) -> bool {
+    request.head::<abi::ReadIn>().is_ok_and(|read| read.size > PLUS_INLINE_BYTES_MAX)
 }
 
 /// READDIRPLUS: each entry with the answer to its LOOKUP.

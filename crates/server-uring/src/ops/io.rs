@@ -6,15 +6,18 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use ringfs_wire::abi::{self, fopen};
-use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::caller::{FsetidGuard, IdsGuard};
+use crate::creds::{CredsError, EffectiveIds};
 use crate::dispatch::{IO_BYTES_MAX, Request, Route, name_alone};
+use crate::fdops;
 use crate::fs::{CacheMode, Fs};
 use crate::handles::OpenFile;
 use crate::nodes::{Backing, Node};
 use crate::ops::names::{groups, parent_for_new};
+use crate::ops::no_fsetid;
+use crate::passthrough::{Caller, Stat};
 use crate::reply::put;
 
 const O_APPEND: u32 = libc::O_APPEND as u32;
@@ -30,11 +33,6 @@ const O_WRONLY: u32 = libc::O_WRONLY as u32;
 const ACCESS: u32 = libc::O_ACCMODE as u32;
 /// The bit that makes O_TMPFILE of O_DIRECTORY.
 const TMPFILE_BIT: u32 = libc::O_TMPFILE as u32 & !(libc::O_DIRECTORY as u32);
-/// The kernel sends only these (and PUNCH_HOLE never without KEEP_SIZE).
-const FALLOCATE_ALLOWED: u32 =
-    (libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) as u32;
-/// One copy_file_range: short ones are legal, and the pool's thread must come back some time.
-const COPY_BYTES_MAX: u64 = 256 << 20;
 /// What O_DIRECT may ask memory to be aligned to.
 const DIRECT_ALIGN: usize = 4096;
 
@@ -89,10 +87,12 @@ pub fn open(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
     let fd = match node.backing()? {
         Backing::Crate(inode) => fs.backend.open(inode, flags, kill)?,
         Backing::Fd(fd) => {
-            let _fsetid = FsetidGuard::drop_if(kill)?;
-            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-            let flags = OFlags::from_bits_retain(flags) | OFlags::CLOEXEC;
-            rustix::fs::open(path, flags, Mode::empty())?
+            let _fsetid = no_fsetid(kill)?;
+            let again = fdops::reopen(fd, OFlags::from_bits_retain(flags))?;
+            if flags & O_TRUNC != 0 {
+                fdops::truncate_fd(again.as_fd(), 0)?;
+            }
+            again
         }
     };
     let fh = fs.insert_file(node, fd, flags);
@@ -131,7 +131,7 @@ pub fn create(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
             let kill = create.open_flags & abi::FUSE_OPEN_KILL_SUIDGID != 0;
             let opened = check_regular(&node).and_then(|()| {
                 // The guest's kernel checked the directory only, so the host checks the file.
-                let _ids = IdsGuard::set(caller)?;
+                let _ids = act_as(fs, caller)?;
                 fs.backend.open(found.inode, flags, kill)
             });
             match opened {
@@ -157,17 +157,24 @@ pub fn tmpfile(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let directory = fs.backend.path_fd(parent_for_new(fs, request)?)?;
     let fd = {
         let _groups = groups(fs, request)?;
-        let _ids = IdsGuard::set(request.caller(fs))?;
+        let _ids = act_as(fs, request.caller(fs))?;
         // With O_EXCL it can never get a name.
-        let all = flags | create.flags & O_EXCL | libc::O_TMPFILE as u32;
-        let all = OFlags::from_bits_retain(all) | OFlags::CLOEXEC;
-        rustix::fs::openat(&directory, c".", all, Mode::from_raw_mode(mode))?
+        let flags = OFlags::from_bits_retain(flags | create.flags & O_EXCL);
+        fdops::open_tmpfile(directory.as_fd(), flags, Mode::from_raw_mode(mode))?
     };
-    let stat = crate::passthrough::Stat::of(&fd)?;
+    let stat = Stat::of(&fd)?;
     let node = fs.nodes.give_unnamed(rustix::io::fcntl_dupfd_cloexec(&fd, 0)?)?;
     let entry = fs.entry(node.id, &stat);
     let fh = fs.insert_file(node, fd, flags);
     reply_created(fs, &entry, fh, out)
+}
+
+/// The host shall decide as for this user. An unprivileged daemon impersonates nobody.
+fn act_as(fs: &Fs, caller: Caller) -> Result<Option<EffectiveIds>, Errno> {
+    if fs.backend.squashes() {
+        return Ok(None);
+    }
+    EffectiveIds::switch(caller.uid, caller.gid).map(Some).map_err(CredsError::errno)
 }
 
 fn reply_created(fs: &Fs, entry: &abi::EntryOut, fh: u64, out: &mut [u8]) -> Result<usize, Errno> {
@@ -199,12 +206,12 @@ pub fn read(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
     let (file, offset, len) = checked_read(fs, request)?;
     let out = out.get_mut(..len as usize).ok_or(Errno::OVERFLOW)?;
     if !file.direct {
-        return retry(|| rustix::io::pread(file.as_ref(), &mut *out, offset));
+        return fdops::read_at(file.as_fd(), offset, out);
     }
     let mut bounce = vec![0; out.len() + DIRECT_ALIGN];
     let start = bounce.as_ptr().align_offset(DIRECT_ALIGN).min(DIRECT_ALIGN);
     let aligned = &mut bounce[start..start + out.len()];
-    let count = retry(|| rustix::io::pread(file.as_ref(), &mut *aligned, offset))?;
+    let count = fdops::read_at(file.as_fd(), offset, aligned)?;
     out[..count].copy_from_slice(&aligned[..count]);
     Ok(count)
 }
@@ -251,15 +258,15 @@ pub fn route_write(fs: &Fs, request: &Request<'_>) -> Result<Route, Errno> {
 pub fn write(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let Write { file, offset, payload, kill } = checked_write(fs, request)?;
     let data = request.args.get(payload).ok_or(Errno::INVAL)?;
-    let _fsetid = FsetidGuard::drop_if(kill)?;
+    let _fsetid = no_fsetid(kill)?;
     let count = if file.direct {
         let mut bounce = vec![0; data.len() + DIRECT_ALIGN];
         let start = bounce.as_ptr().align_offset(DIRECT_ALIGN).min(DIRECT_ALIGN);
         let aligned = &mut bounce[start..start + data.len()];
         aligned.copy_from_slice(data);
-        retry(|| rustix::io::pwrite(file.as_ref(), aligned, offset))?
+        fdops::write_at(file.as_fd(), offset, aligned)?
     } else {
-        retry(|| rustix::io::pwrite(file.as_ref(), data, offset))?
+        fdops::write_at(file.as_fd(), offset, data)?
     };
     put(out, &abi::WriteOut { size: count as u32, padding: 0 })
 }
@@ -269,15 +276,6 @@ fn check_range(offset: u64, len: u64, error: Errno) -> Result<(), Errno> {
     match offset.checked_add(len) {
         Some(end) if end <= i64::MAX as u64 => Ok(()),
         Some(_) | None => Err(error),
-    }
-}
-
-fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
-    loop {
-        match call() {
-            Err(Errno::INTR) => {}
-            result => return result,
-        }
     }
 }
 
@@ -309,7 +307,7 @@ pub fn flush(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errn
     let flush: abi::FlushIn = request.head()?;
     let file = fs.handles.file(flush.fh, request.nodeid)?;
     if !fs.local {
-        file.flush()?;
+        fdops::flush(file.as_fd())?;
     }
     Ok(0)
 }
@@ -326,17 +324,10 @@ pub fn release(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Er
 pub fn fallocate(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let ask: abi::FallocateIn = request.head()?;
     let file = writable(fs, ask.fh, request.nodeid)?;
-    if ask.mode & !FALLOCATE_ALLOWED != 0 {
-        return Err(Errno::OPNOTSUPP);
-    }
-    if ask.length == 0 {
-        return Err(Errno::INVAL);
-    }
     check_range(ask.offset, ask.length, Errno::FBIG)?;
     // The kernel says nothing of suid here; an ordinary user's change must clear it.
-    let _fsetid = FsetidGuard::drop_if(request.uid != 0)?;
-    let mode = FallocateFlags::from_bits_retain(ask.mode);
-    retry(|| rustix::fs::fallocate(file.as_ref(), mode, ask.offset, ask.length))?;
+    let _fsetid = no_fsetid(request.uid != 0)?;
+    fdops::fallocate(file.as_fd(), ask.mode, ask.offset, ask.length)?;
     Ok(0)
 }
 
@@ -349,17 +340,7 @@ fn writable(fs: &Fs, fh: u64, nodeid: u64) -> Result<Arc<OpenFile>, Errno> {
 pub fn lseek(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let ask: abi::LseekIn = request.head()?;
     let file = fs.handles.file(ask.fh, request.nodeid)?;
-    if i64::try_from(ask.offset).is_err() {
-        return Err(Errno::NXIO);
-    }
-    let whence = match ask.whence as i32 {
-        libc::SEEK_DATA => SeekFrom::Data(ask.offset),
-        libc::SEEK_HOLE => SeekFrom::Hole(ask.offset),
-        libc::SEEK_SET => SeekFrom::Start(ask.offset),
-        libc::SEEK_END => SeekFrom::End(ask.offset as i64),
-        _ => return Err(Errno::INVAL),
-    };
-    put(out, &abi::LseekOut { offset: rustix::fs::seek(file.as_ref(), whence)? })
+    put(out, &abi::LseekOut { offset: fdops::seek(file.as_fd(), ask.offset, ask.whence)? })
 }
 
 /// COPY_FILE_RANGE, whose reply counts in 32 bits.
@@ -374,7 +355,7 @@ pub fn copy_file_range_64(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Res
     put(out, &abi::CopyFileRangeOut { bytes_copied })
 }
 
-/// At most [`COPY_BYTES_MAX`], so 32 bits are enough.
+/// At most [`fdops::COPY_BYTES_MAX`], so 32 bits are enough.
 fn copy(fs: &Fs, request: &Request<'_>) -> Result<u64, Errno> {
     let ask: abi::CopyFileRangeIn = request.head()?;
     let from = fs.handles.file(ask.fh_in, request.nodeid)?;
@@ -385,16 +366,8 @@ fn copy(fs: &Fs, request: &Request<'_>) -> Result<u64, Errno> {
     if !from.readable {
         return Err(Errno::BADF);
     }
-    let len = ask.len.min(COPY_BYTES_MAX);
-    check_range(ask.off_in, len, Errno::INVAL)?;
-    check_range(ask.off_out, len, Errno::FBIG)?;
-    let (mut off_in, mut off_out) = (ask.off_in, ask.off_out);
-    let _fsetid = FsetidGuard::drop_if(request.uid != 0)?;
-    let (from, to) = (from.as_fd(), to.as_fd());
-    let copied = retry(|| {
-        rustix::fs::copy_file_range(from, Some(&mut off_in), to, Some(&mut off_out), len as usize)
-    })?;
-    Ok(copied as u64)
+    let _fsetid = no_fsetid(request.uid != 0)?;
+    fdops::copy_file_range(from.as_fd(), ask.off_in, to.as_fd(), ask.off_out, ask.len)
 }
 
 /// SYNCFS: the whole file system of the share's root.
@@ -402,6 +375,6 @@ pub fn syncfs(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Err
     fs.nodes.find(request.nodeid)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(&fs.root, c".", flags, Mode::empty())?;
-    rustix::fs::syncfs(&root)?;
+    fdops::syncfs(root.as_fd())?;
     Ok(0)
 }

@@ -10,3 +10,12 @@ pub mod init;
 pub mod io;
 pub mod names;
 pub mod xattrs;
+
+use rustix::io::Errno;
+
+use crate::creds::{CredsError, NoFsetid};
+
+/// For a call that must clear suid and sgid where an ordinary user's would.
+pub(crate) fn no_fsetid(kill: bool) -> Result<Option<NoFsetid>, Errno> {
+    kill.then(NoFsetid::enter).transpose().map_err(CredsError::errno)
+}

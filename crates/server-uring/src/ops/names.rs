@@ -1,14 +1,15 @@
 //! Names: LOOKUP, FORGET, making, removing, renaming and linking.
 
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 
 use ringfs_wire::abi;
-use rustix::fs::AtFlags;
 use rustix::io::Errno;
 use zerocopy::FromBytes;
 
-use crate::caller::GroupsGuard;
+use crate::creds::{CredsError, SuppGroups};
 use crate::dispatch::{Request, name_alone, name_first, name_pair, text_first};
+use crate::fdops;
 use crate::fs::{CacheMode, Fs};
 use crate::nodes::Backing;
 use crate::passthrough::{Found, Stat};
@@ -159,7 +160,7 @@ pub fn link(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
         }
         Backing::Fd(fd) => {
             let directory = fs.backend.path_fd(parent)?;
-            rustix::fs::linkat(fd, c"", &directory, name, AtFlags::EMPTY_PATH)?;
+            fdops::link_fd(fd, directory.as_fd(), name)?;
             let found = fs.backend.lookup(parent, name)?;
             let ours = Stat::of(fd)?;
             if (ours.dev, ours.ino) != (found.stat.dev, found.stat.ino) {
@@ -185,14 +186,15 @@ fn reply_entry(fs: &Fs, found: &Found, out: &mut [u8]) -> Result<usize, Errno> {
     put(out, &entry)
 }
 
-/// Takes on the groups that the extension names, for this thread and one call.
-pub(crate) fn groups(fs: &Fs, request: &Request<'_>) -> Result<GroupsGuard, Errno> {
+/// Takes on the groups that the extension names, for this thread and one call: those and no
+/// others, since the daemon's own would open directories to a guest's user.
+pub(crate) fn groups(fs: &Fs, request: &Request<'_>) -> Result<Option<SuppGroups>, Errno> {
     let groups = parse_groups(request.ext)?;
     // An unprivileged daemon impersonates nobody.
-    if fs.backend.squashes() {
-        return GroupsGuard::set(&[]);
+    if fs.backend.squashes() || groups.is_empty() && !fs.has_groups {
+        return Ok(None);
     }
-    GroupsGuard::set(&groups)
+    SuppGroups::set(&groups).map(Some).map_err(CredsError::errno)
 }
 
 /// Extensions are a chain of headers that count themselves and their padding.

@@ -6,10 +6,10 @@
 use std::ffi::CStr;
 
 use ringfs_wire::abi;
-use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use crate::dispatch::{Request, XATTR_BYTES_MAX, text_first};
+use crate::fdops;
 use crate::fs::Fs;
 use crate::nodes::Backing;
 use crate::passthrough::Xattr;
@@ -35,9 +35,7 @@ pub fn setxattr(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, E
     let node = fs.nodes.find(request.nodeid)?;
     match node.backing()? {
         Backing::Crate(inode) => fs.backend.setxattr(inode, name, value, set.flags)?,
-        Backing::Fd(fd) => {
-            rustix::fs::fsetxattr(fd, name, value, XattrFlags::from_bits_retain(set.flags))?;
-        }
+        Backing::Fd(fd) => fdops::setxattr(fd, name, value, set.flags)?,
     }
     Ok(0)
 }
@@ -56,7 +54,7 @@ pub fn getxattr(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize,
         Backing::Crate(inode) => fs.backend.getxattr(inode, name, size)?,
         Backing::Fd(fd) => {
             let mut value = vec![0; size as usize];
-            let count = rustix::fs::fgetxattr(fd, name, &mut value[..])?;
+            let count = fdops::getxattr(fd, name, &mut value)?;
             sized(value, count, size)
         }
     };
@@ -73,7 +71,7 @@ pub fn listxattr(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize
         Backing::Crate(inode) => fs.backend.listxattr(inode, size)?,
         Backing::Fd(fd) => {
             let mut names = vec![0; size as usize];
-            let count = rustix::fs::flistxattr(fd, &mut names[..])?;
+            let count = fdops::listxattr(fd, &mut names)?;
             sized(names, count, size)
         }
     };
@@ -93,7 +91,7 @@ pub fn removexattr(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize
     let node = fs.nodes.find(request.nodeid)?;
     match node.backing()? {
         Backing::Crate(inode) => fs.backend.removexattr(inode, name)?,
-        Backing::Fd(fd) => rustix::fs::fremovexattr(fd, name)?,
+        Backing::Fd(fd) => fdops::removexattr(fd, name)?,
     }
     Ok(0)
 }

@@ -1,0 +1,463 @@
+//! A whole shard on the simulated ring, with guests in the same thread: whatever the seed does to
+//! the operations, each request is answered once by its own reply, files hold what was written,
+//! nothing is left behind, and the same seed gives the same history.
+
+use ringfs_server::connection::{Connection, Link};
+use ringfs_server::fs::{Fs, FsOptions};
+use ringfs_server::mailbox::{Mail, Mailbox};
+use ringfs_server::pool::Pool;
+use ringfs_server::ring_sim::{Faults, Rng, SimRing};
+use ringfs_server::session::{Registry, Terms};
+use ringfs_server::shard::{Shard, Shared};
+use ringfs_server::stats::ShardStats;
+use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
+use ringfs_wire::deframe::Deframer;
+use ringfs_wire::limits::*;
+use ringfs_wire::session::{LinkRx, LinkTx};
+use ringfs_wire::slot::{ClientSlots, SlotUse};
+use rustix::thread::{CpuSet, sched_getaffinity};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use zerocopy::{FromBytes, IntoBytes};
+
+const CELLS: usize = 24;
+const CELL_BYTES: usize = (1 << 20) + 8192;
+
+/// What a guest waits for.
+#[derive(Clone, Debug)]
+enum Asked {
+    Create,
+    Write { cell: usize, at: usize, data: Vec<u8> },
+    Read { cell: usize, at: usize, len: usize },
+    Fsync,
+    Lookup { there: bool },
+    Forget,
+    Getattr,
+    Syncfs,
+}
+
+/// A guest with a file of its own, in cells with at most one request on each.
+struct Guest {
+    id: usize,
+    stream: UnixStream,
+    tx: LinkTx,
+    rx: LinkRx,
+    slots: ClientSlots<Asked>,
+    deframer: Deframer,
+    builder: BatchBuilder,
+    buffer: Vec<u8>,
+    out: Vec<u8>,
+    cells: Vec<(bool, Vec<u8>)>,
+    file: Option<(u64, u64)>,
+    to_forget: Vec<u64>,
+    left: usize,
+    pings: usize,
+    pool: bool,
+    ended: bool,
+}
+
+/// What one seed is about.
+#[derive(Clone, Copy)]
+struct Plan {
+    guests: usize,
+    requests: usize,
+    /// With requests that run on the pool's threads, whose pace is nobody's.
+    pool: bool,
+    faults: Faults,
+}
+
+impl Guest {
+    fn new(id: usize, stream: UnixStream, plan: &Plan) -> Guest {
+        stream.set_nonblocking(true).expect("non-blocking");
+        Guest {
+            id,
+            stream,
+            tx: LinkTx::new(true),
+            rx: LinkRx::new(true),
+            slots: ClientSlots::new(16),
+            deframer: Deframer::new(),
+            builder: BatchBuilder::new(),
+            buffer: vec![0; BATCH_BYTES_MAX],
+            out: Vec::new(),
+            cells: vec![(false, Vec::new()); CELLS],
+            file: None,
+            to_forget: Vec::new(),
+            left: plan.requests,
+            pings: 0,
+            pool: plan.pool,
+            ended: false,
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.ended || (self.left + self.pings + self.slots.in_use() == 0)
+    }
+
+    /// One tick: asks, sends a part, receives a part.
+    fn live(&mut self, rng: &mut Rng, history: &mut Vec<String>) {
+        if self.ended {
+            return;
+        }
+        if self.left > 0 && self.slots.has_free() && rng.one_of(400) {
+            self.ask(rng);
+        }
+        if rng.one_of(300) && !self.builder.is_empty() {
+            let received = self.rx.received();
+            let bytes = self.tx.seal(&mut self.builder, &mut self.buffer, received);
+            self.out.extend_from_slice(bytes);
+        }
+        if !self.out.is_empty() && rng.one_of(700) {
+            let most = [10, 1000, 400_000][rng.below(3)];
+            let len = 1 + rng.below(most).min(self.out.len() - 1);
+            match self.stream.write(&self.out[..len]) {
+                Ok(n) => drop(self.out.drain(..n)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => return self.end(history),
+            }
+        }
+        if rng.one_of(600) {
+            let spare = self.deframer.spare();
+            let most = [10, 5000, 400_000][rng.below(3)];
+            let len = 1 + rng.below(most).min(spare.len() - 1);
+            match self.stream.read(&mut spare[..len]) {
+                Ok(0) => return self.end(history),
+                Ok(n) => self.deframer.filled(n),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => return self.end(history),
+            }
+            self.take_in(history);
+        }
+    }
+
+    fn end(&mut self, history: &mut Vec<String>) {
+        self.ended = true;
+        history.push(format!("{} cut", self.id));
+    }
+
+    fn take_in(&mut self, history: &mut Vec<String>) {
+        let mut records = Vec::new();
+        while let Some(bytes) = self.deframer.next_batch().expect("a batch") {
+            let header = self.rx.accept(bytes, self.tx.sent()).expect("a good batch");
+            let mut cursor = Cursor::new(&header);
+            while let Some((record, span)) = cursor.next(bytes) {
+                records.push((record, bytes[span][RECORD_HEADER_BYTES..].to_vec()));
+            }
+        }
+        for (record, body) in records {
+            if record.kind == Kind::Pong as u8 {
+                self.pings -= 1;
+                history.push(format!("{} pong", self.id));
+                continue;
+            }
+            assert_eq!(record.kind, Kind::Reply as u8);
+            let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+            let asked = self.slots.complete(at).expect("the reply of something in flight");
+            let line = self.check(asked, record.code, &body);
+            history.push(format!("{} {at:?} {line}", self.id));
+        }
+    }
+
+    fn ask(&mut self, rng: &mut Rng) {
+        if self.builder.is_due() {
+            return;
+        }
+        let Some((node, fh)) = self.file else {
+            if self.slots.in_use() == 0 {
+                self.create();
+            }
+            return;
+        };
+        self.left -= 1;
+        let cell = rng.below(CELLS);
+        let kinds = if self.pool { 10 } else { 9 };
+        let asked = match rng.below(kinds) {
+            0..3 if !self.cells[cell].0 => {
+                let len = size(rng);
+                let at = rng.below(8192);
+                let seed = rng.below(256);
+                let data = (0..len).map(|i| (i * 7 + (i >> 8) + seed) as u8).collect();
+                Asked::Write { cell, at, data }
+            }
+            3..6 if !self.cells[cell].0 => {
+                Asked::Read { cell, at: rng.below(8192), len: size(rng) }
+            }
+            6 => Asked::Fsync,
+            7 => Asked::Lookup { there: rng.below(2) == 0 },
+            9 => Asked::Syncfs,
+            _ if !self.to_forget.is_empty() => Asked::Forget,
+            _ if rng.below(4) == 0 => {
+                let ping = RecordHeader { kind: Kind::Ping as u8, ..Default::default() };
+                assert!(self.builder.push(&mut self.buffer, ping, &[]));
+                self.pings += 1;
+                return;
+            }
+            _ => Asked::Getattr,
+        };
+        let place = |cell: usize, at: usize| (cell * CELL_BYTES + at) as u64;
+        let (opcode, nodeid, args) = match &asked {
+            Asked::Create => return,
+            Asked::Write { cell, at, data } => {
+                let (offset, size) = (place(*cell, *at), data.len() as u32);
+                let head = abi::WriteIn { fh, offset, size, ..Default::default() };
+                (Opcode::Write, node, [head.as_bytes(), data].concat())
+            }
+            Asked::Read { cell, at, len } => {
+                let (offset, size) = (place(*cell, *at), *len as u32);
+                let read = abi::ReadIn { fh, offset, size, ..Default::default() };
+                (Opcode::Read, node, read.as_bytes().to_vec())
+            }
+            Asked::Fsync => {
+                let fsync = abi::FsyncIn { fh, ..Default::default() };
+                (Opcode::Fsync, node, fsync.as_bytes().to_vec())
+            }
+            Asked::Lookup { there: true } => (Opcode::Lookup, 1, b"known\0".to_vec()),
+            Asked::Lookup { there: false } => (Opcode::Lookup, 1, b"unknown\0".to_vec()),
+            Asked::Getattr => {
+                (Opcode::Getattr, node, abi::GetattrIn::default().as_bytes().to_vec())
+            }
+            Asked::Syncfs => (Opcode::Syncfs, 1, vec![0; 8]),
+            Asked::Forget => (Opcode::Forget, 0, Vec::new()),
+        };
+        if let Asked::Write { cell, .. } | Asked::Read { cell, .. } = asked {
+            self.cells[cell].0 = true;
+        }
+        self.send(opcode, nodeid, &args, asked);
+    }
+
+    fn create(&mut self) {
+        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+        let create = abi::CreateIn { flags, mode: 0o100_600, umask: 0, open_flags: 0 };
+        let name = format!("guest-{}\0", self.id);
+        let args = [create.as_bytes(), name.as_bytes()].concat();
+        self.send(Opcode::Create, 1, &args, Asked::Create);
+    }
+
+    fn send(&mut self, opcode: Opcode, nodeid: u64, args: &[u8], asked: Asked) {
+        let forget = matches!(asked, Asked::Forget);
+        let at = self.slots.claim(asked).expect("a free slot");
+        let (kind, body) = if forget {
+            let ids = std::mem::take(&mut self.to_forget).into_iter();
+            let ones: Vec<_> = ids.map(|nodeid| abi::ForgetOne { nodeid, nlookup: 1 }).collect();
+            (Kind::Forget, ones.as_bytes().to_vec())
+        } else {
+            let head = [&nodeid.to_le_bytes()[..], &[0; 16]].concat();
+            (Kind::Request, [&head[..], args].concat())
+        };
+        let header = RecordHeader {
+            kind: kind as u8,
+            slot: at.slot,
+            slot_seq: at.seq,
+            code: opcode as u32,
+            ..Default::default()
+        };
+        assert!(self.builder.push(&mut self.buffer, header, &body));
+    }
+
+    /// The reply must be the one to this request; gives a line for the history.
+    fn check(&mut self, asked: Asked, code: u32, body: &[u8]) -> String {
+        const EIO: u32 = libc::EIO as u32;
+        match asked {
+            Asked::Create => {
+                assert_eq!(code, 0);
+                let (entry, rest) = abi::EntryOut::read_from_prefix(body).expect("an entry");
+                let fh = abi::OpenOut::read_from_bytes(rest).expect("opened").fh;
+                self.file = Some((entry.nodeid, fh));
+                "created".into()
+            }
+            Asked::Write { cell, at, data } => {
+                self.cells[cell].0 = false;
+                if code == EIO {
+                    return format!("write {cell} EIO");
+                }
+                assert_eq!(code, 0);
+                let n = abi::WriteOut::read_from_bytes(body).expect("WriteOut").size as usize;
+                assert!(n <= data.len() && (n > 0 || data.is_empty()));
+                let kept = &mut self.cells[cell].1;
+                if n > 0 {
+                    kept.resize(kept.len().max(at + n), 0);
+                    kept[at..at + n].copy_from_slice(&data[..n]);
+                }
+                format!("write {cell} {n}")
+            }
+            Asked::Read { cell, at, len } => {
+                self.cells[cell].0 = false;
+                if code == EIO {
+                    return format!("read {cell} EIO");
+                }
+                assert_eq!(code, 0);
+                let kept = &self.cells[cell].1;
+                // Later cells may or may not have made the file longer: zeros, or nothing.
+                let known = kept.get(at..kept.len().min(at + len)).unwrap_or_default();
+                let same = body.len().min(known.len());
+                assert!(body[..same] == known[..same], "cell {cell} has other bytes");
+                assert!(body[same..].iter().all(|&b| b == 0) && body.len() <= len);
+                format!("read {cell} {same}")
+            }
+            Asked::Lookup { there } => {
+                assert_eq!(code, if there { 0 } else { libc::ENOENT as u32 });
+                if there {
+                    let entry = abi::EntryOut::read_from_bytes(body).expect("an entry");
+                    self.to_forget.push(entry.nodeid);
+                }
+                format!("lookup {there}")
+            }
+            Asked::Fsync => {
+                assert!(code == 0 || code == EIO);
+                format!("fsync {code}")
+            }
+            Asked::Getattr => {
+                assert_eq!((code, body.len()), (0, size_of::<abi::AttrOut>()));
+                "getattr".into()
+            }
+            Asked::Forget | Asked::Syncfs => {
+                assert_eq!((code, body.len()), (0, 0));
+                "empty".into()
+            }
+        }
+    }
+}
+
+fn size(rng: &mut Rng) -> usize {
+    let len = [1, 500, 20_000, 60_000, 1 << 20][rng.below(5)];
+    if rng.one_of(200) { len } else { rng.below(len + 1) }
+}
+
+/// Runs one seed to its end and gives its history.
+fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
+    let share = place.join(format!("{seed}"));
+    let _ = std::fs::remove_dir_all(&share);
+    std::fs::create_dir(&share).expect("the share");
+    std::fs::write(share.join("known"), b"x").expect("a file");
+    let mailbox = Mailbox::new().expect("a mailbox");
+    let stats = Arc::new(ShardStats::default());
+    let registry = Arc::new(Registry::default());
+    let cpus: CpuSet = sched_getaffinity(None).expect("CPUs");
+    let pool = Pool::new(2, cpus);
+    let mut guests = Vec::new();
+    let mut sessions = Vec::new();
+    for id in 0..plan.guests {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let terms = Terms {
+            share: "share".into(),
+            peer: "sim".into(),
+            lanes: 1,
+            conns: 1,
+            slots: 16,
+            features: 1,
+        };
+        let fs = Fs::new(&share, FsOptions::default()).expect("a file system");
+        let session = registry.open(terms, fs).expect("a session");
+        assert!(session.attach(0));
+        sessions.push(session.clone());
+        let link = Link { tx: LinkTx::new(true), rx: LinkRx::new(true) };
+        let conn = Connection::new(Arc::new(ours.into()), session, 0, link);
+        mailbox.post(Mail::Connection(Box::new(conn)));
+        guests.push(Guest::new(id, theirs, &plan));
+    }
+    let mut history = Vec::new();
+    let mut stopping = false;
+    let world = |rng: &mut Rng| {
+        guests.iter_mut().for_each(|guest| guest.live(rng, &mut history));
+        if guests.iter().all(Guest::is_done) {
+            // All hang up; when the shard has noticed, it is told to end.
+            for guest in &mut guests {
+                let _ = guest.stream.shutdown(std::net::Shutdown::Both);
+                guest.ended = true;
+            }
+            if stats.connections.load(Relaxed) == 0 && !stopping {
+                stopping = true;
+                mailbox.post(Mail::Shutdown);
+            }
+        }
+    };
+    let shared = Shared {
+        registry: registry.clone(),
+        pool: pool.clone(),
+        mailbox: mailbox.clone(),
+        stats: stats.clone(),
+    };
+    let mut shard = Shard::new(SimRing::new(seed, plan.faults, world), shared);
+    shard.run().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    drop(shard);
+    pool.close();
+    let gauges = [&stats.connections, &stats.slots_in_use, &stats.buffers_in_use];
+    assert_eq!(gauges.map(|gauge| gauge.load(Relaxed)), [0; 3], "seed {seed}");
+    assert_eq!(stats.protocol_errors.load(Relaxed), 0, "seed {seed}");
+    assert!(registry.totals().iter().all(|(_, n)| *n == 0), "{:?}", registry.totals());
+    for (guest, session) in guests.iter().zip(sessions) {
+        let Some(_) = guest.file else { continue };
+        let kept = std::fs::read(share.join(format!("guest-{}", guest.id))).expect("the file");
+        for (cell, (busy, bytes)) in guest.cells.iter().enumerate().filter(|(_, c)| !c.0) {
+            let found = kept.get(cell * CELL_BYTES..).unwrap_or_default();
+            assert!(!busy && found.starts_with(bytes), "seed {seed}: cell {cell} differs");
+        }
+        // Known: the root, the file, and what was looked up and not given back ("known").
+        assert!(session.fs.counts().nodes <= 3 && session.fs.counts().overdrawn == 0);
+    }
+    std::fs::remove_dir_all(&share).expect("clean up");
+    history
+}
+
+const GENTLE: Faults = Faults { short: 0, again: 0, io_error: 0, reset: 0, full: 0, delay: 0 };
+const ROUGH: Faults =
+    Faults { short: 400, again: 100, io_error: 30, reset: 0, full: 50, delay: 40 };
+
+fn seeds() -> std::ops::Range<u64> {
+    let given = std::env::var("RINGFS_SIM_SEEDS").ok().and_then(|n| n.parse().ok());
+    0..given.unwrap_or(8)
+}
+
+fn place() -> tempfile::TempDir {
+    // On tmpfs, so that disks have no say in the time that this takes.
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory")
+}
+
+#[test]
+fn every_request_is_answered_once_by_its_own_reply() {
+    let place = place();
+    for seed in seeds() {
+        for (guests, faults) in [(1, GENTLE), (1, ROUGH), (4, ROUGH)] {
+            let plan = Plan { guests, requests: 120, pool: false, faults };
+            let history = run(seed, plan, place.path());
+            let answers = history.iter().filter(|line| !line.contains("cut")).count();
+            assert_eq!(answers, guests * 121, "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn the_same_seed_is_the_same_history() {
+    let place = place();
+    for seed in seeds().take(4) {
+        let plan = Plan { guests: 3, requests: 80, pool: false, faults: ROUGH };
+        let first = run(seed, plan, place.path());
+        assert!(first == run(seed, plan, place.path()), "seed {seed} has two histories");
+        assert!(first != run(seed + 1000, plan, place.path()), "the seed is not used");
+    }
+}
+
+#[test]
+fn jobs_of_the_pool_are_answered_too() {
+    let place = place();
+    for seed in seeds() {
+        let plan = Plan { guests: 3, requests: 60, pool: true, faults: ROUGH };
+        assert_eq!(run(seed, plan, place.path()).len(), 183, "seed {seed}");
+    }
+}
+
+#[test]
+fn connections_that_are_reset_leave_nothing() {
+    let place = place();
+    let faults = Faults { reset: 4, ..ROUGH };
+    let mut cut = 0;
+    for seed in seeds() {
+        let plan = Plan { guests: 4, requests: 100, pool: seed % 2 == 0, faults };
+        let history = run(seed, plan, place.path());
+        cut += history.iter().filter(|line| line.ends_with("cut")).count();
+    }
+    assert!(cut > 0, "no connection was cut");
+}
