@@ -16,7 +16,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum BackgroundError {
-    #[error("cannot start the background process ({what}): {source}")]
+    #[error("cannot start the background process: {what}")]
     Start { what: &'static str, source: io::Error },
     /// It has said why on standard error.
     #[error("the background process ended: {0}")]

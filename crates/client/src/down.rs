@@ -35,7 +35,7 @@ fn serve(session: &Session, conn: &Conn, index: usize, half: &mut ConnRx) -> End
         match conn.receive(half.deframer.spare()) {
             Ok(0) => return End::Closed { conn: index },
             Ok(bytes) => half.deframer.filled(bytes),
-            Err(source) => return End::Lost { conn: index, source },
+            Err(errno) => return End::Lost { conn: index, errno },
         }
     }
 }

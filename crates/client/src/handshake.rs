@@ -41,9 +41,9 @@ pub enum HandshakeError {
     Closed,
     #[error("the connection failed during the handshake: {0}")]
     Io(Errno),
-    #[error("the peer's first answer cannot be read: {0}")]
+    #[error("the peer's first answer cannot be read")]
     Link(#[from] LinkError),
-    #[error("the peer's first answer cannot be read: {0}")]
+    #[error("the peer's first answer cannot be read")]
     Hello(#[from] HelloError),
     #[error("the peer's first answer is {0} bytes (at most {HELLO_BYTES_MAX}): is it ringfsd?")]
     TooLong(usize),
@@ -235,7 +235,8 @@ mod tests {
     #[test]
     fn bad_answers_are_told_apart() {
         let check = |answer: &[u8], expected: &str| {
-            let error = join_with(answer).expect_err(expected).to_string();
+            let error = join_with(answer).expect_err(expected);
+            let error = format!("{:#}", anyhow::Error::from(error));
             assert!(error.contains(expected), "{error}");
         };
         check(b"", "closed the connection");

@@ -53,11 +53,11 @@ pub struct Request {
 pub enum Failure {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("{address}: {source}")]
+    #[error("no session with the daemon at {address}")]
     Handshake { address: Address, source: HandshakeError },
     #[error(transparent)]
     Mount(#[from] MountError),
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}")]
     System { what: &'static str, source: io::Error },
     #[error("the daemon did not answer {what} within {} s: is it stuck?", READY_LIMIT.as_secs())]
     Silent { what: &'static str },
@@ -65,9 +65,9 @@ pub enum Failure {
     Root(Errno),
     #[error("interrupted by a signal before the mount was ready")]
     Interrupted,
-    #[error("the mount ended before it was ready: {0}")]
-    Early(Arc<End>),
-    #[error("{0}")]
+    #[error("the mount ended before it was ready")]
+    Early(#[source] Arc<End>),
+    #[error(transparent)]
     Over(Arc<End>),
     #[error("the FUSE connection was aborted from outside; the mount is removed")]
     AbortedOutside,

@@ -34,26 +34,26 @@ pub enum End {
     Unmounted,
     #[error("aborted by a second signal: what was in flight has failed")]
     Aborted,
-    #[error("connection {conn} to the daemon is lost ({source}): what was in flight has failed")]
-    Lost { conn: usize, source: Errno },
+    #[error("connection {conn} to the daemon is lost ({errno}): what was in flight has failed")]
+    Lost { conn: usize, errno: Errno },
     #[error("the daemon closed connection {conn}: what was in flight has failed")]
     Closed { conn: usize },
     #[error("the daemon ended the session: {}", refusal(*.reason, .text))]
     Goodbye { reason: Option<Reason>, text: String },
-    #[error("the daemon broke the protocol: {0}")]
+    #[error("the daemon broke the protocol")]
     Link(#[from] LinkError),
-    #[error("the daemon broke the protocol: {0}")]
+    #[error("the daemon broke the protocol")]
     Slot(#[from] SlotError),
     #[error("the daemon broke the protocol: {0}")]
     Protocol(&'static str),
     #[error("the daemon refuses to serve the mount (errno {0} for INIT); its log says more")]
     InitRefused(u32),
-    #[error("no common ground with the kernel: {0}")]
+    #[error("no common ground with the kernel")]
     Init(#[from] InitError),
-    #[error("the FUSE device failed: {0}")]
+    #[error("the FUSE device failed")]
     Device(#[from] DeviceError),
-    #[error("a thread failed: {0}")]
-    Thread(io::Error),
+    #[error("a thread failed")]
+    Thread(#[source] io::Error),
 }
 
 /// One connection: what its threads share.

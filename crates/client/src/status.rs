@@ -146,7 +146,7 @@ impl Publisher {
         let done = stream
             .set_nonblocking(false)
             .and_then(|()| stream.set_write_timeout(Some(ANSWER_LIMIT)))
-            .and_then(|()| Ok(stream.write_all(&serde_json::to_vec(&report())?)?));
+            .and_then(|()| stream.write_all(&serde_json::to_vec(&report())?));
         if let Err(error) = done {
             tracing::debug!(%error, "somebody asked for the status and did not listen");
         }

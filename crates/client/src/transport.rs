@@ -63,10 +63,10 @@ pub struct TargetError {
 
 /// Why there is no connection.
 #[derive(Debug, Error)]
-#[error("cannot connect to {address}: {source}{cure}")]
+#[error("cannot connect to {address}: {cause}{cure}")]
 pub struct ConnectError {
     address: Address,
-    source: io::Error,
+    cause: io::Error,
     cure: &'static str,
 }
 
@@ -170,7 +170,7 @@ impl Socket {
         };
         done.map_err(|errno| ConnectError {
             address: address.clone(),
-            source: errno.into(),
+            cause: errno.into(),
             cure: cure(address, errno),
         })
     }

@@ -309,7 +309,7 @@ impl<'s> Up<'s> {
                 LaneCounters::add(&self.lane.counters.bytes_up, bytes);
             }
             // What was in the batch has slots, so the end answers it.
-            Err(source) => self.session.end(End::Lost { conn: self.lane.conn, source }),
+            Err(errno) => self.session.end(End::Lost { conn: self.lane.conn, errno }),
         }
     }
 

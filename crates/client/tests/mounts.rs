@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -213,7 +214,8 @@ fn files_are_read_and_written_through_the_mount() {
         });
         assert_eq!(conns, if options.contains("conns=1") { 1 } else { lanes_of(options) });
         assert_eq!(bench.host.slots_in_use(), 0);
-        bench.host.wait_for("no faults", |seen| Some(assert_eq!(seen.faults, [""; 0])));
+        let faults = bench.host.wait_for("faults", |seen| Some(seen.faults.clone()));
+        assert_eq!(faults, [""; 0]);
         assert!(!bench.is_mounted());
     }
 }
@@ -285,7 +287,7 @@ fn in_the_background_the_command_returns_when_the_mount_answers() {
         assert!(bench.umount(&[]).status.success());
         bench.host.wait_for("farewell", |seen| (seen.goodbyes > 0).then(|| seen.goodbyes = 0));
         wait_until("the client's end", || rustix::process::test_kill_process(pid).is_err());
-        bench.host.wait_for("reset", |seen| Some(seen.hellos.clear()));
+        bench.host.wait_for("reset", |seen| Some(std::mem::take(&mut seen.hellos)));
     }
 }
 
@@ -318,6 +320,24 @@ fn a_refused_mount_says_why_and_leaves_nothing() {
     check(Terms { init_errno: 95, ..terms() }, "data", &[], "errno 95 for INIT");
     check(terms(), "data", &["-o", "lane=3"], "did you mean `lanes=`?");
     check(terms(), "da\u{7}ta", &[], "no share of that name");
+}
+
+#[test]
+fn a_peer_that_does_not_answer_is_given_up() {
+    let bench = Bench::new(Terms { answers_root: false, ..Terms::default() });
+    let path = bench.mountpoint.display().to_string();
+    let output = bench.run(&["mount", &bench.source("data"), &path]);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(stderr.contains("did not answer the first GETATTR"), "{stderr}");
+    assert!(!output.status.success() && !bench.is_mounted());
+
+    let socket = bench.dir.path().join("mute.sock");
+    let mute = UnixListener::bind(&socket).expect("bind");
+    let output = bench.run(&["mount", &format!("data@unix:{}", socket.display()), &path]);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(stderr.contains("did not answer within 5 s"), "{stderr}");
+    assert!(!output.status.success() && !bench.is_mounted());
+    drop(mute);
 }
 
 #[test]

@@ -308,7 +308,7 @@ fn attr(nodeid: u64) -> Option<Attr> {
 }
 
 pub fn big_byte(offset: usize) -> u8 {
-    (offset / 7 ^ offset >> 13) as u8
+    ((offset / 7) ^ (offset >> 13)) as u8
 }
 
 fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
