@@ -120,7 +120,7 @@ pub fn run(args: &Args) -> Result<String> {
 
 fn on_ringfs(sandbox: &Sandbox, suite: &Suite, share: &Path, options: &str) -> Result<Outcomes> {
     let bins = Bins::build()?;
-    let daemon = Daemon::start(sandbox, &bins, "d", &[rig::share("pj", share)], &[])?;
+    let daemon = Daemon::start(sandbox, &bins, "d", &[rig::share("pj", share) + ",dev"], &[])?;
     let start = daemon.counters_at_rest()?;
     let mut all = "default_permissions,allow_other".to_string();
     if !options.is_empty() {

@@ -122,7 +122,11 @@ struct MountArgs {
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| helper::is_helper_name(&name)) {
         return report(run_helper(args), EXIT_MOUNT_HELPER);

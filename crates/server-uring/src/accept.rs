@@ -5,6 +5,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use thiserror::Error;
@@ -159,8 +160,9 @@ fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
         .map_err(|e| error(e, ""))?;
     let bound = match net::bind(&socket, &address) {
         Err(Errno::ADDRINUSE) => {
+            // Connecting to what is no socket is refused too, and it is not ours to remove.
             if !is_socket(path) {
-                return Err(error(Errno::ADDRINUSE, " (a file that is no socket is there)"));
+                return Err(error(Errno::ADDRINUSE, " (something else has this name)"));
             }
             if is_alive(&address) {
                 return Err(error(Errno::ADDRINUSE, " (another daemon listens there)"));
@@ -185,13 +187,15 @@ fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
 }
 
 fn is_socket(path: &Path) -> bool {
-    use std::os::unix::fs::FileTypeExt;
     std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
 }
 
 /// Whether somebody listens on the socket file.
 fn is_alive(address: &SocketAddrUnix) -> bool {
-    let Ok(probe) = net::socket(AddressFamily::UNIX, SocketType::STREAM, None) else { return true };
+    // Who listens but does not accept must not hold this up.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    let Ok(probe) = probe else { return true };
     net::connect(&probe, address) != Err(Errno::CONNREFUSED)
 }
 

@@ -419,9 +419,11 @@ impl Connection {
         None
     }
 
-    /// Whether one batch, in either direction, takes the peer longer than `limit`.
+    /// Whether one batch takes the peer longer than `limit`: one that comes in and holds a large
+    /// buffer, or one that goes out while more is held than a small buffer has.
     pub fn is_stalled(&self, now: Instant, limit: Duration) -> bool {
-        let since = [self.receiving_since, self.sending_since];
+        let holds = self.closing.is_some() || self.reply_bytes > REPLY_INLINE_BYTES_MAX;
+        let since = [self.receiving_since, self.sending_since.filter(|_| holds)];
         since.into_iter().flatten().any(|since| now.saturating_duration_since(since) > limit)
     }
 

@@ -98,6 +98,8 @@ impl FromStr for ShareConfig {
                 "direct_io=buffered" => options.direct_io = false,
                 "submounts=merge" => options.submounts = Submounts::Merge,
                 "submounts=hide" => options.submounts = Submounts::Hide,
+                "dev" => options.device_nodes = true,
+                "nodev" => options.device_nodes = false,
                 _ => break,
             }
             dir = before;
@@ -152,11 +154,16 @@ fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
     Ok(Share { name, dir, root, options })
 }
 
-/// Each inode that a guest knows costs an fd: as many as the hard limit gives.
+/// Each inode that a guest knows costs an fd: as many as the kernel gives a process, or at least as
+/// many as the hard limit allows.
 fn raise_open_files() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
+    let most = most.and_then(|text| text.trim().parse::<u64>().ok());
+    if setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).is_ok() {
+        return;
+    }
+    let hard = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard }) {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }

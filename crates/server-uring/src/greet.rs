@@ -188,7 +188,7 @@ impl Greeter {
             let text = "no such session here; mount again";
             self.registry.find(hello.ticket).ok_or(refuse(Reason::UnknownSession, text))?
         };
-        if hello.conns != session.conns || !session.attach(hello.conn) {
+        if hello.conns != session.conns || !self.registry.attach(&session, hello.conn) {
             let text = format!("connection {} of this session is open already", hello.conn);
             return Err(refuse(Reason::Protocol, text));
         }

@@ -38,7 +38,8 @@ struct Serve {
     ///
     /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the host's
     /// disk; by default, buffered, it bypasses the guest's cache only); submounts=merge (what is
-    /// mounted below DIR on the host is seen; by default, hide, the directory underneath is).
+    /// mounted below DIR on the host is seen; by default, hide, the directory underneath is); dev
+    /// (guests may make device nodes, which no guest can open through the share).
     #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
     shares: Vec<ShareConfig>,
     /// Where guests connect. May be given several times.
@@ -86,6 +87,7 @@ impl std::str::FromStr for CpuList {
 fn main() {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )

@@ -38,7 +38,7 @@ pub struct Session {
 
 impl Session {
     /// Marks a connection as open; false if it was already, or is none of the session's.
-    pub fn attach(&self, conn: u16) -> bool {
+    fn attach(&self, conn: u16) -> bool {
         conn < self.conns && self.open.fetch_or(1 << conn, Ordering::AcqRel) & (1 << conn) == 0
     }
 
@@ -127,10 +127,20 @@ impl Registry {
         self.lock().get(&ticket).cloned()
     }
 
+    /// Marks a connection of a session as open; false if it was already, is none of the session's,
+    /// or the session has ended meanwhile.
+    pub fn attach(&self, session: &Session, conn: u16) -> bool {
+        let sessions = self.lock();
+        sessions.contains_key(&session.ticket) && session.attach(conn)
+    }
+
     /// A connection ended; with the last one the session ends, until sessions can be resumed.
     pub fn detach(&self, session: &Session, conn: u16) {
+        // Under the lock, so that nobody joins a session that is just ending.
+        let mut sessions = self.lock();
         if session.detach(conn) {
-            let ended = self.lock().remove(&session.ticket);
+            let ended = sessions.remove(&session.ticket);
+            drop(sessions);
             tracing::info!(session = session.id, share = session.share, "session ended");
             if let Some(ended) = ended {
                 // Closing the files of a large session takes long: not on a shard's thread.
@@ -151,5 +161,36 @@ impl Registry {
             ("nodes", counts.iter().map(|c| c.nodes as u64).sum()),
             ("handles", counts.iter().map(|c| c.handles as u64).sum()),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::FsOptions;
+
+    #[test]
+    fn nobody_joins_a_session_that_has_ended() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let registry = Registry::default();
+        let terms = Terms {
+            share: "share".into(),
+            peer: "peer".into(),
+            lanes: 2,
+            conns: 2,
+            slots: 1,
+            features: 0,
+        };
+        let fs = Fs::new(dir.path(), FsOptions::default()).expect("a file system");
+        let session = registry.open(terms, fs).expect("a session");
+        assert!(registry.attach(&session, 1) && !registry.attach(&session, 1));
+        assert!(registry.attach(&session, 0) && !registry.attach(&session, 2));
+        registry.detach(&session, 1);
+        assert!(registry.attach(&session, 1));
+        // A greeter has found the session; then its last connection goes.
+        let found = registry.find(session.ticket).expect("open");
+        registry.detach(&session, 0);
+        registry.detach(&session, 1);
+        assert!(!registry.attach(&found, 0), "a session that nobody counts");
     }
 }

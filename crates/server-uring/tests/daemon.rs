@@ -185,3 +185,36 @@ fn pings_are_answered_and_optional_kinds_skipped() {
         guest.ending();
     });
 }
+
+#[test]
+fn cancelled_requests_are_answered_once_too() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        let mut interrupted = 0;
+        for _ in 0..20 {
+            let mut wait = Vec::new();
+            while guest.has_free() {
+                wait.push(guest.start(Opcode::Syncfs, 1, &[0; 8]));
+            }
+            for &at in wait.iter().rev() {
+                guest.add(Kind::Cancel as u8, at, 0, &[]);
+                // Once more, and one that is long over: neither may harm.
+                guest.add(Kind::Cancel as u8, at, 0, &[]);
+                let past = at.seq.wrapping_sub(1);
+                let past = ringfs_wire::slot::SlotUse { seq: past, ..at };
+                guest.add(Kind::Cancel as u8, past, 0, &[]);
+            }
+            guest.flush();
+            for _ in 0..wait.len() {
+                match guest.reply().expect("a reply").1 {
+                    Ok(body) => assert!(body.is_empty()),
+                    Err(errno) => {
+                        assert_eq!(errno, libc::EINTR as u32);
+                        interrupted += 1;
+                    }
+                }
+            }
+        }
+        assert!(interrupted > 0, "no job was waiting when it was cancelled");
+    });
+}

@@ -351,7 +351,7 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
         };
         let fs = Fs::new(&share, FsOptions::default()).expect("a file system");
         let session = registry.open(terms, fs).expect("a session");
-        assert!(session.attach(0));
+        assert!(registry.attach(&session, 0));
         sessions.push(session.clone());
         let link = Link { tx: LinkTx::new(true), rx: LinkRx::new(true) };
         let conn = Connection::new(Arc::new(ours.into()), session, 0, link);
