@@ -149,16 +149,28 @@ fn tidy_run(run_dir: &Path, keep: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A run that was killed leaves its directory; its process id tells whether it still runs.
+/// A run that was killed leaves its directory; its process id tells whether it still runs. Of the
+/// kept ones the last few stay.
 fn remove_stale_runs(cache: &Path) -> anyhow::Result<()> {
+    const KEPT_MAX: usize = 3;
     std::fs::create_dir_all(cache)?;
+    let mut kept = Vec::new();
     for entry in std::fs::read_dir(cache)? {
         let entry = entry?;
         let name = entry.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.strip_prefix("run-")) else { continue };
-        if !Path::new("/proc").join(pid).exists() {
-            std::fs::remove_dir_all(entry.path())?;
+        let name = name.to_str().unwrap_or_default();
+        if let Some(pid) = name.strip_prefix("run-") {
+            if !Path::new("/proc").join(pid).exists() {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+        } else if name.starts_with("kept-") {
+            kept.push(entry.path());
         }
+    }
+    kept.sort(); // by the second of their end
+    let old = kept.len().saturating_sub(KEPT_MAX);
+    for dir in kept.into_iter().take(old) {
+        std::fs::remove_dir_all(dir)?;
     }
     Ok(())
 }

@@ -57,7 +57,7 @@ use Scenario::{Boot, Full, None as OnDemand, Smoke};
 use Stage::{Initramfs, Root};
 
 /// All steps in the order in which they run.
-pub const STEPS: [Step; 32] = [
+pub const STEPS: [Step; 37] = [
     step(Boot, Initramfs, 20, "modules"),
     step(Smoke, Initramfs, 60, "initramfs_mount"),
     step(Boot, Root, 60, "vsock_pieces_1k"),
@@ -87,7 +87,12 @@ pub const STEPS: [Step; 32] = [
     step(Full, Root, 120, "loop_copy_tree"),
     step(Full, Root, 300, "loop_fio_verify"),
     step(Full, Root, 60, "loop_umount"),
+    step(OnDemand, Root, 1200, "pjdfstest_all"),
     step(OnDemand, Root, 60, "vsock_pieces_48k"),
+    step(OnDemand, Root, 120, "plain_files"),
+    step(OnDemand, Root, 120, "plain_copy_tree"),
+    step(OnDemand, Root, 300, "plain_fio_verify"),
+    step(OnDemand, Root, 600, "plain_pjdfstest"),
     step(OnDemand, Root, 60, "always_fails"),
     step(OnDemand, Root, 5, "never_ends"),
 ];

@@ -46,7 +46,7 @@ pub struct Product {
 impl Tools {
     /// Installs and builds what `plan` needs and is missing. `root` is the repository.
     pub fn ready(root: &Path, plan: &[Step]) -> anyhow::Result<Self> {
-        let want_pjdfstest = plan.iter().any(|step| step.name.starts_with("pjdfstest"));
+        let want_pjdfstest = plan.iter().any(|step| step.name.contains("pjdfstest"));
         // The steps of the scenario `boot`, and some on demand, go without.
         let want_product =
             plan.iter().any(|step| matches!(step.from, Scenario::Smoke | Scenario::Full));
