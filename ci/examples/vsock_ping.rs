@@ -53,7 +53,8 @@ fn ping() -> Result<(), Box<dyn std::error::Error>> {
     }
     let seconds = start.elapsed().as_secs_f64();
     println!(
-        "{pieces} pieces of {piece_bytes} bytes and back: {:.1} MiB/s each way, {:.2} ms a turn, slowest {:.1} ms",
+        "{pieces} pieces of {piece_bytes} bytes and back: {:.1} MiB/s each way, {:.2} ms a turn, \
+         slowest {:.1} ms",
         f64::from(mib) / seconds,
         seconds * 1000.0 / pieces as f64,
         slowest.as_secs_f64() * 1000.0

@@ -118,10 +118,10 @@ fn run_one(
     let daemon = tools.product.as_ref().map(|product| product.daemon.as_path());
     let mut host = Host::start(run_dir, daemon)?;
     let results = guest::boot(kernel, tools, plan, &mut host, run_dir)?;
-    if results.iter().any(|(_, outcome, _)| matches!(outcome, Outcome::Failed(_))) {
-        if let Some(log) = host.daemon_log() {
-            println!("  end of the daemon's log:\n{log}");
-        }
+    if results.iter().any(|(_, outcome, _)| matches!(outcome, Outcome::Failed(_)))
+        && let Some(log) = host.daemon_log()
+    {
+        println!("  end of the daemon's log:\n{log}");
     }
     Ok(results)
 }

@@ -240,7 +240,7 @@ fn qemu_arguments(image: &Path, initrd: &Path) -> Vec<String> {
     .flat_map(|arguments| arguments.split(' '))
     .chain(["-m", &megabytes, "-object", &memory, "-chardev", &vhost])
     .chain(["-kernel", &image, "-initrd", &initrd])
-    // A panic must stop the machine: `panic=-1` reboots at once, which -no-reboot turns into an end.
+    // A panic must stop the machine: panic=-1 reboots, and -no-reboot turns that into an end.
     .chain(["-append", "console=ttyS0 quiet panic=-1 oops=panic"])
     .map(str::to_owned)
     .collect()

@@ -4,6 +4,7 @@
 //! Sockets are named relative to that directory: their paths stay under the limit of sun_path
 //! wherever the repository lies.
 
+use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -29,6 +30,11 @@ pub const UDS_BASE: &str = "vs";
 const LISTEN_LIMIT: Duration = Duration::from_secs(20);
 /// A closed connection reaches the daemon through two processes on a busy machine.
 const IDLE_LIMIT: Duration = Duration::from_secs(20);
+/// How often a state that is waited for is looked at.
+const POLL: Duration = Duration::from_millis(50);
+/// The daemon's counters, relative to the run's directory.
+const CONTROL: &str = "ringfsd.ctl";
+const STATUS_BYTES_MAX: u64 = 1 << 20;
 const FILES_FROM_HOST: u32 = 150;
 
 /// What runs on the host while a guest lives.
@@ -39,8 +45,9 @@ pub struct Host {
 
 struct Daemon {
     process: Process,
-    /// Open descriptors before any guest came.
-    fds_idle: usize,
+    control: PathBuf,
+    /// Before any guest came.
+    idle: Held,
 }
 
 impl Host {
@@ -97,17 +104,56 @@ impl Host {
         let end = Instant::now() + IDLE_LIMIT;
         loop {
             daemon.process.check_running()?;
-            let fds = open_fds(&daemon.process)?;
-            if fds <= daemon.fds_idle {
-                return Ok(format!("{fds} descriptors open, as at the start"));
+            let now = Held::of(daemon)?;
+            if now.gauges == daemon.idle.gauges {
+                let (errors, before) = (now.protocol_errors, daemon.idle.protocol_errors);
+                ensure!(errors == before, "{} protocol errors", errors - before);
+                ensure!(now.operations > 0, "the daemon counted no operation");
+                let gauges = now.gauges.iter().map(|(name, n)| format!("{name} {n}"));
+                let gauges: Vec<String> = gauges.collect();
+                return Ok(format!("{} operations; {}", now.operations, gauges.join(", ")));
             }
-            ensure!(
-                Instant::now() < end,
-                "{fds} descriptors open, {} at the start",
-                daemon.fds_idle
-            );
-            std::thread::sleep(Duration::from_millis(50));
+            let (now, idle) = (now.gauges, &daemon.idle.gauges);
+            ensure!(Instant::now() < end, "it holds {now:?}, and {idle:?} at its start");
+            std::thread::sleep(POLL);
         }
+    }
+}
+
+/// What the daemon holds and has counted, from its control socket and from /proc.
+#[derive(Debug, Default)]
+struct Held {
+    gauges: BTreeMap<String, u64>,
+    protocol_errors: u64,
+    operations: u64,
+}
+
+/// The counters that come back to their start when all guests have gone.
+const GAUGES: [&str; 6] =
+    ["sessions", "connections", "nodes", "handles", "slots_in_use", "buffers_in_use"];
+
+impl Held {
+    fn of(daemon: &Daemon) -> anyhow::Result<Self> {
+        // Before the control connection, which is a descriptor of its own.
+        let fds = open_fds(&daemon.process)?;
+        let stream = UnixStream::connect(&daemon.control).context("ringfsd's control socket")?;
+        stream.set_read_timeout(Some(LISTEN_LIMIT))?;
+        let mut text = String::new();
+        stream.take(STATUS_BYTES_MAX).read_to_string(&mut text)?;
+        Self::parse(&text, fds).with_context(|| format!("counters of ringfsd: {text:?}"))
+    }
+
+    fn parse(text: &str, fds: u64) -> anyhow::Result<Self> {
+        let json: serde_json::Value = serde_json::from_str(text)?;
+        let number = |name: &str| json.get(name).and_then(serde_json::Value::as_u64);
+        let mut gauges: BTreeMap<String, u64> =
+            GAUGES.iter().filter_map(|name| Some(((*name).to_owned(), number(name)?))).collect();
+        ensure!(!gauges.is_empty(), "none of {GAUGES:?} is there");
+        gauges.insert("descriptors".into(), fds);
+        let operations = json.get("ops").and_then(serde_json::Value::as_object);
+        let operations = operations.map_or(0, |ops| ops.values().filter_map(|n| n.as_u64()).sum());
+        let protocol_errors = number("protocol_errors").unwrap_or(0);
+        Ok(Self { gauges, protocol_errors, operations })
     }
 }
 
@@ -118,35 +164,41 @@ fn start_daemon(program: &Path, run_dir: &Path, share: &Path) -> anyhow::Result<
         format!("{SHARE}={}", share.display()),
         "--listen".to_owned(),
         format!("unix:{socket}"),
+        "--control".to_owned(),
+        CONTROL.to_owned(),
     ];
     let mut process = Process::start("ringfsd", program, &arguments, run_dir, false)?;
+    let control = run_dir.join(CONTROL);
     process.wait_for(&run_dir.join(&socket), LISTEN_LIMIT)?;
+    process.wait_for(&control, LISTEN_LIMIT)?;
     // One visit that says nothing brings up what the daemon makes on its first connection.
     drop(UnixStream::connect(run_dir.join(&socket)).context("connecting to ringfsd")?);
-    let fds_idle = settled_fds(&process)?;
-    Ok(Daemon { process, fds_idle })
+    let mut daemon = Daemon { process, control, idle: Held::default() };
+    daemon.idle = settled(&daemon)?;
+    Ok(daemon)
 }
 
-/// The count of descriptors once it is the same in ten looks in a row.
-fn settled_fds(process: &Process) -> anyhow::Result<usize> {
+/// What it holds once that is the same in ten looks in a row.
+fn settled(daemon: &Daemon) -> anyhow::Result<Held> {
     const LOOKS: u32 = 10;
     const LOOKS_MAX: u32 = 200;
-    let (mut last, mut same) = (0, 0);
+    let (mut last, mut same) = (Held::of(daemon)?, 0);
     for _ in 0..LOOKS_MAX {
-        let now = open_fds(process)?;
-        same = if now == last { same + 1 } else { 0 };
+        std::thread::sleep(POLL);
+        let now = Held::of(daemon)?;
+        same = if now.gauges == last.gauges { same + 1 } else { 0 };
         last = now;
         if same >= LOOKS {
-            break;
+            return Ok(last);
         }
-        std::thread::sleep(Duration::from_millis(20));
     }
-    Ok(last)
+    bail!("ringfsd does not come to rest after its start: {last:?}")
 }
 
-fn open_fds(process: &Process) -> anyhow::Result<usize> {
+fn open_fds(process: &Process) -> anyhow::Result<u64> {
     let dir = format!("/proc/{}/fd", process.id());
-    Ok(std::fs::read_dir(&dir).with_context(|| format!("reading {dir}"))?.count())
+    let entries = std::fs::read_dir(&dir).with_context(|| format!("reading {dir}"))?;
+    Ok(u64::try_from(entries.count())?)
 }
 
 /// A tree with known bytes, and its checksums beside it.
@@ -214,6 +266,18 @@ fn echo(mut stream: UnixStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn counters_are_read_as_far_as_they_are_there() {
+        let text = r#"{"connections":1,"nodes":7,"protocol_errors":2,"ops":{"READ":3,"INIT":1}}"#;
+        let held = Held::parse(text, 12).expect("counters");
+        let gauges: Vec<(&str, u64)> = held.gauges.iter().map(|(k, v)| (k.as_str(), *v)).collect();
+        assert_eq!(gauges, [("connections", 1), ("descriptors", 12), ("nodes", 7)]);
+        assert_eq!((held.protocol_errors, held.operations), (2, 4));
+        for garbage in ["", "[]", "{}", "{\"ops\":3}"] {
+            assert!(Held::parse(garbage, 1).is_err(), "{garbage}");
+        }
+    }
 
     #[test]
     fn the_echo_peer_gives_back_what_it_got() {

@@ -1,4 +1,4 @@
-//! What a guest run needs from outside: Debian packages, crates that are programs, our own binaries.
+//! What a guest run needs from outside: Debian packages, crates that are programs, our binaries.
 //!
 //! Everything is installed once and found again; nothing is built twice for the same flags (the
 //! static client has a target directory of its own, so that its RUSTFLAGS do not thrash the
@@ -185,17 +185,18 @@ fn apt_update() -> anyhow::Result<()> {
 fn crate_program(root: &Path, name: &str, version: &str) -> anyhow::Result<PathBuf> {
     let tools = root.join("target/tools");
     let program = tools.join("bin").join(name);
-    let stamp = tools.join(format!("{name}-{version}.installed"));
-    if program.is_file() && stamp.is_file() {
+    if program.is_file()
+        && let Ok(said) = output(Command::new(&program).arg("--version"))
+        && said.trim() == format!("{name} {version}")
+    {
         return Ok(program);
     }
     println!("vm: building {name} {version} (once)");
     run(cargo(root)
-        .args(["install", "--quiet", "--locked", name, "--version", version, "--root"])
+        .args(["install", "--quiet", "--locked", "--force", name, "--version", version, "--root"])
         .arg(&tools)
         .arg("--target-dir")
         .arg(tools.join("build")))?;
-    std::fs::write(&stamp, "")?;
     Ok(program)
 }
 
