@@ -4,7 +4,7 @@
 //! Whatever happens, the result has one entry for each planned step.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -201,27 +201,40 @@ fn build_initramfs(kernel: &Kernel, tools: &Tools, plan: &[Step]) -> anyhow::Res
     root.file("guest/step", include_bytes!("../../guest/step"));
     root.file("guest/pjdfstest.toml", include_bytes!("../../guest/pjdfstest.toml"));
     root.file("guest/plan", scenario::as_text(plan).as_bytes());
-    root.file("guest/env", environment(tools).as_bytes());
+    let programs = host_programs(tools)?;
+    root.file("guest/env", environment(&programs).as_bytes());
+    let lines: String =
+        programs.iter().map(|(name, path)| format!("{name} {}\n", path.display())).collect();
+    root.file("guest/programs", lines.as_bytes());
     if let Some(product) = &tools.product {
         root.file("guest/ringfs", &read(&product.client)?);
     }
     Ok(root.finish())
 }
 
-fn environment(tools: &Tools) -> String {
-    let path = |path: Option<&Path>| {
-        // Quoted for the shell: the repository may lie under any name.
-        path.map(|p| format!("'{}'", p.display().to_string().replace('\'', "'\\''")))
-            .unwrap_or_default()
-    };
-    let daemon = tools.product.as_ref().map(|product| product.daemon.as_path());
-    format!(
-        "SHARE={SHARE}\nPORT={PORT}\nECHO_PORT={ECHO_PORT}\nLOOP_PORT={LOOP_PORT}\n\
-         RINGFSD={}\nPING={}\nPJDFSTEST={}\n",
-        path(daemon),
-        path(Some(&tools.ping)),
-        path(tools.pjdfstest.as_deref()),
-    )
+/// Variables of `ci/guest/step`: what both sides have to agree on.
+fn environment(programs: &[(&str, PathBuf)]) -> String {
+    let mut text =
+        format!("SHARE={SHARE}\nPORT={PORT}\nECHO_PORT={ECHO_PORT}\nLOOP_PORT={LOOP_PORT}\n");
+    for (name, _) in programs {
+        text.push_str(&format!("{}=/run/guest/bin/{name}\n", name.to_uppercase()));
+    }
+    text
+}
+
+/// Programs that the guest takes from the host's root, under the names that steps know them by.
+fn host_programs(tools: &Tools) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
+    let daemon = tools.product.as_ref().map(|product| &product.daemon);
+    let all =
+        [("ping", Some(&tools.ping)), ("ringfsd", daemon), ("pjdfstest", tools.pjdfstest.as_ref())];
+    let mut programs = Vec::new();
+    for (name, path) in all {
+        if let Some(path) = path {
+            // The guest sees the host's root through 9p, where links would leave it.
+            programs.push((name, path.canonicalize()?));
+        }
+    }
+    Ok(programs)
 }
 
 fn qemu_arguments(image: &Path, initrd: &Path) -> Vec<String> {

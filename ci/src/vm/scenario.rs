@@ -59,41 +59,41 @@ use Stage::{Initramfs, Root};
 /// All steps in the order in which they run.
 pub const STEPS: [Step; 37] = [
     step(Boot, Initramfs, 20, "modules"),
-    step(Smoke, Initramfs, 60, "initramfs_mount"),
-    step(Boot, Root, 60, "vsock_pieces_1k"),
-    step(Boot, Root, 60, "vsock_pieces_32k"),
-    step(Smoke, Root, 60, "mount"),
-    step(Smoke, Root, 60, "from_host"),
-    step(Smoke, Root, 120, "files"),
-    step(Smoke, Root, 120, "copy_tree"),
-    step(Smoke, Root, 120, "dd_checksum"),
-    step(Full, Root, 60, "features"),
-    step(Full, Root, 300, "fio_verify"),
+    step(Smoke, Initramfs, 120, "initramfs_mount"),
+    step(Boot, Root, 120, "vsock_pieces_1k"),
+    step(Boot, Root, 120, "vsock_pieces_32k"),
+    step(Smoke, Root, 120, "mount"),
+    step(Smoke, Root, 120, "from_host"),
+    step(Smoke, Root, 300, "files"),
+    step(Smoke, Root, 300, "copy_tree"),
+    step(Smoke, Root, 300, "dd_checksum"),
+    step(Full, Root, 120, "features"),
+    step(Full, Root, 600, "fio_verify"),
     step(Full, Root, 600, "pjdfstest_chmod"),
     step(Full, Root, 600, "pjdfstest_link"),
     step(Full, Root, 600, "pjdfstest_open"),
     step(Full, Root, 600, "pjdfstest_rename"),
     step(Full, Root, 600, "pjdfstest_unlink"),
-    step(Full, Root, 60, "wrong_port"),
-    step(Full, Root, 60, "wrong_cid"),
-    step(Full, Root, 60, "unknown_share"),
-    step(Full, Root, 60, "missing_mountpoint"),
-    step(Full, Root, 60, "bad_address"),
-    step(Full, Root, 60, "still_works"),
-    step(Smoke, Root, 60, "umount"),
-    step(Smoke, Root, 60, "daemon_idle"),
-    step(Full, Root, 60, "loop_mount"),
-    step(Full, Root, 120, "loop_files"),
-    step(Full, Root, 120, "loop_copy_tree"),
-    step(Full, Root, 300, "loop_fio_verify"),
-    step(Full, Root, 60, "loop_umount"),
+    step(Full, Root, 120, "wrong_port"),
+    step(Full, Root, 120, "wrong_cid"),
+    step(Full, Root, 120, "unknown_share"),
+    step(Full, Root, 120, "missing_mountpoint"),
+    step(Full, Root, 120, "bad_address"),
+    step(Full, Root, 120, "still_works"),
+    step(Smoke, Root, 120, "umount"),
+    step(Smoke, Root, 120, "daemon_idle"),
+    step(Full, Root, 120, "loop_mount"),
+    step(Full, Root, 300, "loop_files"),
+    step(Full, Root, 300, "loop_copy_tree"),
+    step(Full, Root, 600, "loop_fio_verify"),
+    step(Full, Root, 120, "loop_umount"),
     step(OnDemand, Root, 1200, "pjdfstest_all"),
-    step(OnDemand, Root, 60, "vsock_pieces_48k"),
-    step(OnDemand, Root, 120, "plain_files"),
-    step(OnDemand, Root, 120, "plain_copy_tree"),
-    step(OnDemand, Root, 300, "plain_fio_verify"),
+    step(OnDemand, Root, 120, "vsock_pieces_48k"),
+    step(OnDemand, Root, 300, "plain_files"),
+    step(OnDemand, Root, 300, "plain_copy_tree"),
+    step(OnDemand, Root, 600, "plain_fio_verify"),
     step(OnDemand, Root, 600, "plain_pjdfstest"),
-    step(OnDemand, Root, 60, "always_fails"),
+    step(OnDemand, Root, 120, "always_fails"),
     step(OnDemand, Root, 5, "never_ends"),
 ];
 
@@ -147,9 +147,9 @@ mod tests {
                 assert!(plan.iter().any(|s| s.name == *name), "{name} in {scenario:?}");
             }
         }
-        check(Boot, &[], "initramfs modules 20\nroot vsock_pieces_1k 60\n", &[]);
+        check(Boot, &[], "initramfs modules 20\nroot vsock_pieces_1k 120\n", &[]);
         check(Smoke, &["fio_verify"], "initramfs modules 20\n", &["mount", "fio_verify"]);
-        check(OnDemand, &["umount", "mount"], "root mount 60\nroot umount 60\n", &[]);
+        check(OnDemand, &["umount", "mount"], "root mount 120\nroot umount 120\n", &[]);
         assert!(!plan(Full, &[]).expect("no names").iter().any(|s| s.from == OnDemand));
         assert_eq!(plan(Full, &["nonsense".into()]), Err("nonsense".into()));
     }
