@@ -1,2 +1,248 @@
-//! Placeholder.
-fn main() {}
+//! `ringfs`: mounts directories that a host shares, over vsock or a Unix socket.
+//!
+//! The way of a frame: the kernel's FUSE device -> [`up`] -> [`batcher`] -> a connection
+//! ([`transport`]) -> the daemon -> [`down`] -> the same FUSE device. [`lane`] is what the two
+//! threads of that way share, [`session`] what all lanes share; [`mount_cmd`] is a mount's life from
+//! [`handshake`] to unmount. Here stand the command line and the exit codes alone.
+
+mod background;
+mod batcher;
+mod down;
+mod groups;
+mod handshake;
+mod helper;
+mod lane;
+mod mount_cmd;
+mod options;
+mod session;
+mod status;
+mod transport;
+mod up;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use mount_cmd::{Failure, Request};
+use options::Options;
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+use transport::Target;
+
+const EXIT_FAILED: u8 = 1;
+const EXIT_USAGE: u8 = 2;
+const EXIT_LOST: u8 = 3;
+/// mount(8)'s "mount failure".
+const EXIT_MOUNT_HELPER: u8 = 32;
+
+const EXAMPLES: &str = "\
+Examples:
+  ringfs mount data@vsock:2:5640 /mnt            in a VM: share `data` of the host (CID 2), port 5640
+  ringfs mount data/src@unix:/run/r.sock /mnt    a sub-directory, over a Unix socket
+  ringfs mount data@vsock:2:5640 /mnt -o ro,cache=always,lanes=2
+  mount -t ringfs data@vsock:2:5640 /mnt         with this program linked as /sbin/mount.ringfs
+  data@vsock:2:5640 /mnt ringfs _netdev 0 0      the same in /etc/fstab
+  ringfs status; ringfs umount /mnt
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the mount was ready and was lost later (--foreground);
+as mount.ringfs 0, or 32 for a failed mount. RUST_LOG=debug logs more (to standard error or --log).";
+
+const MOUNT_HELP: &str = "\
+Options of -o (comma-separated, may be repeated):
+  ro, rw                 read-only, or read and write (default)
+  cache=MODE             how long the kernel believes what it knows:
+                           never     nothing; reads and writes go straight through
+                           metadata  names and attributes, not data
+                           auto      both for a second, data until a file changes (default)
+                           always    for a day: for shares that nobody else changes
+  writeback              the kernel keeps dirty pages: faster writes, unseen by others until later
+  lanes=N, conns=N       readers of the FUSE device (default: CPUs, at most 8), connections
+  slots=N                requests in flight on each lane (default 128)
+  checksum=on|off        checksums over file data (default: on for vsock, off for unix)
+  allow_other, noallow_other   whether other users get in (default: if root mounts)
+  nodefault_permissions  the kernel does not check permissions
+  max_read=BYTES noatime nodiratime noexec sync dirsync   as in mount(8); nosuid, nodev are always on
+  _netdev nofail defaults x-*   accepted for fstab
+
+Ctrl-C or SIGTERM unmounts; if files are in use the mount is detached and served until they are
+closed; a second signal ends it at once.";
+
+#[derive(Debug, Parser)]
+#[command(name = "ringfs", version, about = "Mount directories that a host shares (see ringfsd)")]
+#[command(after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Debug, Subcommand)]
+enum Cmd {
+    /// Mount a share: NAME[/SUB]@vsock:CID:PORT or NAME[/SUB]@unix:PATH
+    #[command(after_help = MOUNT_HELP)]
+    Mount(MountArgs),
+    /// Unmount a ringfs mount, also a dead one
+    Umount {
+        /// The mount point
+        dir: PathBuf,
+        /// Detach it at once, even if it is in use
+        #[arg(short, long)]
+        lazy: bool,
+    },
+    /// Show the ringfs mounts and what they do
+    Status {
+        /// As JSON: a list of {mountpoint, source, client}
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct MountArgs {
+    /// The share, as in data@vsock:2:5640
+    source: OsString,
+    /// The mount point, an existing directory
+    dir: PathBuf,
+    /// Mount options, see below
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Stay in the foreground; a line on standard output says when the mount is ready
+    #[arg(short, long)]
+    foreground: bool,
+    /// Append warnings and errors to a file (default: standard error until the mount is ready)
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Ignore unknown mount options
+    #[arg(short, long)]
+    sloppy: bool,
+    /// Internal: this is the background process
+    #[arg(long, hide = true)]
+    background_child: bool,
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let mut args = std::env::args_os();
+    if args.next().is_some_and(|name| helper::is_helper_name(&name)) {
+        return report(run_helper(args), EXIT_MOUNT_HELPER);
+    }
+    let done = match Cli::parse().command {
+        Cmd::Mount(args) => run_mount(&args),
+        Cmd::Umount { dir, lazy } => {
+            let path = std::path::absolute(&dir).unwrap_or(dir);
+            mount_cmd::unmount(&path, lazy).map_err(anyhow::Error::from)
+        }
+        Cmd::Status { json } => run_status(json),
+    };
+    report(done, EXIT_FAILED)
+}
+
+/// Usage errors that only our own parsers find.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+struct Usage(anyhow::Error);
+
+fn report(done: anyhow::Result<()>, failed: u8) -> ExitCode {
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    // The background process has said its words already.
+    if !matches!(error.downcast_ref(), Some(background::BackgroundError::Child(_))) {
+        eprintln!("ringfs: {error:#}");
+    }
+    let late = error.downcast_ref::<Failure>().is_some_and(Failure::is_late);
+    ExitCode::from(match failed {
+        EXIT_FAILED if error.is::<Usage>() => EXIT_USAGE,
+        EXIT_FAILED if late => EXIT_LOST,
+        failed => failed,
+    })
+}
+
+fn parse_request(args: &MountArgs) -> anyhow::Result<Request> {
+    let usage = |error: anyhow::Error| Usage(error);
+    let target = Target::parse(&args.source).map_err(|e| usage(e.into()))?;
+    let options =
+        Options::parse(target.source(), &args.options, args.sloppy).map_err(|e| usage(e.into()))?;
+    let mountpoint = std::path::absolute(&args.dir).context("the mount point")?;
+    Ok(Request { target, mountpoint, options })
+}
+
+fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
+    let request = parse_request(args)?;
+    if args.foreground || args.background_child {
+        return serve(args, &request);
+    }
+    let mut child: Vec<OsString> = vec!["mount".into(), "--background-child".into()];
+    if let Some(log) = &args.log {
+        child.extend(["--log".into(), std::path::absolute(log).context("the log")?.into()]);
+    }
+    for list in &args.options {
+        child.extend(["-o".into(), list.into()]);
+    }
+    if args.sloppy {
+        child.push("--sloppy".into());
+    }
+    child.extend(["--".into(), request.target.source(), request.mountpoint.into()]);
+    Ok(background::spawn(&child)?)
+}
+
+fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
+    if args.background_child {
+        background::leave_terminal();
+    }
+    let log = args.log.as_deref().map(background::open_log).transpose().context("the log")?;
+    mount_cmd::run(request, |facts| {
+        let mut out = std::io::stdout();
+        writeln!(out, "{} is mounted on {}", facts.source, facts.mountpoint.display())?;
+        out.flush()?;
+        match args.background_child {
+            true => background::detach(log.as_ref()),
+            false => background::redirect_errors(log.as_ref()),
+        }
+    })?;
+    Ok(())
+}
+
+fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
+    let parsed = helper::parse(args)?;
+    let args = MountArgs {
+        source: parsed.source,
+        dir: parsed.dir.into(),
+        options: parsed.options,
+        foreground: false,
+        log: None,
+        sloppy: parsed.sloppy,
+        background_child: false,
+    };
+    if parsed.verbose {
+        eprintln!("mount.ringfs: {} on {}", args.source.display(), args.dir.display());
+    }
+    if parsed.fake { parse_request(&args).map(drop) } else { run_mount(&args) }
+}
+
+fn run_status(json: bool) -> anyhow::Result<()> {
+    let mut dirs = vec![PathBuf::from("/run/ringfs"), status::own_dir()];
+    dirs.dedup();
+    let entries = status::collect(&dirs).context("/proc/self/mountinfo")?;
+    let text = match json {
+        true => serde_json::to_string_pretty(&entries)? + "\n",
+        false => status::render(&entries, status::unix_now_s()),
+    };
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+        let cli =
+            Cli::try_parse_from(["ringfs", "mount", "d@unix:/s", "m", "-o", "ro", "-fo", "rw"]);
+        let Ok(Cli { command: Cmd::Mount(args) }) = cli else { panic!("{cli:?}") };
+        let request = parse_request(&args).expect("sound");
+        assert!(request.mountpoint.is_absolute() && args.foreground && args.options.len() == 2);
+    }
+}

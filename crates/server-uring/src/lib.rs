@@ -1,1 +1,28 @@
-//! Placeholder.
+//! The host daemon of ringfs: io_uring shards around PassthroughFs. See ARCHITECTURE.md.
+
+pub mod accept;
+pub mod buffers;
+pub mod connection;
+pub mod control;
+pub mod creds;
+pub mod daemon;
+pub mod dispatch;
+pub mod fdops;
+pub mod fs;
+pub mod greet;
+pub mod handles;
+pub mod import;
+pub mod limits;
+pub mod mailbox;
+pub mod nodes;
+pub mod op;
+pub mod ops;
+pub mod passthrough;
+pub mod pool;
+pub mod reply;
+pub mod ring;
+pub mod ring_threads;
+pub mod session;
+pub mod shard;
+pub mod stats;
+pub mod worker;

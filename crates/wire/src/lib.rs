@@ -13,3 +13,9 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+pub mod batch;
+pub mod deframe;
+pub mod hello;
+pub mod limits;
+pub mod session;
+pub mod slot;

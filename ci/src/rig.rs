@@ -1,0 +1,258 @@
+//! Both ends of ringfs at work: a daemon on a Unix socket, and mounts of its shares.
+//!
+//! Invariant: a daemon and a mount are in the undo list from their start, so that neither outlives
+//! us. They are driven by their command lines alone, as a user drives them; nothing of theirs is
+//! linked in.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+use crate::guard::{self, Guard, Undo};
+use crate::mounts;
+use crate::paths::Bins;
+use crate::proc::{self, Cmd, Process};
+use crate::sandbox::{Sandbox, wait_unmounted};
+
+/// How long a daemon or a mount may take to come up, to go, or to settle.
+pub const SETTLE: Duration = Duration::from_secs(15);
+/// A reply of the control socket is never larger.
+const STATUS_BYTES_MAX: u64 = 1 << 20;
+
+/// What the daemon counts, as its control socket writes it.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+pub struct Counters {
+    /// Guests connected now.
+    pub sessions: u64,
+    /// Nodes known to guests now.
+    pub nodes: u64,
+    /// Open files and directories now.
+    pub handles: u64,
+    /// Descriptors the daemon holds now.
+    pub fds: u64,
+    /// Requests taken and not answered now.
+    pub slots_in_use: u64,
+    /// Buffers of the pools that are lent out now.
+    pub buffers_in_use: u64,
+    /// Operations served since the start, by kind.
+    #[serde(default)]
+    pub ops: BTreeMap<String, u64>,
+    /// Payload given to guests since the start.
+    #[serde(default)]
+    pub bytes_read: u64,
+    /// Payload taken from guests since the start.
+    #[serde(default)]
+    pub bytes_written: u64,
+}
+
+impl Counters {
+    /// What a daemon must come back to when all guests have gone.
+    pub fn held(&self) -> [(&'static str, u64); 6] {
+        [
+            ("sessions", self.sessions),
+            ("nodes", self.nodes),
+            ("handles", self.handles),
+            ("fds", self.fds),
+            ("slots_in_use", self.slots_in_use),
+            ("buffers_in_use", self.buffers_in_use),
+        ]
+    }
+}
+
+/// A running `ringfsd`.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Process,
+    /// The Unix socket it listens on.
+    pub socket: PathBuf,
+    control: PathBuf,
+    log: PathBuf,
+    ringfs: PathBuf,
+}
+
+impl Daemon {
+    /// Starts a daemon called `name` that serves `shares` (`NAME=DIR[,ro]`), and waits until it
+    /// accepts.
+    pub fn start(
+        sandbox: &Sandbox,
+        bins: &Bins,
+        name: &str,
+        shares: &[String],
+        extra: &[&str],
+    ) -> Result<Self> {
+        let socket = sandbox.path(&format!("{name}.sock"));
+        let control = sandbox.path(&format!("{name}.ctl"));
+        let log = sandbox.path(&format!("{name}.log"));
+        let mut cmd = Cmd::new(&bins.ringfsd).env("NO_COLOR", "1");
+        for share in shares {
+            cmd = cmd.arg("--share").arg(share);
+        }
+        cmd = cmd.arg("--listen").arg(format!("unix:{}", socket.display()));
+        let process = cmd.arg("--control").arg(&control).args(extra).spawn(&log)?;
+        let ringfs = bins.ringfs.clone();
+        let mut daemon = Self { process, socket, control, log, ringfs };
+        daemon.wait_ready()?;
+        Ok(daemon)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let ready = guard::poll_until(SETTLE, || {
+            if let Some(status) = self.process.wait(Duration::ZERO)? {
+                bail!("ringfsd ended with {status} at its start:\n{}", self.log_tail());
+            }
+            Ok(UnixStream::connect(&self.socket).is_ok()
+                && UnixStream::connect(&self.control).is_ok())
+        })?;
+        ensure!(ready, "ringfsd does not accept after {SETTLE:?}:\n{}", self.log_tail());
+        Ok(())
+    }
+
+    /// The last lines of its log.
+    pub fn log_tail(&self) -> String {
+        proc::tail_of(&self.log)
+    }
+
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// What it counts now.
+    pub fn counters(&self) -> Result<Counters> {
+        let text = self.status_text()?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("the control socket wrote something else: {text}"))
+    }
+
+    fn status_text(&self) -> Result<String> {
+        let stream = UnixStream::connect(&self.control)
+            .with_context(|| format!("connect to {}", self.control.display()))?;
+        stream.set_read_timeout(Some(SETTLE))?;
+        let mut text = String::new();
+        stream.take(STATUS_BYTES_MAX).read_to_string(&mut text).context("read the counters")?;
+        Ok(text)
+    }
+
+    /// The counters as soon as nobody is connected; what was held then is what a later
+    /// [`Daemon::assert_back_at`] compares with.
+    pub fn counters_at_rest(&self) -> Result<Counters> {
+        let mut last = self.counters()?;
+        guard::poll_until(SETTLE, || {
+            last = self.counters()?;
+            Ok(last.sessions == 0)
+        })?;
+        ensure!(last.sessions == 0, "{} sessions stay after {SETTLE:?}", last.sessions);
+        Ok(last)
+    }
+
+    /// Fails unless everything held is back at what it was; cleaning up may take a moment.
+    pub fn assert_back_at(&self, start: &Counters) -> Result<()> {
+        let mut now = self.counters()?;
+        guard::poll_until(SETTLE, || {
+            now = self.counters()?;
+            Ok(now.held() == start.held())
+        })?;
+        let before = start.held();
+        let leaks = now.held().into_iter().zip(before).filter(|(now, before)| now != before);
+        let leaks: Vec<String> =
+            leaks.map(|((name, now), (_, was))| format!("{name}: {was} -> {now}")).collect();
+        ensure!(leaks.is_empty(), "left over after all guests had gone: {}", leaks.join(", "));
+        Ok(())
+    }
+
+    /// Mounts `share` on a new directory called `name`, with `-o options` unless they are empty.
+    pub fn mount(
+        &self,
+        sandbox: &Sandbox,
+        share: &str,
+        name: &str,
+        options: &str,
+    ) -> Result<Mount> {
+        let dir = sandbox.make_dir(name)?;
+        self.mount_on(share, &dir, options)
+    }
+
+    /// Mounts `share` on the existing directory `dir`.
+    pub fn mount_on(&self, share: &str, dir: &Path, options: &str) -> Result<Mount> {
+        let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
+        self.mount_cmd(share, dir, options).run()?;
+        ensure!(!mounts::at(dir)?.is_empty(), "`ringfs mount` ended with 0 and mounted nothing");
+        Ok(Mount { dir: dir.to_path_buf(), ringfs: self.ringfs.clone(), guard: Some(guard) })
+    }
+
+    /// The command that mounts `share` on `dir`, not run yet.
+    pub fn mount_cmd(&self, share: &str, dir: &Path, options: &str) -> Cmd {
+        let source = format!("{share}@unix:{}", self.socket.display());
+        let mut cmd = Cmd::new(&self.ringfs).arg("mount").arg(source).arg(dir);
+        if !options.is_empty() {
+            cmd = cmd.args(["-o", options]);
+        }
+        cmd.limit(SETTLE)
+    }
+
+    /// Ends it with SIGTERM; it must say 0.
+    pub fn stop(self) -> Result<()> {
+        let log = self.log.clone();
+        let status: ExitStatus = self.process.stop(SETTLE)?;
+        ensure!(status.success(), "ringfsd ended with {status}:\n{}", proc::tail_of(&log));
+        Ok(())
+    }
+}
+
+/// A mounted share.
+#[derive(Debug)]
+pub struct Mount {
+    /// Where it is mounted.
+    pub dir: PathBuf,
+    ringfs: PathBuf,
+    guard: Option<Guard>,
+}
+
+impl Mount {
+    /// Unmounts in the orderly way, and sees it gone.
+    pub fn umount(mut self) -> Result<()> {
+        Cmd::new(&self.ringfs).arg("umount").arg(&self.dir).limit(SETTLE).run()?;
+        wait_unmounted(&self.dir, SETTLE)?;
+        if let Some(guard) = self.guard.take() {
+            guard.disarm();
+        }
+        Ok(())
+    }
+}
+
+/// `NAME=DIR`, as `--share` takes it.
+pub fn share(name: &str, dir: &Path) -> String {
+    format!("{name}={}", dir.display())
+}
+
+/// libfuse's passthrough_ll over `source`: the peer that shows what a local file system does.
+pub fn mount_passthrough(program: &Path, source: &Path, dir: &Path) -> Result<Guard> {
+    fs::create_dir(dir).with_context(|| format!("create {}", dir.display()))?;
+    let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
+    let options = format!("source={},allow_other,default_permissions,xattr", source.display());
+    Cmd::new(program).arg("-o").arg(options).arg(dir).run()?;
+    ensure!(!mounts::at(dir)?.is_empty(), "passthrough_ll mounted nothing");
+    Ok(guard)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_read_and_unknown_ones_are_let_pass() {
+        let text = r#"{"sessions":1,"nodes":2,"handles":3,"fds":4,"slots_in_use":5,
+            "buffers_in_use":6,"ops":{"LOOKUP":7},"bytes_read":8,"bytes_written":9,"later":0}"#;
+        let counters: Counters = serde_json::from_str(text).unwrap();
+        assert_eq!(counters.held().map(|(_, n)| n), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(counters.ops["LOOKUP"], 7);
+        assert!(serde_json::from_str::<Counters>("{}").is_err());
+    }
+}

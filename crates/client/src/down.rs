@@ -1,0 +1,164 @@
+//! Host to guest: one thread a connection, from the socket to the FUSE devices.
+//!
+//! A reply goes to the kernel from where it was received: its record header is overwritten by
+//! `fuse_out_header`. Invariant: a batch is acknowledged after its last record was acted on, and a
+//! reply leaves by the device of the lane whose slot it names.
+
+use crate::handshake::goodbye_text;
+use crate::lane::{InFlight, Lane, LaneCounters};
+use crate::session::{Conn, ConnRx, End, Session};
+use fuser_fork::frame::{error_reply, out_header};
+use ringfs_wire::abi::Opcode;
+use ringfs_wire::batch::{Cursor, Kind, RecordHeader};
+use ringfs_wire::hello::Reason;
+use ringfs_wire::limits::RECORD_HEADER_BYTES;
+use ringfs_wire::session::LinkError;
+use ringfs_wire::slot::SlotUse;
+use rustix::io::Errno;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// The kernel takes errors of 1 to 511 from a file system.
+const ERRNO_MAX: u32 = 511;
+
+/// Serves a connection until it or the session is over.
+pub fn run(session: &Arc<Session>, conn: usize, mut half: ConnRx) {
+    let end = serve(session, &session.conns[conn], conn, &mut half);
+    session.end(end);
+}
+
+fn serve(session: &Session, conn: &Conn, index: usize, half: &mut ConnRx) -> End {
+    loop {
+        if let Err(end) = take_batches(session, conn, half) {
+            return end;
+        }
+        match conn.receive(half.deframer.spare()) {
+            Ok(0) => return End::Closed { conn: index },
+            Ok(bytes) => half.deframer.filled(bytes),
+            Err(source) => return End::Lost { conn: index, source },
+        }
+    }
+}
+
+fn take_batches(session: &Session, conn: &Conn, half: &mut ConnRx) -> Result<(), End> {
+    while let Some(bytes) = half.deframer.next_batch().map_err(LinkError::from)? {
+        let header = half.rx.accept(bytes, conn.sent())?;
+        let mut cursor = Cursor::new(&header);
+        while let Some((record, span)) = cursor.next(bytes) {
+            take_record(session, record, &mut bytes[span])?;
+        }
+        conn.set_received(half.rx.received());
+    }
+    Ok(())
+}
+
+fn take_record(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Result<(), End> {
+    match Kind::from_u8(record.kind) {
+        Some(Kind::Reply) => take_reply(session, record, bytes),
+        Some(Kind::Node) => {
+            session.nodes_seen.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        // Reserved for host-change notifications; a daemon that sends one now knows more than we.
+        Some(Kind::Notify) => {
+            session.records_skipped.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        Some(Kind::Ping) => {
+            // By an up thread: this one must never wait for a send, or both ends could.
+            let lane = usize::from(record.lane).min(session.lanes.len() - 1);
+            session.lanes[lane].queue_pong();
+            Ok(())
+        }
+        Some(Kind::Pong) => Ok(()),
+        Some(Kind::Goodbye) => Err(End::Goodbye {
+            reason: Reason::from_u32(record.code),
+            text: goodbye_text(&bytes[RECORD_HEADER_BYTES..]),
+        }),
+        Some(
+            Kind::Hello
+            | Kind::Welcome
+            | Kind::Request
+            | Kind::Forget
+            | Kind::Cancel
+            | Kind::Restore,
+        ) => Err(End::Protocol("a record that only a guest sends, or a second handshake")),
+        None if Kind::is_optional(record.kind) => {
+            session.records_skipped.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        None => Err(End::Protocol("a record of an unknown kind: update ringfs")),
+    }
+}
+
+fn take_reply(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Result<(), End> {
+    let Some(lane) = session.lanes.get(usize::from(record.lane)) else {
+        return Err(End::Protocol("a reply for a lane that is not there"));
+    };
+    let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+    let InFlight::Request { unique, opcode } = lane.complete(at)? else { return Ok(()) };
+    LaneCounters::add(&lane.counters.replies, 1);
+    LaneCounters::add(&lane.counters.bytes_down, bytes.len());
+    if opcode == Opcode::Init as u32 {
+        return take_init(session, lane, unique, record.code, &bytes[RECORD_HEADER_BYTES..]);
+    }
+    if record.code == 0 {
+        let header = out_header(unique, bytes.len() - RECORD_HEADER_BYTES);
+        bytes[..RECORD_HEADER_BYTES].copy_from_slice(&header);
+        lane.answer(bytes);
+    } else {
+        lane.answer_error(unique, errno_of(record.code));
+    }
+    Ok(())
+}
+
+/// The daemon's errno, if the kernel would take it.
+fn errno_of(code: u32) -> Errno {
+    match i32::try_from(code) {
+        Ok(errno) if code <= ERRNO_MAX => Errno::from_raw_os_error(errno),
+        _ => Errno::IO,
+    }
+}
+
+/// The kernel gets of the daemon's answer what all three agree on.
+fn take_init(
+    session: &Session,
+    lane: &Lane,
+    unique: u64,
+    code: u32,
+    body: &[u8],
+) -> Result<(), End> {
+    let agreed = match code {
+        0 => session.agree_init(body),
+        errno => Err(End::InitRefused(errno)),
+    };
+    match agreed {
+        Ok(agreed) => {
+            let body = agreed.body();
+            lane.answer(&[&out_header(unique, body.len())[..], body].concat());
+            session.notify();
+            Ok(())
+        }
+        Err(end) => {
+            lane.answer(&error_reply(unique, Errno::PROTO.raw_os_error()));
+            Err(end)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errnos_the_kernel_takes() {
+        for (code, expected) in [
+            (2, Errno::NOENT),
+            (511, Errno::from_raw_os_error(511)),
+            (512, Errno::IO),
+            (u32::MAX, Errno::IO),
+        ] {
+            assert_eq!(errno_of(code), expected);
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! The life of a mount: handshake, device, mount, lanes, INIT, readiness, the wait, the end.
+//!
+//! Invariant: nothing is mounted before the daemon has granted the share, and nothing stays mounted
+//! when this returns or fails. The main thread never waits without a limit for anything but a
+//! signal or the session's events, and never touches the mount point itself.
+
+use crate::handshake::{HandshakeError, join};
+use crate::lane::Lane;
+use crate::options::{Options, cache_word};
+use crate::session::{Conn, ConnRx, End, Session};
+use crate::status::{Facts, Granted, Publisher, Report, own_dir, unix_now_s};
+use crate::transport::{Address, ConnectError, Socket, Target};
+use crate::{down, handshake, up};
+use fuser_fork::init::Limits;
+use fuser_fork::mount::{Mount, MountError, Unmounted, mount, unmount_path};
+use fuser_fork::reader::Clones;
+use ringfs_wire::abi;
+use ringfs_wire::hello::{
+    Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, Welcome, feature, mount_flag,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// How long INIT and the first GETATTR may take together.
+const READY_LIMIT: Duration = Duration::from_secs(10);
+/// How long the last unmount may take before the connection is aborted.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is to be mounted, where and how.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The share.
+    pub target: Target,
+    /// The mount point, absolute.
+    pub mountpoint: PathBuf,
+    /// From `-o`.
+    pub options: Options,
+}
+
+/// Why a mount did not come about, or ended badly.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum Failure {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("{address}: {source}")]
+    Handshake { address: Address, source: HandshakeError },
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error("cannot {what}: {source}")]
+    System { what: &'static str, source: io::Error },
+    #[error("the daemon did not answer {what} within {} s: is it stuck?", READY_LIMIT.as_secs())]
+    Silent { what: &'static str },
+    #[error("the mount's root cannot be read: {0}")]
+    Root(Errno),
+    #[error("interrupted by a signal before the mount was ready")]
+    Interrupted,
+    #[error("the mount ended before it was ready: {0}")]
+    Early(Arc<End>),
+    #[error("{0}")]
+    Over(Arc<End>),
+    #[error("the FUSE connection was aborted from outside; the mount is removed")]
+    AbortedOutside,
+}
+
+impl Failure {
+    /// Whether the mount had been ready.
+    pub fn is_late(&self) -> bool {
+        matches!(self, Failure::Over(_) | Failure::AbortedOutside)
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> Failure {
+    move |source| Failure::System { what, source }
+}
+
+/// Mounts, calls `on_ready` once the mount answers, serves until it is unmounted.
+pub fn run(
+    request: &Request,
+    on_ready: impl FnOnce(&Facts) -> io::Result<()>,
+) -> Result<(), Failure> {
+    let signals = catch_signals().map_err(system("catch signals"))?;
+    let mut life = Life::start(request, signals)?;
+    let started = life
+        .become_ready(request)
+        .and_then(|()| on_ready(&life.facts).map_err(system("tell that the mount is ready")));
+    let outcome = match started {
+        Ok(()) => life.wait_for_end(),
+        Err(failure) => Err(failure),
+    };
+    life.finish(outcome)
+}
+
+/// SIGINT, SIGTERM and SIGHUP as bytes to read.
+fn catch_signals() -> io::Result<UnixStream> {
+    let (receiver, sender) = UnixStream::pair()?;
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
+    }
+    receiver.set_nonblocking(true)?;
+    Ok(receiver)
+}
+
+/// A mount that is being served.
+struct Life {
+    session: Arc<Session>,
+    signals: UnixStream,
+    threads: Vec<JoinHandle<()>>,
+    facts: Facts,
+    publisher: Option<Publisher>,
+    /// `None` once a thread unmounts it.
+    mount: Option<Mount>,
+    unmounting: Option<Receiver<Result<Unmounted, MountError>>>,
+    mountpoint: PathBuf,
+    dev_minor: Option<u32>,
+}
+
+impl Life {
+    /// Everything up to the threads of the connections and of lane 0.
+    fn start(request: &Request, signals: UnixStream) -> Result<Life, Failure> {
+        let hello = hello(request);
+        let address = &request.target.address;
+        let (first, first_rx, welcome) = connect(address, &hello)?;
+        let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
+        // From here on a failure drops `mount`, which unmounts.
+        let clones = Clones::open(device, usize::from(welcome.lanes));
+        let lanes_got = clones.devices().len();
+        let (mut conns, mut halves) = (vec![first], vec![first_rx]);
+        for conn in 1..welcome.conns.min(lanes_got as u16) {
+            let hello =
+                Hello { ticket: welcome.ticket, epoch_seen: welcome.epoch, conn, ..hello.clone() };
+            let (conn, half, _) = connect(address, &hello)?;
+            conns.push(conn);
+            halves.push(half);
+        }
+        let lanes = clones.devices().iter().enumerate().map(|(index, device)| {
+            device.set_nonblocking(true).map_err(io::Error::other)?;
+            Lane::new(index as u8, index % conns.len(), Arc::clone(device), welcome.slots)
+        });
+        let lanes = lanes.collect::<io::Result<Vec<Lane>>>().map_err(system("set up the lanes"))?;
+        let facts = facts(request, &mount, &welcome, &clones, conns.len());
+        if let Some(why) = &facts.lanes.why {
+            let (got, asked) = (facts.lanes.got, facts.lanes.asked);
+            tracing::warn!(got, asked, why, "fewer lanes than asked for");
+        }
+        let session = Session::new(lanes, conns, limits(&request.options))
+            .map_err(system("set up the session"))?;
+        let mut life = Life {
+            session: Arc::new(session),
+            signals,
+            threads: Vec::new(),
+            facts,
+            publisher: None,
+            mountpoint: mount.mountpoint().to_owned(),
+            dev_minor: mount.dev_minor(),
+            mount: Some(mount),
+            unmounting: None,
+        };
+        match life.spawn_first(halves) {
+            Ok(()) => Ok(life),
+            Err(failure) => life.finish(Err(failure)).and(Err(Failure::Interrupted)),
+        }
+    }
+
+    fn spawn_first(&mut self, halves: Vec<ConnRx>) -> Result<(), Failure> {
+        for (conn, half) in halves.into_iter().enumerate() {
+            self.spawn(format!("down{conn}"), move |session| down::run(session, conn, half))?;
+        }
+        self.spawn("up0".to_owned(), |session| up::run(session, 0))
+    }
+
+    fn spawn(
+        &mut self,
+        name: String,
+        work: impl FnOnce(&Arc<Session>) + Send + 'static,
+    ) -> Result<(), Failure> {
+        let session = Arc::clone(&self.session);
+        let thread = std::thread::Builder::new().name(name).spawn(move || work(&session));
+        self.threads.push(thread.map_err(system("start a thread"))?);
+        Ok(())
+    }
+
+    /// INIT, the other lanes, and the first GETATTR of the root.
+    fn become_ready(&mut self, request: &Request) -> Result<(), Failure> {
+        let deadline = Instant::now() + READY_LIMIT;
+        self.wait_until(deadline, "INIT", |life| life.session.agreed())?;
+        for lane in 1..self.session.lanes.len() {
+            self.spawn(format!("up{lane}"), move |session| up::run(session, lane))?;
+        }
+        let (sender, answers) = channel();
+        let path = self.mountpoint.clone();
+        // It may hang with the daemon; the end of the session lets it go.
+        self.spawn("probe".to_owned(), move |session| {
+            let _ = sender.send(rustix::fs::stat(&path).map(drop));
+            session.notify();
+        })?;
+        let answered =
+            self.wait_until(deadline, "the first GETATTR", |_| answers.try_recv().ok())?;
+        // A user's own mount may deny the root to root; it has answered all the same.
+        if let Err(errno) = answered
+            && errno != Errno::ACCESS
+        {
+            return Err(Failure::Root(errno));
+        }
+        match Publisher::bind(&own_dir()) {
+            Ok(publisher) => self.publisher = Some(publisher),
+            Err(error) => {
+                let dir = own_dir();
+                tracing::warn!(dir = %dir.display(), %error, "`ringfs status` will not see this mount");
+            }
+        }
+        let source = request.target.source();
+        tracing::info!(
+            source = %source.display(), mountpoint = %self.mountpoint.display(),
+            lanes = self.session.lanes.len(), conns = self.session.conns.len(), "mounted"
+        );
+        Ok(())
+    }
+
+    fn wait_until<T>(
+        &mut self,
+        deadline: Instant,
+        what: &'static str,
+        mut look: impl FnMut(&mut Life) -> Option<T>,
+    ) -> Result<T, Failure> {
+        loop {
+            if let Some(found) = look(self) {
+                return Ok(found);
+            }
+            if let Some(end) = self.session.ended() {
+                return Err(Failure::Early(end));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Failure::Silent { what });
+            }
+            if self.wait(Some(left))? {
+                return Err(Failure::Interrupted);
+            }
+        }
+    }
+
+    /// Sleeps until something happens; whether a signal came.
+    fn wait(&mut self, limit: Option<Duration>) -> Result<bool, Failure> {
+        let events = self.session.events();
+        let mut fds = vec![
+            PollFd::new(&self.signals, PollFlags::IN),
+            PollFd::from_borrowed_fd(events, PollFlags::IN),
+        ];
+        if let Some(publisher) = &self.publisher {
+            fds.push(PollFd::from_borrowed_fd(publisher.as_fd(), PollFlags::IN));
+        }
+        let limit = limit.map(|limit| Timespec {
+            tv_sec: limit.as_secs() as i64,
+            tv_nsec: limit.subsec_nanos().into(),
+        });
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(system("wait")(errno.into())),
+        }
+        if fds.get(2).is_some_and(|fd| !fd.revents().is_empty())
+            && let Some(publisher) = &self.publisher
+        {
+            publisher.answer(|| Report::of(&self.facts, &self.session));
+        }
+        self.session.drain_events();
+        let mut bytes = [0; 16];
+        Ok((&self.signals).read(&mut bytes).is_ok_and(|n| n > 0))
+    }
+
+    fn wait_for_end(&mut self) -> Result<(), Failure> {
+        let mut signals = 0;
+        loop {
+            if let Some(end) = self.session.ended() {
+                return match *end {
+                    End::Unmounted => Ok(()),
+                    _ => Err(Failure::Over(end)),
+                };
+            }
+            self.look_at_unmount();
+            if self.wait(None)? {
+                signals += 1;
+                match signals {
+                    1 => self.begin_unmount(),
+                    _ => self.session.end(End::Aborted),
+                }
+            }
+        }
+    }
+
+    /// By a thread of its own: the kernel may write dirty pages back first, which takes as long as
+    /// the daemon takes, and this thread has signals to see.
+    fn begin_unmount(&mut self) {
+        let Some(mount) = self.mount.take() else { return };
+        let (sender, outcome) = channel();
+        self.unmounting = Some(outcome);
+        let spawned = self.spawn("unmount".to_owned(), move |session| {
+            let _ = sender.send(mount.unmount());
+            session.notify();
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot unmount");
+            self.session.end(End::Aborted);
+        }
+    }
+
+    fn look_at_unmount(&mut self) {
+        let Some(unmounting) = &self.unmounting else { return };
+        let path = self.mountpoint.display();
+        match unmounting.try_recv() {
+            Ok(Ok(Unmounted::Detached)) => eprintln!(
+                "ringfs: {path} is in use: it is detached now, and served until its last user is \
+                 done (a second signal ends it at once)"
+            ),
+            Ok(Ok(Unmounted::Clean | Unmounted::AlreadyGone)) => {}
+            Ok(Err(error)) => {
+                eprintln!("ringfs: {error}; going on (a second signal ends it at once)");
+            }
+            Err(TryRecvError::Empty) => return,
+            Err(TryRecvError::Disconnected) => {}
+        }
+        self.unmounting = None;
+    }
+
+    /// The end of everything, whatever has happened: no mount and no thread stays.
+    fn finish(mut self, outcome: Result<(), Failure>) -> Result<(), Failure> {
+        self.publisher = None;
+        // A mount that is still in the table although the kernel let go was aborted.
+        let aborted = outcome.is_ok()
+            && self.mount.as_ref().is_some_and(|m| m.dev_minor().is_some() && m.is_mounted());
+        if matches!(outcome, Ok(()) | Err(Failure::Interrupted | Failure::Root(_))) {
+            self.session.say_goodbye(Reason::Unmounted);
+        }
+        if outcome.is_err() {
+            // Whatever waits gets an answer, so that the unmount cannot hang.
+            self.session.end(End::Aborted);
+        }
+        self.begin_unmount();
+        if let Some(unmounting) = self.unmounting.take() {
+            self.wait_for_unmount(&unmounting);
+        }
+        self.session.stop();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of this mount has panicked");
+            }
+        }
+        if aborted { Err(Failure::AbortedOutside) } else { outcome }
+    }
+
+    fn wait_for_unmount(&self, unmounting: &Receiver<Result<Unmounted, MountError>>) {
+        match unmounting.recv_timeout(UNMOUNT_LIMIT) {
+            Ok(Ok(_)) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Err(error)) => tracing::warn!(%error, "the unmount failed; trying lazily"),
+            Err(RecvTimeoutError::Timeout) => tracing::warn!("the unmount hangs; aborting"),
+        }
+        if let Some(minor) = self.dev_minor {
+            // Without control files the end of this process does the same.
+            let outcome = fuser_fork::mount::abort(minor);
+            tracing::debug!(?outcome, "aborted");
+        }
+        if let Err(error) = unmount_path(&self.mountpoint, true) {
+            tracing::debug!(%error, "nothing left to unmount");
+        }
+    }
+}
+
+fn connect(address: &Address, hello: &Hello) -> Result<(Conn, ConnRx, Welcome), Failure> {
+    let socket = Socket::connect(address, handshake::LIMIT)?;
+    let joined = join(socket, hello)
+        .map_err(|source| Failure::Handshake { address: address.clone(), source })?;
+    let welcome = joined.welcome;
+    let (conn, half) = Conn::new(joined);
+    Ok((conn, half, welcome))
+}
+
+fn hello(request: &Request) -> Hello {
+    let options = &request.options;
+    let over_vsock = matches!(request.target.address, Address::Vsock { .. });
+    let checksum = options.checksum.unwrap_or(over_vsock);
+    let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+    Hello {
+        versions: (VERSION_MIN, VERSION_MAX),
+        features: if checksum { feature::PAYLOAD_CRC } else { 0 },
+        ticket: Ticket::NONE,
+        epoch_seen: 0,
+        lanes: options.lanes(),
+        conn: 0,
+        conns: options.conns(),
+        slots: options.slots,
+        mount_flags: flag(options.mount.read_only, mount_flag::READ_ONLY)
+            | flag(options.writeback, mount_flag::WRITEBACK),
+        cache: options.cache,
+        share: request.target.share.clone(),
+        subdir: request.target.subdir.clone(),
+        init: None,
+    }
+}
+
+fn limits(options: &Options) -> Limits {
+    let writeback = abi::init::WRITEBACK_CACHE;
+    Limits {
+        page_bytes: rustix::param::page_size() as u32,
+        forbidden: if options.writeback { 0 } else { writeback },
+        ..Limits::default()
+    }
+}
+
+fn facts(
+    request: &Request,
+    mount: &Mount,
+    welcome: &Welcome,
+    clones: &Clones,
+    conns: usize,
+) -> Facts {
+    let (target, options) = (&request.target, &request.options);
+    let lanes_got = clones.devices().len() as u16;
+    let lanes_why = match clones.shortfall() {
+        Some(shortfall) => Some(with_causes(shortfall)),
+        None if lanes_got < options.lanes() => Some("the daemon grants no more".to_owned()),
+        None => None,
+    };
+    let conns_why = (conns < usize::from(options.conns())).then(|| match conns as u16 {
+        conns if conns < welcome.conns => "one lane needs no more".to_owned(),
+        _ => "the daemon grants no more".to_owned(),
+    });
+    Facts {
+        pid: std::process::id(),
+        source: target.source().to_string_lossy().into_owned(),
+        mountpoint: mount.mountpoint().to_owned(),
+        share: target.share.clone(),
+        subdir: String::from_utf8_lossy(&target.subdir).into_owned(),
+        address: target.address.to_string(),
+        connected_since_unix_s: unix_now_s(),
+        epoch: welcome.epoch,
+        lanes: Granted { asked: options.lanes(), got: lanes_got, why: lanes_why },
+        conns: Granted { asked: options.conns(), got: conns as u16, why: conns_why },
+        slots_per_lane: welcome.slots,
+        cache: cache_word(options.cache).to_owned(),
+        read_only: options.mount.read_only,
+        writeback: options.writeback,
+        checksum: welcome.features & feature::PAYLOAD_CRC != 0,
+    }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// `ringfs umount`: never touches the path of a mount that may be dead.
+pub fn unmount(path: &Path, lazy: bool) -> Result<(), MountError> {
+    unmount_path(path, lazy)
+}

@@ -1,0 +1,276 @@
+//! What the lanes of a mount share: connections, INIT, and how it ends.
+//!
+//! Invariant: the first reason to end wins and is kept; from then on no request waits for the
+//! daemon. Nothing here is locked on the way of a frame but the sending half of a connection.
+
+use crate::handshake::{Joined, refusal};
+use crate::lane::{Lane, lock};
+use crate::transport::Socket;
+use fuser_fork::device::DeviceError;
+use fuser_fork::init::{self, InitError, Limits, Negotiated};
+use ringfs_wire::abi::{self, InitIn};
+use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader};
+use ringfs_wire::deframe::Deframer;
+use ringfs_wire::hello::Reason;
+use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
+use ringfs_wire::slot::SlotError;
+use rustix::event::EventfdFlags;
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+use thiserror::Error;
+
+/// How long a farewell may take.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Why a mount's session is over.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum End {
+    #[error("unmounted")]
+    Unmounted,
+    #[error("aborted by a second signal: what was in flight has failed")]
+    Aborted,
+    #[error("connection {conn} to the daemon is lost ({source}): what was in flight has failed")]
+    Lost { conn: usize, source: Errno },
+    #[error("the daemon closed connection {conn}: what was in flight has failed")]
+    Closed { conn: usize },
+    #[error("the daemon ended the session: {}", refusal(*.reason, .text))]
+    Goodbye { reason: Option<Reason>, text: String },
+    #[error("the daemon broke the protocol: {0}")]
+    Link(#[from] LinkError),
+    #[error("the daemon broke the protocol: {0}")]
+    Slot(#[from] SlotError),
+    #[error("the daemon broke the protocol: {0}")]
+    Protocol(&'static str),
+    #[error("the daemon refuses to serve the mount (errno {0} for INIT); its log says more")]
+    InitRefused(u32),
+    #[error("no common ground with the kernel: {0}")]
+    Init(#[from] InitError),
+    #[error("the FUSE device failed: {0}")]
+    Device(#[from] DeviceError),
+    #[error("a thread failed: {0}")]
+    Thread(io::Error),
+}
+
+/// One connection: what its threads share.
+#[derive(Debug)]
+pub struct Conn {
+    socket: Socket,
+    tx: Mutex<LinkTx>,
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+/// What only a connection's down thread holds.
+#[derive(Debug)]
+pub struct ConnRx {
+    /// Checks sequence numbers and sums.
+    pub rx: LinkRx,
+    /// The bytes that came and are not a whole batch yet.
+    pub deframer: Deframer,
+}
+
+impl Conn {
+    /// Takes a connection apart after its handshake.
+    pub fn new(joined: Joined) -> (Conn, ConnRx) {
+        let conn = Conn {
+            sent: AtomicU64::new(joined.tx.sent()),
+            received: AtomicU64::new(joined.rx.received()),
+            socket: joined.socket,
+            tx: Mutex::new(joined.tx),
+        };
+        (conn, ConnRx { rx: joined.rx, deframer: joined.deframer })
+    }
+
+    /// Seals and sends a batch; its size in bytes.
+    pub fn send(&self, builder: &mut BatchBuilder, buffer: &mut [u8]) -> Result<usize, Errno> {
+        self.send_locked(&mut lock(&self.tx), builder, buffer)
+    }
+
+    fn send_locked(
+        &self,
+        tx: &mut LinkTx,
+        builder: &mut BatchBuilder,
+        buffer: &mut [u8],
+    ) -> Result<usize, Errno> {
+        let bytes = tx.seal(builder, buffer, self.received.load(Ordering::Acquire));
+        // Before the bytes leave: the answer may acknowledge them at once.
+        self.sent.store(tx.sent(), Ordering::Release);
+        self.socket.send_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    /// Receives bytes.
+    pub fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        self.socket.receive(buffer)
+    }
+
+    /// Batches sent so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Acquire)
+    }
+
+    /// Batches accepted so far: acknowledged by the next batch that goes out.
+    pub fn set_received(&self, batches: u64) {
+        self.received.store(batches, Ordering::Release);
+    }
+
+    /// Ends it: both its threads wake.
+    pub fn shutdown(&self) {
+        self.socket.shutdown();
+    }
+
+    /// A GOODBYE, if nobody is stuck in a send.
+    fn say_goodbye(&self, reason: Reason) {
+        let Ok(mut tx) = self.tx.try_lock() else { return };
+        let mut buffer = [0; 64];
+        let mut builder = BatchBuilder::new();
+        let header =
+            RecordHeader { kind: Kind::Goodbye as u8, code: reason as u32, ..Default::default() };
+        if builder.push(&mut buffer, header, &[])
+            && self.socket.set_limit(Some(GOODBYE_LIMIT)).is_ok()
+        {
+            // The daemon learns it by the closed connection otherwise.
+            let _ = self.send_locked(&mut tx, &mut builder, &mut buffer);
+        }
+    }
+}
+
+/// Where INIT stands.
+#[derive(Debug, Default)]
+struct InitState {
+    kernel: Option<InitIn>,
+    agreed: Option<Negotiated>,
+}
+
+/// A mount's session.
+#[derive(Debug)]
+pub struct Session {
+    /// The lanes; a record's `lane` is an index into them.
+    pub lanes: Vec<Lane>,
+    /// The connections.
+    pub conns: Vec<Conn>,
+    /// NODE records seen: what they say is for the resume.
+    pub nodes_seen: AtomicU64,
+    /// Optional records that this version does not know.
+    pub records_skipped: AtomicU64,
+    limits: Limits,
+    append_groups: AtomicBool,
+    init: Mutex<InitState>,
+    end: OnceLock<Arc<End>>,
+    stopping: AtomicBool,
+    events: OwnedFd,
+}
+
+impl Session {
+    /// Lanes and connections, nothing running yet.
+    pub fn new(lanes: Vec<Lane>, conns: Vec<Conn>, limits: Limits) -> io::Result<Session> {
+        Ok(Session {
+            lanes,
+            conns,
+            nodes_seen: AtomicU64::new(0),
+            records_skipped: AtomicU64::new(0),
+            limits,
+            append_groups: AtomicBool::new(false),
+            init: Mutex::default(),
+            end: OnceLock::new(),
+            stopping: AtomicBool::new(false),
+            events: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// The session is over. The first reason counts; requests that wait get `EIO`, later ones
+    /// `ENOTCONN`, so that an unmount can go through.
+    pub fn end(&self, end: End) {
+        let unmounted = matches!(end, End::Unmounted);
+        if self.end.set(Arc::new(end)).is_err() {
+            return;
+        }
+        if !unmounted {
+            self.conns.iter().for_each(Conn::shutdown);
+            self.lanes.iter().for_each(|lane| lane.close(Errno::IO));
+        }
+        self.notify();
+    }
+
+    /// Why it is over, if it is.
+    pub fn ended(&self) -> Option<Arc<End>> {
+        self.end.get().cloned()
+    }
+
+    /// Tells the daemon that the mount is gone for good.
+    pub fn say_goodbye(&self, reason: Reason) {
+        self.conns.iter().for_each(|conn| conn.say_goodbye(reason));
+    }
+
+    /// Has all threads end, after the mount is gone.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.conns.iter().for_each(Conn::shutdown);
+        self.lanes.iter().for_each(Lane::kick);
+    }
+
+    /// Whether [`Session::stop`] was called.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Readable when something has happened that the main thread should look at.
+    pub fn events(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// Wakes the main thread.
+    pub fn notify(&self) {
+        // It can fail only by a full counter, which is readable as well.
+        let _ = rustix::io::write(&self.events, &1u64.to_ne_bytes());
+    }
+
+    /// Makes [`Session::events`] unreadable again.
+    pub fn drain_events(&self) {
+        let mut count = [0u8; 8];
+        // Nothing to drain is fine.
+        let _ = rustix::io::read(&self.events, &mut count);
+    }
+
+    /// The kernel's INIT: what the daemon is asked, or the answer for the kernel.
+    pub fn offer_init(&self, args: &[u8]) -> Result<Result<InitIn, abi::InitOut>, InitError> {
+        let kernel = init::parse_in(args)?;
+        if let init::Version::AskAgain(answer) = init::version_of(&kernel)? {
+            return Ok(Err(answer));
+        }
+        lock(&self.init).kernel = Some(kernel);
+        Ok(Ok(init::offer(&kernel, &self.limits)))
+    }
+
+    /// The daemon's answer to INIT: what the kernel may be told. [`Session::init_done`] follows.
+    pub fn agree_init(&self, body: &[u8]) -> Result<Negotiated, End> {
+        let daemon = init::parse_out(body)?;
+        let mut state = lock(&self.init);
+        let Some(kernel) = &state.kernel else {
+            return Err(End::Protocol("an answer to an INIT that was not asked"));
+        };
+        let agreed = init::negotiate(kernel, &daemon, &self.limits)?;
+        if agreed.dropped != 0 {
+            tracing::debug!(flags = agreed.dropped, "INIT flags of the daemon's were dropped");
+        }
+        state.agreed = Some(agreed);
+        let kernel_sends = agreed.offered & abi::init::CREATE_SUPP_GROUP != 0;
+        self.append_groups.store(!kernel_sends, Ordering::Relaxed);
+        Ok(agreed)
+    }
+
+    /// What INIT came to, once it has.
+    pub fn agreed(&self) -> Option<Negotiated> {
+        lock(&self.init).agreed
+    }
+
+    /// Whether creations need their caller's groups from us.
+    pub fn appends_groups(&self) -> bool {
+        self.append_groups.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,343 @@
+//! Guest to host: one thread a lane, from the FUSE device to the connection.
+//!
+//! A frame is read straight into the batch, behind what is there, and its header is overwritten by
+//! the record's: it is never copied. Invariant: after every read the frame is in the batch with a
+//! slot, in the park, or answered; the thread sleeps only as `batcher` says.
+
+use crate::batcher::{Step, View, next_step};
+use crate::groups;
+use crate::lane::{
+    Claim, Control, InFlight, Interrupted, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX,
+    Parked,
+};
+use crate::session::{End, Session};
+use fuser_fork::device::ReadOutcome;
+use fuser_fork::frame::{Frame, error_reply, out_header};
+use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
+use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader};
+use ringfs_wire::limits::{
+    BATCH_BYTES_MAX, FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX, RECORD_HEADER_BYTES,
+};
+use ringfs_wire::slot::SlotUse;
+use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+
+/// Node ids to give back that may wait for a slot; with more, nothing further is read.
+const FORGETS_WAITING_MAX: usize = 16 * FORGETS_PER_RECORD_MAX;
+
+const DEVICE: u64 = 0;
+const KICK: u64 = 1;
+
+/// The state of one up thread.
+struct Up<'s> {
+    session: &'s Session,
+    lane: &'s Lane,
+    epoll: OwnedFd,
+    builder: BatchBuilder,
+    buffer: Vec<u8>,
+    forgets: Vec<ForgetOne>,
+    /// No slot was there for the forgets; a kick tells when one is.
+    forgets_blocked: bool,
+    /// Controls or parked requests may be there to send.
+    look: bool,
+    /// Something was parked, and may be still.
+    has_parked: bool,
+    dry: bool,
+}
+
+/// Serves the lane until the mount is gone or the session stops.
+pub fn run(session: &Arc<Session>, lane: usize) {
+    let done =
+        Up::new(session, &session.lanes[lane]).map_err(End::Thread).and_then(|mut up| up.serve());
+    if let Err(end) = done {
+        session.end(end);
+    }
+}
+
+impl<'s> Up<'s> {
+    fn new(session: &'s Session, lane: &'s Lane) -> io::Result<Up<'s>> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        // One sleeping lane is woken for a frame, not all of them.
+        let device_events = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
+        epoll::add(&epoll, &*lane.device, epoll::EventData::new_u64(DEVICE), device_events)?;
+        let kick = epoll::EventData::new_u64(KICK);
+        epoll::add(&epoll, lane.kick_fd(), kick, epoll::EventFlags::IN)?;
+        Ok(Up {
+            session,
+            lane,
+            epoll,
+            builder: BatchBuilder::new(),
+            buffer: vec![0; BATCH_BYTES_MAX],
+            forgets: Vec::with_capacity(FORGETS_PER_RECORD_MAX),
+            forgets_blocked: false,
+            look: false,
+            has_parked: false,
+            dry: false,
+        })
+    }
+
+    fn serve(&mut self) -> Result<(), End> {
+        while !self.session.is_stopping() {
+            if self.lane.take_kick() {
+                self.look = true;
+                self.forgets_blocked = false;
+            }
+            match next_step(self.view()) {
+                Step::Backlog => self.put_backlog(),
+                Step::Read => self.read()?,
+                Step::Send => self.send(),
+                Step::Wait => self.wait()?,
+                Step::WaitForSlot => self.wait_for_kick()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn view(&self) -> View {
+        let forgets_due = self.dry || self.forgets.len() >= FORGETS_PER_RECORD_MAX;
+        View {
+            batch_due: self.builder.is_due(),
+            batch_empty: self.builder.is_empty(),
+            backlog: self.look || !self.forgets.is_empty() && !self.forgets_blocked && forgets_due,
+            dry: self.dry,
+            park_full: self.is_park_full(),
+        }
+    }
+
+    fn is_park_full(&self) -> bool {
+        if self.forgets.len() >= FORGETS_WAITING_MAX {
+            return true;
+        }
+        if !self.has_parked {
+            return false;
+        }
+        let (frames, bytes) = self.lane.parked();
+        frames >= PARK_FRAMES_MAX || bytes >= PARK_BYTES_MAX
+    }
+
+    fn read(&mut self) -> Result<(), End> {
+        // A batch that is not due has room for the largest record.
+        let spare = &mut self.builder.spare(&mut self.buffer)[..RECORD_BYTES_MAX];
+        match self.lane.device.read_frame(spare)? {
+            ReadOutcome::Frame(bytes) => self.take_frame(bytes),
+            ReadOutcome::WouldBlock => {
+                self.dry = true;
+                Ok(())
+            }
+            ReadOutcome::Interrupted => Ok(()),
+            ReadOutcome::Unmounted => Err(End::Unmounted),
+        }
+    }
+
+    /// A frame stands in the first `bytes` of the batch's spare room.
+    fn take_frame(&mut self, bytes: usize) -> Result<(), End> {
+        let spare = self.builder.spare(&mut self.buffer);
+        let frame = match Frame::parse(&spare[..bytes]) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::error!(lane = self.lane.index, %error, "a frame of the kernel's is dropped");
+                return Ok(());
+            }
+        };
+        let header = *frame.header();
+        match frame.known_opcode() {
+            Some(Opcode::Forget | Opcode::BatchForget) => match frame.forgets() {
+                Ok(forgets) => self.forgets.extend(forgets),
+                Err(error) => tracing::error!(%error, "forgets of the kernel's are dropped"),
+            },
+            Some(Opcode::Interrupt) => match frame.interrupt_target() {
+                Ok(target) => self.interrupt(header.unique, target.unwrap_or_default()),
+                Err(error) => tracing::error!(%error, "an interrupt of the kernel's is dropped"),
+            },
+            // The answer to a RETRIEVE, which nobody asks for; the kernel waits for nothing.
+            Some(Opcode::NotifyReply) => {}
+            Some(Opcode::Init) => {
+                let args = frame.args().to_vec();
+                self.forward_init(&header, &args)?;
+            }
+            _ => self.forward(&header, bytes),
+        }
+        Ok(())
+    }
+
+    /// Puts the frame in the spare room into the batch, or parks it.
+    fn forward(&mut self, header: &InHeader, mut bytes: usize) {
+        if groups::matter_to(header.opcode, header.uid) && self.session.appends_groups() {
+            let groups = groups::of_pid(header.pid);
+            bytes = groups::append(self.builder.spare(&mut self.buffer), bytes, &groups);
+        }
+        let (unique, opcode) = (header.unique, header.opcode);
+        match self.lane.claim(InFlight::Request { unique, opcode }) {
+            Claim::Slot(at) => {
+                let record = self.record(Kind::Request, at, opcode, bytes);
+                self.builder.commit(&mut self.buffer, record);
+                LaneCounters::add(&self.lane.counters.requests, 1);
+            }
+            Claim::Full => {
+                let frame = self.builder.spare(&mut self.buffer)[..bytes].into();
+                match self.lane.park(Parked { unique, opcode, frame }) {
+                    Ok(()) => self.has_parked = true,
+                    Err(parked) => self.lane.answer_error(parked.unique, Errno::NOTCONN),
+                }
+            }
+            Claim::Closed => self.lane.answer_error(unique, Errno::NOTCONN),
+        }
+    }
+
+    fn record(&self, kind: Kind, at: SlotUse, code: u32, bytes: usize) -> RecordHeader {
+        RecordHeader {
+            len: bytes as u32,
+            kind: kind as u8,
+            lane: self.lane.index,
+            slot: at.slot,
+            slot_seq: at.seq,
+            code,
+        }
+    }
+
+    /// INIT goes to the daemon with what could not be passed on taken out.
+    fn forward_init(&mut self, header: &InHeader, args: &[u8]) -> Result<(), End> {
+        match self.session.offer_init(args) {
+            Ok(Ok(offer)) => {
+                let bytes = size_of::<InHeader>() + size_of_val(&offer);
+                let spare = self.builder.spare(&mut self.buffer);
+                spare[size_of::<InHeader>()..bytes].copy_from_slice(offer.as_bytes());
+                self.forward(header, bytes);
+                Ok(())
+            }
+            Ok(Err(ask_again)) => {
+                let body = ask_again.as_bytes();
+                let reply = [&out_header(header.unique, body.len())[..], body].concat();
+                self.lane.answer(&reply);
+                Ok(())
+            }
+            Err(error) => {
+                self.lane.answer_error(header.unique, Errno::PROTO);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The kernel's task does not want to wait for `target` any longer.
+    fn interrupt(&self, unique: u64, target: u64) {
+        for lane in &self.session.lanes {
+            match lane.interrupt(target) {
+                Interrupted::Cancelled => return,
+                Interrupted::Parked(parked) => {
+                    return lane.answer_error(parked.unique, Errno::INTR);
+                }
+                Interrupted::Unknown => {}
+            }
+        }
+        // Either answered by now, or read by a lane that has not put it down yet. EAGAIN has the
+        // kernel send the interrupt again if it still has the request, by the clone that read it;
+        // the other clones do not know it.
+        let again = error_reply(unique, Errno::AGAIN.raw_os_error());
+        self.session.lanes.iter().for_each(|lane| lane.answer(&again));
+    }
+
+    /// Cancels and pongs, parked requests, forgets: as many as the batch and the slots take.
+    fn put_backlog(&mut self) {
+        while self.look && !self.builder.is_due() {
+            self.look = self.put_control() || self.put_parked();
+        }
+        if !self.builder.is_due() {
+            self.put_forgets();
+        }
+    }
+
+    fn put_control(&mut self) -> bool {
+        let Some(control) = self.lane.next_control() else { return false };
+        let record = match control {
+            Control::Cancel(at) => {
+                LaneCounters::add(&self.lane.counters.cancels, 1);
+                self.record(Kind::Cancel, at, 0, RECORD_HEADER_BYTES)
+            }
+            Control::Pong => {
+                let at = SlotUse { slot: 0, seq: 0 };
+                self.record(Kind::Pong, at, 0, RECORD_HEADER_BYTES)
+            }
+        };
+        self.builder.commit(&mut self.buffer, record);
+        true
+    }
+
+    fn put_parked(&mut self) -> bool {
+        let Some((at, parked)) = self.lane.unpark() else {
+            self.has_parked = self.lane.parked().0 > 0;
+            return false;
+        };
+        let record = self.record(Kind::Request, at, parked.opcode, parked.frame.len());
+        // There is room: the batch is not due, and the frame has been in it before.
+        let body = &parked.frame[RECORD_HEADER_BYTES..];
+        let fits = self.builder.push(&mut self.buffer, record, body);
+        debug_assert!(fits, "a parked frame of {} bytes", parked.frame.len());
+        LaneCounters::add(&self.lane.counters.requests, 1);
+        true
+    }
+
+    fn put_forgets(&mut self) {
+        if self.forgets.is_empty() || self.forgets_blocked {
+            return;
+        }
+        match self.lane.claim(InFlight::Forget) {
+            Claim::Slot(at) => {
+                let n = self.forgets.len().min(FORGETS_PER_RECORD_MAX);
+                let rest = self.forgets.len() - n;
+                let record = self.record(Kind::Forget, at, 0, 0);
+                let body = self.forgets[rest..].as_bytes();
+                let fits = self.builder.push(&mut self.buffer, record, body);
+                debug_assert!(fits, "{n} forgets");
+                self.forgets.truncate(rest);
+                LaneCounters::add(&self.lane.counters.forgets, n);
+            }
+            Claim::Full => self.forgets_blocked = true,
+            Claim::Closed => self.forgets.clear(),
+        }
+    }
+
+    fn send(&mut self) {
+        let conn = &self.session.conns[self.lane.conn];
+        match conn.send(&mut self.builder, &mut self.buffer) {
+            Ok(bytes) => {
+                LaneCounters::add(&self.lane.counters.batches, 1);
+                LaneCounters::add(&self.lane.counters.bytes_up, bytes);
+            }
+            // What was in the batch has slots, so the end answers it.
+            Err(source) => self.session.end(End::Lost { conn: self.lane.conn, source }),
+        }
+    }
+
+    fn wait(&mut self) -> Result<(), End> {
+        let empty =
+            epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        let mut events = [empty; 2];
+        let n = match epoll::wait(&self.epoll, &mut events, None) {
+            Ok(n) => n,
+            Err(Errno::INTR) => 0,
+            Err(errno) => return Err(End::Thread(errno.into())),
+        };
+        for event in &events[..n] {
+            match event.data.u64() {
+                KICK => self.lane.drain_kick(),
+                _ => self.dry = false,
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_for_kick(&mut self) -> Result<(), End> {
+        let mut fds = [PollFd::from_borrowed_fd(self.lane.kick_fd(), PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) => self.lane.drain_kick(),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(End::Thread(errno.into())),
+        }
+        Ok(())
+    }
+}

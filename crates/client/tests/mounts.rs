@@ -1,0 +1,508 @@
+//! Real mounts of the real program, against a small daemon in this process. Needs root and FUSE.
+
+mod host;
+
+use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
+use ringfs_wire::batch::Kind;
+use ringfs_wire::hello::{Reason, feature};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::channel;
+use std::time::Duration;
+use tempfile::TempDir;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ringfs");
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Runs something that may hang with a mount; fails the test instead.
+fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || sender.send(work()));
+    receiver.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("{what} takes too long"))
+}
+
+/// A scratch directory with a host's socket and a mount point; cleans up however the test ends.
+struct Bench {
+    host: Host,
+    mountpoint: PathBuf,
+    dir: TempDir,
+}
+
+impl Bench {
+    fn new(terms: Terms) -> Bench {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mountpoint = dir.path().canonicalize().expect("dir").join("mnt");
+        std::fs::create_dir(&mountpoint).expect("mkdir");
+        Bench { host: Host::start(dir.path(), terms), mountpoint, dir }
+    }
+
+    fn source(&self, share: &str) -> String {
+        format!("{share}@unix:{}", self.host.path.display())
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// A client in the foreground, ready.
+    fn mount(&self, options: &str) -> Client {
+        let mut command = self.command(&["mount", "-f", "-o", options, &self.source("data")]);
+        command.arg(&self.mountpoint).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("spawn");
+        let stdout = child.stdout.take().expect("piped");
+        let client = Client { child: Some(child) };
+        let line = within("the mount", move || {
+            let mut line = String::new();
+            BufReader::new(stdout).read_line(&mut line).map(|_| line)
+        });
+        let line = line.expect("a line");
+        if !line.contains("is mounted on") {
+            let (status, stderr) = client.wait();
+            panic!("no mount: {line}{status} {stderr}");
+        }
+        client
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        let mut command = self.command(args);
+        within("a command", move || command.output()).expect("run")
+    }
+
+    fn umount(&self, args: &[&str]) -> Output {
+        let path = self.mountpoint.display().to_string();
+        self.run(&[&["umount"], args, &[path.as_str()]].concat())
+    }
+
+    fn is_mounted(&self) -> bool {
+        is_mounted(&self.mountpoint)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.mountpoint.join(name)
+    }
+
+    fn cat(&self, name: &str) -> Reader {
+        let mut command = Command::new("cat");
+        command.arg(self.file(name)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Reader { child: command.spawn().expect("cat") }
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        while self.is_mounted() {
+            if unmount(&self.mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_err() {
+                break;
+            }
+        }
+        let _ = &self.dir;
+    }
+}
+
+fn is_mounted(path: &Path) -> bool {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+}
+
+struct Client {
+    child: Option<Child>,
+}
+
+impl Client {
+    fn pid(&self) -> Pid {
+        Pid::from_child(self.child.as_ref().expect("running"))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("kill");
+    }
+
+    fn wait(mut self) -> (ExitStatus, String) {
+        let mut child = self.child.take().expect("running");
+        let pid = Pid::from_child(&child);
+        let (sender, receiver) = channel();
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            let _ = child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut text));
+            sender.send((child.wait().expect("wait"), text))
+        });
+        receiver.recv_timeout(LIMIT).unwrap_or_else(|_| {
+            let _ = kill_process(pid, Signal::KILL);
+            panic!("the client does not end")
+        })
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+struct Reader {
+    child: Child,
+}
+
+impl Reader {
+    fn kill(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("kill");
+    }
+
+    fn wait(self) -> Output {
+        within("a reader", move || self.child.wait_with_output()).expect("wait")
+    }
+}
+
+#[test]
+fn files_are_read_and_written_through_the_mount() {
+    for options in ["lanes=2", "lanes=2,conns=1,checksum=on", "lanes=4,slots=1", "lanes=1,ro"] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount(options);
+        let root = bench.mountpoint.clone();
+        within("the use of the mount", move || {
+            assert_eq!(std::fs::read(root.join("hello")).expect("hello"), HELLO_TEXT, "{options}");
+            let names = std::fs::read_dir(&root).expect("list").map(|e| e.expect("e").file_name());
+            assert_eq!(names.collect::<Vec<_>>(), ["hello", "big", "hang"]);
+            let missing = std::fs::metadata(root.join("missing")).expect_err("missing");
+            assert_eq!(missing.kind(), std::io::ErrorKind::NotFound);
+            std::thread::scope(|scope| {
+                for thread in 0..4 {
+                    let path = root.join("big");
+                    scope.spawn(move || read_big(&path, thread));
+                }
+            });
+        });
+        if !options.contains("ro") {
+            let path = bench.file("big");
+            within("a write", move || {
+                let file = File::options().write(true).open(path).expect("open");
+                let data: Vec<u8> = (0..3 << 20).map(big_byte).collect();
+                file.write_all_at(&data, 0).expect("write");
+            });
+            let written = bench.host.wait_for("writes", |seen| Some(seen.written));
+            assert_eq!(written, 3 << 20);
+        }
+        assert!(bench.umount(&[]).status.success());
+        let (status, stderr) = client.wait();
+        assert!(status.success(), "{status} {stderr}");
+        assert_eq!(stderr, "");
+        let conns = bench.host.wait_for("farewells", |seen| {
+            let conns = seen.hellos.len() as u64;
+            (seen.goodbyes == conns && seen.closed == conns).then_some(conns)
+        });
+        assert_eq!(conns, if options.contains("conns=1") { 1 } else { lanes_of(options) });
+        assert_eq!(bench.host.slots_in_use(), 0);
+        bench.host.wait_for("no faults", |seen| Some(assert_eq!(seen.faults, [""; 0])));
+        assert!(!bench.is_mounted());
+    }
+}
+
+fn lanes_of(options: &str) -> u64 {
+    let digit = options.strip_prefix("lanes=").and_then(|rest| rest.chars().next());
+    digit.and_then(|digit| digit.to_digit(10)).expect("lanes=N first").into()
+}
+
+fn read_big(path: &Path, thread: usize) {
+    let file = File::open(path).expect("big");
+    let sizes = [4096, 1 << 20, 100, 300_000];
+    let mut buffer = vec![0; sizes[thread]];
+    let mut at = 0;
+    while at < BIG_BYTES && at < sizes[thread] * 400 {
+        let n = file.read_at(&mut buffer, at as u64).expect("read");
+        assert!(n > 0 && buffer[..n].iter().enumerate().all(|(i, &b)| b == big_byte(at + i)));
+        at += n;
+    }
+}
+
+#[test]
+fn what_the_kernel_forgets_is_given_back() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let path = bench.file("hello");
+    within("a stat", move || assert!(std::fs::metadata(path).is_ok()));
+    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+    let nodeid = bench.host.wait_for("a forget", |seen| seen.forgets.first().map(|f| f.nodeid));
+    assert_eq!(nodeid, 2);
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+}
+
+#[test]
+fn in_the_background_the_command_returns_when_the_mount_answers() {
+    let bench = Bench::new(Terms::default());
+    let helper = bench.dir.path().join("mount.ringfs");
+    std::os::unix::fs::symlink(PROGRAM, &helper).expect("symlink");
+    let path = bench.mountpoint.display().to_string();
+    let source = bench.source("data/sub/dir");
+    let direct = [PROGRAM, "mount", "-o", "ro", &source, &path];
+    let by_helper = [helper.to_str().expect("utf-8"), &source, &path, "-n", "-o", "ro,_netdev"];
+    for line in [&direct[..], &by_helper] {
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]);
+        let output = within("mount", move || command.output()).expect("run");
+        assert!(output.status.success(), "{output:?}");
+        assert!(bench.is_mounted());
+        let hello = bench.file("hello");
+        within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
+        let subdir =
+            bench.host.wait_for("hello", |seen| seen.hellos.first().map(|h| h.subdir.clone()));
+        assert_eq!(subdir, b"sub/dir");
+
+        let status = bench.run(&["status", "--json"]);
+        let entries: serde_json::Value = serde_json::from_slice(&status.stdout).expect("json");
+        let entries = entries.as_array().expect("a list");
+        let entry = entries.iter().find(|e| e["mountpoint"] == path.as_str()).expect("ours");
+        assert_eq!(entry["source"], source.as_str());
+        let client = &entry["client"];
+        assert_eq!((&client["share"], &client["epoch"]), (&"data".into(), &3.into()), "{client}");
+        assert!(client["requests"].as_u64() > Some(3) && client["read_only"] == true, "{client}");
+        let text = String::from_utf8(bench.run(&["status"]).stdout).expect("text");
+        assert!(text.contains(&format!("{source} on {path}")), "{text}");
+
+        let pid = client["pid"].as_i64().expect("pid") as i32;
+        let pid = Pid::from_raw(pid).expect("pid");
+        assert!(bench.umount(&[]).status.success());
+        bench.host.wait_for("farewell", |seen| (seen.goodbyes > 0).then(|| seen.goodbyes = 0));
+        wait_until("the client's end", || rustix::process::test_kill_process(pid).is_err());
+        bench.host.wait_for("reset", |seen| Some(seen.hellos.clear()));
+    }
+}
+
+/// For what gives no event: processes that are not our children, the mount table.
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + LIMIT;
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "{what} does not come");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_refused_mount_says_why_and_leaves_nothing() {
+    let check = |terms: Terms, share: &str, mount_args: &[&str], expected: &str| {
+        let bench = Bench::new(terms);
+        let path = bench.mountpoint.display().to_string();
+        let source = bench.source(share);
+        for background in [&["-f"][..], &[]] {
+            let args = [&["mount"], background, mount_args, &[&source, &path]].concat();
+            let output = bench.run(&args);
+            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(stderr.contains(expected), "{expected}: {stderr}");
+            assert!(!output.status.success() && !bench.is_mounted(), "{output:?}");
+            assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        }
+    };
+    let terms = Terms::default;
+    check(terms(), "nothing", &[], "no share of that name");
+    check(Terms { init_errno: 95, ..terms() }, "data", &[], "errno 95 for INIT");
+    check(terms(), "data", &["-o", "lane=3"], "did you mean `lanes=`?");
+    check(terms(), "da\u{7}ta", &[], "no share of that name");
+}
+
+#[test]
+fn bad_places_are_refused_before_anything_is_mounted() {
+    let bench = Bench::new(Terms::default());
+    let run = |source: &str, path: &Path| {
+        let output = bench.run(&["mount", source, path.to_str().expect("utf-8")]);
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let gone = run("data@unix:/nonexistent/s", &bench.mountpoint);
+    assert!(gone.contains("unix:/nonexistent/s") && gone.contains("start `ringfsd"), "{gone}");
+    let missing = run(&bench.source("data"), &bench.file("missing"));
+    assert!(missing.contains("does not exist"), "{missing}");
+    let file = run(&bench.source("data"), &bench.host.path);
+    assert!(file.contains("not a directory"), "{file}");
+    let client = bench.mount("lanes=1");
+    let taken = run(&bench.source("data"), &bench.mountpoint);
+    assert!(taken.contains("mount point already"), "{taken}");
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+    let none = bench.umount(&[]);
+    assert!(String::from_utf8_lossy(&none.stderr).contains("no ringfs mount at"));
+}
+
+#[test]
+fn a_killed_reader_gets_out_and_the_daemon_is_told() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    reader.kill();
+    assert_eq!(reader.wait().status.signal(), Some(9));
+    bench.host.wait_for("a cancel", |seen| (seen.cancels == 1).then_some(()));
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+    assert_eq!(bench.host.slots_in_use(), 0);
+}
+
+#[test]
+fn a_parked_reader_gets_out_without_the_daemon() {
+    let bench = Bench::new(Terms { slots: 1, ..Terms::default() });
+    let client = bench.mount("lanes=1");
+    // Opened while the slot is free: `cat` would park with its LOOKUP.
+    let path = bench.file("hang");
+    let parked_file = within("open", move || File::open(path)).expect("open");
+    let first = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let mut second = Command::new("cat");
+    second.stdin(parked_file).stdout(Stdio::piped());
+    let second = Reader { child: second.spawn().expect("cat") };
+    wait_until("the park", || status_of(&bench)["parked"] == 1);
+    second.kill();
+    assert_eq!(second.wait().status.signal(), Some(9));
+    wait_until("the empty park", || status_of(&bench)["parked"] == 0);
+    assert_eq!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)), 0);
+    first.kill();
+    assert_eq!(first.wait().status.signal(), Some(9));
+    wait_until("the unmount", || bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+}
+
+fn status_of(bench: &Bench) -> serde_json::Value {
+    let output = bench.run(&["status", "--json"]);
+    let entries: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
+    let path = bench.mountpoint.to_str().expect("utf-8");
+    let entries = entries.as_array().expect("a list");
+    let found = entries.iter().find(|entry| entry["mountpoint"] == path);
+    found.map_or(serde_json::Value::Null, |entry| entry["client"].clone())
+}
+
+#[test]
+fn many_waiting_requests_are_parked_and_all_answered() {
+    let bench = Bench::new(Terms { slots: 2, ..Terms::default() });
+    let client = bench.mount("lanes=2");
+    let path = bench.file("big");
+    within("40 readers", move || {
+        std::thread::scope(|scope| {
+            for _ in 0..40 {
+                let path = &path;
+                scope.spawn(move || read_big(path, 3));
+            }
+        });
+    });
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+    assert_eq!(bench.host.slots_in_use(), 0);
+}
+
+#[test]
+fn a_lost_daemon_fails_what_waits_and_removes_the_mount() {
+    let cut: fn(&Host) = |host| host.cut();
+    let goodbye: fn(&Host) = |host| host.goodbye(Reason::Shutdown, "maintenance");
+    let unknown: fn(&Host) = |host| host.say(77, 0, &[]);
+    let guest_only: fn(&Host) = |host| host.say(Kind::Forget as u8, 0, &[]);
+    let invented: fn(&Host) = |host| host.say(Kind::Reply as u8, 0, &[]);
+    for (fault, expected) in [
+        (cut, "closed connection"),
+        (goodbye, "try again later (maintenance)"),
+        (unknown, "unknown kind"),
+        (guest_only, "only a guest sends"),
+        (invented, "broke the protocol"),
+    ] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount("lanes=2");
+        let reader = bench.cat("hang");
+        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        fault(&bench.host);
+        let output = reader.wait();
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(words.contains("Input/output error"), "{expected}: {output:?}");
+        let (status, stderr) = client.wait();
+        assert_eq!(status.code(), Some(3), "{stderr}");
+        assert!(stderr.contains(expected) && !bench.is_mounted(), "{expected}: {stderr}");
+    }
+}
+
+#[test]
+fn pings_are_answered_and_optional_records_skipped() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2,checksum=on");
+    bench.host.say(Kind::Ping as u8, 0, &[]);
+    bench.host.say(200, 0, b"from the future");
+    bench.host.say(Kind::Node as u8, 0, &[0; 64]);
+    bench.host.say(Kind::Notify as u8, 0, &[]);
+    bench.host.wait_for("pongs", |seen| (seen.pongs >= 1).then_some(()));
+    wait_until("the counters", || {
+        let status = status_of(&bench);
+        status["nodes_seen"] == 2 && status["records_skipped"] == 4
+    });
+    let features = bench.host.wait_for("hello", |seen| Some(seen.hellos[0].features));
+    assert_eq!(features, feature::PAYLOAD_CRC);
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+}
+
+#[test]
+fn a_signal_unmounts_and_a_busy_mount_is_served_until_it_is_free() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    client.signal(Signal::INT);
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{stderr}");
+
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let path = bench.file("big");
+    let file = within("open", move || File::open(path)).expect("open");
+    client.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    within("a late read", move || {
+        let mut buffer = [0; 16];
+        file.read_at(&mut buffer, 0).expect("still served");
+    });
+    let (status, stderr) = client.wait();
+    assert!(status.success() && stderr.contains("is in use"), "{status} {stderr}");
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    client.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    client.signal(Signal::TERM);
+    let output = reader.wait();
+    assert!(!output.status.success(), "{output:?}");
+    let (status, stderr) = client.wait();
+    assert!(stderr.contains("second signal"), "{status} {stderr}");
+    assert_eq!(status.code(), Some(3));
+}
+
+#[test]
+fn a_dead_mount_can_be_removed() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    client.signal(Signal::KILL);
+    assert_eq!(client.wait().0.signal(), Some(9));
+    assert!(bench.is_mounted());
+    assert_eq!(status_of(&bench), serde_json::Value::Null);
+    assert!(bench.umount(&["-l"]).status.success());
+    assert!(!bench.is_mounted());
+}
+
+#[test]
+fn a_late_answer_to_a_hanging_read_arrives() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.host.answer_hanging(lane, at, 13);
+    let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
+    assert!(words.contains("Permission denied"), "{words}");
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+}

@@ -1,0 +1,268 @@
+//! Listeners and peers: the parent's side. It binds, accepts, tells who the peer is, and hands the
+//! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use thiserror::Error;
+
+/// Where guests come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A Unix socket; for Firecracker and its kind, `<uds_path>_<port>`.
+    Unix(PathBuf),
+    /// AF_VSOCK; `cid` limits it to one peer, `u32::MAX` is any.
+    Vsock {
+        /// The guest that may connect.
+        cid: u32,
+        /// The port to listen on.
+        port: u32,
+    },
+}
+
+/// Any CID.
+pub const CID_ANY: u32 = u32::MAX;
+
+/// Why there is no listener.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum ListenError {
+    #[error("cannot read the address {0:?}: it is unix:PATH, vsock:PORT or vsock:CID:PORT")]
+    Address(String),
+    #[error("cannot listen on {path:?}: {source}{hint}")]
+    Unix { path: PathBuf, source: std::io::Error, hint: &'static str },
+    #[error(
+        "cannot listen on vsock port {port}: {source} (is the module vhost_vsock or vsock_loopback \
+         loaded?)"
+    )]
+    Vsock { port: u32, source: std::io::Error },
+}
+
+impl FromStr for Address {
+    type Err = ListenError;
+
+    fn from_str(text: &str) -> Result<Address, ListenError> {
+        let bad = || ListenError::Address(text.to_owned());
+        match text.split_once(':').ok_or_else(bad)? {
+            ("unix", path) if !path.is_empty() => Ok(Address::Unix(path.into())),
+            ("vsock", rest) => {
+                let (cid, port) = match rest.split_once(':') {
+                    Some((cid, port)) => (cid.parse().map_err(|_| bad())?, port),
+                    None => (CID_ANY, rest),
+                };
+                Ok(Address::Vsock { cid, port: port.parse().map_err(|_| bad())? })
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Vsock { cid: CID_ANY, port } => write!(f, "vsock:{port}"),
+            Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+        }
+    }
+}
+
+/// A bound socket. Its path goes with it.
+pub struct Listener {
+    address: Address,
+    socket: OwnedFd,
+}
+
+/// A connection of which nothing was read yet.
+pub struct Accepted {
+    /// The stream, non-blocking.
+    pub socket: OwnedFd,
+    /// The peer, for people: the listener and who is at the other end.
+    pub peer: String,
+}
+
+impl Listener {
+    /// Binds. A socket file that nobody listens on any more is taken over.
+    pub fn bind(address: Address) -> Result<Listener, ListenError> {
+        let socket = match &address {
+            Address::Unix(path) => bind_unix(path)?,
+            Address::Vsock { port, .. } => {
+                let source = |source| ListenError::Vsock { port: *port, source };
+                let listener = vsock::VsockListener::bind_with_cid_port(CID_ANY, *port);
+                let listener = listener.map_err(source)?;
+                listener.set_nonblocking(true).map_err(source)?;
+                OwnedFd::from(listener)
+            }
+        };
+        Ok(Listener { address, socket })
+    }
+
+    /// Takes one connection; `None` when none waits or it may not come in.
+    fn accept(&self) -> Result<Option<Accepted>, Errno> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        match &self.address {
+            Address::Unix(path) => {
+                let socket = match net::accept_with(&self.socket, flags) {
+                    Ok(socket) => socket,
+                    Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return Ok(None),
+                    Err(errno) => return Err(errno),
+                };
+                let peer = match net::sockopt::socket_peercred(&socket) {
+                    Ok(cred) => format!("{} pid {}", path.display(), cred.pid.as_raw_pid()),
+                    Err(_) => path.display().to_string(),
+                };
+                Ok(Some(Accepted { socket, peer }))
+            }
+            Address::Vsock { cid, port } => accept_vsock(&self.socket, *cid, *port),
+        }
+    }
+}
+
+fn accept_vsock(socket: &OwnedFd, cid: u32, port: u32) -> Result<Option<Accepted>, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = match net::accept_with(socket, flags) {
+        Ok(socket) => socket,
+        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return Ok(None),
+        Err(errno) => return Err(errno),
+    };
+    let stream = vsock::VsockStream::from(socket);
+    let Ok(peer) = stream.peer_addr() else { return Ok(None) };
+    if cid != CID_ANY && peer.cid() != cid {
+        tracing::warn!(port, cid = peer.cid(), "refused: the listener is for CID {cid}");
+        return Ok(None);
+    }
+    let peer = format!("vsock:{}:{}", peer.cid(), peer.port());
+    Ok(Some(Accepted { socket: stream.into(), peer }))
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Address::Unix(path) = &self.address {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
+    let error = |source: Errno, hint| ListenError::Unix {
+        path: path.to_owned(),
+        source: source.into(),
+        hint,
+    };
+    let address = SocketAddrUnix::new(path)
+        .map_err(|e| error(e, " (the path of a Unix socket has at most 107 bytes)"))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .map_err(|e| error(e, ""))?;
+    let bound = match net::bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {
+            if !is_socket(path) {
+                return Err(error(Errno::ADDRINUSE, " (a file that is no socket is there)"));
+            }
+            if is_alive(&address) {
+                return Err(error(Errno::ADDRINUSE, " (another daemon listens there)"));
+            }
+            tracing::info!(?path, "taking over a socket that nobody listens on");
+            std::fs::remove_file(path).map_err(|source| ListenError::Unix {
+                path: path.to_owned(),
+                source,
+                hint: "",
+            })?;
+            net::bind(&socket, &address)
+        }
+        other => other,
+    };
+    bound.map_err(|e| match e {
+        Errno::NOENT => error(e, " (its directory does not exist)"),
+        Errno::ACCESS => error(e, " (no right to make a file there)"),
+        _ => error(e, ""),
+    })?;
+    net::listen(&socket, 128).map_err(|e| error(e, ""))?;
+    Ok(socket)
+}
+
+fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
+}
+
+/// Whether somebody listens on the socket file.
+fn is_alive(address: &SocketAddrUnix) -> bool {
+    let Ok(probe) = net::socket(AddressFamily::UNIX, SocketType::STREAM, None) else { return true };
+    net::connect(&probe, address) != Err(Errno::CONNREFUSED)
+}
+
+/// Accepts until `stop` becomes readable; each connection goes to `hand_on`.
+pub fn run(listeners: &[Listener], stop: &OwnedFd, mut hand_on: impl FnMut(Accepted)) {
+    let mut exhausted = false;
+    loop {
+        let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
+        if !exhausted {
+            let sockets =
+                listeners.iter().map(|l| PollFd::from_borrowed_fd(l.socket.as_fd(), PollFlags::IN));
+            fds.extend(sockets);
+        }
+        // Out of fds: the listeners stay readable, so they are left alone for a while.
+        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        match poll(&mut fds, exhausted.then_some(&pause)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return tracing::error!(%error, "cannot wait for connections"),
+        }
+        if !fds[0].revents().is_empty() {
+            return;
+        }
+        let ready: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
+        exhausted = false;
+        for (listener, _) in listeners.iter().zip(ready).filter(|(_, ready)| *ready) {
+            match listener.accept() {
+                Ok(Some(accepted)) => hand_on(accepted),
+                Ok(None) => {}
+                Err(error) => {
+                    let listener = &listener.address;
+                    tracing::warn!(%listener, %error, "cannot accept (is the limit of open files too low?)");
+                    exhausted = true;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        let check = |text: &str, expected: Option<Address>| {
+            assert_eq!(text.parse::<Address>().ok(), expected, "{text}");
+        };
+        check("unix:/run/x", Some(Address::Unix("/run/x".into())));
+        check("vsock:5640", Some(Address::Vsock { cid: CID_ANY, port: 5640 }));
+        check("vsock:3:5640", Some(Address::Vsock { cid: 3, port: 5640 }));
+        for bad in ["", "unix:", "vsock:", "vsock:x", "vsock:1:2:3", "tcp:1", "/run/x", "vsock:-1"]
+        {
+            check(bad, None);
+        }
+    }
+
+    #[test]
+    fn a_stale_socket_is_taken_over_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("s");
+        drop(std::os::unix::net::UnixListener::bind(&path).expect("bind"));
+        assert!(path.exists(), "std leaves the file: it is stale now");
+        let ours = Listener::bind(Address::Unix(path.clone())).expect("taken over");
+        assert!(matches!(
+            Listener::bind(Address::Unix(path.clone())),
+            Err(ListenError::Unix { hint: " (another daemon listens there)", .. })
+        ));
+        drop(ours);
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").expect("write");
+        assert!(Listener::bind(Address::Unix(path.clone())).is_err());
+        assert_eq!(std::fs::read(&path).expect("still there"), b"precious");
+    }
+}

@@ -1,0 +1,189 @@
+//! The daemon's life: opens shares and listeners, starts the shards, waits for the signal to end.
+//!
+//! What is done before [`Worker`] starts, and what it is given, is what a parent outside a sandbox
+//! would do and pass: share roots as fds, and accepted connections. Everything that reads a guest's
+//! bytes is behind that line.
+
+use crate::accept::{self, Address, ListenError, Listener};
+use crate::control::Control;
+use crate::fs::{Fs, FsOptions};
+use crate::greet::Share;
+use crate::worker::Worker;
+use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CpuSet, sched_getaffinity};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// How files and sockets are driven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring.
+    Uring,
+    /// Blocking threads.
+    Threads,
+}
+
+/// All that the daemon is told, checked.
+pub struct Config {
+    /// What to share.
+    pub shares: Vec<ShareConfig>,
+    /// Where to listen.
+    pub listen: Vec<Address>,
+    /// CPUs to use; all that are allowed by default.
+    pub cpus: Option<Vec<usize>>,
+    /// How files and sockets are driven.
+    pub engine: Engine,
+    /// Path of the control socket.
+    pub control: Option<PathBuf>,
+}
+
+/// `NAME=DIR[,ro]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareConfig {
+    /// What guests call it.
+    pub name: String,
+    /// The directory.
+    pub dir: PathBuf,
+    /// Guests may not change it.
+    pub read_only: bool,
+}
+
+/// Why the daemon cannot serve.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum DaemonError {
+    #[error("cannot share {dir:?}: {source}")]
+    Share { dir: PathBuf, source: std::io::Error },
+    #[error("the share name {0:?} is given twice")]
+    Twice(String),
+    #[error("the share {name:?} cannot be served: {source}")]
+    Serve { name: String, source: crate::fs::FsError },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error("cannot make the control socket: {0}")]
+    Control(ListenError),
+    #[error(
+        "io_uring is not to be had: {0}; allow it (sysctl kernel.io_uring_disabled=0, or the \
+         container's seccomp profile), or start with --engine=threads"
+    )]
+    Uring(std::io::Error),
+    #[error("CPU {0} is not among those that this process may use ({1:?})")]
+    Cpu(usize, Vec<usize>),
+    #[error("cannot start: {0}")]
+    Start(#[from] std::io::Error),
+}
+
+impl From<rustix::io::Errno> for DaemonError {
+    fn from(errno: rustix::io::Errno) -> Self {
+        DaemonError::Start(errno.into())
+    }
+}
+
+impl FromStr for ShareConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ShareConfig, String> {
+        let (name, rest) = text.split_once('=').ok_or("a share is NAME=DIR or NAME=DIR,ro")?;
+        let (dir, read_only) = match rest.rsplit_once(',') {
+            Some((dir, "ro")) => (dir, true),
+            Some((dir, "rw")) => (dir, false),
+            _ => (rest, false),
+        };
+        if name.is_empty() || name.len() > SHARE_NAME_BYTES_MAX || name.contains(['/', '@']) {
+            return Err(format!(
+                "the share name {name:?} must have 1 to {SHARE_NAME_BYTES_MAX} bytes, and no / or @"
+            ));
+        }
+        if dir.is_empty() {
+            return Err(format!("the share {name:?} has no directory"));
+        }
+        Ok(ShareConfig { name: name.into(), dir: dir.into(), read_only })
+    }
+}
+
+/// Reads a list such as `0-3,8`.
+pub fn parse_cpus(text: &str) -> Result<Vec<usize>, String> {
+    let bad = |_| format!("{text:?} is no list of CPUs such as 0-3,8");
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let first: usize = first.trim().parse().map_err(bad)?;
+        let last: usize = last.trim().parse().map_err(bad)?;
+        if first > last || last >= CpuSet::MAX_CPU {
+            return Err(format!("{part:?} is no range of CPUs"));
+        }
+        cpus.extend(first..=last);
+    }
+    cpus.sort_unstable();
+    cpus.dedup();
+    Ok(cpus)
+}
+
+/// The CPUs to serve on: those asked for, all of them allowed ones.
+fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
+    let mask = sched_getaffinity(None)?;
+    let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| mask.is_set(cpu)).collect();
+    let Some(asked) = asked else { return Ok(allowed) };
+    match asked.iter().find(|cpu| !allowed.contains(cpu)) {
+        Some(&cpu) => Err(DaemonError::Cpu(cpu, allowed)),
+        None => Ok(asked),
+    }
+}
+
+fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
+    let ShareConfig { name, dir, read_only } = config;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(&dir, flags, Mode::empty())
+        .map_err(|errno| DaemonError::Share { dir: dir.clone(), source: errno.into() })?;
+    let options = FsOptions { read_only, ..FsOptions::default() };
+    // Tried once, so that what can never be served is said at the start.
+    Fs::new(&dir, options.clone())
+        .map_err(|source| DaemonError::Serve { name: name.clone(), source })?;
+    Ok(Share { name, dir, root, options })
+}
+
+/// Each inode that a guest knows costs an fd: as many as the hard limit gives.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(config: Config) -> Result<(), DaemonError> {
+    let (stop, signalled) = UnixStream::pair()?;
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
+    }
+    raise_open_files();
+    let mut shares = Vec::new();
+    for share in config.shares {
+        if shares.iter().any(|known: &Share| known.name == share.name) {
+            return Err(DaemonError::Twice(share.name));
+        }
+        shares.push(open_share(share)?);
+    }
+    let cpus = choose_cpus(config.cpus)?;
+    let listeners: Vec<Listener> =
+        config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
+    let worker = Worker::start(shares, &cpus, config.engine)?;
+    let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
+    for address in &config.listen {
+        tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");
+    }
+    accept::run(&listeners, &OwnedFd::from(stop), |accepted| worker.greet(accepted));
+    tracing::info!("stopping");
+    drop(listeners);
+    let totals = worker.counters().totals();
+    worker.stop();
+    drop(control);
+    tracing::info!("stopped; {}", totals.to_json().trim_end());
+    Ok(())
+}

@@ -1,0 +1,327 @@
+//! The file system of one session: what a guest may do to one share.
+//!
+//! `Fs` is shared by all threads of the daemon; every method takes `&self`. It never sees a record
+//! or a socket: requests come as parsed headers with their arguments, and bodies of replies go
+//! into buffers of the caller. The handlers are in `ops`, and dispatch.rs says which opcode runs
+//! which, and where.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use ringfs_wire::abi;
+pub use ringfs_wire::hello::CacheMode;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
+
+use crate::fdops::{self, FsKind, LocalFs};
+use crate::handles::{Handle, Handles, OpenFile, Waits};
+use crate::nodes::{Node, Nodes, Released};
+use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
+
+/// How long names and attributes are good for in the guest, in seconds.
+pub(crate) fn valid_secs(cache: CacheMode) -> u64 {
+    match cache {
+        CacheMode::Never => 0,
+        CacheMode::Auto => 1,
+        CacheMode::Metadata | CacheMode::Always => 86_400,
+    }
+}
+
+/// What a guest sees of host mounts below the share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Submounts {
+    /// The directory underneath.
+    #[default]
+    Hide,
+    /// What is mounted there.
+    Merge,
+}
+
+/// Settings of one share, checked by the caller once.
+#[derive(Clone, Debug)]
+pub struct FsOptions {
+    /// How far the guest may cache.
+    pub cache: CacheMode,
+    /// The guest's kernel collects writes; only where nobody else writes.
+    pub writeback: bool,
+    /// Everything that writes answers EROFS.
+    pub read_only: bool,
+    /// Open host files with O_DIRECT where the guest does (`direct_io=pass`).
+    pub direct_io: bool,
+    /// Extended attributes.
+    pub xattr: bool,
+    /// Host mounts below the share.
+    pub submounts: Submounts,
+    /// Allow MKNOD of block and character devices.
+    pub device_nodes: bool,
+    /// Nodes that one session may know.
+    pub nodes_max: usize,
+    /// Files and directories that one session may hold open.
+    pub handles_max: usize,
+}
+
+impl Default for FsOptions {
+    fn default() -> Self {
+        FsOptions {
+            cache: CacheMode::Auto,
+            writeback: false,
+            read_only: false,
+            direct_io: false,
+            xattr: true,
+            submounts: Submounts::Hide,
+            device_nodes: false,
+            nodes_max: 2_000_000,
+            handles_max: 131_072,
+        }
+    }
+}
+
+/// Why a share cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// The directory cannot be opened.
+    #[error("cannot open the share's directory {path}: check that it exists and is a directory")]
+    Open {
+        /// The directory as configured.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: Errno,
+    },
+    /// The crate refused.
+    #[error("cannot start the file system: is /proc mounted?")]
+    Backend(#[source] std::io::Error),
+    /// The trick by which files are opened does not hold.
+    #[error(
+        "the self-test of open files failed: this build must not serve (wrong fuse-backend-rs)"
+    )]
+    SelfTest(#[source] Errno),
+}
+
+/// What a session holds; tests compare it before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FsCounts {
+    /// Nodes known, the root among them.
+    pub nodes: usize,
+    /// Files and directories open.
+    pub handles: usize,
+    /// FORGETs that named what the guest did not have.
+    pub overdrawn: u64,
+}
+
+/// One session's view of one share.
+pub struct Fs {
+    pub(crate) options: FsOptions,
+    pub(crate) backend: Arc<Backend>,
+    pub(crate) nodes: Nodes,
+    pub(crate) handles: Handles,
+    /// The root of the share; with `submounts=hide` that of a private copy of its mount.
+    pub(crate) root: OwnedFd,
+    root_stat: Stat,
+    /// Refuse what lies on another device: the mounts could not be hidden.
+    one_device: bool,
+    /// Metadata calls do not wait for a network or for another daemon.
+    pub(crate) local: bool,
+    /// RWF_NOWAIT means something on this file system.
+    waits: Waits,
+    /// INIT flags in force.
+    pub(crate) negotiated: AtomicU64,
+    /// The daemon's own supplementary groups must not be lent to a guest's user.
+    pub(crate) has_groups: bool,
+    /// Devices other than the root's, in the order of their discovery.
+    devices: RwLock<Vec<u64>>,
+}
+
+impl Fs {
+    /// Starts to serve `root`.
+    ///
+    /// # Errors
+    /// See [`FsError`]. `/proc` must be mounted.
+    pub fn new(root: &Path, options: FsOptions) -> Result<Fs, FsError> {
+        let opened = |source| FsError::Open { path: root.to_owned(), source };
+        let (root_fd, hidden) = open_root(root, options.submounts).map_err(opened)?;
+        let root_stat = Stat::of(&root_fd).map_err(opened)?;
+        let kind = fdops::fs_kind(root_fd.as_fd()).map_err(opened)?;
+        // "/." makes the last step of the path a directory, which O_NOFOLLOW does not refuse.
+        let path = format!("/proc/self/fd/{}/.", root_fd.as_raw_fd());
+        let backend = Backend::new(Path::new(&path), options.xattr).map_err(FsError::Backend)?;
+        let backend = Arc::new(backend);
+        self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
+        Ok(Fs {
+            nodes: Nodes::new(Arc::clone(&backend), options.nodes_max),
+            handles: Handles::new(options.handles_max),
+            one_device: options.submounts == Submounts::Hide && !hidden,
+            options,
+            backend,
+            root: root_fd,
+            root_stat,
+            local: kind.is_local(),
+            waits: waits(kind),
+            negotiated: AtomicU64::new(0),
+            has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),
+            devices: RwLock::new(Vec::new()),
+        })
+    }
+
+    /// The guest gives back lookups: (node id, count) each. Files whose last user this was are
+    /// closed at once; see [`Fs::forget_later`] where that may take too long.
+    pub fn forget(&self, forgets: impl Iterator<Item = (u64, u64)>) {
+        drop(self.forget_later(forgets));
+    }
+
+    /// As [`Fs::forget`], but what must be closed is handed to the caller.
+    pub fn forget_later(&self, forgets: impl Iterator<Item = (u64, u64)>) -> Released {
+        let mut released = Released::default();
+        for (id, count) in forgets {
+            self.nodes.forget(id, count, &mut released);
+        }
+        released
+    }
+
+    /// What the session holds now.
+    pub fn counts(&self) -> FsCounts {
+        FsCounts {
+            nodes: self.nodes.count(),
+            handles: self.handles.count(),
+            overdrawn: self.nodes.overdrawn(),
+        }
+    }
+
+    /// INIT flags in force (0 before INIT).
+    pub fn negotiated(&self) -> u64 {
+        self.negotiated.load(Ordering::Relaxed)
+    }
+
+    /// The guest's kernel keeps writes back, and so owns sizes, times and O_APPEND.
+    pub(crate) fn writeback(&self) -> bool {
+        self.negotiated() & abi::init::WRITEBACK_CACHE != 0
+    }
+
+    /// Looks a name up and gives the result to the guest: one count.
+    pub(crate) fn give(&self, found: &Found) -> Result<(Arc<Node>, abi::EntryOut), Errno> {
+        if self.one_device && found.stat.dev != self.root_stat.dev {
+            self.backend.forget(found.inode, 1);
+            return Err(Errno::XDEV);
+        }
+        let node = self.nodes.give(found)?;
+        let entry = self.entry(node.id, &found.stat);
+        Ok((node, entry))
+    }
+
+    /// The entry of a node whose count was given already.
+    pub(crate) fn entry(&self, nodeid: u64, stat: &Stat) -> abi::EntryOut {
+        let valid = valid_secs(self.options.cache);
+        abi::EntryOut {
+            nodeid,
+            // Ids are never reused, so a generation has nothing to tell apart.
+            generation: 0,
+            entry_valid: valid,
+            attr_valid: valid,
+            entry_valid_nsec: 0,
+            attr_valid_nsec: 0,
+            attr: crate::reply::attr(stat, self.guest_ino(stat.dev, stat.ino)),
+        }
+    }
+
+    /// Attributes with their time of validity.
+    pub(crate) fn attr_out(&self, stat: &Stat) -> abi::AttrOut {
+        abi::AttrOut {
+            attr_valid: valid_secs(self.options.cache),
+            attr_valid_nsec: 0,
+            dummy: 0,
+            attr: crate::reply::attr(stat, self.guest_ino(stat.dev, stat.ino)),
+        }
+    }
+
+    /// The host's inode number; on another device than the root's (a merged mount, a btrfs
+    /// subvolume) folded with the device's index, so that two files do not look like one.
+    pub(crate) fn guest_ino(&self, dev: u64, ino: u64) -> u64 {
+        if dev == self.root_stat.dev {
+            return ino;
+        }
+        ino ^ (self.device_index(dev) << 48)
+    }
+
+    fn device_index(&self, dev: u64) -> u64 {
+        let place = |devices: &[u64]| devices.iter().position(|&known| known == dev);
+        let known = place(&self.devices.read().unwrap_or_else(PoisonError::into_inner));
+        let index = known.unwrap_or_else(|| {
+            let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+            place(&devices).unwrap_or_else(|| {
+                // Far more devices than a share can have; past it they share the last index.
+                if devices.len() < 4096 {
+                    devices.push(dev);
+                }
+                devices.len() - 1
+            })
+        });
+        index as u64 + 1
+    }
+
+    /// The root's inode number, which `..` of the root shows too.
+    pub(crate) fn root_ino(&self) -> u64 {
+        self.root_stat.ino
+    }
+
+    /// Numbers an opened file.
+    pub(crate) fn insert_file(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> u64 {
+        let file = OpenFile::new(node, fd, flags, self.waits);
+        self.handles.insert(Handle::File(Arc::new(file)))
+    }
+
+    /// The caller of a creating call. Where the daemon cannot change its ids, nobody is asked for.
+    pub(crate) fn caller(&self, uid: u32, gid: u32) -> Caller {
+        if self.backend.squashes() { Caller { uid: 0, gid: 0 } } else { Caller { uid, gid } }
+    }
+}
+
+/// Opens a share's root. With `Hide`, it is the root of a detached private copy of the one mount:
+/// nothing that is or gets mounted on the host below it can be seen, and no path leads out of it.
+/// Second value: false where the mounts could not be hidden so (no CAP_SYS_ADMIN).
+fn open_root(root: &Path, submounts: Submounts) -> Result<(OwnedFd, bool), Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let plain = rustix::fs::openat(CWD, root, flags, Mode::empty())?;
+    if submounts == Submounts::Merge {
+        return Ok((plain, false));
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = match rustix::mount::open_tree(&plain, c"", flags) {
+        Ok(tree) => tree,
+        Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
+            return Ok((plain, false));
+        }
+        Err(error) => return Err(error),
+    };
+    // A copy of a shared mount would be given what is mounted on the original later.
+    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
+    if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::PRIVATE) {
+        tracing::debug!(%error, "cannot make the share's mount private");
+    }
+    Ok((tree, true))
+}
+
+fn waits(kind: FsKind) -> Waits {
+    match kind {
+        FsKind::Local(LocalFs::Tmpfs) => Waits::Never,
+        FsKind::Local(LocalFs::Ext4 | LocalFs::Xfs | LocalFs::Btrfs | LocalFs::F2fs) => {
+            Waits::Nowait
+        }
+        FsKind::Network | FsKind::Fuse | FsKind::Other(_) => Waits::Maybe,
+    }
+}
+
+/// Opens the root by the trick and compares identities: it must be the very same directory.
+fn self_test(backend: &Backend, root: &Stat) -> Result<(), Errno> {
+    let flags = (libc::O_RDONLY | libc::O_DIRECTORY) as u32;
+    let fd = backend.open(ROOT_INODE, flags, false)?;
+    let seen = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, StatxFlags::INO)?;
+    let dev = rustix::fs::makedev(seen.stx_dev_major, seen.stx_dev_minor);
+    if (dev, seen.stx_ino) != (root.dev, root.ino) {
+        return Err(Errno::BADF);
+    }
+    Ok(())
+}

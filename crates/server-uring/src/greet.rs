@@ -1,0 +1,285 @@
+//! The handshake: a connection's first batch, and which shard gets the connection.
+//!
+//! The only place that reads from a peer that nothing is known of: bounded bytes, bounded time,
+//! bounded number at once. Runs on a thread of its own, on the worker's side of the sandbox.
+
+use crate::accept::Accepted;
+use crate::connection::{Connection, Link};
+use crate::fs::{Fs, FsOptions};
+use crate::limits::*;
+use crate::mailbox::{Mail, Mailbox};
+use crate::session::{Registry, Session, Terms};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
+use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, mount_flag};
+use ringfs_wire::limits::*;
+use ringfs_wire::session::{LinkRx, LinkTx};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+use zerocopy::IntoBytes;
+
+/// A directory that guests may mount.
+pub struct Share {
+    /// What guests call it.
+    pub name: String,
+    /// Where it is.
+    pub dir: PathBuf,
+    /// Its root, opened by the parent.
+    pub root: OwnedFd,
+    /// How it is served.
+    pub options: FsOptions,
+}
+
+/// What is needed to welcome somebody.
+pub struct Greeter {
+    /// What there is to mount.
+    pub shares: Vec<Share>,
+    /// Sessions.
+    pub registry: Arc<Registry>,
+    /// The shards.
+    pub shards: Vec<Arc<Mailbox>>,
+}
+
+struct Greeting {
+    accepted: Accepted,
+    bytes: Vec<u8>,
+    until: Instant,
+}
+
+/// What a refused peer is told.
+struct Refusal {
+    reason: Reason,
+    text: String,
+}
+
+fn refuse(reason: Reason, text: impl Into<String>) -> Refusal {
+    Refusal { reason, text: text.into() }
+}
+
+impl Greeter {
+    /// Greets what `accepted` brings until its sender is gone; `bell` is readable when it may have
+    /// something.
+    pub fn run(&self, accepted: &Receiver<Accepted>, bell: &Arc<OwnedFd>) {
+        let mut greetings: Vec<Greeting> = Vec::new();
+        loop {
+            let mut fds = vec![PollFd::new(&**bell, PollFlags::IN)];
+            fds.extend(greetings.iter().map(|g| PollFd::new(&g.accepted.socket, PollFlags::IN)));
+            let patience = greetings.iter().map(|g| g.until).min();
+            let patience =
+                patience.map(|until| timespec(until.saturating_duration_since(Instant::now())));
+            match poll(&mut fds, patience.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return tracing::error!(%error, "cannot wait for greetings"),
+            }
+            let rung = !fds[0].revents().is_empty();
+            let ready: Vec<bool> = fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect();
+            let waiting = std::mem::take(&mut greetings).into_iter().zip(ready);
+            greetings = waiting.filter_map(|(g, ready)| self.go_on(g, ready)).collect();
+            if rung {
+                let _ = rustix::io::read(bell, &mut [0; 8]);
+                if !self.take_in(accepted, &mut greetings) {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// False once nobody can accept any more.
+    fn take_in(&self, accepted: &Receiver<Accepted>, greetings: &mut Vec<Greeting>) -> bool {
+        loop {
+            match accepted.try_recv() {
+                Ok(accepted) if greetings.len() < GREETINGS_MAX => {
+                    let until = Instant::now() + Duration::from_millis(HELLO_TIMEOUT_MS);
+                    greetings.push(Greeting { accepted, bytes: Vec::new(), until });
+                }
+                Ok(accepted) => {
+                    say_goodbye(&accepted, &refuse(Reason::Limit, "too many greetings at once"));
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Reads on; gives the greeting back while it is not complete.
+    fn go_on(&self, mut greeting: Greeting, ready: bool) -> Option<Greeting> {
+        if Instant::now() >= greeting.until {
+            let text = format!("no HELLO within {HELLO_TIMEOUT_MS} ms");
+            say_goodbye(&greeting.accepted, &refuse(Reason::Timeout, text));
+            return None;
+        }
+        if !ready {
+            return Some(greeting);
+        }
+        let mut chunk = [0; HELLO_BYTES_MAX];
+        match rustix::io::read(&greeting.accepted.socket, &mut chunk) {
+            Ok(0) => return None,
+            Ok(n) => greeting.bytes.extend_from_slice(&chunk[..n]),
+            Err(Errno::AGAIN | Errno::INTR) => return Some(greeting),
+            Err(_) => return None,
+        }
+        match complete(&greeting.bytes) {
+            Ok(false) => Some(greeting),
+            Ok(true) => {
+                self.greet(greeting);
+                None
+            }
+            Err(refusal) => {
+                say_goodbye(&greeting.accepted, &refusal);
+                None
+            }
+        }
+    }
+
+    fn greet(&self, greeting: Greeting) {
+        let Greeting { accepted, bytes, .. } = greeting;
+        let mut rx = LinkRx::new(true);
+        let welcome = read_hello(&mut rx, &bytes)
+            .and_then(|hello| self.admit(&hello, &accepted.peer).map(|session| (hello, session)));
+        let (hello, session) = match welcome {
+            Ok(found) => found,
+            Err(refusal) => return say_goodbye(&accepted, &refusal),
+        };
+        let mut tx = LinkTx::new(true);
+        let welcome = Welcome {
+            version: hello.common_version().unwrap_or_default(),
+            lanes: session.lanes,
+            slots: session.slots,
+            conns: session.conns,
+            features: session.features,
+            ticket: session.ticket,
+            epoch: self.registry.epoch,
+            grace_s: 0,
+            reserved: 0,
+        };
+        if !send(&accepted, &mut tx, Kind::Welcome, 0, welcome.as_bytes()) {
+            return self.registry.detach(&session, hello.conn);
+        }
+        // The ring waits for readiness itself; a non-blocking socket would answer EAGAIN instead.
+        let _ = rustix::io::ioctl_fionbio(&accepted.socket, false);
+        let shard = (session.id as usize + hello.conn as usize) % self.shards.len();
+        let socket = Arc::new(accepted.socket);
+        let conn = Connection::new(socket, session, hello.conn, Link { tx, rx });
+        self.shards[shard].post(Mail::Connection(Box::new(conn)));
+    }
+
+    /// The session for a HELLO: a new one, or one more connection of the one that it names.
+    fn admit(&self, hello: &Hello, peer: &str) -> Result<Arc<Session>, Refusal> {
+        if hello.common_version().is_none() {
+            let (min, max) = hello.versions;
+            return Err(refuse(
+                Reason::Version,
+                format!("the guest speaks versions {min} to {max}"),
+            ));
+        }
+        let session = if hello.ticket == Ticket::NONE {
+            self.open(hello, peer)?
+        } else {
+            let text = "no such session here; mount again";
+            self.registry.find(hello.ticket).ok_or(refuse(Reason::UnknownSession, text))?
+        };
+        if hello.conns != session.conns || !session.attach(hello.conn) {
+            let text = format!("connection {} of this session is open already", hello.conn);
+            return Err(refuse(Reason::Protocol, text));
+        }
+        Ok(session)
+    }
+
+    fn open(&self, hello: &Hello, peer: &str) -> Result<Arc<Session>, Refusal> {
+        let Some(share) = self.shares.iter().find(|share| share.name == hello.share) else {
+            let text = format!("there is no share {:?} here", hello.share);
+            return Err(refuse(Reason::UnknownShare, text));
+        };
+        if !self.registry.has_room() {
+            return Err(refuse(Reason::Limit, format!("{SESSIONS_MAX} sessions are open already")));
+        }
+        let root = open_subdir(share, &hello.subdir)?;
+        let mut options = share.options.clone();
+        options.cache = hello.cache;
+        options.writeback = hello.mount_flags & mount_flag::WRITEBACK != 0;
+        options.read_only |= hello.mount_flags & mount_flag::READ_ONLY != 0;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
+        let fs = Fs::new(&path, options).map_err(|error| {
+            tracing::error!(share = share.name, dir = %share.dir.display(), %error, "cannot serve");
+            refuse(Reason::Internal, "the share cannot be served; the daemon's log says why")
+        })?;
+        let terms = Terms {
+            share: share.name.clone(),
+            peer: peer.to_owned(),
+            lanes: hello.lanes,
+            conns: hello.conns,
+            slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
+            features: hello.features & feature::KNOWN,
+        };
+        let session = self
+            .registry
+            .open(terms, fs)
+            .map_err(|reason| refuse(reason, "no further session can be opened"))?;
+        tracing::info!(session = session.id, share = share.name, peer, "session opened");
+        Ok(session)
+    }
+}
+
+/// Whether the bytes are one whole batch; more than one, or none that can be, is refused.
+fn complete(bytes: &[u8]) -> Result<bool, Refusal> {
+    match peek_len(bytes) {
+        Err(error) => Err(refuse(Reason::Protocol, error.to_string())),
+        Ok(Some(len)) if len > HELLO_BYTES_MAX || bytes.len() > len => {
+            Err(refuse(Reason::Protocol, "the first batch is one HELLO"))
+        }
+        Ok(Some(len)) => Ok(bytes.len() == len),
+        Ok(None) => Ok(false),
+    }
+}
+
+fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
+    let protocol = |text: String| refuse(Reason::Protocol, text);
+    let header = rx.accept(bytes, 0).map_err(|error| protocol(error.to_string()))?;
+    let mut cursor = Cursor::new(&header);
+    match (cursor.next(bytes), cursor.next(bytes)) {
+        (Some((record, span)), None) if record.kind == Kind::Hello as u8 => {
+            let body = &bytes[span][RECORD_HEADER_BYTES..];
+            Hello::decode(body).map_err(|error| protocol(error.to_string()))
+        }
+        _ => Err(protocol("the first batch is one HELLO".into())),
+    }
+}
+
+fn open_subdir(share: &Share, subdir: &[u8]) -> Result<OwnedFd, Refusal> {
+    let shown = String::from_utf8_lossy(subdir);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let path: &[u8] = if subdir.is_empty() { b"." } else { subdir };
+    // A guest may have made links in the share: none is followed, and nothing leads out.
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(&share.root, path, flags, Mode::empty(), resolve).map_err(|error| {
+        refuse(Reason::BadSubdir, format!("{shown:?} in share {:?}: {error}", share.name))
+    })
+}
+
+fn say_goodbye(accepted: &Accepted, refusal: &Refusal) {
+    let Refusal { reason, text } = refusal;
+    tracing::warn!(peer = accepted.peer, ?reason, "refused: {text}");
+    let text = &text.as_bytes()[..text.len().min(GOODBYE_TEXT_BYTES_MAX)];
+    send(accepted, &mut LinkTx::new(true), Kind::Goodbye, *reason as u32, text);
+}
+
+/// Sends one record in a batch of its own. Small enough for any socket's empty buffer: a peer that
+/// cannot take it is given up.
+fn send(accepted: &Accepted, tx: &mut LinkTx, kind: Kind, code: u32, body: &[u8]) -> bool {
+    let mut buffer = [0; HELLO_BYTES_MAX];
+    let mut builder = BatchBuilder::new();
+    let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
+    builder.push(&mut buffer, header, body);
+    let bytes = tx.seal(&mut builder, &mut buffer, 1);
+    let flags = rustix::net::SendFlags::NOSIGNAL;
+    rustix::net::send(&accepted.socket, bytes, flags) == Ok(bytes.len())
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: i64::from(duration.subsec_nanos()) }
+}

@@ -1,0 +1,38 @@
+//! The daemon's own bounds; the wire's are in `ringfs_wire::limits`.
+
+use ringfs_wire::limits::{BATCH_BYTES_MAX, BATCH_TARGET_BYTES};
+
+/// Alignment of buffers, and of the data in them: enough for O_DIRECT on any block size in use.
+pub const BUFFER_ALIGN: usize = 4096;
+/// A buffer for batches of small records.
+pub const SMALL_BUFFER_BYTES: usize = BATCH_TARGET_BYTES + 2 * BUFFER_ALIGN;
+/// A buffer for the largest batch, with its payload at an aligned place.
+pub const LARGE_BUFFER_BYTES: usize = BATCH_BYTES_MAX.next_multiple_of(BUFFER_ALIGN) + BUFFER_ALIGN;
+/// Free small buffers that a shard keeps instead of giving them back to the allocator.
+pub const SMALL_BUFFERS_KEPT: usize = 64;
+/// Large buffers that a shard keeps once it has used them, registered with its ring.
+pub const LARGE_BUFFERS_KEPT: usize = 8;
+/// Large buffers of a shard that are out at once; requests that need one more wait.
+pub const LARGE_BUFFERS_MAX: usize = 96;
+/// Bytes of replies, made or being made, that one connection may have before it is read no further.
+pub const REPLY_BYTES_PER_CONN_MAX: usize = 8 << 20;
+/// Records of one connection that a shard steps through before it looks at the next connection.
+pub const RECORDS_A_TURN_MAX: usize = 128;
+/// A reply up to this size is made in the connection's own batch, a larger one in its own buffer.
+pub const REPLY_INLINE_BYTES_MAX: usize = 32 << 10;
+/// Connections of one shard.
+pub const CONNS_PER_SHARD_MAX: usize = 4096;
+/// Connections that have not said HELLO yet.
+pub const GREETINGS_MAX: usize = 64;
+/// Time to say HELLO.
+pub const HELLO_TIMEOUT_MS: u64 = 5_000;
+/// Sessions of one daemon.
+pub const SESSIONS_MAX: usize = 1024;
+/// Threads for calls that may block long.
+pub const POOL_THREADS_MAX: usize = 16;
+/// Entries of a shard's submission queue.
+pub const RING_ENTRIES: u32 = 512;
+
+const _: () = assert!(SMALL_BUFFER_BYTES > BATCH_TARGET_BYTES + REPLY_INLINE_BYTES_MAX / 8);
+const _: () = assert!(REPLY_BYTES_PER_CONN_MAX > 2 * LARGE_BUFFER_BYTES);
+const _: () = assert!(LARGE_BUFFERS_MAX * LARGE_BUFFER_BYTES < 128 << 20);

@@ -1,0 +1,73 @@
+//! What a shard has in flight: a closed set of operations on sockets and files.
+//!
+//! An [`Op`] owns all that the kernel may touch while it runs: the fd and the memory. The ring takes
+//! it whole and gives it back whole with the result.
+
+use crate::buffers::Buf;
+use crate::handles::OpenFile;
+use ringfs_wire::slot::SlotUse;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// One operation, and whose it is.
+#[derive(Debug)]
+pub struct Op {
+    /// What is done.
+    pub io: Io,
+    /// Who waits for it.
+    pub tag: Tag,
+}
+
+/// What is done.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the fields are the arguments of the call")]
+pub enum Io {
+    /// Receive at least a byte into `buf[range]`.
+    Recv { socket: Arc<OwnedFd>, buf: Buf, range: Range<usize> },
+    /// Send `buf[range]`, all of it.
+    Send { socket: Arc<OwnedFd>, buf: Buf, range: Range<usize> },
+    /// Read into `buf[range]`.
+    Read { file: Arc<OpenFile>, buf: Buf, range: Range<usize>, offset: u64 },
+    /// Write `buf[range]`.
+    Write { file: Arc<OpenFile>, buf: Arc<Buf>, range: Range<usize>, offset: u64 },
+    /// Bring data to the disk.
+    Fsync { file: Arc<OpenFile>, data_only: bool },
+    /// Wait until the eventfd is written to.
+    Wake { event: Arc<OwnedFd>, count: Box<[u8; 8]> },
+}
+
+impl Io {
+    /// The fd that it works on.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Io::Recv { socket, .. } | Io::Send { socket, .. } => socket.as_fd(),
+            Io::Read { file, .. } | Io::Write { file, .. } | Io::Fsync { file, .. } => file.as_fd(),
+            Io::Wake { event, .. } => event.as_fd(),
+        }
+    }
+}
+
+/// Who waits for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tag {
+    /// The shard itself.
+    Shard,
+    /// The stream of this connection.
+    Stream(usize),
+    /// A request.
+    Request(RequestTag),
+}
+
+/// Where a request's reply goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestTag {
+    /// Key of the connection in its shard.
+    pub conn: usize,
+    /// The lane that owns the slot.
+    pub lane: u8,
+    /// The slot that the reply frees.
+    pub at: SlotUse,
+    /// Reply bytes that were set aside for it.
+    pub reserved: u32,
+}

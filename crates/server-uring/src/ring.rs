@@ -1,0 +1,234 @@
+//! The reactor: [`Ring`], and [`UringRing`] on io_uring. The only unsafe code on the way of a frame.
+//!
+//! Invariant: from `submit` until its completion an [`Op`] lies still in the ring's table, and with
+//! it the memory and the fds that the kernel was told of. If the ring is dropped with operations in
+//! flight, it cancels them and waits for the last one before the memory goes.
+//!
+//! Completions are copied out before they are stepped; nothing happens inside `reap`.
+
+#![allow(unsafe_code, reason = "the kernel is given pointers into buffers that the table owns")]
+
+use crate::buffers::Buf;
+use crate::limits::{LARGE_BUFFERS_KEPT, RING_ENTRIES};
+use crate::op::{Io, Op};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use slab::Slab;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+/// What a completed operation returned: bytes, or an errno.
+pub type IoResult = Result<usize, rustix::io::Errno>;
+
+/// Submits operations and gives them back.
+pub trait Ring {
+    /// Takes `op`; gives it back when it cannot be taken now.
+    fn submit(&mut self, op: Op) -> Result<(), Op>;
+    /// Starts all that was submitted. With a `timeout` it waits for a completion until then
+    /// (`None`: for ever); `Some(ZERO)` does not wait.
+    fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+    /// Moves what has completed to `done`.
+    fn reap(&mut self, done: &mut Vec<(Op, IoResult)>);
+    /// Operations in flight.
+    fn in_flight(&self) -> usize;
+}
+
+/// [`Ring`] on io_uring.
+pub struct UringRing {
+    // Field order: the kernel's side goes before the memory that it may touch.
+    uring: IoUring,
+    ops: Slab<Op>,
+    /// Which of the buffers that live as long as the shard the kernel knows by their slot.
+    registered: [Registered; LARGE_BUFFERS_KEPT],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registered {
+    NotYet,
+    Yes,
+    /// The kernel would not have it (RLIMIT_MEMLOCK, an old kernel): plain calls do.
+    Refused,
+}
+
+/// How long a ring that is dropped waits for what cannot be cancelled.
+const DROP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Marks completions that belong to no operation.
+const NO_OP: u64 = u64::MAX;
+
+impl UringRing {
+    /// A ring for the calling thread, which must be the only one that uses it.
+    pub fn new() -> io::Result<UringRing> {
+        let modern = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_coop_taskrun()
+            .setup_cqsize(RING_ENTRIES * 4)
+            .build(RING_ENTRIES);
+        let uring = match modern {
+            // Kernels before 6.1 know neither of the flags.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                IoUring::builder().setup_cqsize(RING_ENTRIES * 4).build(RING_ENTRIES)?
+            }
+            other => other?,
+        };
+        let sparse = uring.submitter().register_buffers_sparse(LARGE_BUFFERS_KEPT as u32);
+        let first = if sparse.is_ok() { Registered::NotYet } else { Registered::Refused };
+        Ok(UringRing {
+            uring,
+            ops: Slab::with_capacity(RING_ENTRIES as usize),
+            registered: [first; LARGE_BUFFERS_KEPT],
+        })
+    }
+
+    /// The slot by which the kernel knows the operation's buffer; made known at its first use.
+    fn registered_slot(&mut self, io: &Io) -> Option<u16> {
+        let buf: &Buf = match io {
+            Io::Read { buf, .. } => buf,
+            Io::Write { buf, .. } => buf,
+            Io::Recv { .. } | Io::Send { .. } | Io::Fsync { .. } | Io::Wake { .. } => return None,
+        };
+        let slot = buf.slot()?;
+        let known = &mut self.registered[usize::from(slot)];
+        if *known == Registered::NotYet {
+            let iovec =
+                libc::iovec { iov_base: buf.as_ptr().cast_mut().cast(), iov_len: buf.len() };
+            // SAFETY: a buffer with a slot is freed with its shard's pool only, and the ring that
+            // pins it is dropped before: see the order of fields in `Shard`.
+            let update = unsafe {
+                self.uring.submitter().register_buffers_update(slot.into(), &[iovec], None)
+            };
+            *known = if update.is_ok() { Registered::Yes } else { Registered::Refused };
+        }
+        (*known == Registered::Yes).then_some(slot)
+    }
+
+    fn entry(io: &mut Io, slot: Option<u16>) -> squeue::Entry {
+        let fd = types::Fd(io.fd().as_raw_fd());
+        match io {
+            Io::Recv { buf, range, .. } => {
+                let room = &mut buf[range.clone()];
+                opcode::Recv::new(fd, room.as_mut_ptr(), room.len() as u32).build()
+            }
+            Io::Send { buf, range, .. } => {
+                let bytes = &buf[range.clone()];
+                opcode::Send::new(fd, bytes.as_ptr(), bytes.len() as u32)
+                    .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL)
+                    .build()
+            }
+            Io::Read { buf, range, offset, .. } => {
+                let room = &mut buf[range.clone()];
+                let (start, len) = (room.as_mut_ptr(), room.len() as u32);
+                match slot {
+                    Some(slot) => {
+                        opcode::ReadFixed::new(fd, start, len, slot).offset(*offset).build()
+                    }
+                    None => opcode::Read::new(fd, start, len).offset(*offset).build(),
+                }
+            }
+            Io::Write { buf, range, offset, .. } => {
+                let bytes = &buf[range.clone()];
+                let (start, len) = (bytes.as_ptr(), bytes.len() as u32);
+                match slot {
+                    Some(slot) => {
+                        opcode::WriteFixed::new(fd, start, len, slot).offset(*offset).build()
+                    }
+                    None => opcode::Write::new(fd, start, len).offset(*offset).build(),
+                }
+            }
+            Io::Fsync { data_only, .. } => {
+                let flags = if *data_only {
+                    types::FsyncFlags::DATASYNC
+                } else {
+                    types::FsyncFlags::empty()
+                };
+                opcode::Fsync::new(fd).flags(flags).build()
+            }
+            Io::Wake { count, .. } => {
+                opcode::Read::new(fd, count.as_mut_ptr(), count.len() as u32).build()
+            }
+        }
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        // SAFETY: the entry points into memory of an op in `self.ops`, which stays there until its
+        // completion is reaped, or is a cancel, which points nowhere.
+        if unsafe { self.uring.submission().push(entry) }.is_ok() {
+            return Ok(());
+        }
+        self.uring.submit()?;
+        // SAFETY: as above.
+        unsafe { self.uring.submission().push(entry) }.map_err(|_| io::ErrorKind::WouldBlock.into())
+    }
+}
+
+impl Ring for UringRing {
+    fn submit(&mut self, op: Op) -> Result<(), Op> {
+        let slot = self.registered_slot(&op.io);
+        let key = self.ops.insert(op);
+        let entry = Self::entry(&mut self.ops[key].io, slot).user_data(key as u64);
+        self.push(&entry).map_err(|_| self.ops.remove(key))
+    }
+
+    fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        // Waiting for zero time still enters the kernel for completions, which with deferred task
+        // work appear at no other time.
+        let result = match timeout {
+            None => self.uring.submit_and_wait(1),
+            Some(timeout) => {
+                let timespec = types::Timespec::from(timeout);
+                let args = types::SubmitArgs::new().timespec(&timespec);
+                self.uring.submitter().submit_with_args(1, &args)
+            }
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(e) => match e.raw_os_error() {
+                // Nothing came in time; a signal; or the completions must be reaped first.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                _ => Err(e),
+            },
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<(Op, IoResult)>) {
+        let queue = self.uring.completion();
+        for completion in queue {
+            if let Some(found) = take(&mut self.ops, &completion) {
+                done.push(found);
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.ops.len()
+    }
+}
+
+fn take(ops: &mut Slab<Op>, completion: &cqueue::Entry) -> Option<(Op, IoResult)> {
+    if completion.user_data() == NO_OP {
+        return None;
+    }
+    let op = ops.try_remove(completion.user_data() as usize)?;
+    let result = usize::try_from(completion.result())
+        .map_err(|_| rustix::io::Errno::from_raw_os_error(-completion.result()));
+    Some((op, result))
+}
+
+impl Drop for UringRing {
+    fn drop(&mut self) {
+        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+        let _ = self.push(&cancel.user_data(NO_OP));
+        let until = Instant::now() + DROP_LIMIT;
+        while !self.ops.is_empty() {
+            let waited = self.enter(Some(Duration::from_millis(100)));
+            self.reap(&mut Vec::new());
+            if waited.is_err() || Instant::now() > until {
+                // A dead disk holds them. The kernel still owns the memory: losing it is safe,
+                // freeing it is not.
+                tracing::error!(left = self.ops.len(), "file operations do not end");
+                std::mem::forget(std::mem::take(&mut self.ops));
+            }
+        }
+    }
+}

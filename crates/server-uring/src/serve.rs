@@ -1,0 +1,343 @@
+//! What a shard does with a request: the answer at once, the ring, or the pool.
+//!
+//! Part of [`Shard`]: here is what happens between a REQUEST and its REPLY.
+
+use super::*;
+use crate::dispatch::REQUEST_HEAD_BYTES;
+use crate::fdops;
+use std::os::fd::AsFd;
+
+impl<R: Ring> Shard<R> {
+    pub(super) fn request(
+        &mut self,
+        key: usize,
+        header: RecordHeader,
+        batch: &Arc<Buf>,
+        body: Range<usize>,
+    ) -> Result<Step, Reason> {
+        let Some(request) = Request::parse(header.code, &batch[body.clone()]) else {
+            return Err(self.protocol(key, "a request that is too short"));
+        };
+        let conn = &mut self.conns[key];
+        let fs = conn.session.fs.clone();
+        let reserved = fs.reply_bytes_max(&request);
+        let mut own = None;
+        if reserved > REPLY_INLINE_BYTES_MAX {
+            own = self.buffers.for_bytes(reserved);
+            if own.is_none() {
+                return Ok(Step::Starved);
+            }
+        }
+        if !conn.reserve(reserved) {
+            own.into_iter().for_each(|buf| self.buffers.give(buf));
+            return Ok(Step::PeerFull);
+        }
+        let mut tag = match conn.begin(&header) {
+            Ok(tag) => tag,
+            Err(error) => {
+                own.into_iter().for_each(|buf| self.buffers.give(buf));
+                return Err(self.protocol(key, error));
+            }
+        };
+        tag.conn = key;
+        tag.reserved = reserved as u32;
+        self.shared.stats.begin_op(header.code);
+        match fs.route(&request) {
+            Route::Inline => return Ok(self.execute(tag, &fs, &request, own)),
+            Route::Read { file, offset, len } => {
+                self.begin_read(tag, file, offset, reserved.min(len as usize), own.take());
+            }
+            Route::Write { file, offset, payload } => {
+                // `payload` counts from the arguments, which end where the body's extension starts.
+                let args_at = body.start + REQUEST_HEAD_BYTES;
+                let range = args_at + payload.start..args_at + payload.end;
+                self.begin_write(tag, file, offset, batch, range);
+            }
+            Route::Fsync { file, data_only } => {
+                self.begin(tag, Io::Fsync { file, data_only });
+            }
+            Route::Pool => {
+                let conn = &mut self.conns[key];
+                conn.in_flight += 1;
+                self.shared.pool.submit(Job {
+                    session: conn.session.id,
+                    fs,
+                    opcode: header.code,
+                    batch: batch.clone(),
+                    body,
+                    tag,
+                    mailbox: self.shared.mailbox.clone(),
+                });
+            }
+            Route::Refuse(errno) => self.answer(tag, Err(errno)),
+            // Such a frame has no place in a REQUEST; its slot is freed all the same.
+            Route::NoReply => self.answer(tag, Err(Errno::NOSYS)),
+        }
+        own.into_iter().for_each(|buf| self.buffers.give(buf));
+        Ok(Step::Taken)
+    }
+
+    fn execute(
+        &mut self,
+        tag: RequestTag,
+        fs: &crate::fs::Fs,
+        request: &Request,
+        own: Option<Buf>,
+    ) -> Step {
+        let conn = &mut self.conns[tag.conn];
+        match own {
+            None => {
+                let len = tag.reserved as usize;
+                let room = conn.reply_room(len, &mut self.buffers);
+                match fs.execute(request, &mut room[..len]) {
+                    Ok(len) => conn.reply_made(&tag, 0, len),
+                    Err(errno) => {
+                        conn.reply_made(&tag, errno.raw_os_error() as u32, 0);
+                        add(&self.shared.stats.errors, 1);
+                    }
+                }
+                self.shared.stats.end_op();
+            }
+            Some(mut buf) => match fs.execute(request, &mut buf[BODY_AT..]) {
+                Ok(len) => self.reply_from(tag, buf, len),
+                Err(errno) => {
+                    self.buffers.give(buf);
+                    self.answer(tag, Err(errno));
+                }
+            },
+        }
+        Step::Taken
+    }
+
+    /// Answers from a buffer with the body at [`BODY_AT`]: as it is if large, else copied.
+    fn reply_from(&mut self, tag: RequestTag, buf: Buf, len: usize) {
+        self.shared.stats.end_op();
+        let conn = &mut self.conns[tag.conn];
+        if len > REPLY_INLINE_BYTES_MAX {
+            conn.reply_large(&tag, buf, len);
+        } else {
+            conn.reply(&tag, 0, &buf[BODY_AT..BODY_AT + len], &mut self.buffers);
+            self.buffers.give(buf);
+        }
+    }
+
+    fn answer(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
+        let conn = &mut self.conns[tag.conn];
+        let (errno, body) = match result {
+            Ok(body) => (0, body),
+            Err(errno) => (errno.raw_os_error() as u32, &[][..]),
+        };
+        add(&self.shared.stats.errors, usize::from(errno != 0));
+        self.shared.stats.end_op();
+        conn.reply(&tag, errno, body, &mut self.buffers);
+        self.touched.push(tag.conn);
+    }
+
+    /// Answers a request that was in flight.
+    pub(super) fn finish(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
+        self.conns[tag.conn].in_flight -= 1;
+        self.answer(tag, result);
+    }
+
+    fn begin(&mut self, tag: RequestTag, io: Io) {
+        self.conns[tag.conn].in_flight += 1;
+        self.submit(Op { io, tag: Tag::Request(tag) });
+    }
+
+    /// Reads what is in the page cache at once, and the rest by the ring.
+    fn begin_read(
+        &mut self,
+        tag: RequestTag,
+        file: Arc<OpenFile>,
+        offset: u64,
+        len: usize,
+        own: Option<Buf>,
+    ) {
+        let conn = &mut self.conns[tag.conn];
+        let mut done = 0;
+        let buf = match own {
+            Some(mut buf) => {
+                match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
+                    Cached::All(n) => return self.read_done(tag, buf, n),
+                    Cached::Part(n) => done = n,
+                    Cached::Failed(errno) => {
+                        self.buffers.give(buf);
+                        return self.answer(tag, Err(errno));
+                    }
+                }
+                buf
+            }
+            None => {
+                let room = conn.reply_room(len, &mut self.buffers);
+                match read_cached(&file, &mut room[..len], offset) {
+                    Cached::All(n) => {
+                        conn.reply_made(&tag, 0, n);
+                        add(&self.shared.stats.bytes_read, n);
+                        return self.shared.stats.end_op();
+                    }
+                    Cached::Part(_) => {}
+                    Cached::Failed(errno) => return self.answer(tag, Err(errno)),
+                }
+                self.buffers.small()
+            }
+        };
+        let range = BODY_AT + done..BODY_AT + len;
+        self.begin(tag, Io::Read { file, buf, range, offset: offset + done as u64 });
+    }
+
+    /// A ring read is over: goes on after a short one, answers at the end of the file.
+    pub(super) fn read(
+        &mut self,
+        tag: RequestTag,
+        file: Arc<OpenFile>,
+        buf: Buf,
+        range: Range<usize>,
+        offset: u64,
+        result: IoResult,
+    ) {
+        self.conns[tag.conn].in_flight -= 1;
+        let n = match result {
+            Ok(n) => n,
+            Err(Errno::INTR | Errno::AGAIN) => {
+                return self.begin(tag, Io::Read { file, buf, range, offset });
+            }
+            // What was read before the error is the answer, as read(2) would give it.
+            Err(_) if range.start > BODY_AT => 0,
+            Err(errno) => {
+                self.buffers.give(buf);
+                return self.answer(tag, Err(errno));
+            }
+        };
+        // A direct read that ends off the block size has met the end of the file.
+        let more = n > 0 && n < range.len() && !file.direct;
+        if more {
+            let (range, offset) = (range.start + n..range.end, offset + n as u64);
+            return self.begin(tag, Io::Read { file, buf, range, offset });
+        }
+        self.read_done(tag, buf, range.start + n - BODY_AT);
+    }
+
+    fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
+        add(&self.shared.stats.bytes_read, len);
+        self.reply_from(tag, buf, len);
+        self.touched.push(tag.conn);
+    }
+
+    fn begin_write(
+        &mut self,
+        tag: RequestTag,
+        file: Arc<OpenFile>,
+        offset: u64,
+        batch: &Arc<Buf>,
+        range: Range<usize>,
+    ) {
+        if file.memory {
+            // No disk can make this wait, and the ring would send it to a worker thread.
+            let result = fdops::write_at(file.as_fd(), offset, &batch[range]);
+            return self.write_answer(tag, result);
+        }
+        if file.direct && !range.start.is_multiple_of(BUFFER_ALIGN) {
+            let Some(mut aligned) = self.buffers.for_bytes(range.len()) else {
+                let result = Err(Errno::NOMEM);
+                return self.write_answer(tag, result);
+            };
+            let len = range.len();
+            aligned[..len].copy_from_slice(&batch[range]);
+            let buf = Arc::new(aligned);
+            return self.begin(tag, Io::Write { file, buf, range: 0..len, offset });
+        }
+        self.begin(tag, Io::Write { file, buf: batch.clone(), range, offset });
+    }
+
+    pub(super) fn wrote(&mut self, tag: RequestTag, result: IoResult) {
+        self.conns[tag.conn].in_flight -= 1;
+        self.write_answer(tag, result);
+    }
+
+    fn write_answer(&mut self, tag: RequestTag, result: IoResult) {
+        if let Ok(n) = result {
+            add(&self.shared.stats.bytes_written, n);
+        }
+        let out = result.map(|n| WriteOut { size: n as u32, padding: 0 });
+        self.answer(tag, out.as_ref().map(WriteOut::as_bytes).map_err(|&errno| errno));
+    }
+
+    pub(super) fn forget(
+        &mut self,
+        key: usize,
+        header: RecordHeader,
+        body: &[u8],
+    ) -> Result<Step, Reason> {
+        let forgets = <[ForgetOne]>::ref_from_bytes(body).ok();
+        let entries = body.len() / size_of::<ForgetOne>();
+        if !body.len().is_multiple_of(size_of::<ForgetOne>()) || entries > FORGETS_PER_RECORD_MAX {
+            return Err(self.protocol(key, "a FORGET of a length that cannot be"));
+        }
+        let conn = &mut self.conns[key];
+        // The slot is free again before the guest has read the answer, so it bounds nothing.
+        if !conn.reserve(0) {
+            return Ok(Step::PeerFull);
+        }
+        let mut tag = match conn.begin(&header) {
+            Ok(tag) => tag,
+            Err(error) => return Err(self.protocol(key, error)),
+        };
+        tag.conn = key;
+        let fs = conn.session.fs.clone();
+        match forgets {
+            Some(forgets) => fs.forget(forgets.iter().map(|one| (one.nodeid, one.nlookup))),
+            // Not aligned where it lies.
+            None => fs.forget(body.chunks_exact(size_of::<ForgetOne>()).filter_map(|bytes| {
+                let one = ForgetOne::read_from_bytes(bytes).ok()?;
+                Some((one.nodeid, one.nlookup))
+            })),
+        }
+        self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);
+        self.answer(tag, Ok(&[]));
+        Ok(Step::Taken)
+    }
+
+    pub(super) fn cancel(&mut self, key: usize, header: RecordHeader) {
+        let conn = &mut self.conns[key];
+        if !conn.is_running(&header) {
+            return;
+        }
+        let at = ringfs_wire::slot::SlotUse { slot: header.slot, seq: header.slot_seq };
+        let named = RequestTag { conn: key, lane: header.lane, at, reserved: 0 };
+        if let Some(job) = self.shared.pool.cancel(conn.session.id, named) {
+            self.buffers.give_shared(job.batch);
+            self.finish(job.tag, Err(Errno::INTR));
+        }
+    }
+}
+
+/// What the page cache had of a range.
+enum Cached {
+    /// All of it, or all up to the end of the file.
+    All(usize),
+    /// So many bytes; the rest is on the disk.
+    Part(usize),
+    Failed(Errno),
+}
+
+fn read_cached(file: &OpenFile, room: &mut [u8], offset: u64) -> Cached {
+    if file.direct || !(file.nowait || file.memory) {
+        return Cached::Part(0);
+    }
+    let mut done = 0;
+    while done < room.len() {
+        let (at, rest) = (offset + done as u64, &mut room[done..]);
+        let read = match file.memory {
+            true => fdops::read_at(file.as_fd(), at, rest),
+            false => fdops::try_read_nowait(file.as_fd(), at, rest),
+        };
+        match read {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(Errno::AGAIN) => return Cached::Part(done),
+            Err(_) if done > 0 => break,
+            Err(errno) => return Cached::Failed(errno),
+        }
+    }
+    Cached::All(done)
+}

@@ -1,0 +1,406 @@
+//! The loop of one core: enter the ring, reap, step, send. A shard owns its ring, connections and
+//! buffers and shares nothing on the way of a frame.
+//!
+//! A turn: completions are copied out; each is stepped (bytes received, bytes sent, a request's
+//! file operation done); then every connection that was touched works through its input, a bounded
+//! number of records, and what it has to say goes out in one send.
+
+use crate::buffers::{Buf, BufferPool};
+use crate::connection::{BODY_AT, Connection, Next};
+use crate::dispatch::{Request, Route};
+use crate::handles::OpenFile;
+use crate::limits::*;
+use crate::mailbox::{Mail, Mailbox};
+use crate::op::{Io, Op, RequestTag, Tag};
+use crate::pool::{Done, Job, Pool};
+use crate::ring::{IoResult, Ring};
+use crate::session::Registry;
+use crate::stats::{ShardStats, add};
+use ringfs_wire::abi::{ForgetOne, WriteOut};
+use ringfs_wire::batch::{Kind, RecordHeader};
+use ringfs_wire::hello::Reason;
+use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
+use rustix::io::Errno;
+use slab::Slab;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+use zerocopy::{FromBytes, IntoBytes};
+
+#[path = "serve.rs"]
+mod serve;
+
+/// How long a shard that ends waits for what is in flight.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
+
+/// What a shard shares with the rest of the daemon.
+pub struct Shared {
+    /// Sessions.
+    pub registry: Arc<Registry>,
+    /// Threads for what blocks.
+    pub pool: Arc<Pool>,
+    /// This shard's mail.
+    pub mailbox: Arc<Mailbox>,
+    /// This shard's counters.
+    pub stats: Arc<ShardStats>,
+}
+
+/// One core's share of the work.
+pub struct Shard<R: Ring> {
+    ring: R,
+    shared: Shared,
+    conns: Slab<Connection>,
+    buffers: BufferPool,
+    /// Connections to look at in this turn.
+    touched: Vec<usize>,
+    /// Connections that wait for large buffers.
+    starved: Vec<usize>,
+    /// Operations that the ring had no room for.
+    refused: Vec<Op>,
+    ending: Option<Instant>,
+}
+
+/// What working on one record came to.
+enum Step {
+    /// It was taken.
+    Taken,
+    /// It must wait until the peer has taken replies.
+    PeerFull,
+    /// It must wait until a large buffer is free.
+    Starved,
+}
+
+impl<R: Ring> Shard<R> {
+    /// A shard without connections.
+    pub fn new(ring: R, shared: Shared) -> Shard<R> {
+        Shard {
+            ring,
+            shared,
+            conns: Slab::new(),
+            buffers: BufferPool::default(),
+            touched: Vec::new(),
+            starved: Vec::new(),
+            refused: Vec::new(),
+            ending: None,
+        }
+    }
+
+    /// Serves until a [`Mail::Shutdown`].
+    pub fn run(&mut self) -> std::io::Result<()> {
+        self.wait_for_mail();
+        let mut done = Vec::new();
+        loop {
+            self.ring.enter(self.patience())?;
+            self.ring.reap(&mut done);
+            for op in std::mem::take(&mut self.refused) {
+                self.submit(op);
+            }
+            if !done.is_empty() {
+                self.touched.append(&mut self.starved);
+            }
+            for (op, result) in done.drain(..) {
+                self.step(op, result);
+            }
+            self.work();
+            self.publish();
+            if self.is_over() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        if !self.touched.is_empty() || !self.refused.is_empty() {
+            Some(Duration::ZERO)
+        } else if self.ending.is_some() {
+            Some(Duration::from_millis(50))
+        } else {
+            None
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let Some(since) = self.ending else { return false };
+        self.conns.is_empty() || since.elapsed() > SHUTDOWN_LIMIT
+    }
+
+    fn publish(&self) {
+        let stats = &self.shared.stats;
+        stats.connections.store(self.conns.len() as u64, Relaxed);
+        // Each open connection has one buffer to receive into.
+        stats.buffers_in_use.store(self.buffers.in_use() as u64, Relaxed);
+    }
+
+    fn submit(&mut self, op: Op) {
+        if let Err(op) = self.ring.submit(op) {
+            self.refused.push(op);
+        }
+    }
+
+    fn wait_for_mail(&mut self) {
+        let io = Io::Wake { event: self.shared.mailbox.event(), count: Box::default() };
+        self.submit(Op { io, tag: Tag::Shard });
+    }
+
+    fn step(&mut self, op: Op, result: IoResult) {
+        match (op.io, op.tag) {
+            (Io::Wake { .. }, _) => {
+                self.wait_for_mail();
+                for mail in self.shared.mailbox.take() {
+                    self.step_mail(mail);
+                }
+            }
+            (Io::Recv { buf, range, .. }, Tag::Stream(key)) => {
+                self.received(key, buf, range, result);
+            }
+            (Io::Send { buf, range, .. }, Tag::Stream(key)) => self.sent(key, buf, range, result),
+            (Io::Read { file, buf, range, offset }, Tag::Request(tag)) => {
+                self.read(tag, file, buf, range, offset, result);
+            }
+            (Io::Write { file, buf, range, offset }, Tag::Request(tag)) => match result {
+                Err(Errno::INTR | Errno::AGAIN) => {
+                    self.submit(Op { io: Io::Write { file, buf, range, offset }, tag: op.tag });
+                }
+                _ => {
+                    self.wrote(tag, result);
+                    self.buffers.give_shared(buf);
+                }
+            },
+            (Io::Fsync { .. }, Tag::Request(tag)) => self.finish(tag, result.map(|_| &[][..])),
+            (io, tag) => unreachable!("{io:?} is never submitted for {tag:?}"),
+        }
+    }
+
+    fn step_mail(&mut self, mail: Mail) {
+        match mail {
+            Mail::Connection(conn) => self.adopt(*conn),
+            Mail::Done(Done { tag, result, batch }) => {
+                self.buffers.give_shared(batch);
+                self.finish(tag, result.as_deref().map_err(|&errno| errno));
+            }
+            Mail::Shutdown => {
+                self.ending = Some(Instant::now());
+                let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
+                keys.into_iter().for_each(|key| self.close(key, Reason::Shutdown));
+            }
+        }
+    }
+
+    fn adopt(&mut self, mut conn: Connection) {
+        if self.conns.len() >= CONNS_PER_SHARD_MAX || self.ending.is_some() {
+            tracing::warn!(peer = conn.session.peer, "too many connections on this shard");
+            return self.shared.registry.detach(&conn.session, conn.index);
+        }
+        let (buf, range) = conn.start(&mut self.buffers);
+        let key = self.conns.insert(conn);
+        self.receive(key, buf, range);
+    }
+
+    fn receive(&mut self, key: usize, buf: Buf, range: Range<usize>) {
+        let conn = &mut self.conns[key];
+        conn.in_flight += 1;
+        let socket = conn.socket.clone();
+        self.submit(Op { io: Io::Recv { socket, buf, range }, tag: Tag::Stream(key) });
+    }
+
+    fn received(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
+        let conn = &mut self.conns[key];
+        conn.in_flight -= 1;
+        match result {
+            Ok(n) if n > 0 => {
+                conn.handle_received(buf, 0..range.start + n, &mut self.buffers);
+                self.touched.push(key);
+            }
+            Err(Errno::INTR | Errno::AGAIN) => self.receive(key, buf, range),
+            end => {
+                self.buffers.give(buf);
+                conn.end_receiving();
+                match end {
+                    Err(error) if conn.closing.is_none() => {
+                        tracing::info!(session = conn.session.id, %error, "connection lost");
+                    }
+                    _ => {
+                        tracing::debug!(session = conn.session.id, "connection closed by the peer")
+                    }
+                }
+                self.hang_up(key, Reason::Unmounted);
+            }
+        }
+    }
+
+    fn send(&mut self, key: usize, buf: Buf, range: Range<usize>) {
+        let conn = &mut self.conns[key];
+        conn.in_flight += 1;
+        let socket = conn.socket.clone();
+        self.submit(Op { io: Io::Send { socket, buf, range }, tag: Tag::Stream(key) });
+    }
+
+    fn sent(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
+        let conn = &mut self.conns[key];
+        conn.in_flight -= 1;
+        let done = match result {
+            Ok(n) => n,
+            Err(Errno::INTR | Errno::AGAIN) => 0,
+            Err(error) => {
+                tracing::debug!(session = conn.session.id, %error, "cannot send");
+                self.buffers.give(buf);
+                conn.drop_output(&mut self.buffers);
+                return self.hang_up(key, Reason::Unmounted);
+            }
+        };
+        match conn.handle_sent(buf, range, done, &mut self.buffers) {
+            Some((buf, rest)) => self.send(key, buf, rest),
+            None => {
+                add(&self.shared.stats.batches_out, 1);
+                self.touched.push(key);
+            }
+        }
+    }
+
+    /// Looks at every connection that was touched.
+    fn work(&mut self) {
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        for &key in &touched {
+            if self.conns.contains(key) {
+                self.work_on(key);
+            }
+        }
+        touched.clear();
+        if self.touched.is_empty() {
+            self.touched = touched; // keeps the allocation
+        }
+        // A buffer may have come back after the one that waits for it was looked at.
+        if self.buffers.has_large() {
+            self.touched.append(&mut self.starved);
+        }
+    }
+
+    fn work_on(&mut self, key: usize) {
+        for _ in 0..RECORDS_A_TURN_MAX {
+            let conn = &mut self.conns[key];
+            match conn.poll_input(&mut self.buffers) {
+                Ok(Next::Record(header, buf, body)) => match self.record(key, header, &buf, body) {
+                    Ok(Step::Taken) => {
+                        self.conns[key].record_taken();
+                        self.buffers.give_shared(buf);
+                    }
+                    Ok(wait) => {
+                        self.buffers.give_shared(buf);
+                        if matches!(wait, Step::Starved) {
+                            self.starved.push(key);
+                        }
+                        return self.flush(key);
+                    }
+                    Err(reason) => {
+                        self.buffers.give_shared(buf);
+                        return self.close(key, reason);
+                    }
+                },
+                Ok(Next::Receive(buf, range)) => {
+                    self.receive(key, buf, range);
+                    return self.flush(key);
+                }
+                Ok(Next::Wait) => {
+                    if conn.has_input() {
+                        self.starved.push(key);
+                    }
+                    return self.flush(key);
+                }
+                Err(error) => {
+                    let session = conn.session.id;
+                    tracing::warn!(session, %error, "closing a connection");
+                    return self.close(key, Reason::Protocol);
+                }
+            }
+        }
+        self.touched.push(key);
+        self.flush(key);
+    }
+
+    /// Sends what the connection has to say, and drops it when it is over.
+    fn flush(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        if let Some((buf, range)) = conn.poll_send() {
+            return self.send(key, buf, range);
+        }
+        if conn.closing.is_some() && conn.in_flight == 0 {
+            let mut conn = self.conns.remove(key);
+            conn.end_input(&mut self.buffers);
+            conn.drop_output(&mut self.buffers);
+            let abandoned = conn.slots_in_use() as u64;
+            self.shared.stats.slots_in_use.fetch_sub(abandoned, Relaxed);
+            self.shared.registry.detach(&conn.session, conn.index);
+        } else if conn.closing.is_some() && !conn.has_output() {
+            // Wakes the receive that is still in flight.
+            let _ = rustix::net::shutdown(&*conn.socket, rustix::net::Shutdown::Both);
+        }
+    }
+
+    /// Ends a connection with a GOODBYE.
+    fn close(&mut self, key: usize, reason: Reason) {
+        let conn = &mut self.conns[key];
+        if conn.closing.is_none() {
+            if reason == Reason::Protocol {
+                add(&self.shared.stats.protocol_errors, 1);
+            }
+            let text = format!("{reason:?}");
+            conn.push(Kind::Goodbye, reason as u32, text.as_bytes(), &mut self.buffers);
+        }
+        self.end(key, reason);
+    }
+
+    /// Ends a connection whose stream is dead.
+    fn hang_up(&mut self, key: usize, reason: Reason) {
+        let conn = &mut self.conns[key];
+        conn.drop_output(&mut self.buffers);
+        self.end(key, reason);
+    }
+
+    fn end(&mut self, key: usize, reason: Reason) {
+        let conn = &mut self.conns[key];
+        conn.closing.get_or_insert(reason);
+        conn.end_input(&mut self.buffers);
+        self.flush(key);
+    }
+
+    fn record(
+        &mut self,
+        key: usize,
+        header: RecordHeader,
+        buf: &Arc<Buf>,
+        body: Range<usize>,
+    ) -> Result<Step, Reason> {
+        match Kind::from_u8(header.kind) {
+            Some(Kind::Request) => self.request(key, header, buf, body),
+            Some(Kind::Forget) => self.forget(key, header, &buf[body]),
+            Some(Kind::Cancel) => {
+                self.cancel(key, header);
+                Ok(Step::Taken)
+            }
+            Some(Kind::Ping) => {
+                // Each costs an answer, and no slot bounds them.
+                if !self.conns[key].reserve(0) {
+                    return Ok(Step::PeerFull);
+                }
+                self.conns[key].push(Kind::Pong, header.code, &[], &mut self.buffers);
+                Ok(Step::Taken)
+            }
+            Some(Kind::Pong) => Ok(Step::Taken),
+            Some(Kind::Goodbye) => Err(Reason::Unmounted),
+            Some(Kind::Hello | Kind::Welcome | Kind::Reply | Kind::Node | Kind::Restore) => {
+                Err(self.protocol(key, "a record that guests do not send"))
+            }
+            Some(Kind::Notify) => Err(self.protocol(key, "a record that guests do not send")),
+            None if Kind::is_optional(header.kind) => Ok(Step::Taken),
+            None => Err(self.protocol(key, "an unknown kind of record")),
+        }
+    }
+
+    pub(crate) fn protocol(&self, key: usize, what: impl std::fmt::Display) -> Reason {
+        tracing::warn!(session = self.conns[key].session.id, "closing a connection: {what}");
+        Reason::Protocol
+    }
+}

@@ -1,0 +1,118 @@
+//! Counters. Each shard adds to its own; readers add them up.
+
+use ringfs_wire::abi::Opcode;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// What one shard counts. A reader sees each number a little late, never torn.
+#[derive(Debug)]
+pub struct ShardStats {
+    /// Requests begun, by opcode; unknown ones at index 0.
+    ops: [AtomicU64; OPCODES],
+    /// Requests answered with an errno.
+    pub errors: AtomicU64,
+    /// Payload bytes of READ replies.
+    pub bytes_read: AtomicU64,
+    /// Payload bytes that WRITEs stored.
+    pub bytes_written: AtomicU64,
+    /// Batches received.
+    pub batches_in: AtomicU64,
+    /// Batches sent.
+    pub batches_out: AtomicU64,
+    /// Records sent.
+    pub records_out: AtomicU64,
+    /// Connections closed for breaking the protocol.
+    pub protocol_errors: AtomicU64,
+    /// Gauge: connections.
+    pub connections: AtomicU64,
+    /// Gauge: requests being executed.
+    pub slots_in_use: AtomicU64,
+    /// Gauge: buffers that are out.
+    pub buffers_in_use: AtomicU64,
+}
+
+const OPCODES: usize = 64;
+
+impl Default for ShardStats {
+    fn default() -> Self {
+        ShardStats {
+            ops: std::array::from_fn(|_| AtomicU64::new(0)),
+            errors: AtomicU64::new(0),
+            bytes_read: AtomicU64::new(0),
+            bytes_written: AtomicU64::new(0),
+            batches_in: AtomicU64::new(0),
+            batches_out: AtomicU64::new(0),
+            records_out: AtomicU64::new(0),
+            protocol_errors: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            slots_in_use: AtomicU64::new(0),
+            buffers_in_use: AtomicU64::new(0),
+        }
+    }
+}
+
+impl ShardStats {
+    /// A request begins.
+    pub fn begin_op(&self, opcode: u32) {
+        let index = Opcode::from_u32(opcode).map_or(0, |opcode| opcode as usize);
+        self.ops[index].fetch_add(1, Relaxed);
+        self.slots_in_use.fetch_add(1, Relaxed);
+    }
+
+    /// Its reply is made.
+    pub fn end_op(&self) {
+        self.slots_in_use.fetch_sub(1, Relaxed);
+        self.records_out.fetch_add(1, Relaxed);
+    }
+}
+
+/// Adds `n` to a counter.
+pub fn add(counter: &AtomicU64, n: usize) {
+    counter.fetch_add(n as u64, Relaxed);
+}
+
+/// Sums of all shards and sessions, as the control socket gives them.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Name and value, in the order of the output.
+    pub numbers: Vec<(&'static str, u64)>,
+    /// Requests by opcode.
+    pub ops: Vec<(String, u64)>,
+}
+
+impl Totals {
+    /// Adds up what the shards counted.
+    pub fn of_shards<'a>(shards: impl Iterator<Item = &'a ShardStats> + Clone) -> Totals {
+        let sum = |pick: fn(&ShardStats) -> &AtomicU64| {
+            shards.clone().map(|stats| pick(stats).load(Relaxed)).sum::<u64>()
+        };
+        let numbers = vec![
+            ("connections", sum(|s| &s.connections)),
+            ("slots_in_use", sum(|s| &s.slots_in_use)),
+            ("buffers_in_use", sum(|s| &s.buffers_in_use)),
+            ("errors", sum(|s| &s.errors)),
+            ("protocol_errors", sum(|s| &s.protocol_errors)),
+            ("bytes_read", sum(|s| &s.bytes_read)),
+            ("bytes_written", sum(|s| &s.bytes_written)),
+            ("batches_in", sum(|s| &s.batches_in)),
+            ("batches_out", sum(|s| &s.batches_out)),
+            ("records_out", sum(|s| &s.records_out)),
+        ];
+        let count = |index: usize| shards.clone().map(|s| s.ops[index].load(Relaxed)).sum::<u64>();
+        let mut ops = vec![("UNKNOWN".to_owned(), count(0))];
+        let names =
+            Opcode::ALL.iter().map(|&op| (format!("{op:?}").to_uppercase(), count(op as usize)));
+        ops.extend(names);
+        ops.retain(|(_, n)| *n > 0);
+        Totals { numbers, ops }
+    }
+
+    /// One JSON object on one line.
+    pub fn to_json(&self) -> String {
+        let mut out = String::from("{");
+        for (name, value) in &self.numbers {
+            out += &format!("\"{name}\":{value},");
+        }
+        let ops: Vec<String> = self.ops.iter().map(|(name, n)| format!("\"{name}\":{n}")).collect();
+        out + &format!("\"ops\":{{{}}}}}\n", ops.join(","))
+    }
+}

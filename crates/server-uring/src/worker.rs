@@ -1,0 +1,161 @@
+//! What serves guests: the greeter's thread, a thread and a ring a CPU, and the pool.
+
+use crate::accept::Accepted;
+use crate::daemon::{DaemonError, Engine};
+use crate::greet::{Greeter, Share};
+use crate::limits::POOL_THREADS_MAX;
+use crate::mailbox::{Mail, Mailbox};
+use crate::pool::Pool;
+use crate::ring::{Ring, UringRing};
+use crate::ring_threads::ThreadRing;
+use crate::session::Registry;
+use crate::shard::{Shard, Shared};
+use crate::stats::{ShardStats, Totals};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::thread::{CpuSet, sched_setaffinity};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+/// The running threads.
+pub struct Worker {
+    registry: Arc<Registry>,
+    pool: Arc<Pool>,
+    shards: Vec<ShardThread>,
+    greeter: JoinHandle<()>,
+    accepted: mpsc::Sender<Accepted>,
+    bell: Arc<OwnedFd>,
+}
+
+struct ShardThread {
+    mailbox: Arc<Mailbox>,
+    stats: Arc<ShardStats>,
+    thread: JoinHandle<()>,
+}
+
+/// What can be asked of a worker while it runs.
+#[derive(Clone)]
+pub struct Counters {
+    registry: Arc<Registry>,
+    stats: Vec<Arc<ShardStats>>,
+}
+
+impl Counters {
+    /// The sums over everything.
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::of_shards(self.stats.iter().map(|stats| &**stats));
+        totals.numbers.splice(0..0, self.registry.totals());
+        let fds = std::fs::read_dir("/proc/self/fd").map_or(0, |dir| dir.count() as u64);
+        totals.numbers.insert(0, ("fds", fds));
+        totals
+    }
+}
+
+impl Worker {
+    /// Starts one shard on each of `cpus`; fails if one of them cannot have its ring.
+    pub fn start(
+        shares: Vec<Share>,
+        cpus: &[usize],
+        engine: Engine,
+    ) -> Result<Worker, DaemonError> {
+        let registry = Arc::new(Registry::default());
+        let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX));
+        let mut shards = Vec::new();
+        for &cpu in cpus {
+            shards.push(start_shard(cpu, engine, &registry, &pool)?);
+        }
+        let mailboxes = shards.iter().map(|shard| shard.mailbox.clone()).collect();
+        let greeter = Greeter { shares, registry: registry.clone(), shards: mailboxes };
+        let (accepted, incoming) = mpsc::channel();
+        let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let greeter = {
+            let bell = bell.clone();
+            let thread = std::thread::Builder::new().name("ringfs-greet".into());
+            thread.spawn(move || greeter.run(&incoming, &bell))?
+        };
+        Ok(Worker { registry, pool, shards, greeter, accepted, bell })
+    }
+
+    /// Takes a connection in.
+    pub fn greet(&self, accepted: Accepted) {
+        if self.accepted.send(accepted).is_ok() {
+            let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// For the control socket.
+    pub fn counters(&self) -> Counters {
+        let stats = self.shards.iter().map(|shard| shard.stats.clone()).collect();
+        Counters { registry: self.registry.clone(), stats }
+    }
+
+    /// Says goodbye to all guests and ends the threads.
+    pub fn stop(self) {
+        let Worker { pool, shards, greeter, accepted, bell, .. } = self;
+        drop(accepted);
+        let _ = rustix::io::write(&bell, &1u64.to_ne_bytes());
+        let _ = greeter.join();
+        shards.iter().for_each(|shard| shard.mailbox.post(Mail::Shutdown));
+        for shard in shards {
+            let _ = shard.thread.join();
+        }
+        pool.close();
+    }
+}
+
+fn start_shard(
+    cpu: usize,
+    engine: Engine,
+    registry: &Arc<Registry>,
+    pool: &Arc<Pool>,
+) -> Result<ShardThread, DaemonError> {
+    let mailbox = Mailbox::new()?;
+    let stats = Arc::new(ShardStats::default());
+    let shared = Shared {
+        registry: registry.clone(),
+        pool: pool.clone(),
+        mailbox: mailbox.clone(),
+        stats: stats.clone(),
+    };
+    let (ready, started) = mpsc::channel();
+    let body = move || {
+        pin(cpu);
+        // A ring belongs to the thread that made it.
+        match engine {
+            Engine::Uring => serve(UringRing::new(), &ready, shared, cpu),
+            Engine::Threads => serve(ThreadRing::new(), &ready, shared, cpu),
+        }
+    };
+    let thread = std::thread::Builder::new().name(format!("ringfs-cpu-{cpu}")).spawn(body)?;
+    match started.recv() {
+        Ok(Ok(())) => Ok(ShardThread { mailbox, stats, thread }),
+        Ok(Err(error)) if engine == Engine::Uring => Err(DaemonError::Uring(error)),
+        Ok(Err(error)) => Err(DaemonError::Start(error)),
+        Err(_) => Err(DaemonError::Start(std::io::ErrorKind::BrokenPipe.into())),
+    }
+}
+
+fn serve<R: Ring>(
+    ring: std::io::Result<R>,
+    ready: &mpsc::Sender<std::io::Result<()>>,
+    shared: Shared,
+    cpu: usize,
+) {
+    let ring = match ring {
+        Ok(ring) => ring,
+        Err(error) => return drop(ready.send(Err(error))),
+    };
+    let _ = ready.send(Ok(()));
+    if let Err(error) = Shard::new(ring, shared).run() {
+        tracing::error!(cpu, %error, "a shard has failed; its guests are cut off");
+        std::process::exit(1);
+    }
+}
+
+fn pin(cpu: usize) {
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    if let Err(error) = sched_setaffinity(None, &set) {
+        tracing::warn!(cpu, %error, "cannot pin a shard to its CPU");
+    }
+}

@@ -1,0 +1,431 @@
+//! A real daemon in a process of its own, and a raw guest that speaks the wire by hand, so that it
+//! can also speak it wrongly.
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
+use ringfs_wire::deframe::Deframer;
+use ringfs_wire::hello::{CacheMode, Hello, Reason, Ticket, Welcome, feature};
+use ringfs_wire::limits::*;
+use ringfs_wire::session::{LinkRx, LinkTx};
+use ringfs_wire::slot::{ClientSlots, SlotUse};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// No test waits longer for anything.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// Counters that must be back where they were once the guests are gone.
+pub const GAUGES: &[&str] =
+    &["sessions", "nodes", "handles", "slots_in_use", "buffers_in_use", "connections", "fds"];
+
+/// Waits for `what`, a state of another process that nothing announces.
+pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = check() {
+            return found;
+        }
+        assert!(start.elapsed() < LIMIT, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A running `ringfsd` with two shares, `share` and `ro`, of one directory.
+pub struct Daemon {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    pub fn start(engine: &str) -> Daemon {
+        Daemon::start_as(engine, |daemon, _| Command::new(daemon))
+    }
+
+    /// `command` makes the command that runs the daemon at the first path over the second's share.
+    pub fn start_as(engine: &str, command: impl FnOnce(&str, &Path) -> Command) -> Daemon {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let share = dir.path().join("share");
+        std::fs::create_dir(&share).expect("the share's directory");
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let child = command(env!("CARGO_BIN_EXE_ringfsd"), &share)
+            .args(["--share", &format!("share={}", share.display())])
+            .args(["--share", &format!("ro={},ro", share.display())])
+            .args(["--listen", &format!("unix:{}", at("s"))])
+            .args(["--control", &at("c")])
+            .arg(format!("--engine={engine}"))
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or("error".into()))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("ringfsd starts");
+        let daemon = Daemon { child, dir };
+        until("the control socket", || UnixStream::connect(daemon.path("c")).ok());
+        daemon
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn share(&self) -> PathBuf {
+        self.path("share")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let mut text = String::new();
+        let mut stream = UnixStream::connect(self.path("c")).expect("the control socket");
+        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
+        stream.read_to_string(&mut text).expect("counters");
+        let pairs = text.split(['{', '}', ',']).filter_map(|pair| pair.split_once(':'));
+        pairs
+            .filter_map(|(name, n)| Some((name.trim_matches('"').to_owned(), n.parse().ok()?)))
+            .collect()
+    }
+
+    pub fn gauges(&self) -> Vec<(&'static str, u64)> {
+        let counters = self.counters();
+        GAUGES.iter().map(|&name| (name, counters[name])).collect()
+    }
+
+    /// The gauges once nothing is in flight: a connection then has its one buffer to receive into.
+    pub fn gauges_at_rest(&self) -> Vec<(&'static str, u64)> {
+        until("rest", || {
+            let gauges = self.gauges();
+            let value = |name| gauges.iter().find(|(found, _)| *found == name).map(|(_, n)| *n);
+            let rests = value("buffers_in_use") == value("connections");
+            (rests && value("slots_in_use") == Some(0)).then_some(gauges)
+        })
+    }
+
+    /// The daemon holds again what it held before, no more and no less.
+    pub fn settles_at(&self, before: &[(&'static str, u64)]) {
+        let start = Instant::now();
+        loop {
+            let now = self.gauges();
+            if now == before {
+                return;
+            }
+            assert!(start.elapsed() < LIMIT, "left behind:\n{now:?}\n{before:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Resident memory.
+    pub fn memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("proc");
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("VmRSS");
+        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    }
+
+    pub fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.path("s")).expect("the daemon listens");
+        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
+        stream.set_write_timeout(Some(LIMIT)).expect("timeout");
+        stream
+    }
+
+    pub fn guest(&self) -> Guest {
+        Guest::greet(self.connect(), &hello("share")).expect("welcome")
+    }
+
+    pub fn signal_to_end(&self) {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
+    }
+
+    /// Ends the daemon by SIGTERM: it must exit by itself, and its sockets must be gone.
+    pub fn stop(mut self) -> ExitStatus {
+        self.signal_to_end();
+        let status = until("the daemon's end", || self.child.try_wait().expect("wait"));
+        for name in ["s", "c"] {
+            assert!(!self.path(name).exists(), "the socket {name} was left behind");
+        }
+        status
+    }
+
+    pub fn stop_well(self) {
+        assert_eq!(self.stop().code(), Some(0));
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A HELLO as a well-behaved guest with one lane says it.
+pub fn hello(share: &str) -> Hello {
+    Hello {
+        versions: (1, 1),
+        features: feature::PAYLOAD_CRC,
+        ticket: Ticket::NONE,
+        epoch_seen: 0,
+        lanes: 1,
+        conn: 0,
+        conns: 1,
+        slots: 128,
+        mount_flags: 0,
+        cache: CacheMode::Auto,
+        share: share.into(),
+        subdir: Vec::new(),
+        init: None,
+    }
+}
+
+/// The `fuse_in_header` part of a request and its arguments.
+pub fn body(nodeid: u64, args: &[u8]) -> Vec<u8> {
+    let mut body = nodeid.to_le_bytes().to_vec();
+    body.extend_from_slice(&[0; 16]);
+    body.extend_from_slice(args);
+    body
+}
+
+pub fn name(name: &str) -> Vec<u8> {
+    [name.as_bytes(), &[0]].concat()
+}
+
+pub type Record = (RecordHeader, Vec<u8>);
+
+/// What the other end did instead of answering.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// It said goodbye.
+    Goodbye(Option<Reason>, String),
+    /// The stream ended.
+    Closed,
+}
+
+/// One connection, seen from the guest.
+pub struct Guest {
+    pub stream: UnixStream,
+    pub tx: LinkTx,
+    pub rx: LinkRx,
+    pub welcome: Welcome,
+    pub lane: u8,
+    slots: ClientSlots<()>,
+    deframer: Deframer,
+    inbox: VecDeque<Record>,
+    builder: BatchBuilder,
+    buffer: Vec<u8>,
+}
+
+impl Guest {
+    /// The handshake.
+    pub fn greet(stream: UnixStream, hello: &Hello) -> Result<Guest, End> {
+        let mut guest = Guest {
+            stream,
+            tx: LinkTx::new(true),
+            rx: LinkRx::new(true),
+            welcome: Welcome::default(),
+            lane: hello.conn as u8,
+            slots: ClientSlots::new(0),
+            deframer: Deframer::new(),
+            inbox: VecDeque::new(),
+            builder: BatchBuilder::new(),
+            buffer: vec![0; BATCH_BYTES_MAX],
+        };
+        guest.add(Kind::Hello as u8, SlotUse { slot: 0, seq: 0 }, 0, &hello.encode());
+        guest.flush();
+        let (record, body) = guest.receive()?;
+        assert_eq!(record.kind, Kind::Welcome as u8);
+        guest.welcome = Welcome::decode(&body).expect("a good WELCOME");
+        guest.slots = ClientSlots::new(guest.welcome.slots);
+        let crc = guest.welcome.features & feature::PAYLOAD_CRC != 0;
+        guest.tx.set_payload_crc(crc);
+        guest.rx.set_payload_crc(crc);
+        Ok(guest)
+    }
+
+    /// Puts a record into the batch that is being built; false where it has no room.
+    pub fn add(&mut self, kind: u8, at: SlotUse, code: u32, body: &[u8]) -> bool {
+        let (lane, slot, slot_seq) = (self.lane, at.slot, at.seq);
+        let header = RecordHeader { kind, lane, slot, slot_seq, code, ..Default::default() };
+        self.builder.push(&mut self.buffer, header, body)
+    }
+
+    /// The batch that was built.
+    pub fn seal(&mut self) -> Vec<u8> {
+        let received = self.rx.received();
+        self.tx.seal(&mut self.builder, &mut self.buffer, received).to_vec()
+    }
+
+    /// Sends what was built. A daemon that hung up meanwhile is noticed by who reads.
+    pub fn flush(&mut self) -> bool {
+        if self.builder.is_empty() {
+            return true;
+        }
+        let bytes = self.seal();
+        self.stream.write_all(&bytes).is_ok()
+    }
+
+    /// Takes a slot and adds the request.
+    pub fn start(&mut self, opcode: Opcode, nodeid: u64, args: &[u8]) -> SlotUse {
+        let at = self.slots.claim(()).expect("a free slot");
+        if self.builder.is_due() {
+            self.flush();
+        }
+        assert!(self.add(Kind::Request as u8, at, opcode as u32, &body(nodeid, args)));
+        at
+    }
+
+    pub fn has_free(&self) -> bool {
+        self.slots.has_free()
+    }
+
+    pub fn claim(&mut self) -> SlotUse {
+        self.slots.claim(()).expect("a free slot")
+    }
+
+    pub fn complete(&mut self, at: SlotUse) {
+        self.slots.complete(at).expect("in flight");
+    }
+
+    /// The next record, whatever it is.
+    pub fn receive(&mut self) -> Result<Record, End> {
+        loop {
+            if let Some((record, body)) = self.inbox.pop_front() {
+                if record.kind == Kind::Goodbye as u8 {
+                    let text = String::from_utf8(body).expect("a GOODBYE's text is UTF-8");
+                    return Err(End::Goodbye(Reason::from_u32(record.code), text));
+                }
+                return Ok((record, body));
+            }
+            let n = match self.stream.read(self.deframer.spare()) {
+                Ok(0) => return Err(End::Closed),
+                Ok(n) => n,
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
+                    return Err(End::Closed);
+                }
+                Err(error) => panic!("the daemon is silent: {error}"),
+            };
+            self.deframer.filled(n);
+            while let Some(bytes) = self.deframer.next_batch().expect("a batch") {
+                let header = self.rx.accept(bytes, self.tx.sent()).expect("a good batch");
+                let mut cursor = Cursor::new(&header);
+                while let Some((record, span)) = cursor.next(bytes) {
+                    let body = bytes[span][RECORD_HEADER_BYTES..].to_vec();
+                    self.inbox.push_back((record, body));
+                }
+            }
+        }
+    }
+
+    /// The next reply: whose, and errno or body.
+    pub fn reply(&mut self) -> Result<(SlotUse, Result<Vec<u8>, u32>), End> {
+        let (record, body) = self.receive()?;
+        assert_eq!((record.kind, record.lane), (Kind::Reply as u8, self.lane));
+        let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+        self.slots.complete(at).expect("a reply to a request in flight");
+        if record.code == 0 {
+            return Ok((at, Ok(body)));
+        }
+        assert!(body.is_empty(), "an errno has no body");
+        Ok((at, Err(record.code)))
+    }
+
+    /// Sends one request and waits for its answer, with nothing else in flight.
+    pub fn try_call(
+        &mut self,
+        opcode: Opcode,
+        nodeid: u64,
+        args: &[u8],
+    ) -> Result<Result<Vec<u8>, u32>, End> {
+        let at = self.start(opcode, nodeid, args);
+        self.flush();
+        let (answered, result) = self.reply()?;
+        assert_eq!(answered, at);
+        Ok(result)
+    }
+
+    pub fn call(&mut self, opcode: Opcode, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
+        self.try_call(opcode, nodeid, args).expect("the daemon serves")
+    }
+
+    pub fn lookup(&mut self, parent: u64, file: &str) -> Result<abi::EntryOut, u32> {
+        let body = self.call(Opcode::Lookup, parent, &name(file))?;
+        Ok(abi::EntryOut::read_from_bytes(&body).expect("an entry"))
+    }
+
+    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, u32> {
+        let open = abi::OpenIn { flags: flags as u32, open_flags: 0 };
+        let body = self.call(Opcode::Open, node, open.as_bytes())?;
+        Ok(abi::OpenOut::read_from_bytes(&body).expect("opened").fh)
+    }
+
+    /// Makes a file and leaves it open: node and handle.
+    pub fn create(&mut self, file: &str) -> Result<(u64, u64), u32> {
+        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+        let create = abi::CreateIn { flags, mode: 0o100_644, umask: 0o22, open_flags: 0 };
+        let args = [create.as_bytes(), &name(file)].concat();
+        let body = self.call(Opcode::Create, 1, &args)?;
+        let (entry, rest) = abi::EntryOut::read_from_prefix(&body).expect("an entry");
+        Ok((entry.nodeid, abi::OpenOut::read_from_bytes(rest).expect("opened").fh))
+    }
+
+    pub fn read(&mut self, node: u64, fh: u64, offset: u64, size: u32) -> Result<Vec<u8>, u32> {
+        self.call(Opcode::Read, node, &read_args(fh, offset, size))
+    }
+
+    pub fn write(&mut self, node: u64, fh: u64, offset: u64, data: &[u8]) -> Result<u32, u32> {
+        let body = self.call(Opcode::Write, node, &write_args(fh, offset, data))?;
+        Ok(abi::WriteOut::read_from_bytes(&body).expect("written").size)
+    }
+
+    pub fn release(&mut self, node: u64, fh: u64) -> Result<(), u32> {
+        let release = abi::ReleaseIn { fh, ..Default::default() };
+        self.call(Opcode::Release, node, release.as_bytes()).map(drop)
+    }
+
+    /// Gives lookups back and waits for the empty reply.
+    pub fn forget(&mut self, forgets: &[(u64, u64)]) {
+        let at = self.claim();
+        let ones: Vec<abi::ForgetOne> =
+            forgets.iter().map(|&(nodeid, nlookup)| abi::ForgetOne { nodeid, nlookup }).collect();
+        self.add(Kind::Forget as u8, at, 0, ones.as_bytes());
+        self.flush();
+        assert_eq!(self.reply().expect("an answer"), (at, Ok(Vec::new())));
+    }
+
+    /// Reads until the end: why it came.
+    pub fn ending(&mut self) -> End {
+        loop {
+            if let Err(end) = self.receive() {
+                return end;
+            }
+        }
+    }
+
+    /// The same, where only the reason matters.
+    pub fn ended_for(&mut self) -> Option<Reason> {
+        match self.ending() {
+            End::Goodbye(reason, _) => reason,
+            End::Closed => None,
+        }
+    }
+}
+
+pub fn read_args(fh: u64, offset: u64, size: u32) -> Vec<u8> {
+    abi::ReadIn { fh, offset, size, ..Default::default() }.as_bytes().to_vec()
+}
+
+pub fn write_args(fh: u64, offset: u64, data: &[u8]) -> Vec<u8> {
+    let size = data.len() as u32;
+    let write = abi::WriteIn { fh, offset, size, ..Default::default() };
+    [write.as_bytes(), data].concat()
+}
+
+/// Bytes that are told apart by seed and place.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    (0..len as u64).map(|i| ((seed + 1) * 251 + i * 7 + (i >> 8) * 13) as u8).collect()
+}

@@ -1,0 +1,7 @@
+//! The file system side of the daemon, driven by requests as bytes, without a socket.
+
+mod dirs;
+mod hostile;
+mod life;
+mod rights;
+mod support;

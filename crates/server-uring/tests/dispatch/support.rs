@@ -1,0 +1,313 @@
+//! A guest's kernel in a few lines: builds requests as bytes and reads the replies.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ringfs_server::dispatch::{Request, Route};
+use ringfs_server::fs::{Fs, FsOptions};
+use ringfs_wire::abi::{self, Opcode};
+use rustix::io::Errno;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub const ROOT: u64 = abi::FUSE_ROOT_ID;
+pub const O_RDWR: u32 = libc::O_RDWR as u32;
+pub const O_WRONLY: u32 = libc::O_WRONLY as u32;
+pub const O_EXCL: u32 = libc::O_EXCL as u32;
+
+/// Everything that a kernel of today offers.
+pub const ALL_FLAGS: u64 = !abi::init::INIT_RESERVED;
+
+pub fn share() -> (tempfile::TempDir, Guest) {
+    share_with(FsOptions::default())
+}
+
+pub fn share_with(options: FsOptions) -> (tempfile::TempDir, Guest) {
+    let dir = tempfile::tempdir().expect("directory");
+    let guest = Guest::new(dir.path(), options);
+    (dir, guest)
+}
+
+/// A file system and the caller whose requests it gets.
+pub struct Guest {
+    pub fs: Fs,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+impl Guest {
+    pub fn new(root: &Path, options: FsOptions) -> Guest {
+        let guest = Guest { fs: Fs::new(root, options).expect("fs"), uid: 0, gid: 0 };
+        guest.init();
+        guest
+    }
+
+    pub fn init(&self) -> abi::InitOut {
+        let init = abi::InitIn {
+            major: 7,
+            minor: 45,
+            max_readahead: 128 << 10,
+            flags: ALL_FLAGS as u32,
+            flags2: (ALL_FLAGS >> 32) as u32,
+            unused: [0; 11],
+        };
+        self.ask_one(Opcode::Init, 0, init.as_bytes()).expect("init")
+    }
+
+    pub fn body(&self, nodeid: u64, args: &[u8], ext: &[u8]) -> Vec<u8> {
+        let mut body = nodeid.to_le_bytes().to_vec();
+        for word in [self.uid, self.gid, 4711] {
+            body.extend(word.to_le_bytes());
+        }
+        body.extend(((ext.len() / 8) as u16).to_le_bytes());
+        body.extend([0; 2]);
+        body.extend(args);
+        body.extend(ext);
+        body
+    }
+
+    /// Runs a request, with all the room that it may need.
+    pub fn ask(&self, opcode: Opcode, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, Errno> {
+        self.ask_ext(opcode, nodeid, args, &[])
+    }
+
+    pub fn ask_ext(
+        &self,
+        opcode: Opcode,
+        nodeid: u64,
+        args: &[u8],
+        ext: &[u8],
+    ) -> Result<Vec<u8>, Errno> {
+        let body = self.body(nodeid, args, ext);
+        let request = Request::parse(opcode as u32, &body).expect("whole request");
+        let mut out = vec![0xee; self.fs.reply_bytes_max(&request)];
+        let used = self.fs.execute(&request, &mut out)?;
+        out.truncate(used);
+        Ok(out)
+    }
+
+    /// Runs a request whose reply is one structure.
+    pub fn ask_one<T: FromBytes + KnownLayout + Immutable>(
+        &self,
+        opcode: Opcode,
+        nodeid: u64,
+        args: &[u8],
+    ) -> Result<T, Errno> {
+        let reply = self.ask(opcode, nodeid, args)?;
+        Ok(T::read_from_bytes(&reply).expect("size of the reply"))
+    }
+
+    pub fn route(&self, opcode: Opcode, nodeid: u64, args: &[u8]) -> String {
+        let body = self.body(nodeid, args, &[]);
+        let request = Request::parse(opcode as u32, &body).expect("whole request");
+        match self.fs.route(&request) {
+            Route::Inline => "inline".into(),
+            Route::Pool => "pool".into(),
+            Route::Read { offset, len, .. } => format!("read {offset}+{len}"),
+            Route::Write { offset, payload, .. } => format!("write {offset} {payload:?}"),
+            Route::Fsync { data_only, .. } => format!("fsync {data_only}"),
+            Route::Refuse(errno) => format!("errno {}", errno.raw_os_error()),
+            Route::NoReply => "none".into(),
+        }
+    }
+
+    pub fn lookup(&self, parent: u64, name: &str) -> Result<abi::EntryOut, Errno> {
+        self.ask_one(Opcode::Lookup, parent, &named(&[], name.as_bytes()))
+    }
+
+    pub fn forget(&self, nodeid: u64, count: u64) {
+        self.fs.forget([(nodeid, count)].into_iter());
+    }
+
+    pub fn getattr(&self, nodeid: u64) -> Result<abi::Attr, Errno> {
+        let reply: abi::AttrOut =
+            self.ask_one(Opcode::Getattr, nodeid, abi::GetattrIn::default().as_bytes())?;
+        Ok(reply.attr)
+    }
+
+    pub fn setattr(&self, nodeid: u64, setattr: abi::SetattrIn) -> Result<abi::Attr, Errno> {
+        let reply: abi::AttrOut = self.ask_one(Opcode::Setattr, nodeid, setattr.as_bytes())?;
+        Ok(reply.attr)
+    }
+
+    pub fn mkdir(&self, parent: u64, name: &str) -> Result<abi::EntryOut, Errno> {
+        let head = abi::MkdirIn { mode: 0o755, umask: 0o022 };
+        self.ask_one(Opcode::Mkdir, parent, &named(head.as_bytes(), name.as_bytes()))
+    }
+
+    pub fn create(
+        &self,
+        parent: u64,
+        name: &str,
+        flags: u32,
+    ) -> Result<(abi::EntryOut, u64), Errno> {
+        let create = abi::CreateIn { flags, mode: 0o100_644, umask: 0o022, open_flags: 0 };
+        let args = named(create.as_bytes(), name.as_bytes());
+        let reply = self.ask(Opcode::Create, parent, &args)?;
+        Ok(split_created(&reply))
+    }
+
+    pub fn open(&self, nodeid: u64, flags: u32) -> Result<abi::OpenOut, Errno> {
+        self.ask_one(Opcode::Open, nodeid, abi::OpenIn { flags, open_flags: 0 }.as_bytes())
+    }
+
+    pub fn opendir(&self, nodeid: u64) -> Result<abi::OpenOut, Errno> {
+        self.ask_one(Opcode::Opendir, nodeid, abi::OpenIn::default().as_bytes())
+    }
+
+    pub fn release(&self, nodeid: u64, fh: u64) -> Result<Vec<u8>, Errno> {
+        let release = abi::ReleaseIn { fh, ..Default::default() };
+        self.ask(Opcode::Release, nodeid, release.as_bytes())
+    }
+
+    pub fn releasedir(&self, nodeid: u64, fh: u64) -> Result<Vec<u8>, Errno> {
+        let release = abi::ReleaseIn { fh, ..Default::default() };
+        self.ask(Opcode::Releasedir, nodeid, release.as_bytes())
+    }
+
+    pub fn read(&self, nodeid: u64, fh: u64, offset: u64, size: u32) -> Result<Vec<u8>, Errno> {
+        let read = abi::ReadIn { fh, offset, size, ..Default::default() };
+        self.ask(Opcode::Read, nodeid, read.as_bytes())
+    }
+
+    pub fn write(&self, nodeid: u64, fh: u64, offset: u64, data: &[u8]) -> Result<u32, Errno> {
+        self.write_flags(nodeid, fh, offset, data, 0)
+    }
+
+    pub fn write_flags(
+        &self,
+        nodeid: u64,
+        fh: u64,
+        offset: u64,
+        data: &[u8],
+        write_flags: u32,
+    ) -> Result<u32, Errno> {
+        let size = data.len() as u32;
+        let write = abi::WriteIn { fh, offset, size, write_flags, ..Default::default() };
+        let args = [write.as_bytes(), data].concat();
+        let reply: abi::WriteOut = self.ask_one(Opcode::Write, nodeid, &args)?;
+        Ok(reply.size)
+    }
+
+    pub fn unlink(&self, parent: u64, name: &str) -> Result<Vec<u8>, Errno> {
+        self.ask(Opcode::Unlink, parent, &named(&[], name.as_bytes()))
+    }
+
+    pub fn link(&self, nodeid: u64, parent: u64, name: &str) -> Result<abi::EntryOut, Errno> {
+        let head = abi::LinkIn { oldnodeid: nodeid };
+        self.ask_one(Opcode::Link, parent, &named(head.as_bytes(), name.as_bytes()))
+    }
+
+    pub fn rename(
+        &self,
+        (parent, old): (u64, &str),
+        (newdir, new): (u64, &str),
+        flags: u32,
+    ) -> Result<Vec<u8>, Errno> {
+        let head = abi::Rename2In { newdir, flags, padding: 0 };
+        let args = named(&named(head.as_bytes(), old.as_bytes()), new.as_bytes());
+        self.ask(Opcode::Rename2, parent, &args)
+    }
+
+    pub fn readdir(
+        &self,
+        opcode: Opcode,
+        (nodeid, fh): (u64, u64),
+        offset: u64,
+        size: u32,
+    ) -> Result<Vec<Listed>, Errno> {
+        let read = abi::ReadIn { fh, offset, size, ..Default::default() };
+        let reply = self.ask(opcode, nodeid, read.as_bytes())?;
+        assert!(reply.len() <= size as usize);
+        Ok(listed(&reply, opcode == Opcode::Readdirplus))
+    }
+
+    /// All entries of a directory, read in pieces of `size` bytes.
+    pub fn list(&self, nodeid: u64, opcode: Opcode, size: u32) -> Vec<Listed> {
+        let fh = self.opendir(nodeid).expect("opendir").fh;
+        let mut all: Vec<Listed> = Vec::new();
+        loop {
+            let offset = all.last().map_or(0, |entry| entry.next);
+            let part = self.readdir(opcode, (nodeid, fh), offset, size).expect("readdir");
+            if part.is_empty() {
+                break;
+            }
+            all.extend(part);
+        }
+        self.releasedir(nodeid, fh).expect("releasedir");
+        all
+    }
+
+    pub fn setxattr(&self, nodeid: u64, name: &[u8], value: &[u8]) -> Result<Vec<u8>, Errno> {
+        let head = abi::SetxattrIn { size: value.len() as u32, flags: 0 };
+        self.ask(Opcode::Setxattr, nodeid, &[&named(head.as_bytes(), name), value].concat())
+    }
+
+    pub fn getxattr(&self, nodeid: u64, name: &[u8], size: u32) -> Result<Vec<u8>, Errno> {
+        let head = abi::GetxattrIn { size, padding: 0 };
+        self.ask(Opcode::Getxattr, nodeid, &named(head.as_bytes(), name))
+    }
+}
+
+/// One entry of a directory's listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    pub name: Vec<u8>,
+    pub ino: u64,
+    pub next: u64,
+    pub type_: u32,
+    pub nodeid: u64,
+}
+
+/// A structure, then a name with its NUL.
+pub fn named(head: &[u8], name: &[u8]) -> Vec<u8> {
+    [head, name, b"\0"].concat()
+}
+
+pub fn split_created(reply: &[u8]) -> (abi::EntryOut, u64) {
+    let (entry, rest) = abi::EntryOut::read_from_prefix(reply).expect("entry");
+    (entry, abi::OpenOut::read_from_bytes(rest).expect("open").fh)
+}
+
+pub fn listed(mut reply: &[u8], plus: bool) -> Vec<Listed> {
+    let mut all = Vec::new();
+    while !reply.is_empty() {
+        let mut nodeid = 0;
+        if plus {
+            let (entry, rest) = abi::EntryOut::read_from_prefix(reply).expect("entry");
+            nodeid = entry.nodeid;
+            reply = rest;
+        }
+        let (head, rest) = abi::Dirent::read_from_prefix(reply).expect("dirent");
+        let name = rest[..head.namelen as usize].to_vec();
+        reply = &rest[name.len().next_multiple_of(8)..];
+        let abi::Dirent { ino, off: next, type_, .. } = head;
+        all.push(Listed { name, ino, next, type_, nodeid });
+    }
+    all
+}
+
+/// A number generator, repeatable from its seed (Knuth's constants).
+pub struct Lcg(pub u64);
+
+impl Lcg {
+    pub fn next(&mut self) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 16
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// How many fds of this process stand on the file at `path`, in whatever mount.
+pub fn fds_on(path: &Path) -> usize {
+    let host = std::fs::symlink_metadata(path).expect("host");
+    let all = std::fs::read_dir("/proc/self/fd").expect("proc").flatten();
+    let same = all.filter(|fd| {
+        std::fs::metadata(fd.path())
+            .is_ok_and(|seen| (seen.dev(), seen.ino()) == (host.dev(), host.ino()))
+    });
+    same.count()
+}

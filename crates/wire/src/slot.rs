@@ -1,0 +1,198 @@
+//! The session table of one lane, after NFSv4.1's: it bounds what is in flight, leads replies back
+//! to their requests, and tells a repeated request from a new one.
+//!
+//! A request occupies a slot until its reply. Each use of a slot has the next `slot_seq`, so a
+//! record of an earlier use can never be taken for the current one.
+
+use thiserror::Error;
+
+/// Names one use of one slot of a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SlotUse {
+    /// Index into the lane's table.
+    pub slot: u16,
+    /// How often the slot was used before.
+    pub seq: u32,
+}
+
+/// A slot number or sequence that cannot be. Ends the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum SlotError {
+    #[error("slot {slot} is beyond the {granted} that were granted")]
+    Range { slot: u16, granted: u16 },
+    #[error("slot {slot} has sequence {seq}, expected {expected}")]
+    Sequence { slot: u16, seq: u32, expected: u32 },
+    #[error("slot {slot} is not in use")]
+    Idle { slot: u16 },
+    #[error("slot {slot} is still in use")]
+    Busy { slot: u16 },
+}
+
+/// The guest's side: what it keeps of each request until the reply.
+#[derive(Debug)]
+pub struct ClientSlots<T> {
+    slots: Vec<(u32, Option<T>)>,
+    free: Vec<u16>,
+}
+
+impl<T> ClientSlots<T> {
+    /// `granted` free slots.
+    pub fn new(granted: u16) -> ClientSlots<T> {
+        ClientSlots {
+            slots: (0..granted).map(|_| (0, None)).collect(),
+            free: (0..granted).rev().collect(),
+        }
+    }
+
+    /// Takes a slot for `request`; gives it back when none is free.
+    pub fn claim(&mut self, request: T) -> Result<SlotUse, T> {
+        let Some(slot) = self.free.pop() else { return Err(request) };
+        let entry = &mut self.slots[slot as usize];
+        entry.1 = Some(request);
+        Ok(SlotUse { slot, seq: entry.0 })
+    }
+
+    /// The reply is here: frees the slot and gives back what was kept.
+    pub fn complete(&mut self, at: SlotUse) -> Result<T, SlotError> {
+        let SlotUse { slot, seq } = at;
+        let granted = self.slots.len() as u16;
+        let entry = self.slots.get_mut(slot as usize).ok_or(SlotError::Range { slot, granted })?;
+        if entry.0 != seq {
+            return Err(SlotError::Sequence { slot, seq, expected: entry.0 });
+        }
+        let request = entry.1.take().ok_or(SlotError::Idle { slot })?;
+        entry.0 = seq.wrapping_add(1);
+        self.free.push(slot);
+        Ok(request)
+    }
+
+    /// What is in flight, with its slot.
+    pub fn in_flight(&self) -> impl Iterator<Item = (SlotUse, &T)> {
+        self.slots.iter().enumerate().filter_map(|(slot, (seq, request))| {
+            Some((SlotUse { slot: slot as u16, seq: *seq }, request.as_ref()?))
+        })
+    }
+
+    /// Slots in use.
+    pub fn in_use(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Whether [`ClientSlots::claim`] would succeed.
+    pub fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct ServerSlot {
+    next: u32,
+    busy: bool,
+}
+
+/// The host's side: which use of each slot comes next.
+#[derive(Debug)]
+pub struct ServerSlots {
+    slots: Vec<ServerSlot>,
+    in_use: usize,
+}
+
+impl ServerSlots {
+    /// `granted` slots, all at their first use.
+    pub fn new(granted: u16) -> ServerSlots {
+        ServerSlots {
+            slots: vec![ServerSlot { next: 0, busy: false }; granted as usize],
+            in_use: 0,
+        }
+    }
+
+    /// A request came in on `at`; it is executed only if this says so.
+    pub fn begin(&mut self, at: SlotUse) -> Result<(), SlotError> {
+        let SlotUse { slot, seq } = at;
+        let entry = self.entry(slot)?;
+        if entry.busy {
+            return Err(SlotError::Busy { slot });
+        }
+        if entry.next != seq {
+            return Err(SlotError::Sequence { slot, seq, expected: entry.next });
+        }
+        entry.busy = true;
+        self.in_use += 1;
+        Ok(())
+    }
+
+    /// Whether that use is being executed now: a CANCEL may name one that is over.
+    pub fn is_running(&self, at: SlotUse) -> bool {
+        self.slots.get(at.slot as usize).is_some_and(|entry| entry.busy && entry.next == at.seq)
+    }
+
+    /// The reply goes out.
+    pub fn finish(&mut self, at: SlotUse) -> Result<(), SlotError> {
+        let SlotUse { slot, seq } = at;
+        let entry = self.entry(slot)?;
+        if !entry.busy {
+            return Err(SlotError::Idle { slot });
+        }
+        if entry.next != seq {
+            return Err(SlotError::Sequence { slot, seq, expected: entry.next });
+        }
+        *entry = ServerSlot { next: seq.wrapping_add(1), busy: false };
+        self.in_use -= 1;
+        Ok(())
+    }
+
+    /// Requests being executed.
+    pub fn in_use(&self) -> usize {
+        self.in_use
+    }
+
+    fn entry(&mut self, slot: u16) -> Result<&mut ServerSlot, SlotError> {
+        let granted = self.slots.len() as u16;
+        self.slots.get_mut(slot as usize).ok_or(SlotError::Range { slot, granted })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_bound_what_is_in_flight() {
+        let mut client = ClientSlots::new(2);
+        let mut server = ServerSlots::new(2);
+        let a = client.claim("a").expect("free");
+        let b = client.claim("b").expect("free");
+        assert_eq!(client.claim("c"), Err("c"));
+        for at in [a, b] {
+            server.begin(at).expect("new");
+            assert_eq!(server.begin(at), Err(SlotError::Busy { slot: at.slot }));
+        }
+        assert!(server.is_running(a));
+        server.finish(a).expect("running");
+        assert!(!server.is_running(a));
+        assert_eq!(client.complete(a), Ok("a"));
+        assert_eq!(
+            client.complete(a),
+            Err(SlotError::Sequence { slot: a.slot, seq: 0, expected: 1 })
+        );
+        let c = client.claim("c").expect("freed");
+        assert_eq!(c, SlotUse { slot: a.slot, seq: 1 });
+        server.begin(c).expect("next use");
+        assert_eq!((client.in_use(), server.in_use()), (2, 2));
+    }
+
+    #[test]
+    fn what_a_peer_invents_is_refused() {
+        let mut server = ServerSlots::new(1);
+        let check = |server: &mut ServerSlots, slot, seq, expected| {
+            assert_eq!(server.begin(SlotUse { slot, seq }), Err(expected));
+        };
+        check(&mut server, 1, 0, SlotError::Range { slot: 1, granted: 1 });
+        check(&mut server, 0, 1, SlotError::Sequence { slot: 0, seq: 1, expected: 0 });
+        let at = SlotUse { slot: 0, seq: 0 };
+        assert_eq!(server.finish(at), Err(SlotError::Idle { slot: 0 }));
+        let mut client = ClientSlots::<()>::new(1);
+        assert_eq!(client.complete(at), Err(SlotError::Idle { slot: 0 }));
+    }
+}
