@@ -168,7 +168,7 @@ fn build_passthrough(tools: &Path) -> Result<PathBuf> {
         let packed = examples.join("passthrough_ll.c.gz");
         ensure!(
             packed.exists(),
-            "libfuse's passthrough_ll.c is not in {examples:?}: apt-get install libfuse3-dev gcc pkg-config"
+            "passthrough_ll.c is not in {examples:?}: apt-get install libfuse3-dev gcc pkg-config"
         );
         source = tools.join("passthrough_ll.c");
         let out = Command::new("gunzip").arg("-c").arg(packed).output()?;

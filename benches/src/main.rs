@@ -1,8 +1,8 @@
 //! `ringfs-bench`: the same work on the bare directory, on a local FUSE passthrough and on ringfs,
 //! in interleaved rounds of one run.
 //!
-//! This machine's speed changes from minute to minute, so the figure to quote is the median over the
-//! rounds of the ratio to the local passthrough within a round, never an absolute time.
+//! This machine's speed changes from minute to minute, so the figure to quote is the median over
+//! the rounds of the ratio to the local passthrough within a round, never an absolute time.
 
 mod contender;
 mod report;

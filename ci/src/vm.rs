@@ -47,6 +47,14 @@ pub struct VmArgs {
     keep: bool,
 }
 
+impl VmArgs {
+    /// What CI runs.
+    pub fn short() -> VmArgs {
+        let scenario = Scenario::Smoke;
+        VmArgs { scenario, kernel: None, steps: Vec::new(), list: false, keep: false }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum KernelChoice {
     #[value(name = "6.12")]

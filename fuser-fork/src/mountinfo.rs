@@ -1,4 +1,5 @@
-//! What is mounted, from `/proc/self/mountinfo`: the only way to ask about a mount that may be dead.
+//! What is mounted, from `/proc/self/mountinfo`: the only way to ask about a mount that may be
+//! dead.
 //!
 //! ```text
 //! 36 35 0:98 / /mnt\040a rw,nosuid master:1 - fuse.ringfs share@unix:/s rw,user_id=0

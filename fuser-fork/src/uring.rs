@@ -18,4 +18,5 @@
 //!   headers (at least 288 bytes) and one for payload (at least `max_write`).
 //! - A frame comes in three parts (`in_out`, `op_in`, payload) and concatenates to exactly the
 //!   bytes that a read of `/dev/fuse` gives, so [`crate::frame::Frame`] is the one shape for both.
-//! - A reply is a COMMIT_AND_FETCH on the queue that gave the request: the rule of the clones again.
+//! - A reply is a COMMIT_AND_FETCH on the queue that gave the request: the rule of the clones
+//!   again.

@@ -111,7 +111,7 @@ fn special_files(rig: &Rig) -> Result<()> {
 fn names(rig: &Rig) -> Result<()> {
     let mount = rig.mount("mnt", "")?;
     let mut names: Vec<OsString> =
-        ["with space", "newline\n", "ünïcode", "-rf", "...", "\u{1}"].map(OsString::from).to_vec();
+        ["a space", "newline\n", "ünïcode", "-rf", "...", "\u{1}"].map(OsString::from).to_vec();
     names.push(OsString::from_vec(vec![0xff, 0xfe, b'x', 0x80]));
     names.push(OsString::from("n".repeat(255)));
     for name in &names {

@@ -161,7 +161,7 @@ fn start_daemon(program: &Path, run_dir: &Path, share: &Path) -> anyhow::Result<
     let socket = format!("{UDS_BASE}_{PORT}");
     let arguments = [
         "--share".to_owned(),
-        format!("{SHARE}={}", share.display()),
+        format!("{SHARE}={},dev", share.display()),
         "--listen".to_owned(),
         format!("unix:{socket}"),
         "--control".to_owned(),

@@ -1,4 +1,5 @@
-//! The command line of mount(8)'s helpers: `mount.ringfs SOURCE DIR [-sfnv] [-N NS] [-o OPTS] [-t TYPE]`.
+//! The command line of mount(8)'s helpers:
+//! `mount.ringfs SOURCE DIR [-sfnv] [-N NS] [-o OPTS] [-t TYPE]`.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;

@@ -1,4 +1,5 @@
-//! One lane: a clone of the FUSE device, its slots, its park, and the kick that wakes its up thread.
+//! One lane: a clone of the FUSE device, its slots, its park, and the kick that wakes its up
+//! thread.
 //!
 //! Invariant: every request that the lane's device has read is in its table, in its park, or
 //! answered; whoever takes it out of there owes the kernel the answer, by this lane's device. No
@@ -227,7 +228,10 @@ impl Lane {
             table.park_bytes -= parked.frame.len();
             return Interrupted::Parked(parked);
         }
-        let is_target = |request: &InFlight| matches!(request, InFlight::Request { unique: u, .. } if *u == unique);
+        let is_target = |request: &InFlight| match request {
+            InFlight::Request { unique: its, .. } => *its == unique,
+            InFlight::Forget => false,
+        };
         let found = table.slots.in_flight().find(|(_, request)| is_target(request));
         let Some((at, _)) = found else { return Interrupted::Unknown };
         let cancel = Control::Cancel(at);

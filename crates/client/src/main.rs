@@ -2,7 +2,8 @@
 //!
 //! The way of a frame: the kernel's FUSE device -> [`up`] -> [`batcher`] -> a connection
 //! ([`transport`]) -> the daemon -> [`down`] -> the same FUSE device. [`lane`] is what the two
-//! threads of that way share, [`session`] what all lanes share; [`mount_cmd`] is a mount's life from
+//! threads of that way share, [`session`] what all lanes share; [`mount_cmd`] is a mount's life
+//! from
 //! [`handshake`] to unmount. Here stand the command line and the exit codes alone.
 
 mod background;
@@ -38,15 +39,16 @@ const EXIT_MOUNT_HELPER: u8 = 32;
 
 const EXAMPLES: &str = "\
 Examples:
-  ringfs mount data@vsock:2:5640 /mnt            in a VM: share `data` of the host (CID 2), port 5640
+  ringfs mount data@vsock:2:5640 /mnt            in a VM: share `data` of the host, CID 2
   ringfs mount data/src@unix:/run/r.sock /mnt    a sub-directory, over a Unix socket
   ringfs mount data@vsock:2:5640 /mnt -o ro,cache=always,lanes=2
   mount -t ringfs data@vsock:2:5640 /mnt         with this program linked as /sbin/mount.ringfs
   data@vsock:2:5640 /mnt ringfs _netdev 0 0      the same in /etc/fstab
   ringfs status; ringfs umount /mnt
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the mount was ready and was lost later (--foreground);
-as mount.ringfs 0, or 32 for a failed mount. RUST_LOG=debug logs more (to standard error or --log).";
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the mount was ready and was lost later
+(--foreground); as mount.ringfs 0, or 32 for a failed mount. RUST_LOG=debug logs more (to standard
+error or --log).";
 
 const MOUNT_HELP: &str = "\
 Options of -o (comma-separated, may be repeated):
@@ -62,7 +64,7 @@ Options of -o (comma-separated, may be repeated):
   checksum=on|off        checksums over file data (default: on for vsock, off for unix)
   allow_other, noallow_other   whether other users get in (default: if root mounts)
   nodefault_permissions  the kernel does not check permissions
-  max_read=BYTES noatime nodiratime noexec sync dirsync   as in mount(8); nosuid, nodev are always on
+  max_read=BYTES noatime nodiratime noexec sync dirsync   as in mount(8); always nosuid, nodev
   _netdev nofail defaults x-*   accepted for fstab
 
 Ctrl-C or SIGTERM unmounts; if files are in use the mount is detached and served until they are

@@ -216,7 +216,7 @@ impl Life {
             Ok(publisher) => self.publisher = Some(publisher),
             Err(error) => {
                 let dir = own_dir();
-                tracing::warn!(dir = %dir.display(), %error, "`ringfs status` will not see this mount");
+                tracing::warn!(dir = %dir.display(), %error, "`ringfs status` is blind here");
             }
         }
         let source = request.target.source();

@@ -68,11 +68,15 @@ pub struct Options {
     pub checksum: Option<bool>,
 }
 
+fn did_you_mean(nearest: Option<&str>) -> String {
+    nearest.map(|word| format!("; did you mean `{word}`?")).unwrap_or_default()
+}
+
 /// Why an option list is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum OptionError {
-    #[error("unknown mount option `{word}`{}", nearest.map(|n| format!("; did you mean `{n}`?")).unwrap_or_default())]
+    #[error("unknown mount option `{word}`{}", did_you_mean(*nearest))]
     Unknown { word: String, nearest: Option<&'static str> },
     #[error("mount option `{word}`: expected {expected}")]
     Value { word: String, expected: String },

@@ -1,8 +1,8 @@
 //! What a mount tells about itself, and `ringfs status`, which asks.
 //!
-//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`) and writes
-//! one JSON document to whoever connects. Invariant: a mount point is never touched, since the
-//! mount may be dead; what is mounted comes from the mount table.
+//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`) and
+//! writes one JSON document to whoever connects. Invariant: a mount point is never touched, since
+//! the mount may be dead; what is mounted comes from the mount table.
 
 use crate::lane::LaneCounters;
 use crate::session::Session;

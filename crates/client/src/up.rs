@@ -140,7 +140,7 @@ impl<'s> Up<'s> {
         let frame = match Frame::parse(&spare[..bytes]) {
             Ok(frame) => frame,
             Err(error) => {
-                tracing::error!(lane = self.lane.index, %error, "a frame of the kernel's is dropped");
+                tracing::error!(lane = self.lane.index, %error, "a kernel's frame is dropped");
                 return Ok(());
             }
         };

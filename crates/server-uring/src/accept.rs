@@ -226,7 +226,7 @@ pub fn run(listeners: &[Listener], stop: &OwnedFd, mut hand_on: impl FnMut(Accep
                 Ok(None) => {}
                 Err(error) => {
                     let listener = &listener.address;
-                    tracing::warn!(%listener, %error, "cannot accept (is the limit of open files too low?)");
+                    tracing::warn!(%listener, %error, "cannot accept (too few open files?)");
                     exhausted = true;
                 }
             }

@@ -1,9 +1,9 @@
 //! One connection: bytes in, batches out. No fd is touched here; the shard moves the bytes.
 //!
-//! Received bytes lie in a [`Buf`]; whole batches are worked through where they lie, shared with the
-//! operations that write from them. What is left of an incomplete batch moves to the front of the
-//! next buffer. Replies gather in one batch until the socket is free; large ones are sent from the
-//! buffer that they were read into.
+//! Received bytes lie in a [`Buf`]; whole batches are worked through where they lie, shared with
+//! the operations that write from them. What is left of an incomplete batch moves to the front of
+//! the next buffer. Replies gather in one batch until the socket is free; large ones are sent from
+//! the buffer that they were read into.
 
 use crate::buffers::{Buf, BufferPool};
 use crate::limits::*;

@@ -163,7 +163,8 @@ impl Drop for NoFsetid {
 ///
 /// A switch from user 0 to another empties the effective capabilities, so the host's permission
 /// checks hold for that user: with its supplementary groups only if [`SuppGroups`] was set before.
-/// A daemon that is not user 0 but has capabilities keeps them. Source: setresuid(2), capabilities(7).
+/// A daemon that is not user 0 but has capabilities keeps them. Source: setresuid(2),
+/// capabilities(7).
 #[must_use = "the ids are restored when this is dropped"]
 #[derive(Debug)]
 pub struct EffectiveIds {

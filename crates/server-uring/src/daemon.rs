@@ -89,7 +89,8 @@ impl FromStr for ShareConfig {
             text.split_once('=').ok_or("a share is NAME=DIR or NAME=DIR,OPTION...")?;
         let mut options = FsOptions::default();
         let mut dir = rest;
-        // From the right, so that only the last parts can be options and a directory may have commas.
+        // From the right, so that only the last parts can be options and a directory may have
+        // commas.
         while let Some((before, word)) = dir.rsplit_once(',') {
             match word {
                 "ro" => options.read_only = true,

@@ -161,7 +161,9 @@ const ATTR: usize = size_of::<abi::AttrOut>();
 fn rule(opcode: Opcode) -> Rule {
     use Opcode as Op;
     use Place::{Fsync, Metadata, NoReply, Pool, PoolIf, Read, Refuse, Shard, Write};
-    let rule = |place, changes, bytes, run| Rule { place, changes, bound: Bound::Fixed(bytes), run };
+    let rule = |place, changes, bytes, run| {
+        Rule { place, changes, bound: Bound::Fixed(bytes), run }
+    };
     let asked = |place, at, most, run| {
         Rule { place, changes: false, bound: Bound::Asked { at, most }, run }
     };

@@ -36,10 +36,10 @@ Exit codes: 0 after SIGTERM or SIGINT, 1 on failure, 2 on wrong arguments.";
 struct Serve {
     /// Directory to share, and the name that guests mount it by. May be given several times.
     ///
-    /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the host's
-    /// disk; by default, buffered, it bypasses the guest's cache only); submounts=merge (what is
-    /// mounted below DIR on the host is seen; by default, hide, the directory underneath is); dev
-    /// (guests may make device nodes, which no guest can open through the share).
+    /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the
+    /// host's disk; by default, buffered, it bypasses the guest's cache only); submounts=merge
+    /// (what is mounted below DIR on the host is seen; by default, hide, the directory underneath
+    /// is); dev (guests may make device nodes, which no guest can open through the share).
     #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
     shares: Vec<ShareConfig>,
     /// Where guests connect. May be given several times.

@@ -1,7 +1,7 @@
 //! What a shard has in flight: a closed set of operations on sockets and files.
 //!
-//! An [`Op`] owns all that the kernel may touch while it runs: the fd and the memory. The ring takes
-//! it whole and gives it back whole with the result.
+//! An [`Op`] owns all that the kernel may touch while it runs: the fd and the memory. The ring
+//! takes it whole and gives it back whole with the result.
 
 use crate::buffers::Buf;
 use crate::handles::OpenFile;

@@ -133,7 +133,7 @@ impl Pool {
                 Ok(handle) => handles.push(handle),
                 Err(error) if handles.is_empty() => {
                     // Without any thread the job would wait for ever.
-                    tracing::error!(%error, "cannot start a pool thread; the job runs on the shard");
+                    tracing::error!(%error, "no pool thread; the job runs on the shard");
                     drop(handles);
                     let next = self.lock().take_next(self.share);
                     if let Some((session, task)) = next {
@@ -146,7 +146,8 @@ impl Pool {
         }
     }
 
-    /// Takes a request out that has not begun. A cancelled request is still answered: by the caller.
+    /// Takes a request out that has not begun. A cancelled request is still answered: by the
+    /// caller.
     pub fn cancel(&self, session: u64, tag: RequestTag) -> Option<Job> {
         let mut queue = self.lock();
         let at = queue.turns.iter().position(|turn| turn.session == session)?;

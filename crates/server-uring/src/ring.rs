@@ -1,4 +1,5 @@
-//! The reactor: [`Ring`], and [`UringRing`] on io_uring. The only unsafe code on the way of a frame.
+//! The reactor: [`Ring`], and [`UringRing`] on io_uring. The only unsafe code on the way of a
+//! frame.
 //!
 //! Invariant: from `submit` until its completion an [`Op`] lies still in the ring's table, and with
 //! it the memory and the fds that the kernel was told of. If the ring is dropped with operations in

@@ -192,7 +192,9 @@ fn run_steps(ring: &mut dyn Ring, dir: &Path, steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 24, failure_persistence: None, ..Default::default()
+    })]
     #[test]
     fn files_are_as_pread_and_pwrite_make_them(steps in steps()) {
         for place in places() {

@@ -5,7 +5,7 @@
 //! WELCOME it adds a connection to that session, or resumes it.
 //!
 //! ```text
-//! HELLO body:   [HelloFixed] share (UTF-8) | sub-directory (bytes) | INIT answer in force (0 or 64)
+//! HELLO body:   [HelloFixed] share (UTF-8) | sub-directory | INIT answer in force (0 or 64)
 //! WELCOME body: [Welcome]
 //! GOODBYE body: text (UTF-8), `code` = [Reason]
 //! ```
