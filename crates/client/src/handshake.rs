@@ -35,7 +35,7 @@ pub struct Joined {
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum HandshakeError {
-    #[error("no answer within {} s: is it ringfsd, and is it alive?", LIMIT.as_secs())]
+    #[error("the daemon did not answer within {} s: is it ringfsd, and alive?", LIMIT.as_secs())]
     Timeout,
     #[error("the peer closed the connection during the handshake: is it ringfsd?")]
     Closed,
