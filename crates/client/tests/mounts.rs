@@ -456,6 +456,7 @@ fn a_lost_daemon_fails_what_waits_and_removes_the_mount() {
 fn pings_are_answered_and_optional_records_skipped() {
     let bench = Bench::new(Terms::default());
     let client = bench.mount("lanes=2,checksum=on");
+    bench.host.wait_for("both connections", |seen| (seen.hellos.len() == 2).then_some(()));
     bench.host.say(Kind::Ping as u8, 0, &[]);
     bench.host.say(200, 0, b"from the future");
     bench.host.say(Kind::Node as u8, 0, &[0; 64]);
