@@ -356,7 +356,8 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
     drop(daemon);
     let read = Cmd::new("cat").arg(mount.dir.join("f")).limit(REFUSAL_LIMIT).output()?;
     ensure!(!read.status.success(), "reads from a dead daemon: {}", read.text);
-    mount.umount()
+    // Without its daemon the mount ends by itself, until sessions can be resumed.
+    wait_unmounted(&mount.dir, SETTLE)
 }
 
 fn signals(rig: &Rig) -> Result<()> {

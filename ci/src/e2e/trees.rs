@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
-use super::{Case, Rig};
+use super::{Case, KNOWN_MAX, Rig};
 use crate::proc::Cmd;
 
 pub const CASES: &[Case] = &[
@@ -168,9 +168,15 @@ fn many_small(rig: &Rig) -> Result<()> {
         fs::create_dir(mount.dir.join(format!("d{d}")))?;
     }
     for n in 0..FILES {
+        if n % KNOWN_MAX == 0 {
+            rig.let_guests_forget()?;
+        }
         fs::write(at(n), n.to_string()).with_context(|| format!("file {n}"))?;
     }
     for n in 0..FILES {
+        if n % KNOWN_MAX == 0 {
+            rig.let_guests_forget()?;
+        }
         ensure!(fs::read(at(n))? == n.to_string().as_bytes(), "file {n} differs");
     }
     fs::remove_dir_all(mount.dir.join("d7"))?;
