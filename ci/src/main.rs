@@ -4,6 +4,7 @@
 //! it fails or is interrupted; see `guard`. Nothing of the product is linked in: both ends are
 //! driven by their command lines, as a user drives them.
 
+mod bench;
 mod demo;
 mod deny;
 mod deps;
@@ -54,6 +55,8 @@ enum Command {
     Fsx(fsx::Args),
     /// stress-ng's file-system stressors on one and on several mounts
     Stress(stress::Args),
+    /// ringfs against the bare directory and a local FUSE passthrough, in interleaved rounds
+    Bench(bench::Args),
     /// A real guest under QEMU
     Vm(vm::VmArgs),
 }
@@ -82,6 +85,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Pjdfstest(args) => close("pjdfstest", pjdfstest::run(&args)?),
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
+        Command::Bench(args) => bench::run(&args),
         Command::Vm(args) => vm::run(args),
     }
 }
