@@ -281,7 +281,11 @@ fn step(fs: &Fs, rng: &mut Rng, known: &mut Known, out: &mut [u8]) -> bool {
     out[bytes_max..bytes_max + 8].fill(0xA5);
     let result = fs.execute(&request, &mut out[..bytes_max]);
     assert!(out[bytes_max..bytes_max + 8].iter().all(|&byte| byte == 0xA5));
-    assert_ne!(result, Err(rustix::io::Errno::OVERFLOW), "the bound of {opcode} is too low");
+    // copy_file_range(2) says EOVERFLOW by itself, of offsets that run past the end of all numbers.
+    let copies = [Opcode::CopyFileRange as u32, Opcode::CopyFileRange64 as u32];
+    if !copies.contains(&opcode) {
+        assert_ne!(result, Err(rustix::io::Errno::OVERFLOW), "the bound of {opcode} is too low");
+    }
     if let Ok(len) = result {
         assert!(len <= bytes_max);
         learn(known, opcode, nodeid, &out[..len]);
