@@ -57,6 +57,7 @@ pub struct BufferPool {
     large: Vec<Buf>,
     small_out: usize,
     large_out: usize,
+    large_returned: u64,
     slots_given: u16,
 }
 
@@ -70,7 +71,7 @@ impl BufferPool {
 
     /// A buffer of [`LARGE_BUFFER_BYTES`], or `None` while too many are out.
     pub fn large(&mut self) -> Option<Buf> {
-        if !self.has_large() {
+        if self.large_out >= LARGE_BUFFERS_MAX {
             return None;
         }
         self.large_out += 1;
@@ -84,9 +85,15 @@ impl BufferPool {
         }))
     }
 
-    /// Whether [`BufferPool::large`] would give one.
-    pub fn has_large(&self) -> bool {
-        self.large_out < LARGE_BUFFERS_MAX
+    /// As [`BufferPool::large`], but only from the first half: what came in must never hold all the
+    /// buffers that its answers need.
+    pub fn large_for_input(&mut self) -> Option<Buf> {
+        if self.large_out >= LARGE_BUFFERS_MAX / 2 { None } else { self.large() }
+    }
+
+    /// Counts the large buffers that came back.
+    pub fn large_returned(&self) -> u64 {
+        self.large_returned
     }
 
     /// A buffer for `len` bytes behind an aligned start.
@@ -98,6 +105,7 @@ impl BufferPool {
     pub fn give(&mut self, buf: Buf) {
         if buf.is_large() {
             self.large_out -= 1;
+            self.large_returned += 1;
             // Those that the ring may know, and no others.
             if buf.slot.is_some() {
                 self.large.push(buf);

@@ -213,7 +213,7 @@ impl Connection {
                 self.receive_more(Some(small), range, buffers)
             }
             Err(shared) => {
-                let Some(large) = buffers.large() else {
+                let Some(large) = buffers.large_for_input() else {
                     self.input = Input::Working { buf: shared, range, batch: None };
                     return Ok(Next::Wait);
                 };
@@ -234,7 +234,7 @@ impl Connection {
         let Some(mut buf) = buf else { return Ok(Next::Wait) };
         let want = peek_len(&buf[range.clone()])?.unwrap_or(BATCH_HEADER_BYTES);
         if want > buf.len() {
-            let Some(large) = buffers.large() else {
+            let Some(large) = buffers.large_for_input() else {
                 self.input = Input::Starved { buf, range };
                 return Ok(Next::Wait);
             };
@@ -294,7 +294,7 @@ impl Connection {
         let at = SlotUse { slot: record.slot, seq: record.slot_seq };
         let slots = self.lane(record.lane).ok_or(SlotError::Range { slot: at.slot, granted: 0 })?;
         slots.begin(at)?;
-        Ok(RequestTag { conn: 0, lane: record.lane, at, reserved: 0 })
+        Ok(RequestTag { conn: 0, lane: record.lane, at, reserved: 0, stored: 0, pages: false })
     }
 
     /// Whether the request that a CANCEL names is being executed.

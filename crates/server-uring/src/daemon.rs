@@ -169,6 +169,16 @@ fn raise_open_files() {
     }
 }
 
+/// A root daemon has root's group too, whatever it was started with: creations switch to the
+/// guest's ids and back to 0, and where 0 is not its own the way back would be barred.
+fn become_root_group() -> Result<(), DaemonError> {
+    if rustix::process::geteuid().is_root() && !rustix::process::getegid().is_root() {
+        let root = rustix::process::Gid::ROOT;
+        rustix::thread::set_thread_res_gid(root, root, root)?;
+    }
+    Ok(())
+}
+
 /// Serves until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Result<(), DaemonError> {
     let (stop, signalled) = UnixStream::pair()?;
@@ -176,6 +186,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
     raise_open_files();
+    become_root_group()?;
     let mut shares = Vec::new();
     for share in config.shares {
         if shares.iter().any(|known: &Share| known.name == share.name) {

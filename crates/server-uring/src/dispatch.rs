@@ -98,6 +98,8 @@ pub enum Route {
         offset: u64,
         /// The bytes, within `Request::args`.
         payload: Range<usize>,
+        /// Pages written back: all of them are stored, or the answer is an error.
+        pages: bool,
     },
     /// fsync or fdatasync; the reply's body is empty.
     Fsync {

@@ -428,6 +428,21 @@ pub fn write_at(fd: BorrowedFd<'_>, offset: u64, from: &[u8]) -> Result<usize> {
     retry_on_intr(|| rustix::io::pwrite(fd, from, offset))
 }
 
+/// Goes on after short writes. With `whole`, an error after some bytes is the result; else their
+/// count is, as write(2) has it, and the error comes with the next call.
+pub fn write_all_at(fd: BorrowedFd<'_>, offset: u64, from: &[u8], whole: bool) -> Result<usize> {
+    let mut done = 0;
+    while done < from.len() {
+        match write_at(fd, offset + done as u64, &from[done..]) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(_) if done > 0 && !whole => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    if whole && done < from.len() { Err(Errno::IO) } else { Ok(done) }
+}
+
 /// [`read_at`] that gives up where it would wait for the disk: what the page cache holds, or an
 /// error. A short count is the end of the file or of the cached part. Source: preadv2(2).
 ///

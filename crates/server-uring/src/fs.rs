@@ -205,6 +205,7 @@ impl Fs {
     /// See [`FsError`]. `/proc` must be mounted.
     pub fn on(root: ShareRoot, options: FsOptions) -> Result<Fs, FsError> {
         let ShareRoot { fd: root, hidden } = root;
+        let merged = options.submounts == Submounts::Merge;
         let root_stat = Stat::of(&root).map_err(FsError::Root)?;
         let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;
         // "/." makes the last step of the path a directory, which O_NOFOLLOW does not refuse.
@@ -220,8 +221,9 @@ impl Fs {
             backend,
             root,
             root_stat,
-            local: kind.is_local(),
-            waits: waits(kind),
+            // What is mounted below may be of another kind: then nothing is taken for granted.
+            local: kind.is_local() && !merged,
+            waits: if merged { Waits::Maybe } else { waits(kind) },
             negotiated: AtomicU64::new(0),
             has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),
             devices: RwLock::new(Vec::new()),

@@ -7,8 +7,9 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::nodes::{Node, first_id};
@@ -43,6 +44,8 @@ pub struct OpenFile {
     pub readable: bool,
     /// Writes are allowed.
     pub writable: bool,
+    /// The same file for page writes, once one came; see [`OpenFile::for_pages`].
+    pages: OnceLock<Arc<OpenFile>>,
 }
 
 impl OpenFile {
@@ -58,7 +61,28 @@ impl OpenFile {
             append: flags & libc::O_APPEND as u32 != 0,
             readable: mode != libc::O_WRONLY as u32,
             writable: mode != libc::O_RDONLY as u32,
+            pages: OnceLock::new(),
         }
+    }
+
+    /// The fd for pages that the guest's kernel writes back: it picks any handle of the file, so the
+    /// offset counts, whatever `O_APPEND` or `O_DIRECT` say.
+    pub fn for_pages(self: Arc<Self>) -> Result<Arc<OpenFile>, Errno> {
+        if !self.append && !self.direct {
+            return Ok(self);
+        }
+        if let Some(pages) = self.pages.get() {
+            return Ok(Arc::clone(pages));
+        }
+        let flags = if self.readable { libc::O_RDWR } else { libc::O_WRONLY } as u32;
+        let fd = crate::fdops::reopen(self.fd.as_fd(), OFlags::from_bits_retain(flags))?;
+        let waits = match (self.nowait, self.memory) {
+            (true, _) => Waits::Nowait,
+            (_, true) => Waits::Never,
+            (false, false) => Waits::Maybe,
+        };
+        let pages = Arc::new(OpenFile::new(Arc::clone(&self.node), fd, flags, waits));
+        Ok(Arc::clone(self.pages.get_or_init(|| pages)))
     }
 }
 

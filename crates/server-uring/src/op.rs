@@ -70,4 +70,8 @@ pub struct RequestTag {
     pub at: SlotUse,
     /// Reply bytes that were set aside for it.
     pub reserved: u32,
+    /// Bytes that a WRITE has stored so far.
+    pub stored: u32,
+    /// A WRITE of pages: all or an error.
+    pub pages: bool,
 }

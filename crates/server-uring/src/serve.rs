@@ -21,9 +21,16 @@ impl<R: Ring> Shard<R> {
         let conn = &mut self.conns[key];
         let fs = conn.session.fs.clone();
         let reserved = fs.reply_bytes_max(&request);
+        let route = fs.route(&request);
+        // A large reply has a buffer of its own, and so have bytes that must be aligned.
+        let own_bytes = match &route {
+            Route::Write { file, payload, .. } if file.direct => payload.len(),
+            _ if reserved > REPLY_INLINE_BYTES_MAX => reserved,
+            _ => 0,
+        };
         let mut own = None;
-        if reserved > REPLY_INLINE_BYTES_MAX {
-            own = self.buffers.for_bytes(reserved);
+        if own_bytes > 0 {
+            own = self.buffers.for_bytes(own_bytes);
             if own.is_none() {
                 return Ok(Step::Starved);
             }
@@ -42,16 +49,17 @@ impl<R: Ring> Shard<R> {
         tag.conn = key;
         tag.reserved = reserved as u32;
         self.shared.stats.begin_op(header.code);
-        match fs.route(&request) {
+        match route {
             Route::Inline => return Ok(self.execute(tag, &fs, &request, own)),
             Route::Read { file, offset, len } => {
                 self.begin_read(tag, file, offset, reserved.min(len as usize), own.take());
             }
-            Route::Write { file, offset, payload } => {
+            Route::Write { file, offset, payload, pages } => {
+                tag.pages = pages;
                 // `payload` counts from the arguments, which end where the body's extension starts.
                 let args_at = body.start + REQUEST_HEAD_BYTES;
                 let range = args_at + payload.start..args_at + payload.end;
-                self.begin_write(tag, file, offset, batch, range);
+                self.begin_write(tag, file, offset, batch, range, own.take());
             }
             Route::Fsync { file, data_only } => {
                 self.begin(tag, Io::Fsync { file, data_only });
@@ -222,8 +230,7 @@ impl<R: Ring> Shard<R> {
             Err(Errno::INTR | Errno::AGAIN) => {
                 return self.begin(tag, Io::Read { file, buf, range, offset });
             }
-            // What was read before the error is the answer, as read(2) would give it.
-            Err(_) if range.start > BODY_AT => 0,
+            // Also after some bytes: a short answer would be the end of the file to the guest.
             Err(errno) => {
                 self.buffers.give(buf);
                 return self.answer(tag, Err(errno));
@@ -251,17 +258,14 @@ impl<R: Ring> Shard<R> {
         offset: u64,
         batch: &Arc<Buf>,
         range: Range<usize>,
+        own: Option<Buf>,
     ) {
         if file.memory && !self.ring.takes_all() {
             // No disk can make this wait, and the ring would send it to a worker thread.
-            let result = fdops::write_at(file.as_fd(), offset, &batch[range]);
+            let result = fdops::write_all_at(file.as_fd(), offset, &batch[range], tag.pages);
             return self.write_answer(tag, result);
         }
-        if file.direct && !range.start.is_multiple_of(BUFFER_ALIGN) {
-            let Some(mut aligned) = self.buffers.for_bytes(range.len()) else {
-                let result = Err(Errno::NOMEM);
-                return self.write_answer(tag, result);
-            };
+        if let Some(mut aligned) = own {
             let len = range.len();
             aligned[..len].copy_from_slice(&batch[range]);
             let buf = Arc::new(aligned);
@@ -270,8 +274,33 @@ impl<R: Ring> Shard<R> {
         self.begin(tag, Io::Write { file, buf: batch.clone(), range, offset });
     }
 
-    pub(super) fn wrote(&mut self, tag: RequestTag, result: IoResult) {
+    /// A ring write is over: goes on after a short one.
+    pub(super) fn wrote(
+        &mut self,
+        mut tag: RequestTag,
+        file: Arc<OpenFile>,
+        buf: Arc<Buf>,
+        range: Range<usize>,
+        offset: u64,
+        result: IoResult,
+    ) {
         self.conns[tag.conn].in_flight -= 1;
+        let result = match result {
+            Err(Errno::INTR | Errno::AGAIN) => {
+                return self.begin(tag, Io::Write { file, buf, range, offset });
+            }
+            Ok(n) if 0 < n && n < range.len() => {
+                tag.stored += n as u32;
+                let (range, offset) = (range.start + n..range.end, offset + n as u64);
+                return self.begin(tag, Io::Write { file, buf, range, offset });
+            }
+            Ok(n) if tag.pages && n < range.len() => Err(Errno::IO),
+            Ok(n) => Ok(tag.stored as usize + n),
+            // The error comes with the guest's next write, as write(2) has it.
+            Err(_) if tag.stored > 0 && !tag.pages => Ok(tag.stored as usize),
+            Err(errno) => Err(errno),
+        };
+        self.buffers.give_shared(buf);
         self.write_answer(tag, result);
     }
 
@@ -329,7 +358,8 @@ impl<R: Ring> Shard<R> {
             return;
         }
         let at = ringfs_wire::slot::SlotUse { slot: header.slot, seq: header.slot_seq };
-        let named = RequestTag { conn: key, lane: header.lane, at, reserved: 0 };
+        let lane = header.lane;
+        let named = RequestTag { conn: key, lane, at, reserved: 0, stored: 0, pages: false };
         if let Some(job) = self.shared.pool.cancel(conn.session.id, named) {
             self.buffers.give_shared(job.batch);
             job.own.into_iter().for_each(|buf| self.buffers.give(buf));
@@ -364,8 +394,7 @@ fn read_cached(file: &OpenFile, room: &mut [u8], offset: u64) -> Cached {
         match read {
             Ok(0) => break,
             Ok(n) => done += n,
-            Err(Errno::AGAIN) => return Cached::Part(done),
-            Err(_) if done > 0 => break,
+            Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Cached::Part(done),
             Err(errno) => return Cached::Failed(errno),
         }
     }

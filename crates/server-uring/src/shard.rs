@@ -166,15 +166,9 @@ impl<R: Ring> Shard<R> {
             (Io::Read { file, buf, range, offset }, Tag::Request(tag)) => {
                 self.read(tag, file, buf, range, offset, result);
             }
-            (Io::Write { file, buf, range, offset }, Tag::Request(tag)) => match result {
-                Err(Errno::INTR | Errno::AGAIN) => {
-                    self.submit(Op { io: Io::Write { file, buf, range, offset }, tag: op.tag });
-                }
-                _ => {
-                    self.wrote(tag, result);
-                    self.buffers.give_shared(buf);
-                }
-            },
+            (Io::Write { file, buf, range, offset }, Tag::Request(tag)) => {
+                self.wrote(tag, file, buf, range, offset, result);
+            }
             (Io::Fsync { file, data_only }, Tag::Request(tag)) => match result {
                 Err(Errno::INTR | Errno::AGAIN) => {
                     self.submit(Op { io: Io::Fsync { file, data_only }, tag: op.tag });
@@ -279,6 +273,7 @@ impl<R: Ring> Shard<R> {
     /// Looks at every connection that was touched; `starved` ones come first, in their order, so
     /// that nobody who is touched more often takes each buffer from them.
     fn work(&mut self, starved: Vec<usize>) {
+        let returned = self.buffers.large_returned();
         for key in starved {
             if let Some(conn) = self.conns.get_mut(key) {
                 conn.starving = false;
@@ -298,7 +293,7 @@ impl<R: Ring> Shard<R> {
             self.touched = touched; // keeps the allocation
         }
         // A buffer may have come back after the one that waits for it was looked at.
-        if self.buffers.has_large() {
+        if self.buffers.large_returned() != returned {
             for key in std::mem::take(&mut self.starved) {
                 if let Some(conn) = self.conns.get_mut(key) {
                     conn.starving = false;

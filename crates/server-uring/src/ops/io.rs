@@ -223,6 +223,8 @@ struct Write {
     /// Within the request's arguments.
     payload: std::ops::Range<usize>,
     kill: bool,
+    /// Pages that the guest's kernel writes back: it looks at the error only, not at the count.
+    pages: bool,
 }
 
 fn checked_write(fs: &Fs, request: &Request<'_>) -> Result<Write, Errno> {
@@ -237,8 +239,10 @@ fn checked_write(fs: &Fs, request: &Request<'_>) -> Result<Write, Errno> {
     }
     check_range(write.offset, size as u64, Errno::FBIG)?;
     let start = size_of::<abi::WriteIn>();
+    let pages = write.write_flags & abi::FUSE_WRITE_CACHE != 0;
     Ok(Write {
-        file,
+        file: if pages { file.for_pages()? } else { file },
+        pages,
         offset: write.offset,
         payload: start..start + size,
         kill: write.write_flags & abi::FUSE_WRITE_KILL_SUIDGID != 0,
@@ -247,16 +251,16 @@ fn checked_write(fs: &Fs, request: &Request<'_>) -> Result<Write, Errno> {
 
 /// Where a WRITE goes: one that must clear suid and sgid runs without CAP_FSETID, on a thread.
 pub fn route_write(fs: &Fs, request: &Request<'_>) -> Result<Route, Errno> {
-    let Write { file, offset, payload, kill } = checked_write(fs, request)?;
+    let Write { file, offset, payload, kill, pages } = checked_write(fs, request)?;
     if kill {
         return Ok(Route::Pool);
     }
-    Ok(Route::Write { file, offset, payload })
+    Ok(Route::Write { file, offset, payload, pages })
 }
 
 /// WRITE on this thread.
 pub fn write(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
-    let Write { file, offset, payload, kill } = checked_write(fs, request)?;
+    let Write { file, offset, payload, kill, pages } = checked_write(fs, request)?;
     let data = request.args.get(payload).ok_or(Errno::INVAL)?;
     let _fsetid = no_fsetid(kill)?;
     let count = if file.direct {
@@ -264,9 +268,9 @@ pub fn write(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
         let start = bounce.as_ptr().align_offset(DIRECT_ALIGN).min(DIRECT_ALIGN);
         let aligned = &mut bounce[start..start + data.len()];
         aligned.copy_from_slice(data);
-        fdops::write_at(file.as_fd(), offset, aligned)?
+        fdops::write_all_at(file.as_fd(), offset, aligned, pages)?
     } else {
-        fdops::write_at(file.as_fd(), offset, data)?
+        fdops::write_all_at(file.as_fd(), offset, data, pages)?
     };
     put(out, &abi::WriteOut { size: count as u32, padding: 0 })
 }

@@ -16,7 +16,7 @@ use crate::passthrough::{Found, Stat};
 use crate::reply::{put, put_bytes};
 
 /// Supplementary groups of one request; the kernel sends at most one.
-const GROUPS_MAX: usize = 32;
+const GROUPS_MAX: usize = 256;
 const TARGET_BYTES_MAX: usize = libc::PATH_MAX as usize - 1;
 
 /// Finds a name.

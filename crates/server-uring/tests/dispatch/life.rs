@@ -209,6 +209,12 @@ fn appending_and_writeback() {
     guest.write(entry.nodeid, fh, 0, b"guest").expect("write");
     assert_eq!(std::fs::read(dir.path().join("file")).expect("host"), b"hostguest");
     assert_eq!(guest.read(entry.nodeid, fh, 0, 1), Err(Errno::BADF), "opened for writing only");
+    // A dirty page of a mapping goes where it belongs, by whatever handle the kernel picks.
+    let pages = abi::FUSE_WRITE_CACHE;
+    guest.write_flags(entry.nodeid, fh, 0, b"HOST", pages).expect("a page");
+    assert_eq!(std::fs::read(dir.path().join("file")).expect("host"), b"HOSTguest");
+    guest.write(entry.nodeid, fh, 0, b"!").expect("write");
+    assert_eq!(std::fs::read(dir.path().join("file")).expect("host"), b"HOSTguest!");
 
     // The guest's kernel owns the end of file, and reads to fill pages up.
     let (_dir, guest) = share_with(FsOptions { writeback: true, ..FsOptions::default() });

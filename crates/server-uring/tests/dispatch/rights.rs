@@ -82,7 +82,7 @@ fn supplementary_groups_open_directories() {
     assert_eq!((attr.uid, attr.gid, attr.mode & 0o777), (1000, 2000, 0o755));
 
     let wrong = [
-        groups_ext(&[0; 40]),
+        groups_ext(&[0; 257]),
         abi::ExtHeader { size: 0, type_: abi::FUSE_EXT_GROUPS }.as_bytes().to_vec(),
         abi::ExtHeader { size: 64, type_: abi::FUSE_EXT_GROUPS }.as_bytes().to_vec(),
         abi::ExtHeader { size: 8, type_: abi::FUSE_EXT_GROUPS }.as_bytes().to_vec(),
