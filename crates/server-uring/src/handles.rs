@@ -65,8 +65,8 @@ impl OpenFile {
         }
     }
 
-    /// The fd for pages that the guest's kernel writes back: it picks any handle of the file, so the
-    /// offset counts, whatever `O_APPEND` or `O_DIRECT` say.
+    /// The fd for pages that the guest's kernel writes back: it picks any handle of the file, so
+    /// the offset counts, whatever `O_APPEND` or `O_DIRECT` say.
     pub fn for_pages(self: Arc<Self>) -> Result<Arc<OpenFile>, Errno> {
         if !self.append && !self.direct {
             return Ok(self);
