@@ -237,7 +237,9 @@ impl Fs {
         if rule.changes && self.options.read_only {
             return Route::Refuse(Errno::ROFS);
         }
-        let metadata = if self.local { Route::Inline } else { Route::Pool };
+        // To take a node in may need a search of the disk.
+        let quick = self.local && !self.nodes.is_cold(request.nodeid);
+        let metadata = if quick { Route::Inline } else { Route::Pool };
         let route = match rule.place {
             Place::Metadata => Ok(metadata),
             Place::Shard => Ok(Route::Inline),

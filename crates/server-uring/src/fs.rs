@@ -5,6 +5,7 @@
 //! into buffers of the caller. The handlers are in `ops`, and dispatch.rs says which opcode runs
 //! which, and where.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +18,9 @@ use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 
 use crate::fdops::{self, FsKind, LocalFs};
+use crate::fds::Fds;
 use crate::handles::{Handle, Handles, OpenFile, Waits};
+use crate::import::{self, ImportError};
 use crate::nodes::{Node, Nodes, Released};
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
 
@@ -61,6 +64,8 @@ pub struct FsOptions {
     pub nodes_max: usize,
     /// Files and directories that one session may hold open.
     pub handles_max: usize,
+    /// The daemon's fds; sessions of one process share it.
+    pub fds: Arc<Fds>,
 }
 
 impl Default for FsOptions {
@@ -75,6 +80,7 @@ impl Default for FsOptions {
             device_nodes: false,
             nodes_max: 2_000_000,
             handles_max: 131_072,
+            fds: Fds::of_process(),
         }
     }
 }
@@ -118,7 +124,7 @@ pub struct FsCounts {
 pub struct Fs {
     pub(crate) options: FsOptions,
     pub(crate) backend: Arc<Backend>,
-    pub(crate) nodes: Nodes,
+    pub(crate) nodes: Arc<Nodes>,
     pub(crate) handles: Handles,
     /// The root of the share; with `submounts=hide` that of a private copy of its mount.
     pub(crate) root: OwnedFd,
@@ -213,9 +219,11 @@ impl Fs {
         let backend = Backend::new(Path::new(&path), options.xattr).map_err(FsError::Backend)?;
         let backend = Arc::new(backend);
         self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
+        let imports = import::Root::new(root.as_fd(), merged || !hidden);
+        let imports = imports.map_err(|error| FsError::Root(ImportError::errno(error)))?;
         Ok(Fs {
-            nodes: Nodes::new(Arc::clone(&backend), options.nodes_max),
-            handles: Handles::new(options.handles_max),
+            nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, options.nodes_max),
+            handles: Handles::new(options.handles_max, &options.fds),
             one_device: !hidden,
             options,
             backend,
@@ -264,13 +272,18 @@ impl Fs {
         self.negotiated() & abi::init::WRITEBACK_CACHE != 0
     }
 
-    /// Looks a name up and gives the result to the guest: one count.
-    pub(crate) fn give(&self, found: &Found) -> Result<(Arc<Node>, abi::EntryOut), Errno> {
+    /// Gives what the crate found as `name` in `parent` to the guest: one count.
+    pub(crate) fn give(
+        &self,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+    ) -> Result<(Arc<Node>, abi::EntryOut), Errno> {
         if self.one_device && found.stat.dev != self.root_stat.dev {
             self.backend.forget(found.inode, 1);
             return Err(Errno::XDEV);
         }
-        let node = self.nodes.give(found)?;
+        let node = self.nodes.give(found, parent, name)?;
         let entry = self.entry(node.id, &found.stat);
         Ok((node, entry))
     }

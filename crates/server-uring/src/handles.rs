@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use crate::fds::{Counted, Fds};
 use crate::nodes::{Node, first_id};
 
 const SHARDS: usize = 64;
@@ -46,6 +47,7 @@ pub struct OpenFile {
     pub writable: bool,
     /// The same file for page writes, once one came; see [`OpenFile::for_pages`].
     pages: OnceLock<Arc<OpenFile>>,
+    _counted: Counted,
 }
 
 impl OpenFile {
@@ -53,6 +55,7 @@ impl OpenFile {
     pub fn new(node: Arc<Node>, fd: OwnedFd, flags: u32, waits: Waits) -> OpenFile {
         let mode = flags & libc::O_ACCMODE as u32;
         OpenFile {
+            _counted: Counted::new(node.fds()),
             node,
             fd,
             direct: flags & libc::O_DIRECT as u32 != 0,
@@ -106,6 +109,8 @@ pub struct OpenDir {
     pub fd: OwnedFd,
     /// The host's device, for the inode numbers of entries.
     pub dev: u64,
+    /// Counts the fd.
+    pub counted: Counted,
     /// The offset at which the fd stands, or `None` where a read left it somewhere else.
     pub position: Mutex<Option<u64>>,
 }
@@ -125,16 +130,18 @@ pub struct Handles {
     next: AtomicU64,
     count: AtomicUsize,
     count_max: usize,
+    fds: Arc<Fds>,
 }
 
 impl Handles {
-    /// None open yet.
-    pub fn new(count_max: usize) -> Handles {
+    /// None open yet; no session may have more than a fair part of the fds.
+    pub fn new(count_max: usize, fds: &Arc<Fds>) -> Handles {
         Handles {
+            fds: Arc::clone(fds),
             shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
             next: AtomicU64::new(first_id()),
             count: AtomicUsize::new(0),
-            count_max,
+            count_max: count_max.min(fds.handles_max()),
         }
     }
 
@@ -143,10 +150,10 @@ impl Handles {
     /// # Errors
     /// `ENFILE`: the session holds as many files open as it may.
     pub fn check_room(&self) -> Result<(), Errno> {
-        if self.count.load(Ordering::Relaxed) < self.count_max {
-            return Ok(());
+        if self.count.load(Ordering::Relaxed) >= self.count_max {
+            return Err(Errno::NFILE);
         }
-        Err(Errno::NFILE)
+        self.fds.make_room()
     }
 
     /// Numbers a handle.

@@ -23,6 +23,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use zerocopy::little_endian::{I32, I64, U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::fdops::{self, ProcPath};
 
@@ -141,6 +143,12 @@ impl Handle {
         kinds.find_map(|kind| Handle::of_kind(kind, dir, name, fd))
     }
 
+    /// One that does not depend on the name: the same for all links of a file.
+    fn nameless(fd: BorrowedFd<'_>) -> Option<Handle> {
+        use HandleKind::{IdentityOnly, Plain};
+        [Plain, IdentityOnly].into_iter().find_map(|kind| Handle::of_kind(kind, fd, c"", fd))
+    }
+
     fn of_kind(
         kind: HandleKind,
         dir: BorrowedFd<'_>,
@@ -214,8 +222,28 @@ impl Recipe {
         parent: u64,
         fd: BorrowedFd<'_>,
     ) -> Result<Recipe, ImportError> {
+        Recipe::with(Handle::of(dir, name, fd), name, parent, fd)
+    }
+
+    /// As [`Recipe::of`], for as long as this daemon runs: the handle does not depend on the name,
+    /// so that any link of the file can be compared with it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn brief(dir: BorrowedFd<'_>, name: &CStr, parent: u64) -> Result<Recipe, ImportError> {
+        fdops::check_name(name).map_err(ImportError::Host)?;
+        let fd =
+            rustix::fs::openat(dir, name, O_PATH, Mode::empty()).map_err(ImportError::from_walk)?;
+        Recipe::with(Handle::nameless(fd.as_fd()), name, parent, fd.as_fd())
+    }
+
+    fn with(
+        handle: Option<Handle>,
+        name: &CStr,
+        parent: u64,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Recipe, ImportError> {
         let seen = Seen::of(fd).map_err(ImportError::Host)?;
-        let handle = Handle::of(dir, name, fd);
         let generation = if handle.is_none() { generation(fd, seen.kind) } else { None };
         let mount =
             MountIdentity { fs_id: fs_id(fd).map_err(ImportError::Host)?, device: seen.device };
@@ -223,8 +251,11 @@ impl Recipe {
         Ok(Recipe { handle, mount, ino, kind, btime, generation, parent, name: name.into() })
     }
 
-    /// Is the file at `name` in `dir`, open as `fd`, the one that was described?
-    fn describes(&self, dir: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    /// Is the file at its name in `dir`, open as `fd`, the one that was described?
+    ///
+    /// # Errors
+    /// The host could not look.
+    pub fn describes(&self, dir: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> Result<bool, Errno> {
         let seen = Seen::of(fd)?;
         if seen.links == 0 || seen.kind != self.kind {
             return Ok(false);
@@ -243,9 +274,82 @@ impl Recipe {
         }
     }
 
+    /// In few bytes: [`Packed`], the handle, the name.
+    pub fn pack(&self) -> Box<[u8]> {
+        let handle = self.handle.as_ref();
+        let bytes = handle.map_or(&[][..], |handle| &handle.bytes);
+        let (btime_sec, btime_nsec) = self.btime.unwrap_or_default();
+        let head = Packed {
+            ino: self.ino.into(),
+            fs_id: self.mount.fs_id.into(),
+            device: [self.mount.device.0.into(), self.mount.device.1.into()],
+            btime_sec: btime_sec.into(),
+            btime_nsec: btime_nsec.into(),
+            generation: self.generation.unwrap_or_default().into(),
+            parent: self.parent.into(),
+            handle_type: handle.map_or(0, |handle| handle.raw_type).into(),
+            kind: self.kind.into(),
+            handle_kind: match handle.map(|handle| handle.kind) {
+                None => 0,
+                Some(HandleKind::Connectable) => 1,
+                Some(HandleKind::Plain) => 2,
+                Some(HandleKind::IdentityOnly) => 3,
+            },
+            has: u8::from(self.btime.is_some()) | u8::from(self.generation.is_some()) << 1,
+            handle_bytes: bytes.len() as u8,
+        };
+        [head.as_bytes(), bytes, self.name.to_bytes()].concat().into()
+    }
+
+    /// The opposite of [`Recipe::pack`]; `None` for what it did not make.
+    pub fn unpack(bytes: &[u8]) -> Option<Recipe> {
+        let (head, rest) = Packed::read_from_prefix(bytes).ok()?;
+        let (handle, name) = rest.split_at_checked(head.handle_bytes.into())?;
+        let handle_kind = match head.handle_kind {
+            1 => Some(HandleKind::Connectable),
+            2 => Some(HandleKind::Plain),
+            3 => Some(HandleKind::IdentityOnly),
+            _ => None,
+        };
+        let handle = handle_kind.map(|kind| Handle::new(kind, head.handle_type.get(), handle));
+        Some(Recipe {
+            handle: handle.flatten(),
+            mount: MountIdentity {
+                fs_id: head.fs_id.get(),
+                device: (head.device[0].get(), head.device[1].get()),
+            },
+            ino: head.ino.get(),
+            kind: head.kind.get(),
+            btime: (head.has & 1 != 0).then_some((head.btime_sec.get(), head.btime_nsec.get())),
+            generation: (head.has & 2 != 0).then_some(head.generation.get()),
+            parent: head.parent.get(),
+            name: CString::new(name).ok()?,
+        })
+    }
+
     fn resembles(&self, seen: &Seen) -> bool {
         seen.links > 0 && (self.ino, self.kind, self.btime) == (seen.ino, seen.kind, seen.btime)
     }
+}
+
+/// The head of a packed recipe; see [`Recipe`] for the fields.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Packed {
+    ino: U64,
+    fs_id: U64,
+    device: [U32; 2],
+    btime_sec: I64,
+    btime_nsec: U32,
+    generation: U32,
+    parent: U64,
+    handle_type: I32,
+    kind: U16,
+    /// 0: there is none.
+    handle_kind: u8,
+    /// Bit 0: a birth time; bit 1: a generation.
+    has: u8,
+    handle_bytes: u8,
 }
 
 /// What one statx tells.
@@ -428,8 +532,11 @@ impl Root {
         alike.next().is_none().then_some(only)
     }
 
-    /// The components that the kernel names, as a proposal: the walk decides.
-    fn path_below(&self, fd: BorrowedFd<'_>) -> Result<Vec<CString>, ImportError> {
+    /// The components that the kernel names, as a proposal: a walk decides.
+    ///
+    /// # Errors
+    /// See [`ImportError`].
+    pub fn path_below(&self, fd: BorrowedFd<'_>) -> Result<Vec<CString>, ImportError> {
         let root = path_of(self.dir.as_fd())?;
         let path = path_of(fd)?;
         let root = root.to_bytes().strip_suffix(b"/").unwrap_or(root.to_bytes());

@@ -2,12 +2,15 @@
 
 pub mod accept;
 pub mod buffers;
+mod cold;
 pub mod connection;
 pub mod control;
 pub mod creds;
 pub mod daemon;
 pub mod dispatch;
+mod evict;
 pub mod fdops;
+pub mod fds;
 pub mod fs;
 pub mod greet;
 pub mod handles;

@@ -7,20 +7,29 @@
 //!
 //! Counts change only under the lock of the inode's shard: a LOOKUP that races the FORGET of the
 //! same inode either revives the node before it dies, or makes a new one with a new id.
-//! Lock order: shard by inode, then shard by id.
+//!
+//! A node is **resident** (the crate holds an fd of it) or **cold** (cold.rs; only its recipe is
+//! kept). evict.rs moves it from one to the other and back, on use. Both moves are made under the
+//! lock of its shard by id, so that who holds that lock finds a known node in one of the two.
+//! Lock order: names, shard by inode, shard by id, cold.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::abi::FUSE_ROOT_ID;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::cold::Cold;
+use crate::fds::{Counted, Fds};
+use crate::import::{self, Recipe};
 use crate::passthrough::{Backend, Found, ROOT_INODE, Stat};
 
-const SHARDS: usize = 64;
+pub(crate) const SHARDS: usize = 64;
 /// Stands for "the crate does not know this file".
 const NO_INODE: u64 = 0;
 
@@ -37,7 +46,19 @@ pub struct Node {
     given: AtomicU64,
     /// Lookups that the crate counts for this node.
     owed: AtomicU64,
+    /// Used since evict.rs last came by.
+    used: AtomicBool,
+    /// Where it was seen last.
+    place: Mutex<Place>,
     backend: Arc<Backend>,
+    counted: Counted,
+}
+
+/// A directory, by its node id, and a name in it.
+#[derive(Clone)]
+pub(crate) struct Place {
+    pub(crate) parent: u64,
+    pub(crate) name: Box<CStr>,
 }
 
 /// How to reach a node's file.
@@ -68,6 +89,33 @@ impl Node {
             Backing::Crate(inode) => Ok(inode),
             Backing::Fd(_) => Err(Errno::NOENT),
         }
+    }
+
+    /// Where the daemon counts fds.
+    pub(crate) fn fds(&self) -> &Arc<Fds> {
+        self.counted.fds()
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn seen_at(&self, parent: u64, name: &CStr) {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.parent != parent || &*place.name != name {
+            *place = Place { parent, name: name.into() };
+        }
+    }
+
+    /// May its fd be closed? Not the root's, and not that of a file that no name leads to.
+    pub(crate) fn is_evictable(&self) -> bool {
+        let named = self.inode.load(Ordering::Acquire) != NO_INODE && self.unnamed.is_none();
+        named && self.id != FUSE_ROOT_ID
+    }
+
+    /// Whether it was used since this was asked last.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
     }
 
     /// True for a directory.
@@ -120,104 +168,214 @@ impl Released {
 pub struct Nodes {
     by_id: Vec<RwLock<HashMap<u64, Arc<Node>>>>,
     by_inode: Vec<Mutex<HashMap<u64, Arc<Node>>>>,
+    pub(crate) cold: Cold,
     next_id: AtomicU64,
-    count: AtomicUsize,
+    resident: AtomicUsize,
     count_max: usize,
     overdrawn: AtomicU64,
-    backend: Arc<Backend>,
+    pub(crate) backend: Arc<Backend>,
+    pub(crate) root: import::Root,
+    fds: Arc<Fds>,
+    /// Read while the guest changes names, written while nodes are evicted by their names.
+    names: RwLock<()>,
+    /// Which shard by id evict.rs looks at next.
+    pub(crate) hand: AtomicUsize,
 }
+
+/// What is behind one lock: nodes by id, or by the crate's inode.
+pub(crate) type Shard = HashMap<u64, Arc<Node>>;
 
 impl Nodes {
     /// Only the root is known at first.
-    pub fn new(backend: Arc<Backend>, count_max: usize) -> Nodes {
-        let root = Arc::new(Node {
-            id: FUSE_ROOT_ID,
-            kind: libc::S_IFDIR,
-            inode: AtomicU64::new(ROOT_INODE),
-            unnamed: None,
-            given: AtomicU64::new(1),
-            owed: AtomicU64::new(0),
-            backend: Arc::clone(&backend),
-        });
-        let nodes = Nodes {
+    pub fn new(
+        backend: Arc<Backend>,
+        root: import::Root,
+        fds: &Arc<Fds>,
+        count_max: usize,
+    ) -> Arc<Nodes> {
+        let nodes = Arc::new(Nodes {
             by_id: (0..SHARDS).map(|_| RwLock::default()).collect(),
             by_inode: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            cold: Cold::default(),
             next_id: AtomicU64::new(first_id()),
-            count: AtomicUsize::new(1),
+            resident: AtomicUsize::new(0),
             count_max,
             overdrawn: AtomicU64::new(0),
             backend,
-        };
-        nodes.inode_shard(ROOT_INODE).insert(ROOT_INODE, Arc::clone(&root));
-        nodes.insert_id(root);
+            root,
+            fds: Arc::clone(fds),
+            names: RwLock::new(()),
+            hand: AtomicUsize::new(0),
+        });
+        let place = Place { parent: FUSE_ROOT_ID, name: c".".into() };
+        let node = Arc::new(nodes.node(FUSE_ROOT_ID, libc::S_IFDIR, (ROOT_INODE, 0), 1, place));
+        nodes.inode_shard(ROOT_INODE).insert(ROOT_INODE, Arc::clone(&node));
+        nodes.enter(&mut nodes.lock_id(FUSE_ROOT_ID), &node);
+        fds.join(&nodes);
         nodes
     }
 
-    /// The node that a guest names.
+    /// The node that a guest names; a cold one is taken in first, which opens files.
     ///
     /// # Errors
-    /// `ESTALE`: never given, or already forgotten.
+    /// `ESTALE`: never given, already forgotten, or no longer to be found on the host.
     pub fn find(&self, id: u64) -> Result<Arc<Node>, Errno> {
-        let shard = self.by_id[shard_of(id)].read().unwrap_or_else(PoisonError::into_inner);
-        shard.get(&id).cloned().ok_or(Errno::STALE)
-    }
-
-    /// Refuses early what would make a node that then has no place.
-    pub fn check_room(&self) -> Result<(), Errno> {
-        if self.count.load(Ordering::Relaxed) < self.count_max {
-            return Ok(());
+        if let Some(node) = self.find_resident(id) {
+            return Ok(node);
         }
-        Err(Errno::NFILE)
+        self.check_fds()?;
+        self.load(id)
     }
 
-    /// Gives a lookup of the crate to the guest: the count passes from `found` into the node.
-    pub fn give(&self, found: &Found) -> Result<Arc<Node>, Errno> {
+    /// The node, unless it is cold or unknown.
+    pub(crate) fn find_resident(&self, id: u64) -> Option<Arc<Node>> {
+        let shard = self.id_shard(id).read().unwrap_or_else(PoisonError::into_inner);
+        let node = shard.get(&id)?;
+        if !node.used.load(Ordering::Relaxed) {
+            node.used.store(true, Ordering::Relaxed);
+        }
+        Some(Arc::clone(node))
+    }
+
+    /// True where [`Nodes::find`] would have to open files.
+    pub fn is_cold(&self, id: u64) -> bool {
+        self.cold.contains(id)
+    }
+
+    /// Refuses early what would make a node that then has no place, and sees to it that there are
+    /// fds.
+    ///
+    /// # Errors
+    /// `ENFILE`.
+    pub fn check_room(&self) -> Result<(), Errno> {
+        self.check_count()?;
+        self.check_fds()
+    }
+
+    /// Sees to it that there are fds.
+    pub(crate) fn check_fds(&self) -> Result<(), Errno> {
+        self.fds.make_room()
+    }
+
+    fn check_count(&self) -> Result<(), Errno> {
+        if self.count() < self.count_max { Ok(()) } else { Err(Errno::NFILE) }
+    }
+
+    /// Gives a lookup of the crate to the guest: the count passes from `found`, which was seen as
+    /// `name` in the directory `parent`, into the node.
+    pub fn give(&self, found: &Found, parent: &Node, name: &CStr) -> Result<Arc<Node>, Errno> {
         let mut shard = self.inode_shard(found.inode);
         if let Some(node) = shard.get(&found.inode) {
             node.given.fetch_add(1, Ordering::Relaxed);
             node.owed.fetch_add(1, Ordering::Relaxed);
+            node.seen_at(parent.id, name);
             return Ok(Arc::clone(node));
         }
-        if let Err(error) = self.check_room() {
-            drop(shard);
+        let place = Place { parent: parent.id, name: name.into() };
+        let node = match self.cold_twin(found, parent, name) {
+            Ok(twin) => {
+                let warmed = twin.and_then(|id| self.warm(&mut shard, id, found, 1, place.clone()));
+                warmed.map_or_else(|| self.give_new(&mut shard, found, place), Ok)
+            }
+            Err(error) => Err(error),
+        };
+        drop(shard);
+        if node.is_err() {
             self.backend.forget(found.inode, 1);
-            return Err(error);
         }
-        let node = Arc::new(Node {
-            id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            kind: found.stat.mode & libc::S_IFMT,
-            inode: AtomicU64::new(found.inode),
-            unnamed: None,
-            given: AtomicU64::new(1),
-            owed: AtomicU64::new(1),
-            backend: Arc::clone(&self.backend),
-        });
+        node
+    }
+
+    fn give_new(&self, shard: &mut Shard, found: &Found, place: Place) -> Result<Arc<Node>, Errno> {
+        self.check_count()?;
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let kind = found.stat.mode & libc::S_IFMT;
+        let node = Arc::new(self.node(id, kind, (found.inode, 1), 1, place));
         shard.insert(found.inode, Arc::clone(&node));
-        self.count.fetch_add(1, Ordering::Relaxed);
-        self.insert_id(Arc::clone(&node));
+        self.enter(&mut self.lock_id(id), &node);
         Ok(node)
+    }
+
+    /// The cold node of a file that the crate has just found.
+    fn cold_twin(&self, found: &Found, parent: &Node, name: &CStr) -> Result<Option<u64>, Errno> {
+        let file = (found.stat.dev, found.stat.ino);
+        let Some(id) = self.cold.id_of(file) else { return Ok(None) };
+        let Some(recipe) = self.cold.recipe(id) else { return Ok(None) };
+        let dir = self.backend.path_fd(parent.inode()?)?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&dir, name, flags, Mode::empty())?;
+        let seen = Stat::of(&fd)?;
+        if (seen.dev, seen.ino) != file {
+            // The name was replaced just now; the kernel asks again.
+            return Err(Errno::STALE);
+        }
+        if recipe.describes(dir.as_fd(), fd.as_fd())? {
+            return Ok(Some(id));
+        }
+        // The inode number was used again: the old node is stale, and stays so.
+        self.cold.disown(file);
+        Ok(None)
+    }
+
+    /// A cold node becomes resident, and the guest is given `more` lookups of it; the crate counts
+    /// the one of `found`. `None`: the guest has forgotten it meanwhile, or it is resident already.
+    pub(crate) fn warm(
+        &self,
+        shard: &mut Shard,
+        id: u64,
+        found: &Found,
+        more: u64,
+        place: Place,
+    ) -> Option<Arc<Node>> {
+        let mut ids = self.lock_id(id);
+        let given = self.cold.remove(id)? + more;
+        let kind = found.stat.mode & libc::S_IFMT;
+        let node = Arc::new(self.node(id, kind, (found.inode, 1), given, place));
+        shard.insert(found.inode, Arc::clone(&node));
+        self.enter(&mut ids, &node);
+        Some(node)
+    }
+
+    /// A resident node of which the caller has the only other reference becomes cold. `false`:
+    /// somebody uses it, or it is gone.
+    pub(crate) fn cool(&self, node: Arc<Node>, inode: u64, recipe: &Recipe) -> bool {
+        let mut shard = self.inode_shard(inode);
+        let mut ids = self.lock_id(node.id);
+        let here = shard.get(&inode).is_some_and(|other| Arc::ptr_eq(other, &node));
+        let given = node.given.load(Ordering::Relaxed);
+        // One in each map, and ours.
+        if !here || given == 0 || Arc::strong_count(&node) != 3 {
+            return false;
+        }
+        shard.remove(&inode);
+        self.leave(&mut ids, node.id);
+        self.cold.insert(node.id, given, recipe);
+        // Closing needs no lock.
+        drop((ids, shard));
+        true
     }
 
     /// A node for a regular file that has no name.
     pub fn give_unnamed(&self, fd: OwnedFd) -> Result<Arc<Node>, Errno> {
         self.check_room()?;
-        let node = Arc::new(Node {
-            id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            kind: libc::S_IFREG,
-            inode: AtomicU64::new(NO_INODE),
-            unnamed: Some(fd),
-            given: AtomicU64::new(1),
-            owed: AtomicU64::new(0),
-            backend: Arc::clone(&self.backend),
-        });
-        self.count.fetch_add(1, Ordering::Relaxed);
-        self.insert_id(Arc::clone(&node));
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let place = Place { parent: id, name: c"".into() };
+        let mut node = self.node(id, libc::S_IFREG, (NO_INODE, 0), 1, place);
+        node.unnamed = Some(fd);
+        let node = Arc::new(node);
+        self.enter(&mut self.lock_id(id), &node);
         Ok(node)
     }
 
     /// An unnamed file got its first name, and the crate found it there: from now on both lead to
     /// the same node, unless a LOOKUP of the new name was faster; then that node is the name's.
-    pub fn give_named(&self, node: &Arc<Node>, found: &Found) -> Result<Arc<Node>, Errno> {
+    pub fn give_named(
+        &self,
+        node: &Arc<Node>,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+    ) -> Result<Arc<Node>, Errno> {
         {
             let mut shard = self.inode_shard(found.inode);
             if !shard.contains_key(&found.inode) {
@@ -236,7 +394,7 @@ impl Nodes {
                 return Ok(Arc::clone(node));
             }
         }
-        self.give(found)
+        self.give(found, parent, name)
     }
 
     /// The guest gives back `count` lookups of `id`. Unknown ids and the root are left alone, and
@@ -245,10 +403,7 @@ impl Nodes {
         if id == FUSE_ROOT_ID || count == 0 {
             return;
         }
-        let Ok(node) = self.find(id) else {
-            self.overdrawn.fetch_add(1, Ordering::Relaxed);
-            return;
-        };
+        let Some(node) = self.forget_cold(id, count) else { return };
         loop {
             let inode = node.inode.load(Ordering::Acquire);
             let mut shard = self.inode_shard(inode);
@@ -265,7 +420,7 @@ impl Nodes {
                 if shard.get(&inode).is_some_and(|other| Arc::ptr_eq(other, &node)) {
                     shard.remove(&inode);
                 }
-                self.remove_id(id);
+                self.leave(&mut self.lock_id(id), id);
                 drop(shard);
                 released.0.push(node);
             }
@@ -273,9 +428,26 @@ impl Nodes {
         }
     }
 
+    /// The resident node, or none where it was cold (and has been told) or unknown.
+    fn forget_cold(&self, id: u64, count: u64) -> Option<Arc<Node>> {
+        let shard = self.id_shard(id).read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(node) = shard.get(&id) {
+            return Some(Arc::clone(node));
+        }
+        if !matches!(self.cold.forget(id, count), Some((_, 0))) {
+            self.overdrawn.fetch_add(1, Ordering::Relaxed);
+        }
+        None
+    }
+
     /// Nodes known now, the root among them.
     pub fn count(&self) -> usize {
-        self.count.load(Ordering::Relaxed)
+        self.resident() + self.cold.count()
+    }
+
+    /// Nodes with an fd behind them.
+    pub fn resident(&self) -> usize {
+        self.resident.load(Ordering::Relaxed)
     }
 
     /// How often a guest gave back what it did not have.
@@ -283,19 +455,59 @@ impl Nodes {
         self.overdrawn.load(Ordering::Relaxed)
     }
 
-    fn inode_shard(&self, inode: u64) -> MutexGuard<'_, HashMap<u64, Arc<Node>>> {
+    /// Held while names are removed or replaced: nothing is evicted by a name that goes away.
+    pub(crate) fn hold_names(&self) -> RwLockReadGuard<'_, ()> {
+        self.names.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Not while anybody changes names.
+    pub(crate) fn freeze_names(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        self.names.try_write().ok()
+    }
+
+    pub(crate) fn inode_shard(&self, inode: u64) -> MutexGuard<'_, Shard> {
         self.by_inode[shard_of(inode)].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn insert_id(&self, node: Arc<Node>) {
-        let shard = &self.by_id[shard_of(node.id)];
-        shard.write().unwrap_or_else(PoisonError::into_inner).insert(node.id, node);
+    fn enter(&self, ids: &mut Shard, node: &Arc<Node>) {
+        self.resident.fetch_add(1, Ordering::Relaxed);
+        ids.insert(node.id, Arc::clone(node));
     }
 
-    fn remove_id(&self, id: u64) {
-        let shard = &self.by_id[shard_of(id)];
-        if shard.write().unwrap_or_else(PoisonError::into_inner).remove(&id).is_some() {
-            self.count.fetch_sub(1, Ordering::Relaxed);
+    fn leave(&self, ids: &mut Shard, id: u64) {
+        if ids.remove(&id).is_some() {
+            self.resident.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn id_shard(&self, id: u64) -> &RwLock<Shard> {
+        &self.by_id[shard_of(id)]
+    }
+
+    pub(crate) fn lock_id(&self, id: u64) -> RwLockWriteGuard<'_, Shard> {
+        self.id_shard(id).write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A resident node that is in no map yet; `inode` and how many lookups the crate counts.
+    fn node(
+        &self,
+        id: u64,
+        kind: u32,
+        (inode, owed): (u64, u64),
+        given: u64,
+        place: Place,
+    ) -> Node {
+        Node {
+            id,
+            kind,
+            inode: AtomicU64::new(inode),
+            unnamed: None,
+            given: AtomicU64::new(given),
+            owed: AtomicU64::new(owed),
+            used: AtomicBool::new(true),
+            place: Mutex::new(place),
+            backend: Arc::clone(&self.backend),
+            counted: Counted::new(&self.fds),
         }
     }
 }

@@ -12,6 +12,7 @@ use rustix::fs::{FileType, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use crate::dispatch::Request;
+use crate::fds::Counted;
 use crate::fs::{CacheMode, Fs};
 use crate::handles::{Handle, OpenDir};
 use crate::passthrough::Stat;
@@ -36,7 +37,8 @@ pub fn opendir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let flags = (libc::O_RDONLY | libc::O_DIRECTORY) as u32;
     let fd = fs.backend.open(node.inode()?, flags, false)?;
     let dev = Stat::of(&fd)?.dev;
-    let dir = OpenDir { node, fd, dev, position: Mutex::new(Some(0)) };
+    let dir =
+        OpenDir { counted: Counted::new(node.fds()), node, fd, dev, position: Mutex::new(Some(0)) };
     let fh = fs.handles.insert(Handle::Dir(Arc::new(dir)));
     let open_flags = match fs.options.cache {
         CacheMode::Never | CacheMode::Auto => 0,
@@ -95,7 +97,10 @@ pub fn readdirplus(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usi
         let mut entry_out = abi::EntryOut::default();
         if !is_dot(entry.name) {
             // Gone in between, hidden, or no room: node id 0 tells the kernel to ask on its own.
-            let found = fs.backend.lookup(parent, entry.name).and_then(|found| fs.give(&found));
+            let found = fs.nodes.check_room();
+            let found = found
+                .and_then(|()| fs.backend.lookup(parent, entry.name))
+                .and_then(|found| fs.give(&found, &dir.node, entry.name));
             if let Ok((_, given)) = found {
                 ino = given.attr.ino;
                 entry_out = given;

@@ -119,15 +119,15 @@ pub fn create(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
     let parent = parent_for_new(fs, request)?;
     let caller = request.caller(fs);
     let _groups = groups(fs, request)?;
-    let made = fs.backend.create(caller, parent, name, flags | O_CREAT, mode);
+    let made = fs.backend.create(caller, parent.inode()?, name, flags | O_CREAT, mode);
     let (node, entry, fd) = match made {
         Ok((found, fd)) => {
-            let (node, entry) = fs.give(&found)?;
+            let (node, entry) = fs.give(&found, &parent, name)?;
             (node, entry, fd)
         }
         Err(Errno::EXIST) if create.flags & O_EXCL == 0 => {
-            let found = fs.backend.lookup(parent, name)?;
-            let (node, entry) = fs.give(&found)?;
+            let found = fs.backend.lookup(parent.inode()?, name)?;
+            let (node, entry) = fs.give(&found, &parent, name)?;
             let kill = create.open_flags & abi::FUSE_OPEN_KILL_SUIDGID != 0;
             let opened = check_regular(&node).and_then(|()| {
                 // The guest's kernel checked the directory only, so the host checks the file.
@@ -154,7 +154,7 @@ pub fn tmpfile(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     fs.handles.check_room()?;
     let flags = host_flags(fs, create.flags & !(TMPFILE_BIT | O_TRUNC))?;
     let mode = create.mode & 0o7777 & !(create.umask & 0o777);
-    let directory = fs.backend.path_fd(parent_for_new(fs, request)?)?;
+    let directory = fs.backend.path_fd(parent_for_new(fs, request)?.inode()?)?;
     let fd = {
         let _groups = groups(fs, request)?;
         let _ids = act_as(fs, request.caller(fs))?;

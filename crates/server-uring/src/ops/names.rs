@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use ringfs_wire::abi;
 use rustix::io::Errno;
@@ -11,7 +12,7 @@ use crate::creds::{CredsError, SuppGroups};
 use crate::dispatch::{Request, name_alone, name_first, name_pair, text_first};
 use crate::fdops;
 use crate::fs::{CacheMode, Fs};
-use crate::nodes::Backing;
+use crate::nodes::{Backing, Node};
 use crate::passthrough::{Found, Stat};
 use crate::reply::{put, put_bytes};
 
@@ -22,9 +23,10 @@ const TARGET_BYTES_MAX: usize = libc::PATH_MAX as usize - 1;
 /// Finds a name.
 pub fn lookup(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let name = name_alone(request.args)?;
-    let parent = fs.nodes.find(request.nodeid)?.inode()?;
-    match fs.backend.lookup(parent, name) {
-        Ok(found) => reply_entry(fs, &found, out),
+    let parent = fs.nodes.find(request.nodeid)?;
+    fs.nodes.check_fds()?;
+    match fs.backend.lookup(parent.inode()?, name) {
+        Ok(found) => reply_entry(fs, &found, (&parent, name), out),
         // Node id 0: "there is no such name, and you may remember that".
         Err(Errno::NOENT) if fs.options.cache == CacheMode::Always => {
             let entry_valid = crate::fs::valid_secs(fs.options.cache);
@@ -71,8 +73,8 @@ pub fn symlink(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     }
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
-    let found = fs.backend.symlink(request.caller(fs), target, parent, name)?;
-    reply_entry(fs, &found, out)
+    let found = fs.backend.symlink(request.caller(fs), target, parent.inode()?, name)?;
+    reply_entry(fs, &found, (&parent, name), out)
 }
 
 /// Makes a node that is no directory.
@@ -89,8 +91,8 @@ pub fn mknod(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
     let mode = kind | mknod.mode & 0o7777 & !(mknod.umask & 0o777);
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
-    let found = fs.backend.mknod(request.caller(fs), parent, name, mode, mknod.rdev)?;
-    reply_entry(fs, &found, out)
+    let found = fs.backend.mknod(request.caller(fs), parent.inode()?, name, mode, mknod.rdev)?;
+    reply_entry(fs, &found, (&parent, name), out)
 }
 
 /// Makes a directory.
@@ -100,21 +102,25 @@ pub fn mkdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
     let mode = mkdir.mode & 0o7777 & !(mkdir.umask & 0o777);
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
-    let found = fs.backend.mkdir(request.caller(fs), parent, name, mode)?;
-    reply_entry(fs, &found, out)
+    let found = fs.backend.mkdir(request.caller(fs), parent.inode()?, name, mode)?;
+    reply_entry(fs, &found, (&parent, name), out)
 }
 
 /// Removes a file's name.
 pub fn unlink(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let name = name_alone(request.args)?;
-    fs.backend.unlink(fs.nodes.find(request.nodeid)?.inode()?, name)?;
+    let parent = fs.nodes.find(request.nodeid)?;
+    let _held = fs.nodes.hold(&[(&parent, name)]);
+    fs.backend.unlink(parent.inode()?, name)?;
     Ok(0)
 }
 
 /// Removes an empty directory.
 pub fn rmdir(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let name = name_alone(request.args)?;
-    fs.backend.rmdir(fs.nodes.find(request.nodeid)?.inode()?, name)?;
+    let parent = fs.nodes.find(request.nodeid)?;
+    let _held = fs.nodes.hold(&[(&parent, name)]);
+    fs.backend.rmdir(parent.inode()?, name)?;
     Ok(0)
 }
 
@@ -143,6 +149,7 @@ fn rename_to(
 ) -> Result<usize, Errno> {
     let from = fs.nodes.find(request.nodeid)?;
     let to = fs.nodes.find(newdir)?;
+    let _held = fs.nodes.hold(&[(&from, old), (&to, new)]);
     fs.backend.rename((from.inode()?, old), (to.inode()?, new), flags)?;
     Ok(0)
 }
@@ -152,37 +159,42 @@ pub fn link(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
     let (link, rest): (abi::LinkIn, _) = request.head_rest()?;
     let name = name_alone(rest)?;
     let node = fs.nodes.find(link.oldnodeid)?;
-    let parent = fs.nodes.find(request.nodeid)?.inode()?;
+    let parent = fs.nodes.find(request.nodeid)?;
+    let directory = parent.inode()?;
     match node.backing()? {
         Backing::Crate(inode) => {
-            let found = fs.backend.link(inode, parent, name)?;
-            reply_entry(fs, &found, out)
+            let found = fs.backend.link(inode, directory, name)?;
+            reply_entry(fs, &found, (&parent, name), out)
         }
         Backing::Fd(fd) => {
-            let directory = fs.backend.path_fd(parent)?;
-            fdops::link_fd(fd, directory.as_fd(), name)?;
-            let found = fs.backend.lookup(parent, name)?;
+            fdops::link_fd(fd, fs.backend.path_fd(directory)?.as_fd(), name)?;
+            let found = fs.backend.lookup(directory, name)?;
             let ours = Stat::of(fd)?;
             if (ours.dev, ours.ino) != (found.stat.dev, found.stat.ino) {
                 // Somebody replaced the name at once: it is no longer this file's.
                 fs.backend.forget(found.inode, 1);
                 return Err(Errno::STALE);
             }
-            let node = fs.nodes.give_named(&node, &found)?;
+            let node = fs.nodes.give_named(&node, &found, &parent, name)?;
             put(out, &fs.entry(node.id, &found.stat))
         }
     }
 }
 
-/// The crate's inode of the directory in which something shall appear; refuses before anything
-/// is made where the session has no room for one more node.
-pub(crate) fn parent_for_new(fs: &Fs, request: &Request<'_>) -> Result<u64, Errno> {
+/// The directory in which something shall appear; refuses before anything is made where the
+/// session has no room for one more node.
+pub(crate) fn parent_for_new(fs: &Fs, request: &Request<'_>) -> Result<Arc<Node>, Errno> {
     fs.nodes.check_room()?;
-    fs.nodes.find(request.nodeid)?.inode()
+    fs.nodes.find(request.nodeid)
 }
 
-fn reply_entry(fs: &Fs, found: &Found, out: &mut [u8]) -> Result<usize, Errno> {
-    let (_, entry) = fs.give(found)?;
+fn reply_entry(
+    fs: &Fs,
+    found: &Found,
+    (parent, name): (&Node, &CStr),
+    out: &mut [u8],
+) -> Result<usize, Errno> {
+    let (_, entry) = fs.give(found, parent, name)?;
     put(out, &entry)
 }
 

@@ -3,6 +3,7 @@
 mod dirs;
 mod hostile;
 mod life;
+mod pressure;
 mod random;
 mod rights;
 mod support;

@@ -1,0 +1,121 @@
+//! Nodes that the guest knows and no fd of ours stands behind: what remains of them in memory.
+//!
+//! A few more bytes than a recipe each ([`Recipe::pack`]), found by node id, and by the file's
+//! device and inode number, so that a LOOKUP that meets the file again gives the same id.
+//! nodes.rs moves nodes in and out under its own locks; nothing here calls the kernel.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::import::Recipe;
+
+/// Device and inode number.
+pub(crate) type FileKey = (u64, u64);
+
+/// All of a session's.
+#[derive(Default)]
+pub(crate) struct Cold {
+    /// So that nobody takes the lock where there is nothing.
+    count: AtomicUsize,
+    maps: Mutex<Maps>,
+}
+
+#[derive(Default)]
+struct Maps {
+    by_id: HashMap<u64, Entry>,
+    by_file: HashMap<FileKey, u64>,
+}
+
+struct Entry {
+    given: u64,
+    recipe: Box<[u8]>,
+}
+
+fn key_of(recipe: &Recipe) -> FileKey {
+    let (major, minor) = recipe.mount.device;
+    (rustix::fs::makedev(major, minor), recipe.ino)
+}
+
+impl Cold {
+    pub(crate) fn count(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn contains(&self, id: u64) -> bool {
+        self.count() > 0 && self.lock().by_id.contains_key(&id)
+    }
+
+    /// What rebuilds the node; `None` for one that is not here.
+    pub(crate) fn recipe(&self, id: u64) -> Option<Recipe> {
+        if self.count() == 0 {
+            return None;
+        }
+        let maps = self.lock();
+        Recipe::unpack(&maps.by_id.get(&id)?.recipe)
+    }
+
+    /// The node of a file.
+    pub(crate) fn id_of(&self, file: FileKey) -> Option<u64> {
+        if self.count() == 0 {
+            return None;
+        }
+        self.lock().by_file.get(&file).copied()
+    }
+
+    /// The number belongs to another file now: the node is stale, and stays so.
+    pub(crate) fn disown(&self, file: FileKey) {
+        self.lock().by_file.remove(&file);
+    }
+
+    pub(crate) fn insert(&self, id: u64, given: u64, recipe: &Recipe) {
+        let mut maps = self.lock();
+        maps.by_file.insert(key_of(recipe), id);
+        maps.by_id.insert(id, Entry { given, recipe: recipe.pack() });
+        self.count.store(maps.by_id.len(), Ordering::Release);
+    }
+
+    /// Takes a node out; how many lookups the guest has of it.
+    pub(crate) fn remove(&self, id: u64) -> Option<u64> {
+        self.take(&mut self.lock(), id)
+    }
+
+    /// The guest gives back lookups. `None`: unknown. Else how many it still has, and how many it
+    /// gave back beyond what it had.
+    pub(crate) fn forget(&self, id: u64, count: u64) -> Option<(u64, u64)> {
+        if self.count() == 0 {
+            return None;
+        }
+        let mut maps = self.lock();
+        let entry = maps.by_id.get_mut(&id)?;
+        let beyond = count.saturating_sub(entry.given);
+        entry.given = entry.given.saturating_sub(count);
+        let left = entry.given;
+        if left == 0 {
+            self.take(&mut maps, id);
+        }
+        Some((left, beyond))
+    }
+
+    fn take(&self, maps: &mut Maps, id: u64) -> Option<u64> {
+        let entry = maps.by_id.remove(&id)?;
+        if let Some(recipe) = Recipe::unpack(&entry.recipe) {
+            let key = key_of(&recipe);
+            if maps.by_file.get(&key) == Some(&id) {
+                maps.by_file.remove(&key);
+            }
+        }
+        // A guest that walked through millions of files and forgot them has its memory back.
+        if maps.by_id.len() * 4 < maps.by_id.capacity() {
+            let room = maps.by_id.len() * 2;
+            maps.by_id.shrink_to(room);
+            maps.by_file.shrink_to(room);
+        }
+        self.count.store(maps.by_id.len(), Ordering::Release);
+        Some(entry.given)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Maps> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

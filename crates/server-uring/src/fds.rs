@@ -1,0 +1,107 @@
+//! The daemon's file descriptors: how many there are, and which session gives some up.
+//!
+//! Each file that a guest knows costs the daemon an `O_PATH` fd, and each file that it holds open
+//! another one. Both are counted here, for the whole process. Where they run short, the session
+//! with the most known files lets some of them go ([`Nodes::evict`]): its guest goes on knowing
+//! them, and they are taken in again on their next use.
+//!
+//! The count is of what lasts; fds for the length of a call, sockets and rings have the rest of
+//! the limit. It must not open or close anything itself.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+
+use crate::nodes::Nodes;
+
+/// Nodes let go at a time: some hundred microseconds of work.
+const EVICTED_AT_ONCE: usize = 32;
+
+/// The count and its bound.
+#[derive(Debug)]
+pub struct Fds {
+    used: AtomicUsize,
+    most: usize,
+    sessions: Mutex<Vec<Weak<Nodes>>>,
+}
+
+impl Fds {
+    /// At most `most` fds in nodes and open files; a sixteenth more while several threads compete.
+    pub fn new(most: usize) -> Arc<Fds> {
+        Arc::new(Fds { used: AtomicUsize::new(0), most, sessions: Mutex::default() })
+    }
+
+    /// Three quarters of what the process may have open.
+    pub fn of_process() -> Arc<Fds> {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        Fds::new(usize::try_from(limit / 4 * 3).unwrap_or(usize::MAX).clamp(16, 1 << 30))
+    }
+
+    /// In use now.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The most open files that one session may hold.
+    pub fn handles_max(&self) -> usize {
+        self.most / 2
+    }
+
+    /// Before something new is opened that lasts.
+    ///
+    /// # Errors
+    /// `ENFILE`: all are in use, and none can be had back.
+    pub fn make_room(&self) -> Result<(), Errno> {
+        if self.used() < self.most {
+            return Ok(());
+        }
+        self.relieve();
+        if self.used() < self.most + self.most / 16 { Ok(()) } else { Err(Errno::NFILE) }
+    }
+
+    /// The session with the most nodes gives up some. Where it cannot, the next one is asked.
+    fn relieve(&self) {
+        let mut sessions = match self.sessions.try_lock() {
+            Ok(sessions) => sessions,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Another thread is at it.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        sessions.retain(|session| session.strong_count() > 0);
+        let mut alive: Vec<_> = sessions.iter().filter_map(Weak::upgrade).collect();
+        drop(sessions);
+        alive.sort_by_key(|nodes| std::cmp::Reverse(nodes.resident()));
+        alive.iter().find(|nodes| nodes.evict(EVICTED_AT_ONCE) > 0);
+    }
+
+    /// From now on these nodes may be asked to go.
+    pub(crate) fn join(&self, nodes: &Arc<Nodes>) {
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.push(Arc::downgrade(nodes));
+    }
+}
+
+/// One fd that is counted as long as this lives.
+#[derive(Debug)]
+pub struct Counted(Arc<Fds>);
+
+impl Counted {
+    /// Counts one more.
+    pub fn new(fds: &Arc<Fds>) -> Counted {
+        fds.used.fetch_add(1, Ordering::Relaxed);
+        Counted(Arc::clone(fds))
+    }
+
+    /// Where it is counted.
+    pub fn fds(&self) -> &Arc<Fds> {
+        &self.0
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.used.fetch_sub(1, Ordering::Relaxed);
+    }
+}

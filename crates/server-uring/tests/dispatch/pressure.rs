@@ -1,0 +1,268 @@
+//! Fewer fds than files: nodes lose theirs, and the guest does not notice.
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use ringfs_server::fds::Fds;
+use ringfs_server::fs::FsOptions;
+use ringfs_wire::abi::{self, Opcode};
+use rustix::io::Errno;
+
+use crate::support::{Guest, Lcg, Listed, O_RDWR, ROOT, share_with};
+
+const FDS: usize = 64;
+const FILES: usize = 1_000;
+
+fn options() -> (Arc<Fds>, FsOptions) {
+    let fds = Fds::new(FDS);
+    (Arc::clone(&fds), FsOptions { fds, ..FsOptions::default() })
+}
+
+fn files(dir: &Path, count: usize) {
+    for i in 0..count {
+        std::fs::write(dir.join(format!("f{i}")), i.to_string()).expect("file");
+    }
+}
+
+fn ino(path: &Path) -> u64 {
+    std::fs::symlink_metadata(path).expect("host").ino()
+}
+
+/// Looks so many other files up that whatever is not in use has lost its fd.
+fn press(guest: &Guest, dir: u64) {
+    for i in 0..4 * FDS {
+        let _ = guest.lookup(dir, &format!("f{i}"));
+    }
+}
+
+#[test]
+fn the_guest_knows_more_files_than_there_are_fds() {
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let entries: Vec<_> =
+        (0..FILES).map(|i| guest.lookup(ROOT, &format!("f{i}")).expect("lookup")).collect();
+    assert_eq!(guest.fs.counts().nodes, FILES + 1);
+    assert!(fds.used() <= FDS + FDS / 16, "{} fds", fds.used());
+    for (i, entry) in entries.iter().enumerate() {
+        let attr = guest.getattr(entry.nodeid).expect("attributes");
+        assert_eq!(attr.ino, ino(&dir.path().join(format!("f{i}"))));
+        let fh = guest.open(entry.nodeid, O_RDWR).expect("open").fh;
+        assert_eq!(guest.read(entry.nodeid, fh, 0, 64).expect("read"), i.to_string().as_bytes());
+        guest.release(entry.nodeid, fh).expect("release");
+    }
+    // Looked up again, each has its old id.
+    for (i, entry) in entries.iter().enumerate() {
+        let again = guest.lookup(ROOT, &format!("f{i}")).expect("lookup");
+        assert_eq!(again.nodeid, entry.nodeid);
+    }
+    for entry in &entries {
+        guest.forget(entry.nodeid, 2);
+    }
+    let counts = guest.fs.counts();
+    assert_eq!((counts.nodes, counts.overdrawn), (1, 0));
+    assert_eq!(fds.used(), 1, "the root's");
+}
+
+#[test]
+fn a_listing_with_attributes_of_more_than_there_are_fds() {
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let all = guest.list(ROOT, Opcode::Readdirplus, 32 << 10);
+    let ids: HashSet<u64> = all.iter().map(|entry| entry.nodeid).filter(|&id| id > ROOT).collect();
+    assert_eq!(ids.len(), FILES, "each entry has a node of its own");
+    assert!(fds.used() <= FDS + FDS / 16);
+    for Listed { nodeid, ino, .. } in all.iter().filter(|entry| entry.nodeid > ROOT) {
+        assert_eq!(guest.getattr(*nodeid).expect("attributes").ino, *ino);
+        guest.forget(*nodeid, 1);
+    }
+    assert_eq!((guest.fs.counts().nodes, guest.fs.counts().overdrawn), (1, 0));
+}
+
+#[test]
+fn requests_about_cold_nodes_go_to_the_pool() {
+    let (_fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let node = guest.lookup(ROOT, "f999").expect("lookup").nodeid;
+    press(&guest, ROOT);
+    let args = [0; size_of::<abi::GetattrIn>()];
+    assert_eq!(guest.route(Opcode::Getattr, node, &args), "pool");
+    guest.getattr(node).expect("attributes");
+    assert_eq!(guest.route(Opcode::Getattr, node, &args), "inline");
+}
+
+#[test]
+fn what_the_guest_renames_and_links_is_found_by_its_new_name() {
+    let (_fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let sub = guest.mkdir(ROOT, "sub").expect("mkdir").nodeid;
+    let deep = guest.mkdir(sub, "deep").expect("mkdir").nodeid;
+    let node = guest.create(deep, "old", O_RDWR).map(|(entry, fh)| {
+        guest.release(entry.nodeid, fh).expect("release");
+        entry.nodeid
+    });
+    let node = node.expect("create");
+    let file = ino(&dir.path().join("sub/deep/old"));
+    let seen = || guest.getattr(node).expect("attributes").ino;
+    // Renamed while cold, renamed while resident, its directories renamed, linked and unlinked.
+    press(&guest, ROOT);
+    guest.rename((deep, "old"), (sub, "new"), 0).expect("rename");
+    assert_eq!(seen(), file);
+    guest.rename((sub, "new"), (deep, "newer"), 0).expect("rename");
+    press(&guest, ROOT);
+    assert_eq!(seen(), file);
+    press(&guest, ROOT);
+    guest.rename((sub, "deep"), (ROOT, "moved"), 0).expect("rename");
+    press(&guest, ROOT);
+    assert_eq!(seen(), file);
+    press(&guest, ROOT);
+    assert_eq!(guest.link(node, sub, "link").expect("link").nodeid, node);
+    press(&guest, ROOT);
+    guest.unlink(deep, "newer").expect("unlink");
+    press(&guest, ROOT);
+    assert_eq!(seen(), file);
+    // The last name goes: an fd keeps the file as long as the guest knows it.
+    press(&guest, ROOT);
+    guest.unlink(sub, "link").expect("unlink");
+    press(&guest, ROOT);
+    assert_eq!(guest.getattr(node).expect("attributes").nlink, 0);
+    guest.forget(node, 2);
+    assert_eq!(guest.getattr(node).map(|_| ()), Err(Errno::STALE));
+}
+
+#[test]
+fn a_replaced_file_stays_what_it_was() {
+    let (_fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let (old, new) = (guest.lookup(ROOT, "f998"), guest.lookup(ROOT, "f999"));
+    let (old, new) = (old.expect("lookup").nodeid, new.expect("lookup").nodeid);
+    let numbers = (ino(&dir.path().join("f998")), ino(&dir.path().join("f999")));
+    press(&guest, ROOT);
+    guest.rename((ROOT, "f999"), (ROOT, "f998"), 0).expect("rename");
+    press(&guest, ROOT);
+    let (first, second) = (guest.getattr(old), guest.getattr(new));
+    let (first, second) = (first.expect("replaced"), second.expect("renamed"));
+    assert_eq!(
+        ((first.ino, first.nlink), (second.ino, second.nlink)),
+        ((numbers.0, 0), (numbers.1, 1))
+    );
+}
+
+#[test]
+fn what_the_host_does_behind_our_back_ends_in_estale_or_the_same_file() {
+    let (_fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let [gone, moved, swapped] =
+        ["f997", "f998", "f999"].map(|name| guest.lookup(ROOT, name).expect("lookup").nodeid);
+    let number = ino(&dir.path().join("f998"));
+    press(&guest, ROOT);
+    std::fs::remove_file(dir.path().join("f997")).expect("remove");
+    std::fs::rename(dir.path().join("f998"), dir.path().join("elsewhere")).expect("rename");
+    std::fs::write(dir.path().join("new"), "another").expect("write");
+    std::fs::rename(dir.path().join("new"), dir.path().join("f999")).expect("rename");
+    assert_eq!(guest.getattr(gone).map(|_| ()), Err(Errno::STALE));
+    assert_eq!(guest.getattr(swapped).map(|_| ()), Err(Errno::STALE));
+    match guest.getattr(moved) {
+        Ok(attr) => assert_eq!(attr.ino, number),
+        Err(errno) => assert_eq!(errno, Errno::STALE, "a host without file handles"),
+    }
+    // The new file is a new node, whatever inode number it has.
+    let fresh = guest.lookup(ROOT, "f999").expect("lookup").nodeid;
+    assert!(fresh != swapped && fresh != gone);
+}
+
+#[test]
+fn files_in_use_keep_their_fds() {
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let open: Vec<_> = (0..FDS / 4)
+        .map(|i| {
+            let node = guest.lookup(ROOT, &format!("f{i}")).expect("lookup").nodeid;
+            (node, guest.open(node, O_RDWR).expect("open").fh)
+        })
+        .collect();
+    press(&guest, ROOT);
+    for i in 0..FDS / 4 {
+        std::fs::remove_file(dir.path().join(format!("f{i}"))).expect("remove");
+    }
+    for (i, &(node, fh)) in open.iter().enumerate() {
+        assert_eq!(guest.read(node, fh, 0, 64).expect("read"), i.to_string().as_bytes());
+        assert_eq!(guest.getattr(node).expect("attributes").nlink, 0);
+    }
+    // More than half of all may not be open files of one session.
+    let mut refused = None;
+    for i in FDS..FILES {
+        let node = guest.lookup(ROOT, &format!("f{i}")).expect("lookup").nodeid;
+        if let Err(errno) = guest.open(node, O_RDWR) {
+            refused = Some(errno);
+            break;
+        }
+    }
+    assert_eq!(refused, Some(Errno::NFILE));
+    assert!(fds.used() <= FDS + FDS / 16);
+}
+
+#[test]
+fn the_session_with_most_nodes_gives_way() {
+    let (fds, options) = options();
+    let (dir, greedy) = share_with(options.clone());
+    files(dir.path(), FILES);
+    for i in 0..FILES {
+        greedy.lookup(ROOT, &format!("f{i}")).expect("lookup");
+    }
+    let modest = Guest::new(dir.path(), options);
+    let nodes: Vec<_> =
+        (0..8).map(|i| modest.lookup(ROOT, &format!("f{i}")).expect("lookup").nodeid).collect();
+    for i in 0..FILES {
+        greedy.lookup(ROOT, &format!("f{i}")).expect("lookup");
+    }
+    let args = [0; size_of::<abi::GetattrIn>()];
+    for node in nodes {
+        assert_eq!(modest.route(Opcode::Getattr, node, &args), "inline");
+    }
+    assert!(fds.used() <= FDS + FDS / 16);
+}
+
+#[test]
+fn threads_use_rename_and_forget_under_pressure() {
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let numbers: Vec<u64> = (0..FILES).map(|i| ino(&dir.path().join(format!("f{i}")))).collect();
+    std::thread::scope(|scope| {
+        for thread in 0..4_u64 {
+            let (guest, numbers) = (&guest, &numbers);
+            scope.spawn(move || {
+                let mut lcg = Lcg(thread + 1);
+                for _ in 0..4_000 {
+                    // Each thread renames its own files, and all look at all.
+                    let i = lcg.below(FILES as u64);
+                    let Ok(entry) = guest.lookup(ROOT, &format!("f{i}")) else { continue };
+                    let attr = guest.getattr(entry.nodeid).expect("attributes");
+                    assert_eq!(attr.ino, entry.attr.ino);
+                    if i % 4 == thread {
+                        let (name, other) = (format!("f{i}"), format!("t{i}"));
+                        guest.rename((ROOT, &name), (ROOT, &other), 0).expect("rename");
+                        assert_eq!(
+                            guest.getattr(entry.nodeid).expect("mine").ino,
+                            numbers[i as usize]
+                        );
+                        guest.rename((ROOT, &other), (ROOT, &name), 0).expect("rename back");
+                    }
+                    guest.forget(entry.nodeid, 1);
+                }
+            });
+        }
+    });
+    let counts = guest.fs.counts();
+    assert_eq!((counts.nodes, counts.overdrawn), (1, 0));
+    assert_eq!(fds.used(), 1);
+}
