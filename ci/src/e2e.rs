@@ -56,21 +56,7 @@ pub struct Rig {
     pub bins: Bins,
 }
 
-/// Files that a case may have its guests know at once. Each costs the daemon an fd, and many
-/// machines (containers) allow a process 20,000 of them.
-pub const KNOWN_MAX: usize = 10_000;
-
 impl Rig {
-    /// Has the kernel give back the files that it only remembers, and waits until it has.
-    pub fn let_guests_forget(&self) -> Result<()> {
-        fs::write("/proc/sys/vm/drop_caches", "2").context("drop the kernel's caches")?;
-        let known = guard::poll_until(rig::SETTLE, || {
-            Ok(self.daemon.counters()?.nodes < KNOWN_MAX as u64 / 10)
-        });
-        ensure!(known?, "the kernel keeps the files that it was told to forget");
-        Ok(())
-    }
-
     /// Mounts the share `d` with `options` on a directory called `name`.
     pub fn mount(&self, name: &str, options: &str) -> Result<Mount> {
         self.daemon.mount(&self.sandbox, "d", name, options)

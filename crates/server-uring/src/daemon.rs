@@ -6,6 +6,7 @@
 
 use crate::accept::{self, Address, ListenError, Listener};
 use crate::control::Control;
+use crate::fds::Fds;
 use crate::fs::{Fs, FsOptions, ShareRoot, Submounts};
 use crate::greet::Share;
 use crate::worker::Worker;
@@ -16,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use thiserror::Error;
 
 /// How files and sockets are driven.
@@ -155,7 +157,7 @@ fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
     Ok(Share { name, dir, root, options })
 }
 
-/// Each inode that a guest knows costs an fd: as many as the kernel gives a process, or at least as
+/// An inode that a guest uses costs an fd: as many as the kernel gives a process, or at least as
 /// many as the hard limit allows.
 fn raise_open_files() {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
@@ -188,7 +190,9 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     raise_open_files();
     become_root_group()?;
     let mut shares = Vec::new();
-    for share in config.shares {
+    let fds = Fds::of_process();
+    for mut share in config.shares {
+        share.options.fds = Arc::clone(&fds);
         if shares.iter().any(|known: &Share| known.name == share.name) {
             return Err(DaemonError::Twice(share.name));
         }

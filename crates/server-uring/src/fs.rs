@@ -114,6 +114,8 @@ pub enum FsError {
 pub struct FsCounts {
     /// Nodes known, the root among them.
     pub nodes: usize,
+    /// Those of them that have an fd.
+    pub nodes_with_fd: usize,
     /// Files and directories open.
     pub handles: usize,
     /// FORGETs that named what the guest did not have.
@@ -257,6 +259,7 @@ impl Fs {
     pub fn counts(&self) -> FsCounts {
         FsCounts {
             nodes: self.nodes.count(),
+            nodes_with_fd: self.nodes.resident(),
             handles: self.handles.count(),
             overdrawn: self.nodes.overdrawn(),
         }

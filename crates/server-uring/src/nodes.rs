@@ -102,7 +102,7 @@ impl Node {
 
     fn seen_at(&self, parent: u64, name: &CStr) {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if place.parent != parent || &*place.name != name {
+        if place.parent != parent || *place.name != *name {
             *place = Place { parent, name: name.into() };
         }
     }

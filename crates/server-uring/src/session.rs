@@ -159,6 +159,7 @@ impl Registry {
         vec![
             ("sessions", sessions.len() as u64),
             ("nodes", counts.iter().map(|c| c.nodes as u64).sum()),
+            ("nodes_with_fd", counts.iter().map(|c| c.nodes_with_fd as u64).sum()),
             ("handles", counts.iter().map(|c| c.handles as u64).sum()),
         ]
     }

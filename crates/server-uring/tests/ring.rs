@@ -3,7 +3,9 @@
 
 use proptest::prelude::*;
 use ringfs_server::buffers::{Buf, BufferPool};
+use ringfs_server::fds::Fds;
 use ringfs_server::handles::{OpenFile, Waits};
+use ringfs_server::import;
 use ringfs_server::nodes::Nodes;
 use ringfs_server::op::{Io, Op, Tag};
 use ringfs_server::passthrough::Backend;
@@ -14,7 +16,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -61,7 +63,9 @@ fn one(ring: &mut dyn Ring, io: Io) -> (Io, IoResult) {
 
 fn file_in(dir: &Path) -> Arc<OpenFile> {
     let backend = Arc::new(Backend::new(dir, false).expect("a backend"));
-    let node = Nodes::new(backend, 10).find(1).expect("the root");
+    let opened = std::fs::File::open(dir).expect("the directory");
+    let root = import::Root::new(opened.as_fd(), false).expect("a root");
+    let node = Nodes::new(backend, root, &Fds::of_process(), 10).find(1).expect("the root");
     let mut options = std::fs::File::options();
     let file = options.read(true).write(true).create(true).truncate(false);
     let file = file.open(dir.join("file")).expect("a file");
