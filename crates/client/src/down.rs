@@ -96,7 +96,7 @@ fn take_reply(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Resu
         return Err(End::Protocol("a reply for a lane that is not there"));
     };
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-    let InFlight::Request { unique, opcode } = lane.complete(at)? else { return Ok(()) };
+    let InFlight::Request { unique, opcode, .. } = lane.complete(at)? else { return Ok(()) };
     LaneCounters::add(&lane.counters.replies, 1);
     LaneCounters::add(&lane.counters.bytes_down, bytes.len());
     if opcode == Opcode::Init as u32 {

@@ -32,6 +32,8 @@ pub enum InFlight {
         unique: u64,
         /// What it asks.
         opcode: u32,
+        /// The task that waits for it; 0 where it cannot be named here.
+        pid: u32,
     },
     /// Node ids given back: the kernel waits for nothing.
     Forget,
@@ -40,7 +42,7 @@ pub enum InFlight {
 /// What the up thread sends besides requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Control {
-    /// The kernel interrupts the request of that slot.
+    /// The task of the request in that slot is dying.
     Cancel(SlotUse),
     /// The daemon asked whether we are there.
     Pong,
@@ -53,6 +55,8 @@ pub struct Parked {
     pub unique: u64,
     /// What it asks.
     pub opcode: u32,
+    /// The task that waits for it; 0 where it cannot be named here.
+    pub pid: u32,
     /// The frame, as read.
     pub frame: Box<[u8]>,
 }
@@ -86,6 +90,7 @@ pub struct LaneCounters {
     pub requests: AtomicU64,
     pub replies: AtomicU64,
     pub forgets: AtomicU64,
+    pub interrupts: AtomicU64,
     pub cancels: AtomicU64,
     pub batches: AtomicU64,
     pub bytes_up: AtomicU64,
@@ -186,8 +191,8 @@ impl Lane {
     pub fn unpark(&self) -> Option<(SlotUse, Parked)> {
         let mut table = lock(&self.table);
         let front = table.park.front()?;
-        let (unique, opcode) = (front.unique, front.opcode);
-        let Ok(at) = table.slots.claim(InFlight::Request { unique, opcode }) else {
+        let (unique, opcode, pid) = (front.unique, front.opcode, front.pid);
+        let Ok(at) = table.slots.claim(InFlight::Request { unique, opcode, pid }) else {
             table.starved = true;
             return None;
         };
@@ -219,7 +224,18 @@ impl Lane {
         Ok(request)
     }
 
-    /// The kernel interrupts `unique`: finds it here, or says that it is not here.
+    /// The task that waits for the answer to `unique`, if that is parked or in flight here.
+    pub fn waits(&self, unique: u64) -> Option<u32> {
+        let table = lock(&self.table);
+        let parked = table.park.iter().map(|parked| (parked.unique, parked.pid));
+        let in_flight = table.slots.in_flight().filter_map(|(_, request)| match request {
+            InFlight::Request { unique, pid, .. } => Some((*unique, *pid)),
+            InFlight::Forget => None,
+        });
+        parked.chain(in_flight).find(|(its, _)| *its == unique).map(|(_, pid)| pid)
+    }
+
+    /// Nobody waits for `unique` any more: takes it from the park, or has the daemon told.
     pub fn interrupt(&self, unique: u64) -> Interrupted {
         let mut table = lock(&self.table);
         if let Some(at) = table.park.iter().position(|parked| parked.unique == unique)
@@ -338,11 +354,11 @@ mod tests {
     }
 
     fn request(unique: u64) -> InFlight {
-        InFlight::Request { unique, opcode: 1 }
+        InFlight::Request { unique, opcode: 1, pid: 0 }
     }
 
     fn parked(unique: u64) -> Parked {
-        Parked { unique, opcode: 1, frame: vec![0; 48].into() }
+        Parked { unique, opcode: 1, pid: 77, frame: vec![0; 48].into() }
     }
 
     fn readable(lane: &Lane) -> bool {
@@ -379,6 +395,7 @@ mod tests {
         let Claim::Slot(at) = lane.claim(request(2)) else { panic!("no slot") };
         lane.park(parked(4)).expect("open");
         assert!(matches!(lane.interrupt(9), Interrupted::Unknown));
+        assert_eq!([9, 2, 4].map(|unique| lane.waits(unique)), [None, Some(0), Some(77)]);
         assert!(!readable(&lane));
         // Twice, and one cancel.
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
@@ -388,6 +405,7 @@ mod tests {
         assert_eq!(lane.next_control(), None);
         assert!(matches!(lane.interrupt(4), Interrupted::Parked(Parked { unique: 4, .. })));
         assert_eq!(lane.parked(), (0, 0));
+        assert_eq!(lane.waits(4), None);
         assert!(matches!(lane.interrupt(4), Interrupted::Unknown));
     }
 

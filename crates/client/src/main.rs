@@ -12,6 +12,7 @@ mod down;
 mod groups;
 mod handshake;
 mod helper;
+mod interrupts;
 mod lane;
 mod mount_cmd;
 mod options;

@@ -10,7 +10,7 @@ use crate::options::{Options, cache_word};
 use crate::session::{Conn, ConnRx, End, Session};
 use crate::status::{Facts, Granted, Publisher, Report, own_dir, unix_now_s};
 use crate::transport::{Address, ConnectError, Socket, Target};
-use crate::{down, handshake, up};
+use crate::{down, handshake, interrupts, up};
 use fuser_fork::init::Limits;
 use fuser_fork::mount::{Mount, MountError, Unmounted, mount, unmount_path};
 use fuser_fork::reader::Clones;
@@ -176,6 +176,7 @@ impl Life {
         for (conn, half) in halves.into_iter().enumerate() {
             self.spawn(format!("down{conn}"), move |session| down::run(session, conn, half))?;
         }
+        self.spawn("interrupts".to_owned(), interrupts::run)?;
         self.spawn("up0".to_owned(), |session| up::run(session, 0))
     }
 

@@ -4,6 +4,7 @@
 //! daemon. Nothing here is locked on the way of a frame but the sending half of a connection.
 
 use crate::handshake::{Joined, refusal};
+use crate::interrupts::Interrupts;
 use crate::lane::{Lane, lock};
 use crate::transport::Socket;
 use fuser_fork::device::DeviceError;
@@ -158,6 +159,8 @@ pub struct Session {
     pub nodes_seen: AtomicU64,
     /// Optional records that this version does not know.
     pub records_skipped: AtomicU64,
+    /// Requests whose tasks have signals.
+    pub interrupts: Interrupts,
     limits: Limits,
     append_groups: AtomicBool,
     init: Mutex<InitState>,
@@ -174,6 +177,7 @@ impl Session {
             conns,
             nodes_seen: AtomicU64::new(0),
             records_skipped: AtomicU64::new(0),
+            interrupts: Interrupts::default(),
             limits,
             append_groups: AtomicBool::new(false),
             init: Mutex::default(),
@@ -212,6 +216,7 @@ impl Session {
         self.stopping.store(true, Ordering::Release);
         self.conns.iter().for_each(Conn::shutdown);
         self.lanes.iter().for_each(Lane::kick);
+        self.interrupts.ring();
     }
 
     /// Whether [`Session::stop`] was called.

@@ -69,6 +69,7 @@ pub struct Report {
     pub replies: u64,
     pub refused_replies: u64,
     pub forgets: u64,
+    pub interrupts: u64,
     pub cancels: u64,
     pub batches_up: u64,
     pub bytes_up: u64,
@@ -110,6 +111,7 @@ impl Report {
             report.replies += read(&counters.replies);
             report.refused_replies += read(&counters.refused_replies);
             report.forgets += read(&counters.forgets);
+            report.interrupts += read(&counters.interrupts);
             report.cancels += read(&counters.cancels);
             report.batches_up += read(&counters.batches);
             report.bytes_up += read(&counters.bytes_up);

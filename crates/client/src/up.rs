@@ -7,8 +7,7 @@
 use crate::batcher::{Step, View, next_step};
 use crate::groups;
 use crate::lane::{
-    Claim, Control, InFlight, Interrupted, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX,
-    Parked,
+    Claim, Control, InFlight, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX, Parked,
 };
 use crate::session::{End, Session};
 use fuser_fork::device::ReadOutcome;
@@ -171,8 +170,8 @@ impl<'s> Up<'s> {
             let groups = groups::of_pid(header.pid);
             bytes = groups::append(self.builder.spare(&mut self.buffer), bytes, &groups);
         }
-        let (unique, opcode) = (header.unique, header.opcode);
-        match self.lane.claim(InFlight::Request { unique, opcode }) {
+        let (unique, opcode, pid) = (header.unique, header.opcode, header.pid);
+        match self.lane.claim(InFlight::Request { unique, opcode, pid }) {
             Claim::Slot(at) => {
                 let record = self.record(Kind::Request, at, opcode, bytes);
                 self.builder.commit(&mut self.buffer, record);
@@ -180,7 +179,7 @@ impl<'s> Up<'s> {
             }
             Claim::Full => {
                 let frame = self.builder.spare(&mut self.buffer)[..bytes].into();
-                match self.lane.park(Parked { unique, opcode, frame }) {
+                match self.lane.park(Parked { unique, opcode, pid, frame }) {
                     Ok(()) => self.has_parked = true,
                     Err(parked) => self.lane.answer_error(parked.unique, Errno::NOTCONN),
                 }
@@ -223,15 +222,12 @@ impl<'s> Up<'s> {
         }
     }
 
-    /// The kernel's task does not want to wait for `target` any longer.
+    /// The task that waits for `target` has a signal: another thread sees to it.
     fn interrupt(&self, unique: u64, target: u64) {
         for lane in &self.session.lanes {
-            match lane.interrupt(target) {
-                Interrupted::Cancelled => return,
-                Interrupted::Parked(parked) => {
-                    return lane.answer_error(parked.unique, Errno::INTR);
-                }
-                Interrupted::Unknown => {}
+            if let Some(pid) = lane.waits(target) {
+                LaneCounters::add(&lane.counters.interrupts, 1);
+                return self.session.interrupts.add(lane.index, target, pid);
             }
         }
         // Either answered by now, or read by a lane that has not put it down yet. EAGAIN has the

@@ -15,7 +15,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ringfs");
@@ -394,6 +394,69 @@ fn a_parked_reader_gets_out_without_the_daemon() {
     first.kill();
     assert_eq!(first.wait().status.signal(), Some(9));
     wait_until("the unmount", || bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+}
+
+/// A program that catches SIGUSR1 without SA_RESTART, and tells what its system calls say.
+fn signalled(bench: &Bench, code: &str) -> Reader {
+    let mut command = Command::new("perl");
+    let code = format!("$SIG{{USR1}} = sub {{ $n++ }}; {code}");
+    command.args(["-e", &code, "--"]).arg(&bench.mountpoint);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    Reader { child: command.spawn().expect("perl") }
+}
+
+impl Reader {
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("kill");
+    }
+}
+
+#[test]
+fn a_caught_signal_disturbs_neither_what_is_parked_nor_what_is_in_flight() {
+    let bench = Bench::new(Terms { slots: 1, ..Terms::default() });
+    let client = bench.mount("lanes=1");
+    let read = "open F, '<', \"$ARGV[0]/hang\"; sysread F, $b, 9; print $!+0, \" $n\\n\"";
+    let first = signalled(&bench, read);
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let stat =
+        |name| signalled(&bench, &format!("stat \"$ARGV[0]/{name}\"; print $!+0, \" $n\\n\""));
+    let (second, third) = (stat("hello"), stat("big"));
+    wait_until("the park", || status_of(&bench)["parked"] == 2);
+    for reader in [&first, &second, &third] {
+        reader.signal(Signal::USR1);
+    }
+    // A later SIGKILL is not announced by the kernel any more.
+    wait_until("the interrupts", || status_of(&bench)["interrupts"] == 3);
+    third.kill();
+    let killed = Instant::now();
+    assert_eq!(third.wait().status.signal(), Some(9));
+    assert!(killed.elapsed() < Duration::from_secs(2), "after {:?}", killed.elapsed());
+    wait_until("the park", || status_of(&bench)["parked"] == 1);
+    assert_eq!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)), 0);
+    bench.host.answer_hanging(lane, at, 121);
+    let said = |reader: Reader| {
+        let output = reader.wait();
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    };
+    assert_eq!((said(first), said(second)), ("121 1".to_owned(), "0 1".to_owned()));
+    assert!(bench.umount(&[]).status.success());
+    assert!(client.wait().0.success());
+    assert_eq!(bench.host.slots_in_use(), 0);
+}
+
+#[test]
+fn a_reader_that_is_killed_after_another_signal_is_told_of() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = signalled(&bench, "open F, '<', \"$ARGV[0]/hang\"; sysread F, $b, 9");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    reader.signal(Signal::USR1);
+    wait_until("the interrupt", || status_of(&bench)["interrupts"] == 1);
+    reader.kill();
+    assert_eq!(reader.wait().status.signal(), Some(9));
+    assert!(bench.host.wait_for("a cancel", |seen| (seen.cancels > 0).then_some(seen.cancels)) > 0);
+    assert!(bench.umount(&[]).status.success());
     assert!(client.wait().0.success());
 }
 
