@@ -6,8 +6,10 @@
 
 mod bad;
 mod load;
+mod signals;
 mod smoke;
 mod trees;
+mod versions;
 
 use std::fs;
 use std::path::PathBuf;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::{Case, Rig};
+use super::{Case, Rig, signals, versions};
 use crate::guard::{self, Guard, Undo};
 use crate::mounts;
 use crate::proc::{Cmd, Process};
@@ -28,20 +28,22 @@ pub const CASES: &[Case] = &[
     ("daemon_refuses_wrong_arguments", daemon_arguments),
     ("garbage_on_the_socket", garbage),
     ("broken_hello", broken_hello),
+    ("version_mismatch", versions::mismatch),
     ("half_open_connections", half_open),
     ("a_guest_that_never_reads", never_reads),
     ("a_daemon_that_talks_nonsense", false_daemon),
     ("a_stopped_guest", stopped_guest),
     ("a_killed_guest", killed_guest),
     ("a_killed_daemon", killed_daemon),
-    ("signals_unmount", signals),
+    ("signals_unmount", unmount_signals),
+    ("signals_while_the_daemon_is_stopped", signals::while_the_daemon_is_stopped),
 ];
 
 /// A refusal must come within this, whatever is wrong.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(40);
 
 /// Runs a command that must fail by itself, with a message that holds one of `words`.
-fn refused(cmd: Cmd, words: &[&str]) -> Result<()> {
+pub fn refused(cmd: Cmd, words: &[&str]) -> Result<()> {
     let line = cmd.line();
     let output = cmd.limit(REFUSAL_LIMIT).output()?;
     ensure!(!output.status.success(), "`{line}` succeeded");
@@ -54,7 +56,7 @@ fn refused(cmd: Cmd, words: &[&str]) -> Result<()> {
 }
 
 /// One more guest mounts, works and goes.
-fn others_work(rig: &Rig, name: &str) -> Result<()> {
+pub fn others_work(rig: &Rig, name: &str) -> Result<()> {
     let mount = rig.mount(name, "")?;
     let data = name.repeat(1000);
     fs::write(mount.dir.join(name), &data)?;
@@ -153,7 +155,7 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// Sends `bytes` to the daemon; it may close at any point, which is its right.
-fn send(rig: &Rig, bytes: &[u8]) -> Result<UnixStream> {
+pub fn send(rig: &Rig, bytes: &[u8]) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(&rig.daemon.socket)?;
     stream.set_write_timeout(Some(Duration::from_secs(2)))?;
     match stream.write_all(bytes) {
@@ -203,7 +205,7 @@ fn garbage(rig: &Rig) -> Result<()> {
 }
 
 /// The bytes with which the real client opens a connection.
-fn client_hello(rig: &Rig) -> Result<Vec<u8>> {
+pub fn client_hello(rig: &Rig) -> Result<Vec<u8>> {
     let path = rig.sandbox.path("own.sock");
     let listener = UnixListener::bind(&path)?;
     let dir = rig.sandbox.make_dir("hello")?;
@@ -360,7 +362,7 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
     wait_unmounted(&mount.dir, SETTLE)
 }
 
-fn signals(rig: &Rig) -> Result<()> {
+fn unmount_signals(rig: &Rig) -> Result<()> {
     for (name, signal) in [("term", Signal::TERM), ("int", Signal::INT), ("hup", Signal::HUP)] {
         let (mut client, dir, guard) = foreground(rig, name)?;
         client.signal(signal)?;

@@ -6,7 +6,9 @@
 use crate::transport::Socket;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
 use ringfs_wire::deframe::Deframer;
-use ringfs_wire::hello::{Hello, HelloError, Reason, Welcome, feature};
+use ringfs_wire::hello::{
+    Hello, HelloError, Reason, VERSION_MAX, VERSION_MIN, Welcome, feature, version_of,
+};
 use ringfs_wire::limits::HELLO_BYTES_MAX;
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
 use rustix::io::Errno;
@@ -37,7 +39,10 @@ pub struct Joined {
 pub enum HandshakeError {
     #[error("the daemon did not answer within {} s: is it ringfsd, and alive?", LIMIT.as_secs())]
     Timeout,
-    #[error("the peer closed the connection during the handshake: is it ringfsd?")]
+    #[error(
+        "the peer closed the connection during the handshake: is it ringfsd? (Some VMMs accept for \
+         ports that nobody serves)"
+    )]
     Closed,
     #[error("the connection failed during the handshake: {0}")]
     Io(Errno),
@@ -45,6 +50,11 @@ pub enum HandshakeError {
     Link(#[from] LinkError),
     #[error("the peer's first answer cannot be read")]
     Hello(#[from] HelloError),
+    #[error(
+        "the daemon answers in wire version {0}, and this ringfs speaks {VERSION_MIN} to \
+         {VERSION_MAX}: update the older of ringfs and ringfsd"
+    )]
+    Version(u16),
     #[error("the peer's first answer is {0} bytes (at most {HELLO_BYTES_MAX}): is it ringfsd?")]
     TooLong(usize),
     #[error("the peer's first record has kind {0}, not WELCOME: is it ringfsd?")]
@@ -124,7 +134,13 @@ fn answer(record: Option<(RecordHeader, &[u8])>) -> Result<Welcome, HandshakeErr
     let Some((header, bytes)) = record else { return Err(HandshakeError::Unexpected(0)) };
     let body = &bytes[size_of::<RecordHeader>()..];
     match Kind::from_u8(header.kind) {
-        Some(Kind::Welcome) => Ok(Welcome::decode(body)?),
+        Some(Kind::Welcome) => match version_of(body) {
+            // The rest may be laid out in another way.
+            Some(version) if !(VERSION_MIN..=VERSION_MAX).contains(&version) => {
+                Err(HandshakeError::Version(version))
+            }
+            _ => Ok(Welcome::decode(body)?),
+        },
         Some(Kind::Goodbye) => Err(HandshakeError::Refused {
             reason: Reason::from_u32(header.code),
             text: goodbye_text(body),
@@ -245,7 +261,10 @@ mod tests {
         check(&batch(Kind::Goodbye, 3, b""), "update the older");
         check(&batch(Kind::Goodbye, 999, b"x"), "does not know (x)");
         check(&batch(Kind::Reply, 0, b""), "kind 4");
-        check(&batch(Kind::Welcome, 0, b"short"), "too short");
+        let other = Welcome { version: 7, ..welcome() };
+        check(&batch(Kind::Welcome, 0, other.as_bytes()), "answers in wire version 7");
+        check(&batch(Kind::Welcome, 0, &[9, 0]), "answers in wire version 9");
+        check(&batch(Kind::Welcome, 0, b"\x01\0short"), "too short");
         check(&batch(Kind::Welcome, 0, &[0; 5000]), "5048 bytes");
         let excess = Welcome { slots: 65, ..welcome() };
         check(&batch(Kind::Welcome, 0, excess.as_bytes()), "more slots");

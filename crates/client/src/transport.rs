@@ -25,6 +25,9 @@ const VSOCK_PIECE_BYTES: usize = 32 << 10;
 /// 256 KiB; 8 MiB are room for all replies that can be owed.
 const VSOCK_BUFFER_BYTES: u64 = 8 << 20;
 
+/// `VMADDR_CID_HOST`.
+const HOST_CID: u32 = 2;
+
 /// Where a daemon listens, as seen from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -67,7 +70,7 @@ pub struct TargetError {
 pub struct ConnectError {
     address: Address,
     cause: io::Error,
-    cure: &'static str,
+    cure: String,
 }
 
 impl fmt::Display for Address {
@@ -282,8 +285,21 @@ nix::setsockopt_impl!(
     nix::sys::socket::sockopt::SetStruct<u64>
 );
 
-fn cure(address: &Address, errno: Errno) -> &'static str {
+fn cure(address: &Address, errno: Errno) -> String {
     match (address, errno) {
+        (Address::Vsock { cid: HOST_CID, port }, Errno::CONNRESET | Errno::CONNREFUSED) => {
+            return format!(
+                "; nobody serves port {port} of the host: start ringfsd there with `--listen \
+                 unix:UDS_PATH_{port}` (Firecracker, Cloud Hypervisor, vhost-device-vsock) or \
+                 `vsock:{port}` (vhost-vsock), or correct the port"
+            );
+        }
+        (Address::Vsock { cid: HOST_CID, .. }, Errno::TIMEDOUT | Errno::AGAIN) => {
+            "; the host did not answer: is the VM's vsock device served there?"
+        }
+        (Address::Vsock { cid: HOST_CID, .. }, Errno::NODEV | Errno::ADDRNOTAVAIL) => {
+            "; this machine has no vsock device: give the VM one"
+        }
         (Address::Unix(_), Errno::NOENT) => {
             "; no such socket: start `ringfsd --listen unix:PATH`, or correct the path"
         }
@@ -295,17 +311,17 @@ fn cure(address: &Address, errno: Errno) -> &'static str {
             "; this kernel has no vsock: load vmw_vsock_virtio_transport"
         }
         (Address::Vsock { .. }, Errno::NODEV | Errno::ADDRNOTAVAIL) => {
-            "; this machine has no vsock device, or not that CID (the host is 2): give the VM one"
+            "; this machine has no such CID (the host is 2)"
         }
         (Address::Vsock { .. }, Errno::CONNRESET | Errno::CONNREFUSED) => {
-            "; nobody listens on that port: is ringfsd running, with this VM's socket \
-             (`--listen unix:UDS_PATH_PORT`)?"
+            "; nobody listens on that port of that CID (the host is 2): is ringfsd running there?"
         }
         (Address::Vsock { .. }, Errno::TIMEDOUT | Errno::AGAIN) => {
             "; no answer from that CID (the host is 2)"
         }
         _ => "",
     }
+    .to_owned()
 }
 
 #[cfg(test)]
@@ -366,5 +382,14 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).expect("bind"));
         check(&path, "is ringfsd running");
         check(Path::new(&format!("/{}", "x".repeat(200))), "at most 107");
+        for (cid, errno, expected) in [
+            (2, Errno::CONNRESET, "`--listen unix:UDS_PATH_5640`"),
+            (2, Errno::TIMEDOUT, "the host did not answer"),
+            (3, Errno::CONNRESET, "of that CID (the host is 2)"),
+            (3, Errno::TIMEDOUT, "no answer from that CID"),
+        ] {
+            let cure = cure(&Address::Vsock { cid, port: 5640 }, errno);
+            assert!(cure.contains(expected), "{cure}");
+        }
     }
 }

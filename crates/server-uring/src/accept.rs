@@ -33,11 +33,10 @@ pub const CID_ANY: u32 = u32::MAX;
 pub enum ListenError {
     #[error("cannot read the address {0:?}: it is unix:PATH, vsock:PORT or vsock:CID:PORT")]
     Address(String),
-    #[error("cannot listen on {path:?}: {source}{hint}")]
+    #[error("cannot listen on {path:?}{hint}")]
     Unix { path: PathBuf, source: std::io::Error, hint: &'static str },
     #[error(
-        "cannot listen on vsock port {port}: {source} (is the module vhost_vsock or vsock_loopback \
-         loaded?)"
+        "cannot listen on vsock port {port} (is the module vhost_vsock or vsock_loopback loaded?)"
     )]
     Vsock { port: u32, source: std::io::Error },
 }

@@ -60,12 +60,12 @@ pub struct ShareConfig {
 pub enum DaemonError {
     #[error("the share name {0:?} is given twice")]
     Twice(String),
-    #[error("cannot serve the share {name:?}: {source}")]
+    #[error("cannot serve the share {name:?}")]
     Serve { name: String, source: crate::fs::FsError },
     #[error(transparent)]
     Listen(#[from] ListenError),
-    #[error("cannot make the control socket: {0}")]
-    Control(ListenError),
+    #[error("cannot make the control socket")]
+    Control(#[source] ListenError),
     #[error(
         "io_uring is not to be had: {0}; allow it (sysctl kernel.io_uring_disabled=0, or the \
          container's seccomp profile), or start with --engine=threads"
@@ -73,7 +73,7 @@ pub enum DaemonError {
     Uring(std::io::Error),
     #[error("CPU {0} is not among those that this process may use ({1:?})")]
     Cpu(usize, Vec<usize>),
-    #[error("cannot start: {0}")]
+    #[error("cannot start")]
     Start(#[from] std::io::Error),
 }
 

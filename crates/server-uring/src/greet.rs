@@ -10,7 +10,9 @@ use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::session::{Registry, Session, Terms};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
-use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, mount_flag};
+use ringfs_wire::hello::{
+    Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, Welcome, common_version, feature, mount_flag,
+};
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -175,13 +177,6 @@ impl Greeter {
 
     /// The session for a HELLO: a new one, or one more connection of the one that it names.
     fn admit(&self, hello: &Hello, peer: &str) -> Result<Arc<Session>, Refusal> {
-        if hello.common_version().is_none() {
-            let (min, max) = hello.versions;
-            return Err(refuse(
-                Reason::Version,
-                format!("the guest speaks versions {min} to {max}"),
-            ));
-        }
         let session = if hello.ticket == Ticket::NONE {
             self.open(hello, peer)?
         } else {
@@ -252,6 +247,17 @@ fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
     match (cursor.next(bytes), cursor.next(bytes)) {
         (Some((record, span)), None) if record.kind == Kind::Hello as u8 => {
             let body = &bytes[span][RECORD_HEADER_BYTES..];
+            match Hello::versions_of(body) {
+                // The rest may be laid out in another way.
+                Some((min, max)) if common_version((min, max)).is_none() && min <= max => {
+                    let text = format!(
+                        "the guest speaks wire versions {min} to {max}, this daemon {VERSION_MIN} \
+                         to {VERSION_MAX}"
+                    );
+                    return Err(refuse(Reason::Version, text));
+                }
+                _ => {}
+            }
             Hello::decode(body).map_err(|error| protocol(error.to_string()))
         }
         _ => Err(protocol("the first batch is one HELLO".into())),

@@ -238,7 +238,18 @@ const fn bad(what: &'static str) -> HelloError {
     HelloError { message: "HELLO", what }
 }
 
+/// The first field of any WELCOME, whatever version lays out the rest.
+pub fn version_of(welcome: &[u8]) -> Option<u16> {
+    u16::read_from_prefix(welcome).ok().map(|(version, _)| version)
+}
+
 impl Hello {
+    /// The first two fields of any HELLO, `version_min` and `version_max`, whatever version lays
+    /// out the rest.
+    pub fn versions_of(body: &[u8]) -> Option<(u16, u16)> {
+        <[u16; 2]>::read_from_prefix(body).ok().map(|([min, max], _)| (min, max))
+    }
+
     /// The record's body.
     pub fn encode(&self) -> Vec<u8> {
         let init = self.init.as_ref().map_or(&[][..], |init| init.as_bytes());
@@ -316,9 +327,14 @@ impl Hello {
 
     /// The highest version that both speak.
     pub fn common_version(&self) -> Option<u16> {
-        let version = self.versions.1.min(VERSION_MAX);
-        (version >= self.versions.0.max(VERSION_MIN)).then_some(version)
+        common_version(self.versions)
     }
+}
+
+/// The highest version of a range that we speak too.
+pub fn common_version((min, max): (u16, u16)) -> Option<u16> {
+    let version = max.min(VERSION_MAX);
+    (version >= min.max(VERSION_MIN)).then_some(version)
 }
 
 impl Welcome {
