@@ -225,6 +225,8 @@ pub fn client_hello(rig: &Rig) -> Result<Vec<u8>> {
     let mut hello = vec![0; 65536];
     let len = stream.read(&mut hello).context("the client says nothing")?;
     hello.truncate(len);
+    // First the stream: a client that waits for an answer does not hear a SIGTERM.
+    drop(stream);
     drop(client);
     Ok(hello)
 }

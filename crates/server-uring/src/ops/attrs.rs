@@ -104,7 +104,7 @@ fn change_fd(fd: BorrowedFd<'_>, changes: &Changes) -> Result<Stat, Errno> {
     Stat::of(fd)
 }
 
-/// STATX: with the time of birth for regular files and directories, where the host knows it.
+/// STATX: with the time of birth, where the host knows it.
 pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let ask: abi::StatxIn = request.head()?;
     let node = fs.nodes.find(request.nodeid)?;
