@@ -35,6 +35,7 @@ pub const CASES: &[Case] = &[
     ("a_stopped_guest", stopped_guest),
     ("a_killed_guest", killed_guest),
     ("a_killed_daemon", killed_daemon),
+    ("a_share_that_hangs", hanging_share),
     ("signals_unmount", unmount_signals),
     ("signals_while_the_daemon_is_stopped", signals::while_the_daemon_is_stopped),
 ];
@@ -362,6 +363,36 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
     ensure!(!read.status.success(), "reads from a dead daemon: {}", read.text);
     // Without its daemon the mount ends by itself, until sessions can be resumed.
     wait_unmounted(&mount.dir, SETTLE)
+}
+
+/// A share on a mount whose own daemon is stopped: whoever wants it waits and gives up, and guests
+/// of other shares come in.
+fn hanging_share(rig: &Rig) -> Result<()> {
+    let below = rig.mount("below", "cache=never")?;
+    let good = rig.sandbox.make_dir("good")?;
+    let shares = [rig::share("hung", &below.dir), rig::share("d", &good)];
+    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "upper", &shares, &[])?;
+    let outcome =
+        rig.daemon.process().signal(Signal::STOP).and_then(|()| beside_hung(rig, &daemon));
+    // Before anything else, also after a failure: threads of the upper daemon wait for it.
+    rig.daemon.process().signal(Signal::CONT)?;
+    outcome?;
+    daemon.counters_at_rest()?;
+    daemon.mount(&rig.sandbox, "hung", "recovered", "")?.umount()?;
+    daemon.stop()?;
+    below.umount()
+}
+
+fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
+    let dir = rig.sandbox.make_dir("waits")?;
+    let waits = daemon.mount_cmd("hung", &dir, "").spawn(&rig.sandbox.path("waits.log"))?;
+    for n in 0..3 {
+        let mount = daemon.mount(&rig.sandbox, "d", &format!("beside{n}"), "")?;
+        fs::write(mount.dir.join("f"), "x")?;
+        mount.umount()?;
+    }
+    drop(waits);
+    refused(daemon.mount_cmd("hung", &dir, ""), &["did not answer within"])
 }
 
 fn unmount_signals(rig: &Rig) -> Result<()> {

@@ -4,6 +4,7 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -82,6 +83,9 @@ pub struct Accepted {
     pub socket: OwnedFd,
     /// The peer, for people: the listener and who is at the other end.
     pub peer: String,
+    /// Equal for all connections of one peer while it lives: of a listener's path and a process (a
+    /// VMM, or a client), or of a CID.
+    pub owner: u64,
 }
 
 impl Listener {
@@ -114,7 +118,8 @@ impl Listener {
                     Ok(cred) => format!("{} pid {}", path.display(), cred.pid.as_raw_pid()),
                     Err(_) => path.display().to_string(),
                 };
-                Ok(Some(Accepted { socket, peer }))
+                let owner = owner_of(&peer);
+                Ok(Some(Accepted { socket, peer, owner }))
             }
             Address::Vsock { cid, port } => accept_vsock(&self.socket, *cid, *port),
         }
@@ -134,8 +139,15 @@ fn accept_vsock(socket: &OwnedFd, cid: u32, port: u32) -> Result<Option<Accepted
         tracing::warn!(port, cid = peer.cid(), "refused: the listener is for CID {cid}");
         return Ok(None);
     }
+    let owner = owner_of(&peer.cid());
     let peer = format!("vsock:{}:{}", peer.cid(), peer.port());
-    Ok(Some(Accepted { socket: stream.into(), peer }))
+    Ok(Some(Accepted { socket: stream.into(), peer, owner }))
+}
+
+fn owner_of(peer: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    peer.hash(&mut hasher);
+    hasher.finish()
 }
 
 impl Drop for Listener {

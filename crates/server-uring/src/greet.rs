@@ -1,7 +1,8 @@
 //! The handshake: a connection's first batch, and which shard gets the connection.
 //!
 //! The only place that reads from a peer that nothing is known of: bounded bytes, bounded time,
-//! bounded number at once. Runs on a thread of its own, on the worker's side of the sandbox.
+//! bounded number at once. Runs on a thread of its own, on the worker's side of the sandbox; what
+//! may wait for a share's file system is on further ones, bounded for each share.
 
 use crate::accept::Accepted;
 use crate::connection::{Connection, Link};
@@ -20,6 +21,7 @@ use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
@@ -44,6 +46,15 @@ pub struct Greeter {
     pub registry: Arc<Registry>,
     /// The shards.
     pub shards: Vec<Arc<Mailbox>>,
+    /// Of each share, how many sessions are being opened now.
+    pub opening: Vec<AtomicUsize>,
+}
+
+/// A HELLO that was read.
+struct Hailed {
+    accepted: Accepted,
+    hello: Hello,
+    rx: LinkRx,
 }
 
 struct Greeting {
@@ -65,7 +76,7 @@ fn refuse(reason: Reason, text: impl Into<String>) -> Refusal {
 impl Greeter {
     /// Greets what `accepted` brings until its sender is gone; `bell` is readable when it may have
     /// something.
-    pub fn run(&self, accepted: &Receiver<Accepted>, bell: &Arc<OwnedFd>) {
+    pub fn run(self: &Arc<Self>, accepted: &Receiver<Accepted>, bell: &Arc<OwnedFd>) {
         let mut greetings: Vec<Greeting> = Vec::new();
         loop {
             let mut fds = vec![PollFd::new(&**bell, PollFlags::IN)];
@@ -91,7 +102,11 @@ impl Greeter {
     }
 
     /// False once nobody can accept any more.
-    fn take_in(&self, accepted: &Receiver<Accepted>, greetings: &mut Vec<Greeting>) -> bool {
+    fn take_in(
+        self: &Arc<Self>,
+        accepted: &Receiver<Accepted>,
+        greetings: &mut Vec<Greeting>,
+    ) -> bool {
         loop {
             match accepted.try_recv() {
                 Ok(accepted) => {
@@ -114,7 +129,7 @@ impl Greeter {
     }
 
     /// Reads on; gives the greeting back while it is not complete.
-    fn go_on(&self, mut greeting: Greeting, ready: bool) -> Option<Greeting> {
+    fn go_on(self: &Arc<Self>, mut greeting: Greeting, ready: bool) -> Option<Greeting> {
         if Instant::now() >= greeting.until {
             let text = format!("no HELLO within {HELLO_TIMEOUT_MS} ms");
             say_goodbye(&greeting.accepted, &refuse(Reason::Timeout, text));
@@ -143,13 +158,57 @@ impl Greeter {
         }
     }
 
-    fn greet(&self, greeting: Greeting) {
+    fn greet(self: &Arc<Self>, greeting: Greeting) {
         let Greeting { accepted, bytes, .. } = greeting;
         let mut rx = LinkRx::new(true);
-        let welcome = read_hello(&mut rx, &bytes)
-            .and_then(|hello| self.admit(&hello, &accepted.peer).map(|session| (hello, session)));
-        let (hello, session) = match welcome {
-            Ok(found) => found,
+        let hello = match read_hello(&mut rx, &bytes) {
+            Ok(hello) => hello,
+            Err(refusal) => return say_goodbye(&accepted, &refusal),
+        };
+        let hailed = Hailed { accepted, hello, rx };
+        if hailed.hello.ticket != Ticket::NONE {
+            let text = "no such session here; mount again";
+            let found = self.registry.find(hailed.hello.ticket);
+            return self.join(hailed, found.ok_or(refuse(Reason::UnknownSession, text)));
+        }
+        if let Err((accepted, refusal)) = self.begin_opening(hailed) {
+            say_goodbye(&accepted, &refusal);
+        }
+    }
+
+    /// Opens a session on a thread of its own: the share's file system may be stuck, and others
+    /// have shares that are not.
+    fn begin_opening(self: &Arc<Self>, hailed: Hailed) -> Result<(), (Accepted, Refusal)> {
+        let name = &hailed.hello.share;
+        let Some(index) = self.shares.iter().position(|share| share.name == *name) else {
+            let text = format!("there is no share {name:?} here");
+            return Err((hailed.accepted, refuse(Reason::UnknownShare, text)));
+        };
+        if self.opening[index].fetch_add(1, Ordering::Relaxed) >= OPENINGS_PER_SHARE_MAX {
+            self.opening[index].fetch_sub(1, Ordering::Relaxed);
+            let text = "the file system of this share does not answer";
+            return Err((hailed.accepted, refuse(Reason::Limit, text)));
+        }
+        let greeter = self.clone();
+        let thread = std::thread::Builder::new().name("ringfs-open".into());
+        let spawned = thread.spawn(move || {
+            let session = greeter.open(&hailed.hello, &greeter.shares[index], &hailed.accepted);
+            greeter.opening[index].fetch_sub(1, Ordering::Relaxed);
+            greeter.join(hailed, session);
+        });
+        if let Err(error) = spawned {
+            // The connection went with the closure.
+            self.opening[index].fetch_sub(1, Ordering::Relaxed);
+            tracing::error!(%error, "no thread for a new session: the guest is cut off");
+        }
+        Ok(())
+    }
+
+    /// Adds the connection to its session.
+    fn join(&self, hailed: Hailed, session: Result<Arc<Session>, Refusal>) {
+        let Hailed { accepted, hello, rx } = hailed;
+        let session = match session.and_then(|session| self.attach(&hello, session)) {
+            Ok(session) => session,
             Err(refusal) => return say_goodbye(&accepted, &refusal),
         };
         let mut tx = LinkTx::new(true);
@@ -175,14 +234,7 @@ impl Greeter {
         self.shards[shard].post(Mail::Connection(Box::new(conn)));
     }
 
-    /// The session for a HELLO: a new one, or one more connection of the one that it names.
-    fn admit(&self, hello: &Hello, peer: &str) -> Result<Arc<Session>, Refusal> {
-        let session = if hello.ticket == Ticket::NONE {
-            self.open(hello, peer)?
-        } else {
-            let text = "no such session here; mount again";
-            self.registry.find(hello.ticket).ok_or(refuse(Reason::UnknownSession, text))?
-        };
+    fn attach(&self, hello: &Hello, session: Arc<Session>) -> Result<Arc<Session>, Refusal> {
         if hello.conns != session.conns || !self.registry.attach(&session, hello.conn) {
             let text = format!("connection {} of this session is open already", hello.conn);
             return Err(refuse(Reason::Protocol, text));
@@ -190,11 +242,12 @@ impl Greeter {
         Ok(session)
     }
 
-    fn open(&self, hello: &Hello, peer: &str) -> Result<Arc<Session>, Refusal> {
-        let Some(share) = self.shares.iter().find(|share| share.name == hello.share) else {
-            let text = format!("there is no share {:?} here", hello.share);
-            return Err(refuse(Reason::UnknownShare, text));
-        };
+    fn open(
+        &self,
+        hello: &Hello,
+        share: &Share,
+        accepted: &Accepted,
+    ) -> Result<Arc<Session>, Refusal> {
         if !self.registry.has_room() {
             return Err(refuse(Reason::Limit, format!("{SESSIONS_MAX} sessions are open already")));
         }
@@ -213,7 +266,8 @@ impl Greeter {
         })?;
         let terms = Terms {
             share: share.name.clone(),
-            peer: peer.to_owned(),
+            peer: accepted.peer.clone(),
+            owner: accepted.owner,
             lanes: hello.lanes,
             conns: hello.conns,
             slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
@@ -223,7 +277,7 @@ impl Greeter {
             .registry
             .open(terms, fs)
             .map_err(|reason| refuse(reason, "no further session can be opened"))?;
-        tracing::info!(session = session.id, share = share.name, peer, "session opened");
+        tracing::info!(session = session.id, share = share.name, session.peer, "session opened");
         Ok(session)
     }
 }

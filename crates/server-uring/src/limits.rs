@@ -35,6 +35,11 @@ pub const SWEEP_INTERVAL_MS: u64 = 500;
 pub const SESSIONS_MAX: usize = 1024;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
+/// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer
+/// that it came in.
+pub const POOL_COPY_BYTES_MAX: usize = 8 << 10;
+/// Sessions of one share that are being opened at once; with more, its file system is stuck.
+pub const OPENINGS_PER_SHARE_MAX: usize = 64;
 /// Entries of a shard's submission queue.
 pub const RING_ENTRIES: u32 = 512;
 

@@ -1,12 +1,13 @@
 //! Bounded threads for calls that may block long.
 //!
-//! Jobs wait in one queue a session, and the queues take turns, so that a session with many slow
-//! calls delays its own only. One session never has all threads.
+//! Jobs wait in one queue a peer, and the queues take turns, so that a peer with many slow calls,
+//! or with many sessions, delays its own only. One peer never has all threads.
 
 use crate::buffers::Buf;
 use crate::connection::BODY_AT;
 use crate::dispatch::Request;
 use crate::fs::Fs;
+use crate::limits::POOL_COPY_BYTES_MAX;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
 use crate::op::RequestTag;
@@ -16,18 +17,51 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
+/// Where the request of a job is.
+pub enum Body {
+    /// In the batch that it came in, whose buffer waits with it.
+    Held(Arc<Buf>, Range<usize>),
+    /// Copied, so that the batch's buffer goes on receiving however long the job waits.
+    Copied(Vec<u8>),
+}
+
+impl Body {
+    /// Of a request that lies there in a batch.
+    pub fn of(batch: &Arc<Buf>, range: Range<usize>) -> Body {
+        match range.len() <= POOL_COPY_BYTES_MAX {
+            true => Body::Copied(batch[range].to_vec()),
+            false => Body::Held(Arc::clone(batch), range),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Body::Held(batch, range) => &batch[range.clone()],
+            Body::Copied(bytes) => bytes,
+        }
+    }
+
+    /// The batch, if it was held.
+    pub fn into_batch(self) -> Option<Arc<Buf>> {
+        match self {
+            Body::Held(batch, _) => Some(batch),
+            Body::Copied(_) => None,
+        }
+    }
+}
+
 /// A request to be executed off the shard.
 pub struct Job {
     /// Turns are taken by this.
+    pub owner: u64,
+    /// With `tag`, names the request.
     pub session: u64,
     /// Executes it.
     pub fs: Arc<Fs>,
     /// The request's opcode.
     pub opcode: u32,
-    /// The batch that it came in.
-    pub batch: Arc<Buf>,
-    /// Its body there.
-    pub body: Range<usize>,
+    /// Its body.
+    pub body: Body,
     /// Where the reply goes.
     pub tag: RequestTag,
     /// For the body of a large reply, at [`BODY_AT`].
@@ -47,7 +81,7 @@ pub struct Done {
     /// The job's, with the body at [`BODY_AT`].
     pub own: Option<Buf>,
     /// The job's batch, so that its memory returns to the shard.
-    pub batch: Arc<Buf>,
+    pub batch: Option<Arc<Buf>>,
 }
 
 /// What waits for a thread.
@@ -59,14 +93,14 @@ enum Task {
 
 #[derive(Default)]
 struct Turn {
-    session: u64,
+    owner: u64,
     running: usize,
     waiting: VecDeque<Task>,
 }
 
 #[derive(Default)]
 struct Queue {
-    /// Sessions with jobs, in the order of their turns.
+    /// Peers with jobs, in the order of their turns.
     turns: VecDeque<Turn>,
     closed: bool,
 }
@@ -76,7 +110,7 @@ pub struct Pool {
     queue: Mutex<Queue>,
     work: Condvar,
     threads: usize,
-    /// How many of the threads one session may have.
+    /// How many of the threads one peer may have.
     share: usize,
     /// Where the threads may run: whoever starts one is itself bound to one CPU.
     cpus: CpuSet,
@@ -102,20 +136,20 @@ impl Pool {
 
     /// Queues a job. How many wait is bounded by the sessions' slots.
     pub fn submit(self: &Arc<Self>, job: Job) {
-        self.queue(job.session, Task::Request(Box::new(job)));
+        self.queue(job.owner, Task::Request(Box::new(job)));
     }
 
-    /// Closes files that a session has given back. Bounded by the nodes that it may know.
-    pub fn release(self: &Arc<Self>, session: u64, released: Released) {
-        self.queue(session, Task::Release(released));
+    /// Closes files that a peer has given back. Bounded by the nodes that it may know.
+    pub fn release(self: &Arc<Self>, owner: u64, released: Released) {
+        self.queue(owner, Task::Release(released));
     }
 
-    fn queue(self: &Arc<Self>, session: u64, task: Task) {
+    fn queue(self: &Arc<Self>, owner: u64, task: Task) {
         let mut queue = self.lock();
-        match queue.turns.iter_mut().find(|turn| turn.session == session) {
+        match queue.turns.iter_mut().find(|turn| turn.owner == owner) {
             Some(turn) => turn.waiting.push_back(task),
             None => {
-                queue.turns.push_back(Turn { session, running: 0, waiting: VecDeque::from([task]) })
+                queue.turns.push_back(Turn { owner, running: 0, waiting: VecDeque::from([task]) })
             }
         }
         let busy: usize = queue.turns.iter().map(|turn| turn.running + turn.waiting.len()).sum();
@@ -136,9 +170,9 @@ impl Pool {
                     tracing::error!(%error, "no pool thread; the job runs on the shard");
                     drop(handles);
                     let next = self.lock().take_next(self.share);
-                    if let Some((session, task)) = next {
+                    if let Some((owner, task)) = next {
                         execute(task);
-                        self.lock().finished(session);
+                        self.lock().finished(owner);
                     }
                 }
                 Err(error) => tracing::warn!(%error, "cannot start another pool thread"),
@@ -148,13 +182,14 @@ impl Pool {
 
     /// Takes a request out that has not begun. A cancelled request is still answered: by the
     /// caller.
-    pub fn cancel(&self, session: u64, tag: RequestTag) -> Option<Job> {
+    pub fn cancel(&self, owner: u64, session: u64, tag: RequestTag) -> Option<Job> {
         let mut queue = self.lock();
-        let at = queue.turns.iter().position(|turn| turn.session == session)?;
+        let at = queue.turns.iter().position(|turn| turn.owner == owner)?;
         let turn = &mut queue.turns[at];
         let index = turn.waiting.iter().position(|task| match task {
             Task::Request(job) => {
-                (job.tag.conn, job.tag.lane, job.tag.at) == (tag.conn, tag.lane, tag.at)
+                (job.session, job.tag.conn, job.tag.lane, job.tag.at)
+                    == (session, tag.conn, tag.lane, tag.at)
             }
             Task::Release(_) => false,
         })?;
@@ -174,7 +209,7 @@ impl Pool {
         }
         loop {
             let mut queue = self.lock();
-            let (session, task) = loop {
+            let (owner, task) = loop {
                 if let Some(next) = queue.take_next(self.share) {
                     break next;
                 }
@@ -185,8 +220,8 @@ impl Pool {
             };
             drop(queue);
             execute(task);
-            self.lock().finished(session);
-            // A session that was at its share may go on.
+            self.lock().finished(owner);
+            // A peer that was at its share may go on.
             self.work.notify_one();
         }
     }
@@ -212,13 +247,13 @@ impl Queue {
         let mut turn = self.turns.remove(index)?;
         let task = turn.waiting.pop_front()?;
         turn.running += 1;
-        let session = turn.session;
+        let owner = turn.owner;
         self.turns.push_back(turn);
-        Some((session, task))
+        Some((owner, task))
     }
 
-    fn finished(&mut self, session: u64) {
-        if let Some(index) = self.turns.iter().position(|turn| turn.session == session) {
+    fn finished(&mut self, owner: u64) {
+        if let Some(index) = self.turns.iter().position(|turn| turn.owner == owner) {
             let turn = &mut self.turns[index];
             turn.running -= 1;
             if turn.running == 0 && turn.waiting.is_empty() {
@@ -236,9 +271,9 @@ fn execute(task: Task) {
 }
 
 fn execute_request(job: Job) {
-    let Job { fs, opcode, batch, body, tag, mut own, mailbox, session: _ } = job;
+    let Job { fs, opcode, body, tag, mut own, mailbox, owner: _, session: _ } = job;
     let mut small = Vec::new();
-    let result = match Request::parse(opcode, &batch[body]) {
+    let result = match Request::parse(opcode, body.bytes()) {
         Some(request) => {
             let out = match &mut own {
                 Some(buf) => &mut buf[BODY_AT..],
@@ -251,5 +286,5 @@ fn execute_request(job: Job) {
         }
         None => Err(Errno::INVAL),
     };
-    mailbox.post(Mail::Done(Done { tag, result, small, own, batch }));
+    mailbox.post(Mail::Done(Done { tag, result, small, own, batch: body.into_batch() }));
 }

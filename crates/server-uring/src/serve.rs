@@ -68,11 +68,11 @@ impl<R: Ring> Shard<R> {
                 let conn = &mut self.conns[key];
                 conn.in_flight += 1;
                 self.shared.pool.submit(Job {
+                    owner: conn.session.owner,
                     session: conn.session.id,
                     fs,
                     opcode: header.code,
-                    batch: batch.clone(),
-                    body,
+                    body: Body::of(batch, body),
                     tag,
                     own: own.take(),
                     mailbox: self.shared.mailbox.clone(),
@@ -151,7 +151,7 @@ impl<R: Ring> Shard<R> {
     /// Answers a request that the pool has executed.
     pub(super) fn executed(&mut self, done: Done) {
         let Done { tag, result, small, own, batch } = done;
-        self.buffers.give_shared(batch);
+        batch.into_iter().for_each(|batch| self.buffers.give_shared(batch));
         match (own, result) {
             (Some(buf), Ok(len)) => {
                 self.conns[tag.conn].in_flight -= 1;
@@ -345,7 +345,7 @@ impl<R: Ring> Shard<R> {
             }
         };
         if released.len() > RELEASED_INLINE_MAX || released.frees_much() {
-            self.shared.pool.release(self.conns[key].session.id, released);
+            self.shared.pool.release(self.conns[key].session.owner, released);
         }
         self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);
         self.answer(tag, Ok(&[]));
@@ -360,8 +360,9 @@ impl<R: Ring> Shard<R> {
         let at = ringfs_wire::slot::SlotUse { slot: header.slot, seq: header.slot_seq };
         let lane = header.lane;
         let named = RequestTag { conn: key, lane, at, reserved: 0, stored: 0, pages: false };
-        if let Some(job) = self.shared.pool.cancel(conn.session.id, named) {
-            self.buffers.give_shared(job.batch);
+        let (owner, session) = (conn.session.owner, conn.session.id);
+        if let Some(job) = self.shared.pool.cancel(owner, session, named) {
+            job.body.into_batch().into_iter().for_each(|batch| self.buffers.give_shared(batch));
             job.own.into_iter().for_each(|buf| self.buffers.give(buf));
             self.finish(job.tag, Err(Errno::INTR));
         }

@@ -20,6 +20,8 @@ pub struct Session {
     pub share: String,
     /// The peer, for people.
     pub peer: String,
+    /// Stands for the peer where peers are treated alike; see [`crate::accept::Accepted`].
+    pub owner: u64,
     /// Since when.
     pub since: Instant,
     /// Executes its requests.
@@ -55,6 +57,8 @@ pub struct Terms {
     pub share: String,
     /// The peer, for people.
     pub peer: String,
+    /// Stands for the peer where peers are treated alike; see [`crate::accept::Accepted`].
+    pub owner: u64,
     /// Lanes granted.
     pub lanes: u16,
     /// Connections granted.
@@ -101,6 +105,7 @@ impl Registry {
             ticket,
             share: terms.share,
             peer: terms.peer,
+            owner: terms.owner,
             since: Instant::now(),
             fs: Arc::new(fs),
             lanes: terms.lanes,
@@ -177,6 +182,7 @@ mod tests {
         let terms = Terms {
             share: "share".into(),
             peer: "peer".into(),
+            owner: 0,
             lanes: 2,
             conns: 2,
             slots: 1,

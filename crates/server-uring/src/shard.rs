@@ -12,7 +12,7 @@ use crate::handles::OpenFile;
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::op::{Io, Op, RequestTag, Tag};
-use crate::pool::{Done, Job, Pool};
+use crate::pool::{Body, Done, Job, Pool};
 use crate::ring::{IoResult, Ring};
 use crate::session::Registry;
 use crate::stats::{ShardStats, add};

@@ -14,6 +14,7 @@ use crate::stats::{ShardStats, Totals};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
@@ -67,7 +68,9 @@ impl Worker {
             shards.push(start_shard(cpu, engine, &registry, &pool)?);
         }
         let mailboxes = shards.iter().map(|shard| shard.mailbox.clone()).collect();
-        let greeter = Greeter { shares, registry: registry.clone(), shards: mailboxes };
+        let opening = shares.iter().map(|_| AtomicUsize::new(0)).collect();
+        let greeter = Greeter { shares, registry: registry.clone(), shards: mailboxes, opening };
+        let greeter = Arc::new(greeter);
         let (accepted, incoming) = mpsc::channel();
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let greeter = {

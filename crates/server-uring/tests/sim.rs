@@ -344,6 +344,7 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
         let terms = Terms {
             share: "share".into(),
             peer: "sim".into(),
+            owner: 0,
             lanes: 1,
             conns: 1,
             slots: 16,
