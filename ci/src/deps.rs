@@ -4,7 +4,7 @@
 //! packages goes outside `target/`. A machine with a toolchain, git and apt is enough.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -34,8 +34,16 @@ pub const TEST_PACKAGES: &[&str] = &[
 /// What the demo alone needs.
 pub const DEMO_PACKAGES: &[&str] = &["fuse3"];
 
-/// Tools that cargo installs into `target/tools`: name and exact version.
-const CARGO_TOOLS: &[(&str, &str)] = &[("pjdfstest", "0.2.2"), ("fsx", "0.3.2")];
+/// A program that cargo installs into `target/tools`: name and exact version.
+pub type CargoTool = (&'static str, &'static str);
+
+/// The POSIX suite.
+pub const PJDFSTEST: CargoTool = ("pjdfstest", "0.2.2");
+const FSX: CargoTool = ("fsx", "0.3.2");
+/// The vhost-user vsock device that docs and step limits were measured with.
+pub const VHOST_VSOCK: CargoTool = ("vhost-device-vsock", "0.3.0");
+/// Drives libFuzzer; wants a nightly compiler.
+pub const CARGO_FUZZ: CargoTool = ("cargo-fuzz", "0.13.1");
 
 /// libfuse's example, built as the peer that shows what a local FUSE file system does.
 const PASSTHROUGH_LL: &str = "passthrough_ll";
@@ -46,9 +54,8 @@ const CARGO_LIMIT: Duration = Duration::from_secs(900);
 /// Everything that the tests need.
 pub fn all() -> Result<()> {
     debian(TEST_PACKAGES)?;
-    for (name, version) in CARGO_TOOLS {
-        cargo_tool(name, version)?;
-    }
+    cargo_tool(PJDFSTEST)?;
+    cargo_tool(FSX)?;
     passthrough_ll()
 }
 
@@ -71,16 +78,27 @@ pub fn debian(packages: &[&str]) -> Result<()> {
         );
     }
     println!("deps: installing Debian packages: {list}");
-    apt(&["update", "-qq"])?;
-    let mut args = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    // Where another release's package is in the way (qemu-utils beside an older qemu-system-x86),
+    // apt may go back to ours.
+    let mut args = vec!["install", "-y", "-qq", "--no-install-recommends", "--allow-downgrades"];
     args.extend(missing);
-    apt(&args)
+    if apt(&args).is_ok() {
+        return Ok(());
+    }
+    // A fresh machine has no package lists, an old one such as lead nowhere any more.
+    apt_update()?;
+    apt(&args).context("apt-get install failed: does it reach a Debian mirror?")
+}
+
+/// Has apt read its mirrors' lists anew.
+pub fn apt_update() -> Result<()> {
+    apt(&["update", "-qq"])
 }
 
 fn apt(args: &[&str]) -> Result<()> {
     let apt = Cmd::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive");
     // Another apt may hold the lock for a while, on a machine that has just been started.
-    apt.args(["-o", "DPkg::Lock::Timeout=120"]).args(args).limit(APT_LIMIT).run().map(drop)
+    apt.args(["-o", "DPkg::Lock::Timeout=300"]).args(args).limit(APT_LIMIT).run().map(drop)
 }
 
 fn installed(package: &str) -> Result<bool> {
@@ -89,18 +107,20 @@ fn installed(package: &str) -> Result<bool> {
     Ok(output.status.success() && output.text.trim() == "install ok installed")
 }
 
-fn cargo_tool(name: &str, version: &str) -> Result<()> {
+/// Where the tool stands, after building it if it is not there in that version.
+pub fn cargo_tool((name, version): CargoTool) -> Result<PathBuf> {
     let path = paths::tools().join("bin").join(name);
     if path.is_file() {
         let said = Cmd::new(&path).arg("--version").output()?;
         if said.text.trim() == format!("{name} {version}") {
-            return Ok(());
+            return Ok(path);
         }
     }
     println!("deps: building {name} {version} into {}", paths::tools().display());
     let install = paths::cargo().args(["install", "--quiet", "--locked", "--force", "--root"]);
     let install = install.arg(paths::tools()).args([name, "--version", version]);
-    install.limit(CARGO_LIMIT).run().map(drop)
+    install.limit(CARGO_LIMIT).run()?;
+    Ok(path)
 }
 
 fn passthrough_ll() -> Result<()> {

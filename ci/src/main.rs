@@ -10,6 +10,7 @@ mod deny;
 mod deps;
 mod e2e;
 mod fsx;
+mod fuzz;
 mod guard;
 mod lex;
 mod mounts;
@@ -53,6 +54,8 @@ enum Command {
     Pjdfstest(pjdfstest::Args),
     /// The file system exerciser in every cache mode
     Fsx(fsx::Args),
+    /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
+    Fuzz(fuzz::Args),
     /// stress-ng's file-system stressors on one and on several mounts
     Stress(stress::Args),
     /// ringfs against the bare directory and a local FUSE passthrough, in interleaved rounds
@@ -84,6 +87,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::E2e(args) => close("e2e", e2e::run(&args)?),
         Command::Pjdfstest(args) => close("pjdfstest", pjdfstest::run(&args)?),
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
+        Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),
         Command::Vm(args) => vm::run(args),

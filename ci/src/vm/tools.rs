@@ -11,11 +11,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, bail, ensure};
 
 use super::scenario::{Scenario, Step};
+use crate::deps;
 
-/// The release of the vhost-user vsock device that docs and step limits were measured with.
-const VHOST_VSOCK_VERSION: &str = "0.3.0";
-/// The pjdfstest that the project compares against everywhere.
-const PJDFSTEST_VERSION: &str = "0.2.2";
 /// The guest client must run where no libc is installed.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -50,27 +47,18 @@ impl Tools {
         // The steps of the scenario `boot`, and some on demand, go without.
         let want_product =
             plan.iter().any(|step| matches!(step.from, Scenario::Smoke | Scenario::Full));
-        let mut packages = vec![
-            ("qemu-system-x86_64", "qemu-system-x86"),
-            ("busybox", "busybox-static"),
-            ("xz", "xz-utils"),
-            ("setpriv", "util-linux"),
-            ("fio", "fio"),
-        ];
+        // util-linux: setpriv; xz-utils: the modules of a guest's kernel.
+        let mut packages =
+            vec!["qemu-system-x86", "busybox-static", "xz-utils", "util-linux", "fio"];
         if want_pjdfstest {
-            packages.push(("setfacl", "acl"));
+            packages.extend(["acl", "libacl1-dev"]);
         }
-        apt_install(&packages)?;
-        if want_pjdfstest && !Path::new("/usr/include/sys/acl.h").exists() {
-            apt_get(&["libacl1-dev"])?;
-        }
-        let pjdfstest = want_pjdfstest
-            .then(|| crate_program(root, "pjdfstest", PJDFSTEST_VERSION))
-            .transpose()?;
+        deps::debian(&packages)?;
+        let pjdfstest = want_pjdfstest.then(|| deps::cargo_tool(deps::PJDFSTEST)).transpose()?;
         Ok(Self {
             qemu: find("qemu-system-x86_64")?,
             busybox: find("busybox")?,
-            vhost_vsock: crate_program(root, "vhost-device-vsock", VHOST_VSOCK_VERSION)?,
+            vhost_vsock: deps::cargo_tool(deps::VHOST_VSOCK)?,
             pjdfstest,
             product: want_product.then(|| product(root)).transpose()?,
             ping: ping(root)?,
@@ -103,7 +91,7 @@ pub fn apt_names(prefix: &str) -> anyhow::Result<Vec<String>> {
     if !found.is_empty() {
         return Ok(found);
     }
-    apt_update()?; // a fresh machine has no package lists
+    deps::apt_update()?; // a fresh machine has no package lists
     names()
 }
 
@@ -145,59 +133,6 @@ fn which(program: &str) -> Option<PathBuf> {
     // Debian keeps some programs out of a plain user's PATH.
     let more = ["/usr/sbin", "/sbin"].into_iter().map(PathBuf::from);
     std::env::split_paths(&path).chain(more).map(|dir| dir.join(program)).find(|p| p.is_file())
-}
-
-fn apt_install(wanted: &[(&str, &str)]) -> anyhow::Result<()> {
-    let missing: Vec<&str> = wanted
-        .iter()
-        .filter(|(program, _)| which(program).is_none())
-        .map(|(_, package)| *package)
-        .collect();
-    if missing.is_empty() { Ok(()) } else { apt_get(&missing) }
-}
-
-fn apt_get(packages: &[&str]) -> anyhow::Result<()> {
-    println!("vm: installing {}", packages.join(" "));
-    let install = || {
-        // A newer qemu-utils than the system emulator's release is in conflict with it: apt
-        // removes that by itself when it may (`-y`), as nothing else depends on it.
-        run(Command::new("apt-get")
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .args(["-qq", "-o", "DPkg::Lock::Timeout=300", "install", "-y"])
-            .args(["--no-install-recommends", "--allow-downgrades"])
-            .args(packages)
-            .stdout(Stdio::null()))
-    };
-    if install().is_ok() {
-        return Ok(());
-    }
-    apt_update()?;
-    install().context("apt-get install failed (it needs root and a Debian mirror)")
-}
-
-fn apt_update() -> anyhow::Result<()> {
-    run(Command::new("apt-get")
-        .args(["-qq", "-o", "DPkg::Lock::Timeout=300", "update"])
-        .stdout(Stdio::null()))
-}
-
-/// `cargo install` into target/tools, once per version.
-fn crate_program(root: &Path, name: &str, version: &str) -> anyhow::Result<PathBuf> {
-    let tools = root.join("target/tools");
-    let program = tools.join("bin").join(name);
-    if program.is_file()
-        && let Ok(said) = output(Command::new(&program).arg("--version"))
-        && said.trim() == format!("{name} {version}")
-    {
-        return Ok(program);
-    }
-    println!("vm: building {name} {version} (once)");
-    run(cargo(root)
-        .args(["install", "--quiet", "--locked", "--force", name, "--version", version, "--root"])
-        .arg(&tools)
-        .arg("--target-dir")
-        .arg(tools.join("build")))?;
-    Ok(program)
 }
 
 fn product(root: &Path) -> anyhow::Result<Product> {
