@@ -63,42 +63,35 @@ pub struct Stat {
     pub ctime: (i64, u32),
 }
 
+/// libc's and rustix's structures are two types with the same fields.
+macro_rules! stat {
+    ($st:expr) => {
+        Stat {
+            dev: $st.st_dev,
+            ino: $st.st_ino,
+            mode: $st.st_mode,
+            nlink: $st.st_nlink,
+            uid: $st.st_uid,
+            gid: $st.st_gid,
+            rdev: $st.st_rdev,
+            size: $st.st_size as u64,
+            blksize: $st.st_blksize as u64,
+            blocks: $st.st_blocks as u64,
+            atime: ($st.st_atime, $st.st_atime_nsec as u32),
+            mtime: ($st.st_mtime, $st.st_mtime_nsec as u32),
+            ctime: ($st.st_ctime, $st.st_ctime_nsec as u32),
+        }
+    };
+}
+
 impl Stat {
     fn from_crate(st: &stat64) -> Stat {
-        Stat {
-            dev: st.st_dev,
-            ino: st.st_ino,
-            mode: st.st_mode,
-            nlink: st.st_nlink,
-            uid: st.st_uid,
-            gid: st.st_gid,
-            rdev: st.st_rdev,
-            size: st.st_size as u64,
-            blksize: st.st_blksize as u64,
-            blocks: st.st_blocks as u64,
-            atime: (st.st_atime, st.st_atime_nsec as u32),
-            mtime: (st.st_mtime, st.st_mtime_nsec as u32),
-            ctime: (st.st_ctime, st.st_ctime_nsec as u32),
-        }
+        stat!(st)
     }
 
     /// The same from rustix's structure.
     pub fn from_rustix(st: &rustix::fs::Stat) -> Stat {
-        Stat {
-            dev: st.st_dev,
-            ino: st.st_ino,
-            mode: st.st_mode,
-            nlink: st.st_nlink,
-            uid: st.st_uid,
-            gid: st.st_gid,
-            rdev: st.st_rdev,
-            size: st.st_size as u64,
-            blksize: st.st_blksize as u64,
-            blocks: st.st_blocks as u64,
-            atime: (st.st_atime, st.st_atime_nsec as u32),
-            mtime: (st.st_mtime, st.st_mtime_nsec as u32),
-            ctime: (st.st_ctime, st.st_ctime_nsec as u32),
-        }
+        stat!(st)
     }
 
     /// `fstat(2)` of an fd of ours; an `O_PATH` one will do.

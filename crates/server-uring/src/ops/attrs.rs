@@ -104,7 +104,7 @@ fn change_fd(fd: BorrowedFd<'_>, changes: &Changes) -> Result<Stat, Errno> {
     Stat::of(fd)
 }
 
-/// STATX: with the time of birth, where the host knows it.
+/// STATX: with the time of birth for regular files and directories, where the host knows it.
 pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let ask: abi::StatxIn = request.head()?;
     let node = fs.nodes.find(request.nodeid)?;
@@ -171,35 +171,31 @@ pub fn access(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Err
 
 /// STATFS: the figures of the host's file system.
 pub fn statfs(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
+    // Two types with the same fields.
+    macro_rules! reply {
+        ($seen:expr) => {
+            abi::StatfsOut {
+                blocks: $seen.f_blocks,
+                bfree: $seen.f_bfree,
+                bavail: $seen.f_bavail,
+                files: $seen.f_files,
+                ffree: $seen.f_ffree,
+                bsize: $seen.f_bsize as u32,
+                namelen: $seen.f_namemax as u32,
+                frsize: $seen.f_frsize as u32,
+                ..abi::StatfsOut::default()
+            }
+        };
+    }
     let node = fs.nodes.find(request.nodeid)?;
     let reply = match node.backing()? {
         Backing::Crate(inode) => {
             let seen = fs.backend.statfs(inode)?;
-            abi::StatfsOut {
-                blocks: seen.f_blocks,
-                bfree: seen.f_bfree,
-                bavail: seen.f_bavail,
-                files: seen.f_files,
-                ffree: seen.f_ffree,
-                bsize: seen.f_bsize as u32,
-                namelen: seen.f_namemax as u32,
-                frsize: seen.f_frsize as u32,
-                ..abi::StatfsOut::default()
-            }
+            reply!(seen)
         }
         Backing::Fd(fd) => {
             let seen = rustix::fs::fstatvfs(fd)?;
-            abi::StatfsOut {
-                blocks: seen.f_blocks,
-                bfree: seen.f_bfree,
-                bavail: seen.f_bavail,
-                files: seen.f_files,
-                ffree: seen.f_ffree,
-                bsize: seen.f_bsize as u32,
-                namelen: seen.f_namemax as u32,
-                frsize: seen.f_frsize as u32,
-                ..abi::StatfsOut::default()
-            }
+            reply!(seen)
         }
     };
     put(out, &reply)
