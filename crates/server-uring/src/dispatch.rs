@@ -7,6 +7,7 @@
 use std::ffi::CStr;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ringfs_wire::abi::{self, Opcode};
 use rustix::io::Errno;
@@ -118,6 +119,8 @@ pub enum Route {
 enum Place {
     /// On the shard where the backing file system is local, else in the pool.
     Metadata,
+    /// As `Metadata`, and in the pool where such calls have taken long: they may free many blocks.
+    Frees,
     /// On the shard: it touches no file.
     Shard,
     /// In the pool.
@@ -162,7 +165,7 @@ const ATTR: usize = size_of::<abi::AttrOut>();
 #[rustfmt::skip]
 fn rule(opcode: Opcode) -> Rule {
     use Opcode as Op;
-    use Place::{Fsync, Metadata, NoReply, Pool, PoolIf, Read, Refuse, Shard, Write};
+    use Place::{Frees, Fsync, Metadata, NoReply, Pool, PoolIf, Read, Refuse, Shard, Write};
     let rule = |place, changes, bytes, run| {
         Rule { place, changes, bound: Bound::Fixed(bytes), run }
     };
@@ -182,12 +185,12 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Symlink => rule(Metadata, true, ENTRY, names::symlink),
         Op::Mknod => rule(Metadata, true, ENTRY, names::mknod),
         Op::Mkdir => rule(Metadata, true, ENTRY, names::mkdir),
-        // A name's removal is short: the blocks of a file that the guest knows are freed with its
-        // last fd, in FORGET or RELEASE.
-        Op::Unlink => rule(Metadata, true, 0, names::unlink),
+        // Mostly short: the blocks of a file that the guest knows are freed with its last fd, in
+        // FORGET (which looks) or RELEASE.
+        Op::Unlink => rule(Frees, true, 0, names::unlink),
         Op::Rmdir => rule(Metadata, true, 0, names::rmdir),
-        Op::Rename => rule(Metadata, true, 0, names::rename),
-        Op::Rename2 => rule(Metadata, true, 0, names::rename2),
+        Op::Rename => rule(Frees, true, 0, names::rename),
+        Op::Rename2 => rule(Frees, true, 0, names::rename2),
         Op::Link => rule(Metadata, true, ENTRY, names::link),
         Op::Open => rule(PoolIf(io::truncates), false, OPENED, io::open),
         Op::Create => rule(Metadata, true, ENTRY + OPENED, io::create),
@@ -196,7 +199,7 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Write => rule(Write, true, size_of::<abi::WriteOut>(), io::write),
         Op::Fsync => rule(Fsync, false, 0, io::fsync),
         Op::Flush => rule(Metadata, false, 0, io::flush),
-        Op::Release => rule(Metadata, false, 0, io::release),
+        Op::Release => rule(Frees, false, 0, io::release),
         Op::Fallocate => rule(Pool, true, 0, io::fallocate),
         Op::Lseek => rule(Metadata, false, size_of::<abi::LseekOut>(), io::lseek),
         Op::CopyFileRange =>
@@ -242,6 +245,8 @@ impl Fs {
         let metadata = if quick { Route::Inline } else { Route::Pool };
         let route = match rule.place {
             Place::Metadata => Ok(metadata),
+            Place::Frees if self.history.is_slow(Instant::now()) => Ok(Route::Pool),
+            Place::Frees => Ok(metadata),
             Place::Shard => Ok(Route::Inline),
             Place::Pool => Ok(Route::Pool),
             Place::PoolIf(pool) if pool(request) => Ok(Route::Pool),
@@ -282,7 +287,12 @@ impl Fs {
         }
         let bytes_max = self.reply_bytes_max(request);
         let out = out.get_mut(..bytes_max).ok_or(Errno::OVERFLOW)?;
-        (rule.run)(self, request, out)
+        let begun = matches!(rule.place, Place::Frees).then(Instant::now);
+        let result = (rule.run)(self, request, out);
+        if let Some(begun) = begun {
+            self.history.done(begun, Instant::now());
+        }
+        result
     }
 }
 

@@ -20,6 +20,7 @@ use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::fds::Fds;
 use crate::handles::{Handle, Handles, OpenFile, Waits};
+use crate::history::History;
 use crate::import::{self, ImportError};
 use crate::nodes::{Node, Nodes, Released};
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
@@ -133,6 +134,8 @@ pub struct Fs {
     root_stat: Stat,
     /// Refuse what lies on another device: the mounts could not be hidden.
     one_device: bool,
+    /// Calls that may free blocks.
+    pub(crate) history: History,
     /// Metadata calls do not wait for a network or for another daemon.
     pub(crate) local: bool,
     /// What reads and writes of this file system wait for.
@@ -227,6 +230,7 @@ impl Fs {
             nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, options.nodes_max),
             handles: Handles::new(options.handles_max, &options.fds),
             one_device: !hidden,
+            history: History::default(),
             options,
             backend,
             root,

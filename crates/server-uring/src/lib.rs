@@ -14,6 +14,7 @@ pub mod fds;
 pub mod fs;
 pub mod greet;
 pub mod handles;
+pub mod history;
 pub mod import;
 pub mod limits;
 pub mod mailbox;
