@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use ringfs_wire::abi::{self, fattr};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::dispatch::Request;
@@ -104,7 +105,7 @@ fn change_fd(fd: BorrowedFd<'_>, changes: &Changes) -> Result<Stat, Errno> {
     Stat::of(fd)
 }
 
-/// STATX: with the time of birth for regular files and directories, where the host knows it.
+/// STATX: with the time of birth, where the host knows it.
 pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let ask: abi::StatxIn = request.head()?;
     let node = fs.nodes.find(request.nodeid)?;
@@ -117,7 +118,10 @@ pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
                 let fd = fs.backend.path_fd(inode)?;
                 statx_fd(fs, fd.as_fd(), &ask)?
             }
-            Backing::Crate(inode) => statx_basic(fs, &fs.backend.getattr(inode)?),
+            Backing::Crate(inode) => {
+                let basic = fs.backend.getattr(inode)?;
+                statx_named(fs, &node, &basic, &ask).unwrap_or_else(|| statx_basic(fs, &basic))
+            }
             Backing::Fd(fd) => statx_fd(fs, fd, &ask)?,
         }
     };
@@ -130,6 +134,20 @@ fn statx_fd(fs: &Fs, fd: BorrowedFd<'_>, ask: &abi::StatxIn) -> Result<abi::Stat
     let dev = rustix::fs::makedev(seen.dev_major, seen.dev_minor);
     // The guest shows its own mount's device, and the host's is not its business.
     Ok(abi::Statx { ino: fs.guest_ino(dev, seen.ino), dev_major: 0, dev_minor: 0, ..seen })
+}
+
+/// The crate opens neither links nor special files: found by the name where it was seen last, if
+/// that still leads to it.
+fn statx_named(fs: &Fs, node: &Node, basic: &Stat, ask: &abi::StatxIn) -> Option<abi::Statx> {
+    let place = node.place();
+    let parent = fs.nodes.find(place.parent).ok()?.inode().ok()?;
+    let directory = fs.backend.path_fd(parent).ok()?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(&directory, &*place.name, flags, Mode::empty()).ok()?;
+    let seen = Stat::of(&fd).ok()?;
+    let same =
+        (seen.dev, seen.ino) == (basic.dev, basic.ino) && seen.mode & libc::S_IFMT == node.kind;
+    if same { statx_fd(fs, fd.as_fd(), ask).ok() } else { None }
 }
 
 fn statx_basic(fs: &Fs, stat: &Stat) -> abi::Statx {

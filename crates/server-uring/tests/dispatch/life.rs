@@ -315,8 +315,26 @@ fn statx_knows_the_birth() {
             assert_eq!(stat.btime.tv_sec as u64, born.as_secs());
         }
     }
+    let host = std::fs::symlink_metadata(dir.path().join("link")).expect("host");
     let link = guest.lookup(ROOT, "link").expect("lookup").nodeid;
-    assert_eq!(u32::from(ask(link, 0).expect("statx").mode) & libc::S_IFMT, libc::S_IFLNK);
+    let (fifo, mode) = (dir.path().join("fifo"), rustix::fs::Mode::from_raw_mode(0o600));
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).expect("host");
+    let fifo = guest.lookup(ROOT, "fifo").expect("lookup").nodeid;
+    for (id, kind) in [(link, libc::S_IFLNK), (fifo, libc::S_IFIFO)] {
+        let stat = ask(id, 0).expect("statx");
+        assert_eq!(u32::from(stat.mode) & libc::S_IFMT, kind);
+        assert_eq!(stat.mask & 0x800 != 0, host.created().is_ok(), "the time of birth");
+    }
+    if let Ok(born) = host.created() {
+        let born = born.duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+        assert_eq!(ask(link, 0).expect("statx").btime.tv_sec as u64, born.as_secs());
+    }
+    // Another file has the name now: what was asked for is still known, but for its birth.
+    std::fs::rename(dir.path().join("link"), dir.path().join("away")).expect("host");
+    std::fs::write(dir.path().join("link"), "a file").expect("host");
+    let stat = ask(link, 0).expect("statx");
+    assert_eq!((stat.ino, stat.mask & 0x800), (host.ino(), 0));
+    assert_eq!(u32::from(stat.mode) & libc::S_IFMT, libc::S_IFLNK);
 }
 
 #[test]
