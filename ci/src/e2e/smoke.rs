@@ -362,8 +362,6 @@ fn big_directory(rig: &Rig) -> Result<()> {
             ensure!(meta.is_file() && meta.len() == 0, "{name:?} is {meta:?}");
         }
     }
-    let known = rig.daemon.counters()?;
-    ensure!(known.nodes > ENTRIES as u64, "the guest knows only {} files", known.nodes);
     mount.umount()
 }
 
