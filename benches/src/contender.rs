@@ -1,190 +1,237 @@
-//! Those that are compared: each serves the same directory at a place of its own.
+//! Those that are compared: the table of who there is, and which of them this machine can run.
+//!
+//! Each serves the same directory at a place of its own. A contender that cannot run is left out
+//! loudly, never replaced by another.
 
+use crate::server::said;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-/// Who.
+/// How it is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The directory itself.
     Bare,
     /// libfuse's passthrough_ll with cloned fds: the same work without a socket between.
     Local,
-    /// ringfs over a Unix socket, as it comes.
+    /// A passthrough of ours on the crate `fuser`, with as many threads.
+    Fuser,
+    /// sshfs to sftp-server over a socket pair.
+    Sshfs,
+    /// ringfs over a Unix socket.
     Ringfs,
 }
 
-impl Kind {
-    /// In the order of the columns.
-    pub const ALL: [Kind; 3] = [Kind::Bare, Kind::Local, Kind::Ringfs];
-
+/// Who, and with what arguments.
+#[derive(Clone, Debug)]
+pub struct Spec {
     /// The column's name.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Kind::Bare => "bare",
-            Kind::Local => "local",
-            Kind::Ringfs => "ringfs",
-        }
-    }
+    pub name: String,
+    /// How it is started.
+    pub kind: Kind,
+    /// ringfs: further `-o` options of the mount; empty for none.
+    pub options: String,
+    /// ringfs: further arguments of the daemon.
+    pub daemon_args: Vec<String>,
+    /// Needs /sys/module/fuse/parameters/enable_uring.
+    pub kernel_uring: bool,
+    /// ringfs: where `ringfs` and `ringfsd` are.
+    pub bin: PathBuf,
 }
 
-/// One that runs. Dropping it unmounts and stops it.
-pub struct Contender {
+struct Entry {
+    name: &'static str,
     kind: Kind,
-    path: PathBuf,
-    command: String,
-    mounted: bool,
-    /// Ended in reverse order.
-    children: Vec<Child>,
+    options: &'static str,
+    daemon_args: &'static [&'static str],
+    kernel_uring: bool,
 }
 
-impl Contender {
-    /// Starts serving `backing` at `mountpoint`.
-    pub fn start(
-        kind: Kind,
-        backing: &Path,
-        mountpoint: &Path,
-        tools: &Path,
-        bin: &Path,
-        options: Option<&str>,
-    ) -> Result<Contender> {
-        let mut contender = Contender {
-            kind,
-            path: mountpoint.to_owned(),
-            command: String::from("(no program)"),
-            mounted: false,
-            children: Vec::new(),
-        };
-        match kind {
-            Kind::Bare => contender.path = backing.to_owned(),
-            Kind::Local => {
-                std::fs::create_dir(mountpoint)?;
-                let program = build_passthrough(tools)?;
-                let source = format!("source={},cache=auto,timeout=1", backing.display());
-                let mut command = Command::new(program);
-                command.args(["-f", "-o", "clone_fd", "-o", "allow_other,default_permissions"]);
-                command.args(["-o", &source]).arg(mountpoint);
-                contender.spawn(command)?;
-                contender.wait_mounted()?;
-            }
-            Kind::Ringfs => {
-                std::fs::create_dir(mountpoint)?;
-                let socket = tools.join("socket");
-                let mut daemon = Command::new(bin.join("ringfsd"));
-                daemon.arg("--share").arg(format!("bench={}", backing.display()));
-                daemon.arg("--listen").arg(format!("unix:{}", socket.display()));
-                contender.spawn(daemon)?;
-                contender.wait_for("the daemon's socket", || socket.exists())?;
-                let mut mount = Command::new(bin.join("ringfs"));
-                mount.arg("mount").arg(format!("bench@unix:{}", socket.display()));
-                mount.arg(mountpoint).arg("--foreground");
-                mount.args(options.iter().flat_map(|options| ["-o", options]));
-                contender.spawn(mount)?;
-                contender.wait_mounted()?;
-            }
+const fn plain(name: &'static str, kind: Kind) -> Entry {
+    Entry { name, kind, options: "", daemon_args: &[], kernel_uring: false }
+}
+
+/// Everybody, in the order of the columns.
+const TABLE: &[Entry] = &[
+    plain("bare", Kind::Bare),
+    plain("local", Kind::Local),
+    plain("ringfs", Kind::Ringfs),
+    Entry { options: "spin=0", daemon_args: &["--spin", "0"], ..plain(NO_SPIN, Kind::Ringfs) },
+    Entry { options: "uring=on", kernel_uring: true, ..plain("ringfs-uring", Kind::Ringfs) },
+    plain("fuser", Kind::Fuser),
+    plain("sshfs", Kind::Sshfs),
+];
+
+/// The contender that ratios are taken to.
+pub const BASE: &str = "local";
+
+/// The setting that never spins.
+pub const NO_SPIN: &str = "ringfs-nospin";
+
+/// What runs unless it is chosen.
+pub const DEFAULT: &str = "bare,local,ringfs,ringfs-nospin,ringfs-uring,fuser,sshfs";
+/// The same for --quick.
+pub const QUICK: &str = "bare,local,ringfs,ringfs-nospin";
+
+/// The contenders by these names, with the programs in `bin`.
+pub fn by_names(names: &[String], bin: &Path) -> Result<Vec<Spec>> {
+    let known: Vec<&str> = TABLE.iter().map(|entry| entry.name).collect();
+    for name in names {
+        ensure!(known.contains(&name.as_str()), "no contender `{name}`; there are {known:?}");
+    }
+    let chosen = TABLE.iter().filter(|entry| names.iter().any(|name| name == entry.name));
+    Ok(chosen.map(|entry| entry.spec(bin)).collect())
+}
+
+impl Entry {
+    fn spec(&self, bin: &Path) -> Spec {
+        Spec {
+            name: self.name.to_owned(),
+            kind: self.kind,
+            options: self.options.to_owned(),
+            daemon_args: self.daemon_args.iter().map(|&arg| arg.to_owned()).collect(),
+            kernel_uring: self.kernel_uring,
+            bin: bin.to_owned(),
         }
-        Ok(contender)
     }
+}
 
-    /// The column's name.
-    pub fn name(&self) -> &'static str {
-        self.kind.name()
-    }
-
-    /// Where the work is done.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// What was started.
-    pub fn command(&self) -> &str {
-        &self.command
-    }
-
-    fn spawn(&mut self, mut command: Command) -> Result<()> {
-        let shown = format!("{command:?}").replace('"', "");
-        self.command =
-            if self.children.is_empty() { shown } else { format!("{} + {shown}", self.command) };
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
-        command.env("RUST_LOG", "warn");
-        let child = command.spawn().with_context(|| format!("cannot run {command:?}"))?;
-        self.children.push(child);
-        Ok(())
-    }
-
-    fn wait_mounted(&mut self) -> Result<()> {
-        let mountpoint = self.path.canonicalize()?.display().to_string();
-        self.mounted = true;
-        self.wait_for("the mount", || {
-            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-            mounts.lines().any(|line| line.split(' ').nth(4) == Some(&mountpoint))
+impl Spec {
+    /// Reads `LABEL=[DIR][;MOUNT OPTIONS[;DAEMON ARGUMENTS]]`, as `--ab` takes it.
+    pub fn parse_ab(text: &str, bin: &Path) -> Result<Spec> {
+        let usage = "--ab takes LABEL=[DIR][;MOUNT OPTIONS[;DAEMON ARGUMENTS]]";
+        let (name, rest) = text.split_once('=').context(usage)?;
+        ensure!(!name.is_empty() && !name.contains(['/', ';', ',']), "{usage}: the label `{name}`");
+        let mut parts = rest.splitn(3, ';');
+        let dir = parts.next().filter(|dir| !dir.is_empty()).map_or(bin, Path::new);
+        let options = parts.next().unwrap_or_default().trim().to_owned();
+        let args = parts.next().unwrap_or_default();
+        Ok(Spec {
+            name: name.to_owned(),
+            kind: Kind::Ringfs,
+            kernel_uring: options.split(',').any(|option| option == "uring=on"),
+            options,
+            daemon_args: args.split_whitespace().map(str::to_owned).collect(),
+            bin: dir.to_owned(),
         })
     }
 
-    fn wait_for(&mut self, what: &str, mut ready: impl FnMut() -> bool) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(10);
-        while !ready() {
-            for child in &mut self.children {
-                if let Some(status) = child.try_wait()? {
-                    bail!("{} ended with {status} while waiting for {what}", self.command);
-                }
-            }
-            ensure!(Instant::now() < until, "{what} did not appear within 10 s");
-            std::thread::sleep(Duration::from_millis(10));
+    /// Why it cannot run here; `None` if it can.
+    pub fn obstacle(&self, tools: &Tools) -> Option<String> {
+        match self.kind {
+            Kind::Bare | Kind::Local => None,
+            Kind::Fuser if tools.fuser().is_file() => None,
+            Kind::Fuser => Some(format!("{:?} is not built (cargo xtask bench does)", tools.peers)),
+            Kind::Sshfs if sshfs_version().is_some() && sftp_server().is_some() => None,
+            Kind::Sshfs => Some("apt-get install sshfs openssh-sftp-server".into()),
+            Kind::Ringfs => self.ringfs_obstacle().err().map(|error| format!("{error:#}")),
+        }
+    }
+
+    fn ringfs_obstacle(&self) -> Result<()> {
+        for program in ["ringfs", "ringfsd"] {
+            ensure!(self.bin.join(program).is_file(), "there is no {:?}", self.bin.join(program));
+        }
+        let help = said(&self.bin.join("ringfs"), &["mount", "--help"]);
+        for option in self.options.split(',').filter(|option| !option.is_empty()) {
+            let key = option.split_inclusive('=').next().unwrap_or(option);
+            ensure!(help.contains(key), "this `ringfs mount` has no option `{key}`");
+        }
+        let help = said(&self.bin.join("ringfsd"), &["--help"]);
+        for arg in self.daemon_args.iter().filter(|arg| arg.starts_with("--")) {
+            let key = arg.split('=').next().unwrap_or(arg);
+            ensure!(help.contains(key), "this `ringfsd` has no argument `{key}`");
+        }
+        if self.kernel_uring && !Path::new(ENABLE_URING).exists() {
+            bail!("this kernel has no FUSE over io_uring ({ENABLE_URING})");
         }
         Ok(())
     }
-}
 
-impl Drop for Contender {
-    fn drop(&mut self) {
-        if self.mounted {
-            let _ = rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::DETACH);
-        }
-        for child in self.children.iter_mut().rev() {
-            let pid = rustix::process::Pid::from_child(child);
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            let until = Instant::now() + Duration::from_secs(5);
-            while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(10));
+    /// Its version, as it says itself.
+    pub fn version(&self, tools: &Tools) -> String {
+        let first = |text: String, word: &str| {
+            let line = text.lines().find(|line| line.contains(word)).unwrap_or("?");
+            line.trim().to_owned()
+        };
+        match self.kind {
+            Kind::Bare => "(no program)".into(),
+            Kind::Local => {
+                let text = said(&tools.passthrough(), &["--version"]);
+                format!("libfuse {}", first(text, "FUSE library version"))
             }
-            let _ = child.kill();
-            let _ = child.wait();
+            Kind::Fuser => first(said(&tools.fuser(), &["--version"]), "fuser"),
+            Kind::Sshfs => sshfs_version().unwrap_or_default(),
+            Kind::Ringfs => first(said(&self.bin.join("ringfsd"), &["--version"]), "ringfs"),
         }
     }
 }
 
-/// Builds libfuse's example, which Debian ships as source.
-fn build_passthrough(tools: &Path) -> Result<PathBuf> {
-    let program = tools.join("passthrough_ll");
-    if program.exists() {
-        return Ok(program);
+/// The kernel's switch for FUSE over io_uring.
+pub const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// Where programs that are not ringfs's are built.
+#[derive(Clone, Debug)]
+pub struct Tools {
+    /// Of this run; removed at its end.
+    pub scratch: PathBuf,
+    /// The programs of `benches/peers`.
+    pub peers: PathBuf,
+}
+
+impl Tools {
+    /// libfuse's example, once built.
+    pub fn passthrough(&self) -> PathBuf {
+        self.scratch.join("passthrough_ll")
     }
-    let examples = Path::new("/usr/share/doc/libfuse3-dev/examples");
-    let mut source = examples.join("passthrough_ll.c");
-    if !source.exists() {
-        let packed = examples.join("passthrough_ll.c.gz");
-        ensure!(
-            packed.exists(),
-            "passthrough_ll.c is not in {examples:?}: apt-get install libfuse3-dev gcc pkg-config"
+
+    /// Our passthrough on the crate `fuser`.
+    pub fn fuser(&self) -> PathBuf {
+        self.peers.join("peer-fuser")
+    }
+}
+
+/// What sshfs is, if it is there.
+fn sshfs_version() -> Option<String> {
+    let text = said(Path::new("sshfs"), &["--version"]);
+    text.lines().find(|line| line.contains("SSHFS")).map(str::to_owned)
+}
+
+/// OpenSSH's SFTP server.
+pub fn sftp_server() -> Option<PathBuf> {
+    let places = ["/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server"];
+    places.map(PathBuf::from).into_iter().find(|place| place.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ab_is_read() {
+        let bin = Path::new("/bins");
+        let spec = Spec::parse_ab("new=/other;spin=0,lanes=2;--spin 0", bin).unwrap();
+        assert_eq!((spec.name.as_str(), spec.bin.as_path()), ("new", Path::new("/other")));
+        assert_eq!((spec.options.as_str(), spec.daemon_args.len()), ("spin=0,lanes=2", 2));
+        let spec = Spec::parse_ab("old=", bin).unwrap();
+        assert_eq!((spec.bin.as_path(), spec.options.as_str()), (bin, ""));
+        assert!(Spec::parse_ab("x=;uring=on", bin).unwrap().kernel_uring);
+        for wrong in ["", "nodir", "=/x", "a/b=/x"] {
+            assert!(Spec::parse_ab(wrong, bin).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_are_checked_and_keep_the_tables_order() {
+        let names = |text: &str| -> Vec<String> { text.split(',').map(str::to_owned).collect() };
+        let specs = by_names(&names("ringfs,bare"), Path::new("/b")).unwrap();
+        assert_eq!(
+            specs.iter().map(|spec| spec.kind).collect::<Vec<_>>(),
+            [Kind::Bare, Kind::Ringfs]
         );
-        source = tools.join("passthrough_ll.c");
-        let out = Command::new("gunzip").arg("-c").arg(packed).output()?;
-        std::fs::write(&source, out.stdout)?;
-        std::fs::copy(examples.join("passthrough_helpers.h"), tools.join("passthrough_helpers.h"))?;
+        assert!(by_names(&names("bare,nobody"), Path::new("/b")).is_err());
+        for list in [DEFAULT, QUICK] {
+            by_names(&names(list), Path::new("/b")).unwrap();
+        }
     }
-    let flags = Command::new("pkg-config").args(["--cflags", "--libs", "fuse3"]).output()?;
-    let flags = String::from_utf8(flags.stdout)?;
-    let status = Command::new("gcc")
-        .args(["-O2", "-o"])
-        .arg(&program)
-        .arg(&source)
-        .arg(format!("-I{}", examples.display()))
-        .args(flags.split_whitespace())
-        .status()
-        .context("cannot run gcc")?;
-    ensure!(status.success(), "gcc could not build passthrough_ll");
-    Ok(program)
 }

@@ -1,130 +1,218 @@
-//! `ringfs-bench`: the same work on the bare directory, on a local FUSE passthrough and on ringfs,
-//! in interleaved rounds of one run.
+//! `ringfs-bench`: the same work on the bare directory, on other file systems and on ringfs, in
+//! interleaved rounds of one run.
 //!
 //! This machine's speed changes from minute to minute, so the figure to quote is the median over
 //! the rounds of the ratio to the local passthrough within a round, never an absolute time.
 
+mod backing;
 mod contender;
-mod report;
+mod goals;
+mod proc;
+mod rounds;
+mod samples;
+mod server;
+mod site;
+mod stats;
+mod table;
+mod undo;
+mod watchdog;
 mod work;
 
-use anyhow::{Context, Result, bail};
-use clap::{Parser, ValueEnum};
-use contender::{Contender, Kind};
-use report::Report;
+use anyhow::{Context, Result, ensure};
+use backing::{Backing, Ground, build_passthrough, temporary_dir};
+use clap::Parser;
+use contender::{BASE, Kind, Spec, Tools};
+use samples::Samples;
+use site::{Place, Site};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use work::Work;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use work::{Scale, Work};
 
-/// Times ringfs against the bare directory and a local libfuse passthrough.
+/// Times ringfs against the bare directory, a local libfuse passthrough and other file systems.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXAMPLES)]
 struct Cli {
-    /// Interleaved rounds; 7 or more for a claim.
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
-    /// Short runs of each work, 3 rounds: to see that it works.
+    /// Interleaved rounds; 7 or more for a claim
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Short works, few contenders, 3 rounds: under 3 minutes
     #[arg(long)]
     quick: bool,
-    /// What the shared directory lies on.
-    #[arg(long, value_enum, default_value = "tmpfs")]
+    /// What the shared directory lies on: tmpfs, ext4 (a loop device), or a directory
+    #[arg(long, default_value = "tmpfs")]
     backing: Backing,
-    /// Contenders to leave out or keep: a comma-separated list of their names.
+    /// Who takes part, comma-separated
     #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Run only work whose name contains this.
-    #[arg(long)]
-    work: Option<String>,
-    /// Where the programs are; built there if --build is given.
-    #[arg(long, default_value = "target/release")]
-    bin: PathBuf,
-    /// Further -o options of the ringfs mount.
-    #[arg(long)]
-    options: Option<String>,
-    /// Write the report as JSON there.
+    contenders: Vec<String>,
+    /// A further ringfs, as LABEL=[DIR][;MOUNT OPTIONS[;DAEMON ARGUMENTS]]; may be repeated. Only
+    /// `local` takes part beside unless --contenders says so
+    #[arg(long, value_name = "LABEL=DIR")]
+    ab: Vec<String>,
+    /// Only works whose name holds one of these, comma-separated
+    #[arg(long, value_delimiter = ',')]
+    work: Vec<String>,
+    /// Where `ringfs` and `ringfsd` are
+    #[arg(long, alias = "bin", default_value = "target/release")]
+    ringfs_bin: PathBuf,
+    /// Where the programs of benches/peers are
+    #[arg(long, default_value = "target/peers/release")]
+    peers: PathBuf,
+    /// Whom ratios are taken to
+    #[arg(long, default_value = BASE)]
+    base: String,
+    /// Write all figures as JSON there
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Print the names of works and end
+    #[arg(long)]
+    list: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Backing {
-    /// Memory: measures the path, not a disk.
-    Tmpfs,
-    /// The directory for temporary files, on whatever it lies.
-    Disk,
-}
+const EXAMPLES: &str = "Examples:
+  ringfs-bench --quick
+  ringfs-bench --ab old=/tmp/old --ab new=target/release --work randread,stat --rounds 5 --quick
+  ringfs-bench --ab 'spin=;spin=20;--spin 20' --ab 'none=;spin=0;--spin 0' --base none
+  ringfs-bench --backing ext4 --contenders bare,local,ringfs --work tree";
 
 fn main() -> Result<()> {
-    let cli = Cli::parse();
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, stop.clone())?;
+    if std::env::args().nth(1).as_deref() == Some(undo::REAPER_ARG) {
+        return undo::reap();
     }
-    let parent = match cli.backing {
-        Backing::Tmpfs => PathBuf::from("/dev/shm"),
-        Backing::Disk => std::env::temp_dir(),
-    };
-    let scratch = tempfile::Builder::new().prefix("ringfs-bench-").tempdir_in(&parent)?;
-    let tools = tempfile::Builder::new().prefix("ringfs-bench-tools-").tempdir()?;
-    let mut report = Report::default();
-    let outcome = run(&cli, scratch.path(), tools.path(), &stop, &mut report);
-    report.print();
-    if let Some(path) = &cli.json {
-        std::fs::write(path, serde_json::to_string_pretty(&report.to_json())?)
-            .with_context(|| format!("cannot write {path:?}"))?;
+    let cli = CLI.get_or_init(Cli::parse);
+    if cli.list {
+        Work::all().iter().for_each(|work| println!("{}", work.name));
+        return Ok(());
     }
-    outcome
+    watchdog::start(|| drop(report()))?;
+    raise_files_limit();
+    let (scratch, _guard) = temporary_dir(&std::env::temp_dir())?;
+    let outcome = run(cli, &scratch);
+    report().and(outcome)
 }
 
-fn run(
-    cli: &Cli,
-    scratch: &Path,
-    tools: &Path,
-    stop: &AtomicBool,
-    report: &mut Report,
-) -> Result<()> {
-    let backing = scratch.join("backing");
-    std::fs::create_dir(&backing)?;
-    let kept = |kind: &Kind| cli.only.is_empty() || cli.only.iter().any(|name| name == kind.name());
-    let mut contenders = Vec::new();
-    for kind in Kind::ALL.into_iter().filter(kept) {
-        let mountpoint = tools.join(kind.name());
-        let started =
-            Contender::start(kind, &backing, &mountpoint, tools, &cli.bin, cli.options.as_deref());
-        contenders.push(started.with_context(|| format!("cannot start {}", kind.name()))?);
+/// The arguments; here, so that the watchdog can report too.
+static CLI: OnceLock<Cli> = OnceLock::new();
+/// Who takes part.
+static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// What was measured so far.
+static SAMPLES: Mutex<Samples> = Mutex::new(Samples { rows: Vec::new() });
+
+/// Tells what was measured so far. Touches no mount.
+fn report() -> Result<()> {
+    let Some(cli) = CLI.get() else { return Ok(()) };
+    let names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    let samples = SAMPLES.lock().unwrap_or_else(PoisonError::into_inner);
+    print!("{}", table::works(&samples, &names, &cli.base));
+    let held: Vec<String> =
+        names.iter().filter(|name| !["bare", BASE].contains(&name.as_str())).cloned().collect();
+    print!("{}", table::goals(&samples, &held));
+    if let Some(path) = &cli.json {
+        fs::write(path, serde_json::to_string_pretty(&samples.to_json(&cli.base))?)
+            .with_context(|| format!("cannot write {path:?}"))?;
     }
-    for contender in &contenders {
-        println!("{:<8} {}", contender.name(), contender.command());
-    }
-    let rounds = if cli.quick { 3 } else { cli.rounds };
-    let wanted = |work: &Work| cli.work.as_ref().is_none_or(|part| work.name().contains(part));
-    let works: Vec<Work> = Work::all(cli.quick).into_iter().filter(wanted).collect();
-    for (index, work) in works.iter().enumerate() {
-        work.prepare(&backing)?;
-        for round in 0..rounds {
-            // Another one begins each round, so that no place in the order is anybody's.
-            for turn in 0..contenders.len() {
-                if stop.load(Ordering::Relaxed) {
-                    bail!("stopped; the rounds so far are reported");
-                }
-                let contender = &contenders[(round + turn) % contenders.len()];
-                eprint!(
-                    "\r\x1b[K[{}/{}] {}: round {}/{rounds}, {}",
-                    index + 1,
-                    works.len(),
-                    work.name(),
-                    round + 1,
-                    contender.name()
-                );
-                let rate = work
-                    .run(contender.path())
-                    .with_context(|| format!("{} on {}", work.name(), contender.name()))?;
-                report.add(work.name(), work.unit(), contender.name(), round, rate);
-            }
-        }
-        work.clean(&backing)?;
-    }
-    eprintln!("\r\x1b[K");
     Ok(())
+}
+
+fn run(cli: &Cli, scratch: &Path) -> Result<()> {
+    let works = cli.works()?;
+    let tools = Tools { scratch: scratch.to_owned(), peers: cli.peers.clone() };
+    build_passthrough(&tools.passthrough(), scratch)?;
+    let specs = cli.specs(&tools)?;
+    ensure!(specs.iter().any(|spec| spec.name == cli.base), "`{}` must take part", cli.base);
+    let ground = Ground::new(&cli.backing, scratch)?;
+    let backing = ground.dir().join("backing");
+    fs::create_dir(&backing)?;
+    work::make_data(&backing)?;
+    let any_uring = specs.iter().any(|spec| spec.kernel_uring);
+    let _uring = if any_uring { site::enable_uring()? } else { None };
+    let mut sites = Vec::new();
+    for spec in &specs {
+        watchdog::begin(&format!("the start of {}", spec.name));
+        let place = Place { backing: &backing, scratch, tools: &tools, label: &spec.name };
+        let site = Site::start(spec, &place);
+        sites.push(site.with_context(|| format!("cannot start {}", spec.name))?);
+        NAMES.lock().unwrap_or_else(PoisonError::into_inner).push(spec.name.clone());
+    }
+    same_readahead(&sites)?;
+    introduce(&sites, &tools)?;
+    let scale = if cli.quick { Scale::QUICK } else { Scale::FULL };
+    let rounds = cli.rounds.unwrap_or(if cli.quick { 3 } else { 7 });
+    let place = Place { backing: &backing, scratch, tools: &tools, label: "" };
+    rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES)
+}
+
+impl Cli {
+    fn works(&self) -> Result<Vec<Work>> {
+        let wanted = |work: &Work| {
+            let named = self.work.iter().any(|part| work.name.contains(part.as_str()));
+            if self.work.is_empty() { !(self.quick && work.long) } else { named }
+        };
+        let works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
+        ensure!(!works.is_empty(), "no work is named like {:?}; see --list", self.work);
+        Ok(works)
+    }
+
+    /// Who takes part and can; those who cannot are named.
+    fn specs(&self, tools: &Tools) -> Result<Vec<Spec>> {
+        let usual = match (self.ab.is_empty(), self.quick) {
+            (false, _) => BASE,
+            (true, true) => contender::QUICK,
+            (true, false) => contender::DEFAULT,
+        };
+        let chosen: Vec<String> = match self.contenders.is_empty() {
+            true => usual.split(',').map(str::to_owned).collect(),
+            false => self.contenders.clone(),
+        };
+        let mut specs = contender::by_names(&chosen, &self.ringfs_bin)?;
+        for text in &self.ab {
+            let spec = Spec::parse_ab(text, &self.ringfs_bin)?;
+            ensure!(specs.iter().all(|other| other.name != spec.name), "two are `{}`", spec.name);
+            // Whom one asks for by hand must be there.
+            if let Some(why) = spec.obstacle(tools) {
+                anyhow::bail!("{} cannot run: {why}", spec.name);
+            }
+            specs.push(spec);
+        }
+        specs.retain(|spec| match spec.obstacle(tools) {
+            Some(why) => {
+                eprintln!("LEFT OUT: {}: {why}", spec.name);
+                false
+            }
+            None => true,
+        });
+        Ok(specs)
+    }
+}
+
+/// Gives every mount the readahead of the first ringfs, or of the first mount.
+fn same_readahead(sites: &[Site]) -> Result<()> {
+    let first = sites.iter().find(|site| site.spec.kind == Kind::Ringfs);
+    let first = first.or_else(|| sites.iter().find(|site| site.mount().is_some()));
+    let Some(mount) = first.and_then(Site::mount) else { return Ok(()) };
+    let kib = fs::read_to_string(mount.readahead_file()?).context("read the readahead")?;
+    for mount in sites.iter().filter_map(Site::mount) {
+        fs::write(mount.readahead_file()?, kib.trim()).context("set the readahead")?;
+    }
+    println!("readahead of every mount: {} KiB", kib.trim());
+    Ok(())
+}
+
+/// Who takes part: names, versions, command lines.
+fn introduce(sites: &[Site], tools: &Tools) -> Result<()> {
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    println!("Linux {}", kernel.trim());
+    for site in sites {
+        println!("{:<14} {}", site.spec.name, site.spec.version(tools));
+        site.lines().iter().for_each(|line| println!("{:<14} $ {line}", ""));
+    }
+    Ok(())
+}
+
+/// A passthrough holds a descriptor for each name that the kernel knows; servers inherit this.
+fn raise_files_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
 }

@@ -1,0 +1,72 @@
+//! The rounds: within each, every contender does the work once; another begins each time.
+
+use crate::samples::Samples;
+use crate::site::{Place, Site};
+use crate::watchdog;
+use crate::work::{Scale, Work};
+use anyhow::{Context, Result, bail, ensure};
+use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// Does all works in all rounds. A work that fails is told and counts for nothing; a contender that
+/// has gone ends the run. What was measured before stands in `samples`.
+pub fn run(
+    sites: &mut [Site],
+    works: &[Work],
+    rounds: usize,
+    place: &Place<'_>,
+    scale: &Scale,
+    samples: &Mutex<Samples>,
+) -> Result<()> {
+    let start = Instant::now();
+    let mut failures = Vec::new();
+    for (index, work) in works.iter().enumerate() {
+        let rounds = rounds.min(work.rounds_max);
+        for round in 0..rounds {
+            for turn in 0..sites.len() {
+                if watchdog::stopping() {
+                    bail!("stopped; what was measured so far is reported");
+                }
+                let site = &mut sites[(round + turn) % sites.len()];
+                let name = site.spec.name.clone();
+                progress(&format!(
+                    "[{}/{} {:>4} s] {}: round {}/{rounds}, {name}",
+                    index + 1,
+                    works.len(),
+                    start.elapsed().as_secs(),
+                    work.name,
+                    round + 1,
+                ));
+                let what = format!("{} on {name}", work.name);
+                watchdog::begin(&what);
+                site.check().context(what.clone())?;
+                let metrics = work.run(site, place, scale).context(what.clone());
+                site.check().with_context(|| format!("after {what}"))?;
+                let metrics = match metrics {
+                    Ok(metrics) => metrics,
+                    Err(error) => {
+                        failures.push(format!("{error:#}"));
+                        eprintln!("\nFAILED: {error:#}");
+                        continue;
+                    }
+                };
+                let mut samples = samples.lock().unwrap_or_else(PoisonError::into_inner);
+                samples.add(work.name, &name, round, &metrics);
+            }
+        }
+    }
+    progress("");
+    watchdog::begin("the report");
+    ensure!(failures.is_empty(), "{} runs failed:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+/// One line that is written over on a terminal; a log gets the works' names alone.
+fn progress(line: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{line}");
+    } else if line.contains("round 1/") && line.ends_with("local") {
+        eprintln!("{line}");
+    }
+}
