@@ -88,6 +88,7 @@ pub const GOALS: &[Goal] = &[
         ..local("", "mixed", 0.0)
     },
     itself("another share frozen: p99 of GETATTR, x", "frozen", "p99-ratio", 2.0),
+    itself("the same while its guest creates files", "frozen-create", "p99-ratio", 2.0),
     cpu("CPU of a 4 KiB read, depth 1, no spinning", "randread-4k-d1", 2.5),
     cpu("CPU of a 4 KiB read, 16 in flight, no spinning", "randread-4k-d16", 2.0),
     // None: what a heartbeat now and then costs is below a thousandth of a CPU.

@@ -5,9 +5,11 @@
 //! the rounds of the ratio to the local passthrough within a round, never an absolute time.
 
 mod backing;
+mod charts;
 mod contender;
 mod goals;
 mod proc;
+mod report;
 mod rounds;
 mod samples;
 mod server;
@@ -22,11 +24,13 @@ use anyhow::{Context, Result, ensure};
 use backing::{Backing, Ground, build_passthrough, temporary_dir};
 use clap::Parser;
 use contender::{BASE, Kind, Spec, Tools};
+use report::About;
 use samples::Samples;
 use site::{Place, Site};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 use work::{Scale, Work};
 
 /// Times ringfs against the bare directory, a local libfuse passthrough and other file systems.
@@ -61,9 +65,9 @@ struct Cli {
     /// Whom ratios are taken to
     #[arg(long, default_value = BASE)]
     base: String,
-    /// Write all figures as JSON there
+    /// The directory of the report (index.html, results.json) [default: target/bench/TIME]
     #[arg(long)]
-    json: Option<PathBuf>,
+    report: Option<PathBuf>,
     /// Print the names of works and end
     #[arg(long)]
     list: bool,
@@ -98,19 +102,29 @@ static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// What was measured so far.
 static SAMPLES: Mutex<Samples> = Mutex::new(Samples { rows: Vec::new() });
 
+/// Who takes part, for people.
+static INTRODUCTION: Mutex<String> = Mutex::new(String::new());
+
 /// Tells what was measured so far. Touches no mount.
 fn report() -> Result<()> {
     let Some(cli) = CLI.get() else { return Ok(()) };
     let names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
     let samples = SAMPLES.lock().unwrap_or_else(PoisonError::into_inner);
-    print!("{}", table::works(&samples, &names, &cli.base));
+    let introduction = INTRODUCTION.lock().unwrap_or_else(PoisonError::into_inner);
+    if samples.rows.is_empty() {
+        return Ok(());
+    }
     let held: Vec<String> =
         names.iter().filter(|name| !["bare", BASE].contains(&name.as_str())).cloned().collect();
+    print!("{}", table::works(&samples, &names, &cli.base));
     print!("{}", table::goals(&samples, &held));
-    if let Some(path) = &cli.json {
-        fs::write(path, serde_json::to_string_pretty(&samples.to_json(&cli.base))?)
-            .with_context(|| format!("cannot write {path:?}"))?;
-    }
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    let dir =
+        cli.report.clone().unwrap_or_else(|| Path::new("target/bench").join(report::stamp(now)));
+    let base = cli.base.as_str();
+    let about = About { introduction: &introduction, names: &names, held: &held, base };
+    report::write(&dir, &samples, &about)?;
+    println!("report: {}", dir.join("index.html").display());
     Ok(())
 }
 
@@ -145,7 +159,7 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
 impl Cli {
     fn works(&self) -> Result<Vec<Work>> {
         let wanted = |work: &Work| {
-            let named = self.work.iter().any(|part| work.name.contains(part.as_str()));
+            let named = self.work.iter().any(|part| named(work.name, part));
             if self.work.is_empty() { !(self.quick && work.long) } else { named }
         };
         let works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
@@ -185,6 +199,12 @@ impl Cli {
     }
 }
 
+/// A whole name means that work alone; else every work whose name holds the part.
+fn named(name: &str, part: &str) -> bool {
+    let whole = Work::all().iter().any(|work| work.name == part);
+    if whole { name == part } else { name.contains(part) }
+}
+
 /// Gives every mount the readahead of the first ringfs, or of the first mount.
 fn same_readahead(sites: &[Site]) -> Result<()> {
     let first = sites.iter().find(|site| site.spec.kind == Kind::Ringfs);
@@ -201,11 +221,14 @@ fn same_readahead(sites: &[Site]) -> Result<()> {
 /// Who takes part: names, versions, command lines.
 fn introduce(sites: &[Site], tools: &Tools) -> Result<()> {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    println!("Linux {}", kernel.trim());
+    let cpus = std::thread::available_parallelism()?;
+    let mut text = format!("Linux {}, {cpus} CPUs\n", kernel.trim());
     for site in sites {
-        println!("{:<14} {}", site.spec.name, site.spec.version(tools));
-        site.lines().iter().for_each(|line| println!("{:<14} $ {line}", ""));
+        text += &format!("{:<14} {}\n", site.spec.name, site.spec.version(tools));
+        site.lines().iter().for_each(|line| text += &format!("{:<14} $ {line}\n", ""));
     }
+    print!("{text}");
+    *INTRODUCTION.lock().unwrap_or_else(PoisonError::into_inner) = text;
     Ok(())
 }
 

@@ -32,8 +32,6 @@ pub enum Undo {
     Loop(PathBuf),
     /// A directory that is ours, with all below it.
     Dir(PathBuf),
-    /// A frozen file system is thawed.
-    Thaw(PathBuf),
     /// A kernel setting: the file, and what it held.
     Setting(PathBuf, String),
 }
@@ -141,9 +139,6 @@ impl Undo {
                 if crate::proc::mounts_below(dir).is_empty() {
                     let _ = fs::remove_dir_all(dir);
                 }
-            }
-            Undo::Thaw(dir) => {
-                let _ = quietly(Command::new("fsfreeze").arg("-u").arg(dir));
             }
             Undo::Setting(file, text) => {
                 let _ = fs::write(file, text);

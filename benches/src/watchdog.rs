@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// What one run of a work may take.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(90);
 /// What the current one may take once the user has asked for the end.
 const GRACE: Duration = Duration::from_secs(10);
 

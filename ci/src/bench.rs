@@ -1,6 +1,9 @@
-//! `cargo xtask bench`: installs what the bench needs, builds it and both programs, and runs it.
+//! `cargo xtask bench`: installs what the bench needs, builds it, both programs of ringfs and the
+//! peers, and runs it.
 //!
-//! The measuring itself is the crate `ringfs-benches`; its `--help` lists the arguments.
+//! The measuring itself is the crate `ringfs-benches`; its `--help` lists the arguments. The peers
+//! (`benches/peers`) are a workspace of their own, because they depend on what the product must
+//! not.
 
 use std::time::Duration;
 
@@ -9,25 +12,41 @@ use anyhow::{Context, Result};
 use crate::deps;
 use crate::paths::{self, Bins};
 
-/// A full run of all work and contenders takes minutes; nothing takes longer than this.
-const LIMIT: Duration = Duration::from_secs(2 * 3600);
+/// A full run of all work and contenders takes an hour; nothing takes longer than this.
+const LIMIT: Duration = Duration::from_secs(3 * 3600);
+/// Building the peers, from nothing on two busy cores.
+const BUILD_LIMIT: Duration = Duration::from_secs(900);
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Passed to ringfs-bench: --quick, --rounds N, --backing tmpfs|disk, --work PART, --json FILE
+    /// Passed to ringfs-bench: --quick, --rounds N, --backing tmpfs|ext4|DIR, --contenders A,B,
+    /// --work PART, --ab LABEL=DIR, --engine-ab, --growth; see `cargo xtask bench --help-all`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
+    /// The bench's own help
+    #[arg(long)]
+    help_all: bool,
 }
 
 /// Runs the bench.
 pub fn run(args: &Args) -> Result<()> {
-    deps::debian(&["fio", "gcc", "libfuse3-dev", "pkg-config"])?;
+    let bench = || paths::cargo().args(["run", "--release", "--locked", "-p", "ringfs-benches"]);
+    if args.help_all {
+        return bench().args(["--", "--help"]).limit(BUILD_LIMIT).show();
+    }
+    deps::debian(deps::BENCH_PACKAGES)?;
     let bins = Bins::build()?;
     let dir = bins.ringfs.parent().context("the programs have a directory")?.to_owned();
-    paths::cargo()
-        .args(["run", "--release", "--locked", "-p", "ringfs-benches", "--", "--bin"])
+    let peers = paths::target().join("peers");
+    let build = paths::cargo().args(["build", "--release", "--locked", "--manifest-path"]);
+    let manifest = paths::root().join("benches/peers/Cargo.toml");
+    build.arg(manifest).arg("--target-dir").arg(&peers).limit(BUILD_LIMIT).show()?;
+    bench()
+        .args(["--", "--ringfs-bin"])
         .arg(dir)
+        .arg("--peers")
+        .arg(peers.join("release"))
         .args(&args.args)
         .limit(LIMIT)
         .show()

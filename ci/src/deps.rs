@@ -31,6 +31,22 @@ pub const TEST_PACKAGES: &[&str] = &[
     "xfsprogs",
 ];
 
+/// What the bench needs beside a toolchain.
+pub const BENCH_PACKAGES: &[&str] = &[
+    "e2fsprogs",
+    "fio",
+    "fuse3",
+    "gcc",
+    "git",
+    "libfuse3-dev",
+    "mount",
+    "openssh-sftp-server",
+    "pkg-config",
+    "sshfs",
+    "strace",
+    "util-linux",
+];
+
 /// What the demo alone needs.
 pub const DEMO_PACKAGES: &[&str] = &["fuse3"];
 

@@ -88,7 +88,7 @@ enum What {
     Names(names::Step),
     Workers(workers::Step),
     Mixed,
-    Frozen,
+    Frozen { create: bool },
     Idle,
     Footprint,
 }
@@ -118,7 +118,8 @@ impl Work {
         all.push(work("workers-256-read", What::Workers(workers::Step::Read)));
         all.push(long(work("workers-256-write", What::Workers(workers::Step::WriteSync))));
         all.push(work("mixed", What::Mixed));
-        all.push(few(work("frozen", What::Frozen), 3));
+        all.push(few(work("frozen", What::Frozen { create: false }), 3));
+        all.push(few(work("frozen-create", What::Frozen { create: true }), 3));
         all.push(few(work("idle", What::Idle), 3));
         all.push(few(work("footprint", What::Footprint), 3));
         all.extend(fio::FURTHER.iter().copied().map(fio).map(long));
@@ -134,7 +135,7 @@ impl Work {
             What::Names(step) => names::run(site, *step, scale),
             What::Workers(step) => workers::run(site, *step),
             What::Mixed => mixed::run(site, scale),
-            What::Frozen => frozen::run(site, place, scale),
+            What::Frozen { create } => frozen::run(site, *create, place, scale),
             What::Idle => footprint::idle(site, scale),
             What::Footprint => footprint::run(site, place, scale),
         }
