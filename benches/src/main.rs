@@ -7,6 +7,7 @@
 mod backing;
 mod charts;
 mod contender;
+mod counting;
 mod goals;
 mod proc;
 mod report;
@@ -68,6 +69,10 @@ struct Cli {
     /// The directory of the report (index.html, results.json) [default: target/bench/TIME]
     #[arg(long)]
     report: Option<PathBuf>,
+    /// Count system calls, bytes on the wire and records a batch in a pass of their own; always
+    /// without --quick
+    #[arg(long)]
+    costs: bool,
     /// Print the names of works and end
     #[arg(long)]
     list: bool,
@@ -143,7 +148,8 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     let mut sites = Vec::new();
     for spec in &specs {
         watchdog::begin(&format!("the start of {}", spec.name));
-        let place = Place { backing: &backing, scratch, tools: &tools, label: &spec.name };
+        let place =
+            Place { backing: &backing, scratch, tools: &tools, label: &spec.name, relayed: false };
         let site = Site::start(spec, &place);
         sites.push(site.with_context(|| format!("cannot start {}", spec.name))?);
         NAMES.lock().unwrap_or_else(PoisonError::into_inner).push(spec.name.clone());
@@ -152,8 +158,33 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     introduce(&sites, &tools)?;
     let scale = if cli.quick { Scale::QUICK } else { Scale::FULL };
     let rounds = cli.rounds.unwrap_or(if cli.quick { 3 } else { 7 });
-    let place = Place { backing: &backing, scratch, tools: &tools, label: "" };
-    rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES)
+    let place = Place { backing: &backing, scratch, tools: &tools, label: "", relayed: false };
+    rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES)?;
+    if cli.costs || !cli.quick {
+        count(&specs, sites, &works, &place, &scale)?;
+    }
+    Ok(())
+}
+
+/// System calls, bytes on the wire and records a batch, in a pass of their own.
+fn count(
+    specs: &[Spec],
+    mut sites: Vec<Site>,
+    works: &[Work],
+    place: &Place<'_>,
+    scale: &Scale,
+) -> Result<()> {
+    if !counting::can_count(place.scratch) {
+        eprintln!("LEFT OUT: system calls, wire and batches: perf cannot count them here");
+        return Ok(());
+    }
+    // ringfs is counted through a relay, the others where they are.
+    sites.retain(|site| !matches!(site.spec.kind, Kind::Bare | Kind::Ringfs));
+    for spec in specs.iter().filter(|spec| spec.kind == Kind::Ringfs) {
+        let label = format!("{}-relayed", spec.name);
+        sites.push(Site::start(spec, &Place { label: &label, relayed: true, ..*place })?);
+    }
+    rounds::count(&mut sites, works, place, scale, &SAMPLES)
 }
 
 impl Cli {

@@ -3,7 +3,7 @@
 use crate::samples::Samples;
 use crate::site::{Place, Site};
 use crate::watchdog;
-use crate::work::{Scale, Work};
+use crate::work::{COUNTED, Scale, Work};
 use anyhow::{Context, Result, bail, ensure};
 use std::io::IsTerminal;
 use std::sync::{Mutex, PoisonError};
@@ -59,6 +59,44 @@ pub fn run(
     progress("");
     watchdog::begin("the report");
     ensure!(failures.is_empty(), "{} runs failed:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+/// One more pass of each work that counts what disturbs; its times are thrown away.
+pub fn count(
+    sites: &mut [Site],
+    works: &[Work],
+    place: &Place<'_>,
+    scale: &Scale,
+    samples: &Mutex<Samples>,
+) -> Result<()> {
+    for work in works.iter().filter(|work| work.costed()) {
+        for site in sites.iter_mut() {
+            if watchdog::stopping() {
+                bail!("stopped; what was measured so far is reported");
+            }
+            let what = format!("counting {} on {}", work.name, site.spec.name);
+            progress(&what);
+            watchdog::begin(&what);
+            site.counting = true;
+            let metrics = work.run(site, place, scale).context(what.clone());
+            site.counting = false;
+            site.check().with_context(|| format!("after {what}"))?;
+            let metrics = metrics.map(|mut metrics| {
+                metrics.retain(|metric| COUNTED.contains(&metric.name));
+                metrics
+            });
+            match metrics {
+                Ok(metrics) => {
+                    let mut samples = samples.lock().unwrap_or_else(PoisonError::into_inner);
+                    samples.add(work.name, &site.spec.name, 0, &metrics);
+                }
+                Err(error) => eprintln!("\nNOT COUNTED: {error:#}"),
+            }
+        }
+    }
+    progress("");
+    watchdog::begin("the report");
     Ok(())
 }
 

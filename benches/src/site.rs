@@ -4,6 +4,7 @@
 //! on the mount of the contender's own server; `check` proves it before and after every work.
 
 use crate::contender::{ENABLE_URING, Kind, Spec, Tools, sftp_server};
+use crate::counting::{self, Counted, Relay};
 use crate::proc::{Snapshot, Usage};
 use crate::server::{Mount, Server};
 use crate::undo::{Guard, Undo};
@@ -27,7 +28,11 @@ pub struct Site {
     /// The directory behind, on the file system that all share.
     backing: PathBuf,
     /// The daemon's counters, where it is ringfs's.
-    pub control: Option<PathBuf>,
+    control: Option<PathBuf>,
+    relay: Option<Relay>,
+    scratch: PathBuf,
+    /// Whether `measure` counts what cannot be counted without disturbing.
+    pub counting: bool,
 }
 
 /// Where a contender is to run.
@@ -40,6 +45,8 @@ pub struct Place<'a> {
     pub tools: &'a Tools,
     /// Distinguishes mounts of one contender.
     pub label: &'a str,
+    /// Whether a relay that counts stands between client and daemon.
+    pub relayed: bool,
 }
 
 impl Site {
@@ -53,6 +60,9 @@ impl Site {
             path: at.clone(),
             backing: place.backing.to_owned(),
             control: None,
+            relay: None,
+            scratch: place.scratch.to_owned(),
+            counting: place.relayed,
         };
         let (mount, server) = match spec.kind {
             Kind::Bare => {
@@ -69,7 +79,12 @@ impl Site {
             Kind::Ringfs => {
                 let daemon = Daemon::start(spec, place, &[("bench", place.backing)])?;
                 site.control = Some(daemon.control.clone());
-                let mounted = daemon.mount("bench", &at)?;
+                let mut socket = daemon.socket.clone();
+                if place.relayed {
+                    socket = place.scratch.join(format!("{}.relay", place.label));
+                    site.relay = Some(Relay::start(&socket, &daemon.socket)?);
+                }
+                let mounted = mount_ringfs(spec, "bench", &socket, &at)?;
                 site.servers.push(daemon.server);
                 mounted
             }
@@ -135,12 +150,21 @@ impl Site {
     pub fn measure<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Measured)> {
         self.settle();
         let pids = self.pids();
+        let mut counted = Counted::default();
         let before = Snapshot::take(&pids);
         let start = Instant::now();
-        let value = work()?;
+        let value = if self.counting {
+            let (control, relay) = (self.control.as_deref(), self.relay.as_ref());
+            let done = counting::during(&pids, control, relay, &self.scratch, work)?;
+            counted = done.1;
+            done.0
+        } else {
+            work()?
+        };
         let elapsed = start.elapsed();
         let usage = Snapshot::take(&pids).since(&before);
-        Ok((value, Measured { elapsed, usage: (!pids.is_empty()).then_some(usage) }))
+        let usage = (!pids.is_empty()).then_some(usage);
+        Ok((value, Measured { elapsed, usage, counted }))
     }
 }
 
@@ -151,6 +175,8 @@ pub struct Measured {
     pub elapsed: Duration,
     /// Of the servers; the bare directory has none.
     pub usage: Option<Usage>,
+    /// In a pass of its own.
+    pub counted: Counted,
 }
 
 impl Measured {
@@ -162,6 +188,11 @@ impl Measured {
             usage.wakeups += other.wakeups;
             usage.preempted += other.preempted;
         }
+        let (ours, other) = (&mut self.counted, &other.counted);
+        let sum = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
+        ours.syscalls = sum(ours.syscalls, other.syscalls);
+        ours.wire = sum(ours.wire, other.wire);
+        ours.batches = ours.batches.zip(other.batches).map(|(a, b)| (a.0 + b.0, a.1 + b.1));
     }
 }
 

@@ -11,6 +11,7 @@ pub mod mixed;
 pub mod names;
 pub mod probe;
 pub mod stream;
+pub mod tree;
 pub mod workers;
 
 use crate::site::{Measured, Place, Site};
@@ -91,7 +92,11 @@ enum What {
     Frozen { create: bool },
     Idle,
     Footprint,
+    Tree,
 }
+
+/// Metrics that a pass of its own counts.
+pub const COUNTED: &[&str] = &["syscalls", "wire", "batch"];
 
 impl Work {
     /// All of it, in the order of the report.
@@ -122,8 +127,14 @@ impl Work {
         all.push(few(work("frozen-create", What::Frozen { create: true }), 3));
         all.push(few(work("idle", What::Idle), 3));
         all.push(few(work("footprint", What::Footprint), 3));
+        all.push(few(long(work("tree", What::Tree)), 5));
         all.extend(fio::FURTHER.iter().copied().map(fio).map(long));
         all
+    }
+
+    /// Whether it says what an operation costs.
+    pub fn costed(&self) -> bool {
+        matches!(self.what, What::Fio(_) | What::Stream | What::Names(_) | What::Workers(_))
     }
 
     /// Does it once in `site`; `None` where it says nothing about that contender. `place` is where
@@ -137,6 +148,7 @@ impl Work {
             What::Mixed => mixed::run(site, scale),
             What::Frozen { create } => frozen::run(site, *create, place, scale),
             What::Idle => footprint::idle(site, scale),
+            What::Tree => tree::run(site, place),
             What::Footprint => footprint::run(site, place, scale),
         }
     }
@@ -155,11 +167,20 @@ fn costs(operations: f64, done: &Measured) -> Vec<Metric> {
     let Some(usage) = done.usage else { return Vec::new() };
     let each = |value: f64| value / operations.max(1.0);
     let cpu = each(usage.cpu.as_secs_f64() * 1e6);
-    vec![
+    let mut metrics = vec![
         Metric { name: "cpu", unit: "us/op", value: cpu },
         Metric { name: "wakeups", unit: "/op", value: each(usage.wakeups as f64) },
         Metric { name: "preempted", unit: "/op", value: each(usage.preempted as f64) },
-    ]
+    ];
+    let counted = &done.counted;
+    let mut more = |name, unit, value: Option<f64>| {
+        metrics.extend(value.map(|value| Metric { name, unit, value }));
+    };
+    more("syscalls", "/op", counted.syscalls.map(|n| each(n as f64)));
+    more("wire", "B/op", counted.wire.map(|n| each(n as f64)));
+    let batch = counted.batches.filter(|(_, batches)| *batches > 0);
+    more("batch", "records", batch.map(|(records, batches)| records as f64 / batches as f64));
+    metrics
 }
 
 /// Makes the file that data works share.
