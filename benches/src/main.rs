@@ -32,6 +32,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
+use work::growth::BY_HAND;
 use work::{Scale, Work};
 
 /// Times ringfs against the bare directory, a local libfuse passthrough and other file systems.
@@ -73,6 +74,13 @@ struct Cli {
     /// without --quick
     #[arg(long)]
     costs: bool,
+    /// Instead: rates and memory with 1 to 64 sessions, 1 to 8 lanes, up to 100,000 known names
+    /// (a million: --work growth-known-1m), up to 10,000 open files
+    #[arg(long)]
+    growth: bool,
+    /// Instead: one READ loop on pread, on tokio-uring and on our way of driving a ring
+    #[arg(long)]
+    engine_ab: bool,
     /// Print the names of works and end
     #[arg(long)]
     list: bool,
@@ -91,6 +99,14 @@ fn main() -> Result<()> {
     let cli = CLI.get_or_init(Cli::parse);
     if cli.list {
         Work::all().iter().for_each(|work| println!("{}", work.name));
+        return Ok(());
+    }
+    if cli.engine_ab {
+        let program = cli.peers.join("engine-ab");
+        let status = std::process::Command::new(&program).status();
+        let status =
+            status.with_context(|| format!("{program:?} (cargo xtask bench builds it)"))?;
+        ensure!(status.success(), "engine-ab ended with {status}");
         return Ok(());
     }
     watchdog::start(|| drop(report()))?;
@@ -191,7 +207,9 @@ impl Cli {
     fn works(&self) -> Result<Vec<Work>> {
         let wanted = |work: &Work| {
             let named = self.work.iter().any(|part| named(work.name, part));
-            if self.work.is_empty() { !(self.quick && work.long) } else { named }
+            let usual = work.growth == self.growth && !(self.quick && work.long);
+            let by_hand = work.name != BY_HAND || self.work.iter().any(|part| part == BY_HAND);
+            by_hand && if self.work.is_empty() { usual } else { named }
         };
         let works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
         ensure!(!works.is_empty(), "no work is named like {:?}; see --list", self.work);

@@ -31,8 +31,11 @@ impl Samples {
             let found = self.rows.iter().position(|r| r.work == work && r.metric == metric.name);
             let index = found.unwrap_or_else(|| {
                 let (metric, unit) = (metric.name, metric.unit);
-                self.rows.push(Row { work, metric, unit, of: Vec::new() });
-                self.rows.len() - 1
+                // Beside the work's others, though they may have come long before.
+                let last = self.rows.iter().rposition(|row| row.work == work);
+                let at = last.map_or(self.rows.len(), |last| last + 1);
+                self.rows.insert(at, Row { work, metric, unit, of: Vec::new() });
+                at
             });
             self.rows[index].add(contender, round, metric.value);
         }
@@ -109,6 +112,10 @@ mod tests {
         assert_eq!((ratio.min, ratio.median, ratio.max), (0.5, 0.75, 1.0));
         assert_eq!(row.spread("local").unwrap().median, 20.0);
         assert!(row.ratio("nobody", "local").is_none());
+        samples.add("v", "local", 0, &rate(1.0));
+        samples.add("w", "local", 0, &[Metric { name: "cpu", unit: "us/op", value: 1.0 }]);
+        let order: Vec<_> = samples.rows.iter().map(|row| (row.work, row.metric)).collect();
+        assert_eq!(order, [("w", "rate"), ("w", "cpu"), ("v", "rate")]);
         let json = samples.to_json("local");
         assert_eq!(json[0]["contenders"]["ringfs"]["ratio"][0], 0.75);
         assert!(json[0]["contenders"]["ringfs"]["values"][1].is_null());

@@ -7,6 +7,7 @@
 pub mod fio;
 pub mod footprint;
 pub mod frozen;
+pub mod growth;
 pub mod mixed;
 pub mod names;
 pub mod probe;
@@ -78,6 +79,8 @@ pub struct Work {
     pub name: &'static str,
     /// Left out by --quick.
     pub long: bool,
+    /// Done by --growth, or if asked for.
+    pub growth: bool,
     /// Runs in so many rounds at most; those that start servers of their own take long.
     pub rounds_max: usize,
     what: What,
@@ -93,6 +96,7 @@ enum What {
     Idle,
     Footprint,
     Tree,
+    Growth(growth::Step),
 }
 
 /// Metrics that a pass of its own counts.
@@ -102,7 +106,8 @@ impl Work {
     /// All of it, in the order of the report.
     pub fn all() -> Vec<Work> {
         use names::Step;
-        let work = |name, what| Work { name, what, long: false, rounds_max: usize::MAX };
+        let work =
+            |name, what| Work { name, what, long: false, growth: false, rounds_max: usize::MAX };
         let long = |work| Work { long: true, ..work };
         let few = |work, rounds_max| Work { rounds_max, ..work };
         let fio = |(name, job)| work(name, What::Fio(job));
@@ -127,6 +132,11 @@ impl Work {
         all.push(few(work("frozen-create", What::Frozen { create: true }), 3));
         all.push(few(work("idle", What::Idle), 3));
         all.push(few(work("footprint", What::Footprint), 3));
+        all.extend(growth::STEPS.iter().map(|&(name, step)| Work {
+            growth: true,
+            rounds_max: 5,
+            ..work(name, What::Growth(step))
+        }));
         all.push(few(long(work("tree", What::Tree)), 5));
         all.extend(fio::FURTHER.iter().copied().map(fio).map(long));
         all
@@ -148,6 +158,7 @@ impl Work {
             What::Mixed => mixed::run(site, scale),
             What::Frozen { create } => frozen::run(site, *create, place, scale),
             What::Idle => footprint::idle(site, scale),
+            What::Growth(step) => growth::run(site, *step, place, scale),
             What::Tree => tree::run(site, place),
             What::Footprint => footprint::run(site, place, scale),
         }
