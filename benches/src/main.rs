@@ -30,6 +30,7 @@ use samples::Samples;
 use site::{Place, Site};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 use work::growth::BY_HAND;
@@ -92,7 +93,17 @@ const EXAMPLES: &str = "Examples:
   ringfs-bench --ab 'spin=;spin=20;--spin 20' --ab 'none=;spin=0;--spin 0' --base none
   ringfs-bench --backing ext4 --contenders bare,local,ringfs --work tree";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match start() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ringfs-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start() -> Result<()> {
     if std::env::args().nth(1).as_deref() == Some(undo::REAPER_ARG) {
         return undo::reap();
     }
@@ -211,7 +222,10 @@ impl Cli {
             let by_hand = work.name != BY_HAND || self.work.iter().any(|part| part == BY_HAND);
             by_hand && if self.work.is_empty() { usual } else { named }
         };
-        let works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
+        let mut works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
+        for work in works.iter_mut().filter(|work| self.quick && work.rounds_max < usize::MAX) {
+            work.rounds_max = 1;
+        }
         ensure!(!works.is_empty(), "no work is named like {:?}; see --list", self.work);
         Ok(works)
     }
@@ -283,8 +297,12 @@ fn introduce(sites: &[Site], tools: &Tools) -> Result<()> {
 
 /// A passthrough holds a descriptor for each name that the kernel knows; servers inherit this.
 fn raise_files_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    let _ = setrlimit(Resource::Nofile, limit);
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let most = fs::read_to_string("/proc/sys/fs/nr_open").ok();
+    let most = most.and_then(|text| text.trim().parse().ok());
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most });
+    if most.is_none() || raised.is_err() {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
 }

@@ -11,7 +11,7 @@ pub fn works(samples: &Samples, names: &[String], base: &str) -> String {
     let mut last = "";
     for row in &samples.rows {
         let title = if row.work == last { "" } else { row.work };
-        if title != "" {
+        if !title.is_empty() {
             out.push('\n');
         }
         last = row.work;
