@@ -9,6 +9,7 @@ mod charts;
 mod contender;
 mod counting;
 mod goals;
+mod growth_charts;
 mod proc;
 mod report;
 mod rounds;

@@ -1,7 +1,7 @@
 //! The report: a directory with a page to look at, its charts, and all figures as JSON.
 
 use crate::samples::Samples;
-use crate::{charts, table};
+use crate::{charts, growth_charts, table};
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::fs;
@@ -54,6 +54,14 @@ pub fn write(dir: &Path, samples: &Samples, about: &About<'_>) -> Result<()> {
             put(&format!("{metric}.svg"), &svg)?;
             page += &format!("<h2>{title}</h2>\n{svg}\n");
         }
+    }
+    let growth = growth_charts::all(samples, about.names)?;
+    if !growth.is_empty() {
+        page += "<h2>Growth</h2>\n";
+    }
+    for (name, svg) in growth {
+        put(&format!("{name}.svg"), &svg)?;
+        page += &format!("{svg}\n");
     }
     let all = escape(&table::works(samples, about.names, about.base));
     page += &format!("<h2>All figures</h2>\n<pre>{all}</pre>\n</body></html>\n");

@@ -79,6 +79,10 @@ pub fn goals(samples: &Samples, names: &[String]) -> String {
         }
         out = out.trim_end().to_owned() + "\n";
     }
+    let absent = GOALS.len() - GOALS.iter().filter(measured).count();
+    if absent > 0 {
+        out += &format!("{absent} further goals were not measured in this run\n");
+    }
     out + &closing(samples, names)
 }
 
