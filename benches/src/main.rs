@@ -184,7 +184,9 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     }
     same_readahead(&sites)?;
     introduce(&sites, &tools)?;
-    let scale = if cli.quick { Scale::QUICK } else { Scale::FULL };
+    let mut scale = if cli.quick { Scale::QUICK } else { Scale::FULL };
+    // A passthrough holds a descriptor for each.
+    scale.nodes = scale.nodes.min(files_limit() / 2);
     let rounds = cli.rounds.unwrap_or(if cli.quick { 3 } else { 7 });
     let place = Place { backing: &backing, scratch, tools: &tools, label: "", relayed: false };
     rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES)?;
@@ -294,6 +296,12 @@ fn introduce(sites: &[Site], tools: &Tools) -> Result<()> {
     print!("{text}");
     *INTRODUCTION.lock().unwrap_or_else(PoisonError::into_inner) = text;
     Ok(())
+}
+
+/// How many files a server may hold open.
+pub fn files_limit() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
 /// A passthrough holds a descriptor for each name that the kernel knows; servers inherit this.
