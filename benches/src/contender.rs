@@ -83,6 +83,11 @@ pub fn by_names(names: &[String], bin: &Path) -> Result<Vec<Spec>> {
     Ok(chosen.map(|entry| entry.spec(bin)).collect())
 }
 
+/// Whether that name is of one that goals are not set for.
+pub fn is_peer(name: &str) -> bool {
+    TABLE.iter().any(|entry| entry.name == name && entry.kind != Kind::Ringfs)
+}
+
 impl Entry {
     fn spec(&self, bin: &Path) -> Spec {
         Spec {

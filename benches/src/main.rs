@@ -148,7 +148,7 @@ fn report() -> Result<()> {
         return Ok(());
     }
     let held: Vec<String> =
-        names.iter().filter(|name| !["bare", BASE].contains(&name.as_str())).cloned().collect();
+        names.iter().filter(|name| !contender::is_peer(name)).cloned().collect();
     print!("{}", table::works(&samples, &names, &cli.base));
     print!("{}", table::goals(&samples, &held));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
