@@ -18,10 +18,10 @@ pub const COLOURS: [RGBColor; 8] = [
     RGBColor(227, 119, 194),
     RGBColor(127, 127, 127),
 ];
-const WIDTH: u32 = 980;
-const ROW: i32 = 13;
+const WIDTH: u32 = 1050;
+const ROW: i32 = 16;
 const TOP: i32 = 46;
-const LEFT: i32 = 330;
+const LEFT: i32 = 400;
 const RIGHT: i32 = 110;
 
 /// One bar: a median, and how far the rounds lay apart.
@@ -124,10 +124,10 @@ fn draw(title: &str, groups: &[Group], names: &[String]) -> Result<Option<String
             area.draw(&Text::new(text.to_owned(), at, style.clone()))
                 .map_err(|error| anyhow!("draw: {error}"))
         };
-        let font = ("sans-serif", 12).into_font();
+        let font = ("sans-serif", 15).into_font();
         let left = TextStyle::from(font.clone()).pos(Pos::new(HPos::Left, VPos::Center));
         let right = TextStyle::from(font.clone()).pos(Pos::new(HPos::Right, VPos::Center));
-        text(title, (10, 12), &TextStyle::from(("sans-serif", 15).into_font()).pos(left.pos))?;
+        text(title, (10, 12), &TextStyle::from(("sans-serif", 19).into_font()).pos(left.pos))?;
         legend(&area, names, &left)?;
         let shape = |points: [(i32, i32); 2], style: ShapeStyle| {
             area.draw(&Rectangle::new(points, style)).map_err(|error| anyhow!("draw: {error}"))
@@ -168,7 +168,7 @@ fn legend<DB: DrawingBackend>(
             .map_err(|error| anyhow!("draw: {error}"))?;
         area.draw(&Text::new(name.clone(), (at + 14, 31), style.clone()))
             .map_err(|error| anyhow!("draw: {error}"))?;
-        at += 34 + 8 * name.len() as i32;
+        at += 38 + 8 * name.len() as i32;
     }
     Ok(())
 }
