@@ -39,11 +39,11 @@ pub const BENCH_PACKAGES: &[&str] = &[
     "gcc",
     "git",
     "libfuse3-dev",
+    "linux-perf",
     "mount",
     "openssh-sftp-server",
     "pkg-config",
     "sshfs",
-    "strace",
     "util-linux",
 ];
 
