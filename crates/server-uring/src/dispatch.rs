@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, KnownLayout};
 
 use crate::fdops;
 use crate::fs::Fs;
-use crate::handles::OpenFile;
+use crate::handles::{OpenFile, Waits};
 use crate::ops::{attrs, dirs, init, io, names, xattrs};
 use crate::passthrough::Caller;
 
@@ -117,7 +117,8 @@ pub enum Route {
 
 /// Where a rule's requests run.
 enum Place {
-    /// On the shard where the backing file system is local, else in the pool.
+    /// On the shard where the backing file system is local, else in the pool; what changes it only
+    /// on the shard where there is no disk behind.
     Metadata,
     /// As `Metadata`, and in the pool where such calls have taken long: they may free many blocks.
     Frees,
@@ -126,7 +127,7 @@ enum Place {
     /// In the pool.
     Pool,
     /// In the pool where the function says so, else as `Metadata`.
-    PoolIf(fn(&Request<'_>) -> bool),
+    PoolIf(fn(&Fs, &Request<'_>) -> bool),
     /// To the ring.
     Read,
     /// To the ring, but for writes that must clear suid and sgid.
@@ -186,7 +187,7 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Mknod => rule(Metadata, true, ENTRY, names::mknod),
         Op::Mkdir => rule(Metadata, true, ENTRY, names::mkdir),
         // Mostly short: the blocks of a file that the guest knows are freed with its last fd, in
-        // FORGET (which looks) or RELEASE.
+        // FORGET or RELEASE, which look.
         Op::Unlink => rule(Frees, true, 0, names::unlink),
         Op::Rmdir => rule(Metadata, true, 0, names::rmdir),
         Op::Rename => rule(Frees, true, 0, names::rename),
@@ -199,7 +200,7 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Write => rule(Write, true, size_of::<abi::WriteOut>(), io::write),
         Op::Fsync => rule(Fsync, false, 0, io::fsync),
         Op::Flush => rule(Metadata, false, 0, io::flush),
-        Op::Release => rule(Frees, false, 0, io::release),
+        Op::Release => rule(PoolIf(io::release_frees), false, 0, io::release),
         Op::Fallocate => rule(Pool, true, 0, io::fallocate),
         Op::Lseek => rule(Metadata, false, size_of::<abi::LseekOut>(), io::lseek),
         Op::CopyFileRange =>
@@ -240,8 +241,10 @@ impl Fs {
         if rule.changes && self.options.read_only {
             return Route::Refuse(Errno::ROFS);
         }
-        // To take a node in may need a search of the disk.
-        let quick = self.local && !self.nodes.is_cold(request.nodeid);
+        // To take a node in may need a search of the disk. What changes a file system waits for
+        // its journal at times, and as long as somebody has it frozen.
+        let cold = self.nodes.is_cold(request.nodeid);
+        let quick = self.local && !cold && !(rule.changes && self.waits != Waits::Never);
         let metadata = if quick { Route::Inline } else { Route::Pool };
         let route = match rule.place {
             Place::Metadata => Ok(metadata),
@@ -249,7 +252,7 @@ impl Fs {
             Place::Frees => Ok(metadata),
             Place::Shard => Ok(Route::Inline),
             Place::Pool => Ok(Route::Pool),
-            Place::PoolIf(pool) if pool(request) => Ok(Route::Pool),
+            Place::PoolIf(pool) if pool(self, request) => Ok(Route::Pool),
             Place::PoolIf(_) => Ok(metadata),
             Place::Read => io::route_read(self, request),
             Place::Write => io::route_write(self, request),

@@ -139,7 +139,7 @@ pub struct Fs {
     /// Metadata calls do not wait for a network or for another daemon.
     pub(crate) local: bool,
     /// What reads and writes of this file system wait for.
-    waits: Waits,
+    pub(crate) waits: Waits,
     /// INIT flags in force.
     pub(crate) negotiated: AtomicU64,
     /// The daemon's own supplementary groups must not be lent to a guest's user.
@@ -257,6 +257,12 @@ impl Fs {
             self.nodes.forget(id, count, &mut released);
         }
         released
+    }
+
+    /// Blocks of 512 bytes, and inodes, that a shard may free itself: memory is freed in a moment
+    /// (32 MiB), a disk's journal may have to be waited for.
+    pub fn blocks_freed_at_once(&self) -> u64 {
+        if self.waits == Waits::Never { 64 << 10 } else { 0 }
     }
 
     /// What the session holds now.

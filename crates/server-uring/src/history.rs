@@ -1,9 +1,9 @@
 //! How long calls have taken that hardly ever take long: those that may free blocks.
 //!
-//! Removing a name, or closing a file that has none, frees the blocks of a huge file at times. To
-//! ask for its size first costs nearly what the removal of a small file costs (3.7 us and 4.4 us);
-//! so the first slow one of a session runs where it came, and what follows goes to the pool for a
-//! while.
+//! Removing a name frees the blocks of a huge file at times (on a disk that is the pool's work from
+//! the start: its journal may have to be waited for). To ask for its size first costs nearly what
+//! the removal of a small file costs (3.7 us and 4.4 us); so the first slow one of a session runs
+//! where it came, and what follows goes to the pool for a while.
 //!
 //! Invariant: a session holds its shard up by such a call at most once in [`DISTRUST`]. It must not
 //! look at files.
@@ -59,7 +59,8 @@ mod tests {
 
     #[test]
     fn after_a_slow_removal_the_next_goes_to_the_pool() {
-        let dir = tempfile::tempdir().expect("a temporary directory");
+        // On a disk they never run on the shard.
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a temporary directory");
         let fs = Fs::new(dir.path(), FsOptions::default()).expect("a file system");
         // The root's id, the rest of the header, and arguments.
         let body = [&1u64.to_le_bytes()[..], &[0; 16], b"name\0"].concat();
@@ -67,11 +68,11 @@ mod tests {
             let request = Request::parse(opcode as u32, &body).expect("a request");
             matches!(fs.route(&request), Route::Pool)
         };
-        let frees = [Opcode::Unlink, Opcode::Rename, Opcode::Rename2, Opcode::Release];
-        assert_eq!(frees.map(in_pool), [false; 4]);
+        let frees = [Opcode::Unlink, Opcode::Rename, Opcode::Rename2];
+        assert_eq!(frees.map(in_pool), [false; 3]);
         let now = Instant::now();
         fs.history.done(now, now + SLOW * 2);
-        assert_eq!(frees.map(in_pool), [true; 4]);
+        assert_eq!(frees.map(in_pool), [true; 3]);
         assert!(!in_pool(Opcode::Lookup));
     }
 

@@ -139,9 +139,6 @@ impl Drop for Node {
 #[derive(Default)]
 pub struct Released(Vec<Arc<Node>>);
 
-/// Blocks of 512 bytes that a file system frees in a moment (32 MiB).
-const BLOCKS_FREED_AT_ONCE: u64 = 64 << 10;
-
 impl Released {
     /// Nothing to close.
     pub fn is_empty(&self) -> bool {
@@ -153,14 +150,14 @@ impl Released {
         self.0.len()
     }
 
-    /// True where dropping this frees the blocks of a large file: better on another thread.
-    pub fn frees_much(&self) -> bool {
+    /// True where dropping this frees more than so many blocks: better on another thread.
+    pub fn frees_more_than(&self, most: u64) -> bool {
         let stats = self.0.iter().filter_map(|node| match node.backing().ok()? {
             Backing::Crate(inode) => node.backend.getattr(inode).ok(),
             Backing::Fd(fd) => Stat::of(fd).ok(),
         });
-        let blocks = stats.filter(|stat| stat.nlink == 0).map(|stat| stat.blocks);
-        blocks.fold(0, u64::saturating_add) > BLOCKS_FREED_AT_ONCE
+        let blocks = stats.filter(|stat| stat.nlink == 0).map(|stat| stat.blocks + 1);
+        blocks.fold(0, u64::saturating_add) > most
     }
 }
 

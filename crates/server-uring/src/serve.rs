@@ -344,7 +344,9 @@ impl<R: Ring> Shard<R> {
                 }))
             }
         };
-        if released.len() > RELEASED_INLINE_MAX || released.frees_much() {
+        if released.len() > RELEASED_INLINE_MAX
+            || released.frees_more_than(fs.blocks_freed_at_once())
+        {
             self.shared.pool.release(self.conns[key].session.owner, released);
         }
         self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);

@@ -37,7 +37,7 @@ fn stat_of(fs: &Fs, node: &Node) -> Result<Stat, Errno> {
 }
 
 /// True for what may free many blocks.
-pub fn may_truncate(request: &Request<'_>) -> bool {
+pub fn may_truncate(_: &Fs, request: &Request<'_>) -> bool {
     request.head::<abi::SetattrIn>().is_ok_and(|setattr| setattr.valid & fattr::SIZE != 0)
 }
 

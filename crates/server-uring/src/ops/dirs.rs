@@ -80,7 +80,7 @@ pub fn readdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
 }
 
 /// True for a READDIRPLUS with many LOOKUPs.
-pub fn is_long(request: &Request<'_>) -> bool {
+pub fn is_long(_: &Fs, request: &Request<'_>) -> bool {
     request.head::<abi::ReadIn>().is_ok_and(|read| read.size > PLUS_INLINE_BYTES_MAX)
 }
 

@@ -72,7 +72,7 @@ fn fopen_flags(cache: CacheMode) -> u32 {
 }
 
 /// True for an OPEN that may free many blocks.
-pub fn truncates(request: &Request<'_>) -> bool {
+pub fn truncates(_: &Fs, request: &Request<'_>) -> bool {
     request.head::<abi::OpenIn>().is_ok_and(|open| open.flags & O_TRUNC != 0)
 }
 
@@ -322,6 +322,13 @@ pub fn release(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Er
     fs.handles.file(release.fh, request.nodeid)?;
     fs.handles.remove(release.fh, request.nodeid)?;
     Ok(0)
+}
+
+/// True for a RELEASE that may be the end of a deleted file, beyond what is freed in a moment.
+pub fn release_frees(fs: &Fs, request: &Request<'_>) -> bool {
+    let Ok(release) = request.head::<abi::ReleaseIn>() else { return false };
+    let stat = fs.handles.file(release.fh, request.nodeid).and_then(Stat::of);
+    stat.is_ok_and(|stat| stat.nlink == 0 && stat.blocks + 1 > fs.blocks_freed_at_once())
 }
 
 /// FALLOCATE: allocate, punch, zero.
