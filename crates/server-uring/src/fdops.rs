@@ -14,8 +14,8 @@
 //!
 //! Exception to the rule that raw libc stands in `ring.rs` alone: `mod sys` at the end calls
 //! `getdents64` into a lent byte buffer (rustix wants uninitialised memory and trusts the records),
-//! `close` with its error reported (rustix has it only as an unsafe call) and SIOCOUTQ. It is the only
-//! unsafe code of this file.
+//! `close` with its error reported (rustix has it only as an unsafe call) and SIOCOUTQ. It is the
+//! only unsafe code of this file.
 
 use std::ffi::CStr;
 use std::io::{IoSlice, IoSliceMut};

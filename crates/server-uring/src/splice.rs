@@ -198,7 +198,7 @@ mod tests {
     fn a_full_socket_has_no_room() {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let room = SendBuffer::enlarge(ours.as_fd());
-        assert_eq!(SendBuffer::Small.has_room(ours.as_fd(), 1), false);
+        assert!(!SendBuffer::Small.has_room(ours.as_fd(), 1));
         if let SendBuffer::Bytes(bytes) = room {
             assert!(room.has_room(ours.as_fd(), IO_BYTES_MAX));
             assert!(!room.has_room(ours.as_fd(), bytes));
