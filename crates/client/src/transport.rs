@@ -28,6 +28,9 @@ const VSOCK_BUFFER_BYTES: u64 = 8 << 20;
 /// `VMADDR_CID_HOST`.
 const HOST_CID: u32 = 2;
 
+/// Holds the largest batch; the kernel doubles it, as it counts its own headers too.
+const UNIX_SEND_BUFFER_BYTES: usize = 1152 << 10;
+
 /// Where a daemon listens, as seen from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -245,6 +248,11 @@ fn connect(fd: &OwnedFd, address: &dyn SockaddrLike) -> Result<(), Errno> {
 fn connect_unix(path: &Path, limit: Duration) -> Result<Socket, Errno> {
     let address = UnixAddr::new(path).map_err(errno_of)?;
     let fd = stream_socket(AddressFamily::Unix, limit)?;
+    // Room for a whole 1 MiB write: the sender need not wait for the daemon half way. Without it
+    // (no CAP_NET_ADMIN) all works, in more steps.
+    if sockopt::set_socket_send_buffer_size_force(&fd, UNIX_SEND_BUFFER_BYTES).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(&fd, UNIX_SEND_BUFFER_BYTES);
+    }
     connect(&fd, &address)?;
     Ok(Socket::from_fd(fd))
 }

@@ -9,6 +9,7 @@ use crate::buffers::{Buf, BufferPool};
 use crate::limits::*;
 use crate::op::RequestTag;
 use crate::session::Session;
+use crate::splice::SendBuffer;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{Reason, feature};
 use ringfs_wire::limits::*;
@@ -24,6 +25,9 @@ use std::time::{Duration, Instant};
 pub const BODY_AT: usize = BUFFER_ALIGN;
 /// Where the batch of a large reply starts.
 const LARGE_BATCH_AT: usize = BODY_AT - BATCH_HEADER_BYTES - RECORD_HEADER_BYTES;
+
+/// What the head checksum covers of a reply's body.
+pub const SPLICE_HEAD_BYTES: usize = RECORD_HEAD_BYTES - RECORD_HEADER_BYTES;
 
 /// What the bytes that came in are doing.
 #[derive(Debug)]
@@ -67,6 +71,8 @@ pub struct Connection {
     pub receiving_since: Option<Instant>,
     /// Since when the batch that is being sent is being sent.
     pub sending_since: Option<Instant>,
+    /// What the socket holds of large replies that are spliced into it.
+    pub send_buffer: SendBuffer,
     tx: LinkTx,
     rx: LinkRx,
     /// The tables of lanes `index`, `index + conns`, ...
@@ -110,6 +116,7 @@ impl Connection {
             starving: false,
             receiving_since: None,
             sending_since: None,
+            send_buffer: SendBuffer::Unknown,
             tx: link.tx,
             rx: link.rx,
             lanes,
@@ -348,6 +355,31 @@ impl Connection {
         let sent = self.tx.seal(&mut builder, room, self.rx.received()).len();
         self.reply_bytes += sent;
         self.queue.push_back((buf, LARGE_BATCH_AT..LARGE_BATCH_AT + sent));
+    }
+
+    /// Whether a reply that is sent now would come behind nothing else, and without a checksum of
+    /// its bytes.
+    pub fn can_splice(&self) -> bool {
+        let idle = !self.sending && self.queue.is_empty() && self.builder.is_empty();
+        idle && self.closing.is_none() && self.session.features & feature::PAYLOAD_CRC == 0
+    }
+
+    /// As [`Connection::reply_large`] for a body of which the first [`SPLICE_HEAD_BYTES`] alone
+    /// stand in `buf`. What the range names must be sent next, the body's rest behind it.
+    pub fn reply_spliced(&mut self, tag: &RequestTag, buf: &mut Buf, len: usize) -> Range<usize> {
+        debug_assert!(self.can_splice() && len.is_multiple_of(RECORD_ALIGN), "{len} bytes");
+        let header = self.finish(tag, 0, len);
+        let room = &mut buf[LARGE_BATCH_AT..];
+        let mut builder = BatchBuilder::new();
+        builder.commit(room, header);
+        let sent = self.tx.seal(&mut builder, room, self.rx.received()).len();
+        LARGE_BATCH_AT..LARGE_BATCH_AT + sent
+    }
+
+    /// The rest of a spliced reply that the socket did not take, now as bytes.
+    pub fn queue_rest(&mut self, buf: Buf, range: Range<usize>) {
+        self.reply_bytes += range.len();
+        self.queue.push_front((buf, range));
     }
 
     fn finish(&mut self, tag: &RequestTag, errno: u32, len: usize) -> RecordHeader {

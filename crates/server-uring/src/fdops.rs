@@ -14,8 +14,8 @@
 //!
 //! Exception to the rule that raw libc stands in `ring.rs` alone: `mod sys` at the end calls
 //! `getdents64` into a lent byte buffer (rustix wants uninitialised memory and trusts the records),
-//! and `close` with its error reported (rustix has it only as an unsafe call). It is the only
-//! unsafe code of this file.
+//! `close` with its error reported (rustix has it only as an unsafe call) and SIOCOUTQ. It is the
+//! only unsafe code of this file.
 
 use std::ffi::CStr;
 use std::io::{IoSlice, IoSliceMut};
@@ -620,6 +620,14 @@ impl<'a> Iterator for DirEntries<'a> {
     }
 }
 
+/// Bytes that a socket holds and the peer has not received, in the kernel's own count (SIOCOUTQ).
+///
+/// # Errors
+/// `EINVAL` for what is no connected socket.
+pub fn unsent_bytes(socket: BorrowedFd<'_>) -> Result<usize> {
+    sys::unsent_bytes(socket)
+}
+
 /// The kind of file behind `fd`.
 ///
 /// # Errors
@@ -684,6 +692,14 @@ mod sys {
         let n =
             unsafe { libc::syscall(libc::SYS_getdents64, dir.as_raw_fd(), into.as_mut_ptr(), len) };
         usize::try_from(n).map_err(|_| last_errno())
+    }
+
+    pub(super) fn unsent_bytes(socket: BorrowedFd<'_>) -> Result<usize> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int, and `bytes` is one that outlives the call;
+        // the fd is open (borrowed).
+        let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        if done == 0 { usize::try_from(bytes).map_err(|_| Errno::INVAL) } else { Err(last_errno()) }
     }
 
     pub(super) fn close(fd: OwnedFd) -> Result<()> {

@@ -30,5 +30,6 @@ pub mod ring_sim;
 pub mod ring_threads;
 pub mod session;
 pub mod shard;
+pub mod splice;
 pub mod stats;
 pub mod worker;

@@ -20,6 +20,12 @@ pub const REPLY_BYTES_PER_CONN_MAX: usize = 8 << 20;
 pub const RECORDS_A_TURN_MAX: usize = 128;
 /// A reply up to this size is made in the connection's own batch, a larger one in its own buffer.
 pub const REPLY_INLINE_BYTES_MAX: usize = 32 << 10;
+/// Replies from this size on are spliced from the page cache into the socket.
+pub const SPLICE_BYTES_MIN: usize = 64 << 10;
+/// What a Unix socket may hold (in the kernel's count) so that it takes such a reply at once.
+pub const SPLICE_SEND_BUFFER_BYTES: usize = 2304 << 10;
+/// Sockets of one shard that may hold so much; the others are sent copies.
+pub const SPLICE_SOCKETS_MAX: usize = 64;
 /// Connections of one shard.
 pub const CONNS_PER_SHARD_MAX: usize = 4096;
 /// Connections that have not said HELLO yet.

@@ -5,6 +5,8 @@
 use super::*;
 use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
+use ringfs_wire::limits::RECORD_ALIGN;
+use rustix::net::SendFlags;
 use std::os::fd::AsFd;
 
 impl<R: Ring> Shard<R> {
@@ -179,6 +181,13 @@ impl<R: Ring> Shard<R> {
         len: usize,
         own: Option<Buf>,
     ) {
+        let own = match own {
+            Some(buf) => match self.splice(tag, &file, offset, len, buf) {
+                Ok(()) => return,
+                Err(buf) => Some(buf),
+            },
+            None => None,
+        };
         let conn = &mut self.conns[tag.conn];
         let mut done = 0;
         let try_cache = !self.ring.takes_all();
@@ -243,6 +252,67 @@ impl<R: Ring> Shard<R> {
             return self.begin(tag, Io::Read { file, buf, range, offset });
         }
         self.read_done(tag, buf, range.start + n - BODY_AT);
+    }
+
+    /// Answers a large read by the pages themselves; else gives the buffer back untouched. See
+    /// splice.rs.
+    fn splice(
+        &mut self,
+        tag: RequestTag,
+        file: &OpenFile,
+        offset: u64,
+        len: usize,
+        mut buf: Buf,
+    ) -> Result<(), Buf> {
+        let in_memory = file.memory && !file.direct && !self.ring.takes_all();
+        if len < SPLICE_BYTES_MIN || !in_memory || !self.socket_takes(tag.conn, len) {
+            return Err(buf);
+        }
+        let Some(taken) = self.splicer.take(file.as_fd(), offset, len) else { return Err(buf) };
+        let head = BODY_AT..BODY_AT + SPLICE_HEAD_BYTES;
+        let short = taken < SPLICE_BYTES_MIN || !taken.is_multiple_of(RECORD_ALIGN);
+        if short || self.splicer.read(&mut buf[head.clone()]).is_err() {
+            self.splicer.discard();
+            return Err(buf);
+        }
+        let conn = &mut self.conns[tag.conn];
+        let batch = conn.reply_spliced(&tag, &mut buf, taken);
+        let socket = conn.socket.clone();
+        add(&self.shared.stats.bytes_read, taken);
+        self.shared.stats.end_op();
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | SendFlags::MORE;
+        let sent = rustix::net::send(&socket, &buf[batch.start..head.end], flags).unwrap_or(0);
+        let mut at = batch.start + sent;
+        if at == head.end {
+            at += self.splicer.pour(socket.as_fd(), batch.end - at);
+        }
+        if at == batch.end {
+            self.buffers.give(buf);
+            add(&self.shared.stats.batches_out, 1);
+            return Ok(());
+        }
+        if self.splicer.read(&mut buf[at.max(head.end)..batch.end]).is_err() {
+            // What was promised cannot be had any more: better no connection than wrong bytes. The
+            // receive that is in flight, or comes next, finds it ended.
+            let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
+            self.buffers.give(buf);
+            return Ok(());
+        }
+        self.conns[tag.conn].queue_rest(buf, at..batch.end);
+        self.touched.push(tag.conn);
+        Ok(())
+    }
+
+    fn socket_takes(&mut self, key: usize, len: usize) -> bool {
+        let conn = &mut self.conns[key];
+        if !conn.can_splice() {
+            return false;
+        }
+        if conn.send_buffer == SendBuffer::Unknown && self.large_sockets < SPLICE_SOCKETS_MAX {
+            conn.send_buffer = SendBuffer::enlarge(conn.socket.as_fd());
+            self.large_sockets += usize::from(matches!(conn.send_buffer, SendBuffer::Bytes(_)));
+        }
+        conn.send_buffer.has_room(conn.socket.as_fd(), len)
     }
 
     fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {

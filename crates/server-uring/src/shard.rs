@@ -6,7 +6,7 @@
 //! number of records, and what it has to say goes out in one send.
 
 use crate::buffers::{Buf, BufferPool};
-use crate::connection::{BODY_AT, Connection, Next};
+use crate::connection::{BODY_AT, Connection, Next, SPLICE_HEAD_BYTES};
 use crate::dispatch::{Request, Route};
 use crate::handles::OpenFile;
 use crate::limits::*;
@@ -15,6 +15,7 @@ use crate::op::{Io, Op, RequestTag, Tag};
 use crate::pool::{Body, Done, Job, Pool};
 use crate::ring::{IoResult, Ring};
 use crate::session::Registry;
+use crate::splice::{SendBuffer, Splicer};
 use crate::stats::{ShardStats, add};
 use ringfs_wire::abi::{ForgetOne, WriteOut};
 use ringfs_wire::batch::{Kind, RecordHeader};
@@ -52,6 +53,9 @@ pub struct Shard<R: Ring> {
     shared: Shared,
     conns: Slab<Connection>,
     buffers: BufferPool,
+    splicer: Splicer,
+    /// Sockets with a buffer for the largest reply.
+    large_sockets: usize,
     /// Connections to look at in this turn.
     touched: Vec<usize>,
     /// Connections that wait for large buffers, in the order of their turns.
@@ -81,6 +85,8 @@ impl<R: Ring> Shard<R> {
             shared,
             conns: Slab::new(),
             buffers: BufferPool::default(),
+            splicer: Splicer::default(),
+            large_sockets: 0,
             touched: Vec::new(),
             starved: Vec::new(),
             sweep_at: None,
@@ -405,6 +411,7 @@ impl<R: Ring> Shard<R> {
         }
         if conn.closing.is_some() && conn.in_flight == 0 {
             let mut conn = self.conns.remove(key);
+            self.large_sockets -= usize::from(matches!(conn.send_buffer, SendBuffer::Bytes(_)));
             conn.end_input(&mut self.buffers);
             conn.drop_output(&mut self.buffers);
             let abandoned = conn.slots_in_use() as u64;

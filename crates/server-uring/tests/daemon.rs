@@ -105,6 +105,57 @@ fn requests_are_pipelined_up_to_the_slots() {
     });
 }
 
+/// Without checksums of payload the pages of such files are spliced into the socket.
+#[test]
+fn large_reads_of_files_in_memory_are_whole_however_they_are_sent() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_in_memory(engine);
+        // Each shard keeps the pipe that it has made.
+        let held = |gauges: Vec<(&'static str, u64)>| {
+            gauges.into_iter().filter(|(name, _)| *name != "fds").collect::<Vec<_>>()
+        };
+        let before = held(daemon.gauges_at_rest());
+        let whole = pattern(3, 3 * MIB + 77);
+        std::fs::write(daemon.share().join("file"), &whole).expect("write");
+        let hello = Hello { features: 0, ..hello("share") };
+        let mut guest = Guest::greet(daemon.connect(), &hello).expect("a session");
+        let node = guest.lookup(1, "file").expect("there").nodeid;
+        let fh = guest.open(node, libc::O_RDONLY).expect("open");
+        let expected = |offset: usize, len: usize| {
+            let end = whole.len().min(offset + len);
+            whole.get(offset..end).unwrap_or_default().to_vec()
+        };
+        // First one by one, when the socket has room; then more than it holds, at all places.
+        for (offset, len) in [(0, MIB), (MIB, 128 << 10), (5, 70_001), (3 * MIB - 9, MIB)] {
+            let read = guest.read(node, fh, offset as u64, len as u32);
+            assert!(read.as_ref() == Ok(&expected(offset, len)), "{len} at {offset}");
+        }
+        for round in 0..3 {
+            let mut wait = HashMap::new();
+            for i in 0..40 {
+                let offset = (i * 397 * 8 * 61 + i % 3 * round) % (3 * MIB + 500);
+                let len = [MIB, 64 << 10, 100_003, 4096, 1 << 19][i % 5];
+                let at = guest.start(Opcode::Read, node, &read_args(fh, offset as u64, len as u32));
+                wait.insert(at, (offset, len));
+            }
+            guest.flush();
+            while !wait.is_empty() {
+                let (at, result) = guest.reply().expect("a reply");
+                let (offset, len) = wait.remove(&at).expect("asked");
+                assert!(result == Ok(expected(offset, len)), "{len} at {offset}");
+            }
+        }
+        std::fs::write(daemon.share().join("file"), &whole[..100_000]).expect("shorter");
+        let read = guest.read(node, fh, 0, MIB as u32).expect("read");
+        assert!(read == whole[..100_000]);
+        assert_eq!(guest.release(node, fh), Ok(()));
+        guest.forget(&[(node, 1)]);
+        drop(guest);
+        until("rest", || (held(daemon.gauges()) == before).then_some(()));
+        daemon.stop_well();
+    }
+}
+
 #[test]
 fn large_reads_and_writes_are_pipelined() {
     on_both(|daemon| {

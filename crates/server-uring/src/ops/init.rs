@@ -34,6 +34,9 @@ const WANTED: u64 = flag::ASYNC_READ
     | flag::MAX_PAGES
     | flag::INIT_EXT
     | flag::CREATE_SUPP_GROUP
+    // Files that bypass the cache (all in two cache modes, O_DIRECT ones in the others): without
+    // it their mmap(MAP_SHARED) fails.
+    | flag::DIRECT_IO_ALLOW_MMAP
     | flag::HAS_EXPIRE_ONLY;
 
 /// Answers INIT: the flags that both ends have, and our limits.
@@ -73,8 +76,7 @@ pub fn init(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
 fn wanted(fs: &Fs) -> u64 {
     let mut flags = WANTED;
     match fs.options.cache {
-        // Private mappings of files that bypass the cache: without it mmap(MAP_SHARED) fails.
-        CacheMode::Never | CacheMode::Metadata => flags |= flag::DIRECT_IO_ALLOW_MMAP,
+        CacheMode::Never | CacheMode::Metadata => {}
         CacheMode::Auto => flags |= flag::AUTO_INVAL_DATA,
         // Others may replace a link at any time; only here does nobody.
         CacheMode::Always => flags |= flag::CACHE_SYMLINKS,

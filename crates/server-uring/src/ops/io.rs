@@ -62,13 +62,27 @@ fn host_flags(fs: &Fs, flags: u32) -> Result<u32, Errno> {
     Ok(kept)
 }
 
-/// Flags of the answer: what the guest's kernel may cache.
-fn fopen_flags(cache: CacheMode) -> u32 {
-    match cache {
-        CacheMode::Never | CacheMode::Metadata => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
+/// Flags of the answer: what the guest's kernel may cache, and what it need not ask. `flags` are
+/// the guest's own.
+///
+/// An `O_DIRECT` file bypasses the guest's cache as a whole, because only then does its kernel let
+/// writes run side by side; where shared mappings of such a file are allowed, no program can tell.
+///
+/// No FLUSH where none has anything to say: a local file system keeps no error for close(2), locks
+/// are the guest kernel's own, and this handle cannot have left anything behind, since each write
+/// has told its error and a file opened for reading or for writing alone has no shared writable
+/// mapping. A file opened for both may have one, whose pages a close stores.
+fn fopen_flags(fs: &Fs, flags: u32) -> u32 {
+    let direct = fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES;
+    let mmap = fs.negotiated() & abi::init::DIRECT_IO_ALLOW_MMAP != 0;
+    let cached = match fs.options.cache {
+        CacheMode::Never | CacheMode::Metadata => direct,
+        _ if flags & O_DIRECT != 0 && mmap && !fs.writeback() => direct,
         CacheMode::Auto => 0,
         CacheMode::Always => fopen::KEEP_CACHE,
-    }
+    };
+    let silent = fs.local && !fs.writeback() && flags & ACCESS != O_RDWR;
+    if silent { cached | fopen::NOFLUSH } else { cached }
 }
 
 /// True for an OPEN that may free many blocks.
@@ -96,7 +110,7 @@ pub fn open(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
         }
     };
     let fh = fs.insert_file(node, fd, flags);
-    put(out, &abi::OpenOut { fh, open_flags: fopen_flags(fs.options.cache), backing_id: 0 })
+    put(out, &abi::OpenOut { fh, open_flags: fopen_flags(fs, open.flags), backing_id: 0 })
 }
 
 fn check_regular(node: &Node) -> Result<(), Errno> {
@@ -145,7 +159,7 @@ pub fn create(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
         Err(error) => return Err(error),
     };
     let fh = fs.insert_file(node, fd, flags);
-    reply_created(fs, &entry, fh, out)
+    reply_created(fs, &entry, fh, create.flags, out)
 }
 
 /// TMPFILE: a file without a name; the name in the request means nothing.
@@ -166,7 +180,7 @@ pub fn tmpfile(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let node = fs.nodes.give_unnamed(rustix::io::fcntl_dupfd_cloexec(&fd, 0)?)?;
     let entry = fs.entry(node.id, &stat);
     let fh = fs.insert_file(node, fd, flags);
-    reply_created(fs, &entry, fh, out)
+    reply_created(fs, &entry, fh, create.flags, out)
 }
 
 /// The host shall decide as for this user. An unprivileged daemon impersonates nobody.
@@ -177,8 +191,14 @@ fn act_as(fs: &Fs, caller: Caller) -> Result<Option<EffectiveIds>, Errno> {
     EffectiveIds::switch(caller.uid, caller.gid).map(Some).map_err(CredsError::errno)
 }
 
-fn reply_created(fs: &Fs, entry: &abi::EntryOut, fh: u64, out: &mut [u8]) -> Result<usize, Errno> {
-    let open_flags = fopen_flags(fs.options.cache);
+fn reply_created(
+    fs: &Fs,
+    entry: &abi::EntryOut,
+    fh: u64,
+    flags: u32,
+    out: &mut [u8],
+) -> Result<usize, Errno> {
+    let open_flags = fopen_flags(fs, flags);
     let used = put(out, entry)?;
     Ok(used + put(&mut out[used..], &abi::OpenOut { fh, open_flags, backing_id: 0 })?)
 }

@@ -47,9 +47,22 @@ impl Daemon {
         Daemon::start_as(engine, |daemon, _| Command::new(daemon))
     }
 
+    /// One whose share lies in memory (tmpfs).
+    pub fn start_in_memory(engine: &str) -> Daemon {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in /dev/shm");
+        Daemon::start_in(dir, engine, |daemon, _| Command::new(daemon))
+    }
+
     /// `command` makes the command that runs the daemon at the first path over the second's share.
     pub fn start_as(engine: &str, command: impl FnOnce(&str, &Path) -> Command) -> Daemon {
-        let dir = tempfile::tempdir().expect("a temporary directory");
+        Daemon::start_in(tempfile::tempdir().expect("a temporary directory"), engine, command)
+    }
+
+    fn start_in(
+        dir: tempfile::TempDir,
+        engine: &str,
+        command: impl FnOnce(&str, &Path) -> Command,
+    ) -> Daemon {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).expect("the share's directory");
         let at = |name: &str| dir.path().join(name).display().to_string();

@@ -1,7 +1,9 @@
 //! What ordinary programs do: files, names, attributes, extended attributes.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use ringfs_server::fdops;
 use ringfs_server::fs::{CacheMode, FsOptions};
 use ringfs_wire::abi::{self, Opcode, fattr, fopen, init};
 use rustix::io::Errno;
@@ -399,6 +401,32 @@ fn cache_modes_decide_what_a_guest_keeps() {
         let missing = guest.lookup(ROOT, "missing").map(|entry| (entry.nodeid, entry.entry_valid));
         let negative = cache == CacheMode::Always;
         assert_eq!(missing, if negative { Ok((0, 86_400)) } else { Err(Errno::NOENT) });
+    }
+}
+
+#[test]
+fn flush_is_spared_and_writes_run_side_by_side_where_nobody_can_tell() {
+    let direct = fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES;
+    for writeback in [false, true] {
+        let (dir, guest) = share_with(FsOptions { writeback, ..FsOptions::default() });
+        let root = std::fs::File::open(dir.path()).expect("open");
+        let local = fdops::fs_kind(root.as_fd()).expect("kind").is_local();
+        let silent = if local && !writeback { fopen::NOFLUSH } else { 0 };
+        let o_direct = libc::O_DIRECT as u32;
+        for (flags, expected) in [
+            (0, silent),
+            (O_WRONLY, silent),
+            // It may be mapped for writing, and then a close stores pages.
+            (O_RDWR, 0),
+            (O_RDWR | o_direct, if writeback { 0 } else { direct }),
+            (O_WRONLY | o_direct, if writeback { 0 } else { direct | silent }),
+        ] {
+            let (entry, fh) = guest.create(ROOT, "file", O_RDWR).expect("create");
+            let opened = guest.open(entry.nodeid, flags).expect("open");
+            assert_eq!(opened.open_flags, expected, "flags {flags:o}, writeback {writeback}");
+            guest.release(entry.nodeid, fh).expect("release");
+            guest.release(entry.nodeid, opened.fh).expect("release");
+        }
     }
 }
 
