@@ -20,6 +20,8 @@ pub const REPLY_BYTES_PER_CONN_MAX: usize = 8 << 20;
 pub const RECORDS_A_TURN_MAX: usize = 128;
 /// A reply up to this size is made in the connection's own batch, a larger one in its own buffer.
 pub const REPLY_INLINE_BYTES_MAX: usize = 32 << 10;
+/// Connections that a shard looks at before it sleeps; the others are the ring's alone.
+pub const LISTENING_MAX: usize = 16;
 /// Connections of one shard.
 pub const CONNS_PER_SHARD_MAX: usize = 4096;
 /// Connections that have not said HELLO yet.
