@@ -102,11 +102,9 @@ impl<R: Ring> Shard<R> {
         }
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let conn = &mut self.conns[key];
-        let done = match rustix::net::send(&*conn.socket, &buf[range.clone()], flags) {
-            Ok(done) => done,
-            // The ring meets the error again, if it is one.
-            Err(_) => 0,
-        };
+        let sent = rustix::net::send(&*conn.socket, &buf[range.clone()], flags);
+        // The ring meets the error again, if it is one.
+        let done = sent.unwrap_or_default();
         match conn.handle_sent(buf, range, done, &mut self.buffers) {
             None => {
                 add(&self.shared.stats.batches_out, 1);
