@@ -1,4 +1,4 @@
-//! Host to guest: one thread a connection, from the socket to the FUSE devices.
+//! Host to guest: what becomes of the batches of a connection.
 //!
 //! A reply goes to the kernel from where it was received: its record header is overwritten by
 //! `fuse_out_header`. Invariant: a batch is acknowledged after its last record was acted on, and a
@@ -15,46 +15,37 @@ use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::SlotUse;
 use rustix::io::Errno;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// The kernel takes errors of 1 to 511 from a file system.
 const ERRNO_MAX: u32 = 511;
 
-/// Serves a connection until it or the session is over.
-pub fn run(session: &Arc<Session>, conn: usize, mut half: ConnRx) {
-    let end = serve(session, &session.conns[conn], conn, &mut half);
-    session.end(end);
-}
-
-fn serve(session: &Session, conn: &Conn, index: usize, half: &mut ConnRx) -> End {
-    loop {
-        if let Err(end) = take_batches(session, conn, half) {
-            return end;
-        }
-        match conn.receive(half.deframer.spare()) {
-            Ok(0) => return End::Closed { conn: index },
-            Ok(bytes) => half.deframer.filled(bytes),
-            Err(errno) => return End::Lost { conn: index, errno },
-        }
-    }
-}
-
-fn take_batches(session: &Session, conn: &Conn, half: &mut ConnRx) -> Result<(), End> {
+/// Acts on every whole batch that was received.
+pub fn take_batches(
+    session: &Session,
+    lane: &Lane,
+    conn: &Conn,
+    half: &mut ConnRx,
+) -> Result<(), End> {
     while let Some(bytes) = half.deframer.next_batch().map_err(LinkError::from)? {
         let header = half.rx.accept(bytes, conn.sent())?;
         let mut cursor = Cursor::new(&header);
         while let Some((record, span)) = cursor.next(bytes) {
-            take_record(session, record, &mut bytes[span])?;
+            take_record(session, lane, record, &mut bytes[span])?;
         }
         conn.set_received(half.rx.received());
     }
     Ok(())
 }
 
-fn take_record(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Result<(), End> {
+fn take_record(
+    session: &Session,
+    lane: &Lane,
+    record: RecordHeader,
+    bytes: &mut [u8],
+) -> Result<(), End> {
     match Kind::from_u8(record.kind) {
-        Some(Kind::Reply) => take_reply(session, record, bytes),
+        Some(Kind::Reply) => take_reply(session, lane, record, bytes),
         Some(Kind::Node) => {
             session.nodes_seen.fetch_add(1, Ordering::Relaxed);
             Ok(())
@@ -65,9 +56,7 @@ fn take_record(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Res
             Ok(())
         }
         Some(Kind::Ping) => {
-            // By an up thread: this one must never wait for a send, or both ends could.
-            let lane = usize::from(record.lane).min(session.lanes.len() - 1);
-            session.lanes[lane].queue_pong();
+            lane.queue_pong();
             Ok(())
         }
         Some(Kind::Pong) => Ok(()),
@@ -91,10 +80,15 @@ fn take_record(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Res
     }
 }
 
-fn take_reply(session: &Session, record: RecordHeader, bytes: &mut [u8]) -> Result<(), End> {
-    let Some(lane) = session.lanes.get(usize::from(record.lane)) else {
-        return Err(End::Protocol("a reply for a lane that is not there"));
-    };
+fn take_reply(
+    session: &Session,
+    lane: &Lane,
+    record: RecordHeader,
+    bytes: &mut [u8],
+) -> Result<(), End> {
+    if record.lane != lane.index {
+        return Err(End::Protocol("a reply for a lane of another connection"));
+    }
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let InFlight::Request { unique, opcode, .. } = lane.complete(at)? else { return Ok(()) };
     LaneCounters::add(&lane.counters.replies, 1);

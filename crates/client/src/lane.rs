@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub const PARK_FRAMES_MAX: usize = 512;
 /// Bytes that one lane parks; a last frame may exceed it.
 pub const PARK_BYTES_MAX: usize = 4 << 20;
-/// Cancels and pongs that wait for the up thread.
+/// Cancels and pongs that wait for the thread.
 pub const CONTROLS_MAX: usize = 2048;
 
 /// What is kept of a request until its reply. A resume will find here what to send again.
@@ -39,7 +39,7 @@ pub enum InFlight {
     Forget,
 }
 
-/// What the up thread sends besides requests.
+/// What the thread sends besides requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Control {
     /// The task of the request in that slot is dying.
@@ -122,8 +122,6 @@ struct Table {
 pub struct Lane {
     /// Its number, as records name it.
     pub index: u8,
-    /// The connection that its batches take.
-    pub conn: usize,
     /// The clone that reads its requests and takes their replies.
     pub device: Arc<Device>,
     /// What it has done.
@@ -131,6 +129,7 @@ pub struct Lane {
     table: Mutex<Table>,
     kick: OwnedFd,
     kicked: AtomicBool,
+    spare: AtomicBool,
 }
 
 /// A lock whose holder panicked is taken over: the process is about to end anyway.
@@ -139,11 +138,10 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Lane {
-    /// A lane over `device` with `slots` slots, on connection `conn`.
-    pub fn new(index: u8, conn: usize, device: Arc<Device>, slots: u16) -> io::Result<Lane> {
+    /// A lane over `device` with `slots` slots.
+    pub fn new(index: u8, device: Arc<Device>, slots: u16) -> io::Result<Lane> {
         Ok(Lane {
             index,
-            conn,
             device,
             counters: LaneCounters::default(),
             table: Mutex::new(Table {
@@ -156,6 +154,7 @@ impl Lane {
             }),
             kick: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             kicked: AtomicBool::new(false),
+            spare: AtomicBool::new(false),
         })
     }
 
@@ -212,14 +211,15 @@ impl Lane {
         lock(&self.table).slots.in_use()
     }
 
-    /// The reply to a request is here. Wakes the up thread if it waits for the slot.
+    /// The reply to a request is here, as the lane's own thread finds.
     pub fn complete(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
         let request = table.slots.complete(at)?;
         let starved = std::mem::take(&mut table.starved);
         drop(table);
         if starved {
-            self.kick();
+            // Its own thread looks at this before it sleeps.
+            self.kicked.store(true, Ordering::Release);
         }
         Ok(request)
     }
@@ -259,7 +259,7 @@ impl Lane {
         Interrupted::Cancelled
     }
 
-    /// Has the up thread answer a PING. A peer that asks faster than we answer is not heard.
+    /// Has the thread answer a PING. A peer that asks faster than we answer is not heard.
     pub fn queue_pong(&self) {
         let mut table = lock(&self.table);
         if !table.controls.contains(&Control::Pong) && table.controls.len() < CONTROLS_MAX {
@@ -318,7 +318,7 @@ impl Lane {
         tracing::error!(lane = self.index, %error, "a reply could not be written");
     }
 
-    /// Wakes the up thread, or has it look again before it sleeps.
+    /// Wakes the thread, or has it look again before it sleeps.
     pub fn kick(&self) {
         if !self.kicked.swap(true, Ordering::AcqRel) {
             // It can fail only by a full counter, which is readable as well.
@@ -326,12 +326,28 @@ impl Lane {
         }
     }
 
+    /// Says whether the lane sleeps for want of work. It is said before the sleep, so that whoever
+    /// then finds nobody awake finds this lane.
+    pub fn set_spare(&self, spare: bool) {
+        self.spare.store(spare, Ordering::SeqCst);
+    }
+
+    /// Whether the lane sleeps for want of work, and nobody has kicked it yet.
+    pub fn is_spare(&self) -> bool {
+        self.spare.load(Ordering::SeqCst) && !self.is_kicked()
+    }
+
+    /// Whether [`Lane::take_kick`] would find a kick.
+    pub fn is_kicked(&self) -> bool {
+        self.kicked.load(Ordering::Relaxed)
+    }
+
     /// Whether somebody has kicked since the last call.
     pub fn take_kick(&self) -> bool {
         self.kicked.load(Ordering::Relaxed) && self.kicked.swap(false, Ordering::AcqRel)
     }
 
-    /// What a sleeping up thread polls.
+    /// What a sleeping thread polls.
     pub fn kick_fd(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
     }
@@ -350,7 +366,7 @@ mod tests {
 
     fn lane(slots: u16) -> Lane {
         let device = Device::open("/dev/fuse").expect("the tests need /dev/fuse");
-        Lane::new(0, 0, Arc::new(device), slots).expect("lane")
+        Lane::new(0, Arc::new(device), slots).expect("lane")
     }
 
     fn request(unique: u64) -> InFlight {
@@ -377,10 +393,9 @@ mod tests {
         }
         assert_eq!(lane.parked(), (2, 96));
         assert!(lane.unpark().is_none());
-        assert!(!readable(&lane));
+        assert!(!lane.is_kicked());
         assert_eq!(lane.complete(first), Ok(request(2)));
-        assert!(readable(&lane) && lane.take_kick() && !lane.take_kick());
-        lane.drain_kick();
+        assert!(lane.take_kick() && !lane.take_kick() && !readable(&lane));
         // A newcomer has to wait its turn.
         assert_eq!(lane.claim(request(8)), Claim::Full);
         let (at, next) = lane.unpark().expect("a slot and a request");

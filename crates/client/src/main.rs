@@ -1,10 +1,10 @@
 //! `ringfs`: mounts directories that a host shares, over vsock or a Unix socket.
 //!
 //! The way of a frame: the kernel's FUSE device -> [`up`] -> [`batcher`] -> a connection
-//! ([`transport`]) -> the daemon -> [`down`] -> the same FUSE device. [`lane`] is what the two
-//! threads of that way share, [`session`] what all lanes share; [`mount_cmd`] is a mount's life
-//! from
-//! [`handshake`] to unmount. Here stand the command line and the exit codes alone.
+//! ([`transport`]) -> the daemon -> [`down`] -> the same FUSE device. [`pump`] is the thread that
+//! does it, [`lane`] what others see of it, [`session`] what all lanes share; [`mount_cmd`] is a
+//! mount's life from [`handshake`] to unmount. Here stand the command line and the exit codes
+//! alone.
 
 mod background;
 mod batcher;
@@ -16,6 +16,7 @@ mod interrupts;
 mod lane;
 mod mount_cmd;
 mod options;
+mod pump;
 mod session;
 mod status;
 mod transport;
@@ -60,8 +61,11 @@ Options of -o (comma-separated, may be repeated):
                            auto      both for a second, data until a file changes (default)
                            always    for a day: for shares that nobody else changes
   writeback              the kernel keeps dirty pages: faster writes, unseen by others until later
-  lanes=N, conns=N       readers of the FUSE device (default: CPUs, at most 8), connections
+  lanes=N                readers of the FUSE device, each with a thread and a connection (default:
+                         CPUs, at most 8)
   slots=N                requests in flight on each lane (default 128)
+  spin=N                 looks for work before a lane sleeps (default 100): less time a request for
+                         more CPU; 0: none. An idle mount sleeps either way
   checksum=on|off        checksums over file data (default: on for vsock, off for unix)
   allow_other, noallow_other   whether other users get in (default: if root mounts)
   nodefault_permissions  the kernel does not check permissions

@@ -10,7 +10,7 @@ use crate::options::{Options, cache_word};
 use crate::session::{Conn, ConnRx, End, Session};
 use crate::status::{Facts, Granted, Publisher, Report, own_dir, unix_now_s};
 use crate::transport::{Address, ConnectError, Socket, Target};
-use crate::{down, handshake, interrupts, up};
+use crate::{handshake, interrupts, pump};
 use fuser_fork::init::Limits;
 use fuser_fork::mount::{Mount, MountError, Unmounted, mount, unmount_path};
 use fuser_fork::reader::Clones;
@@ -21,6 +21,7 @@ use ringfs_wire::hello::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -116,6 +117,9 @@ struct Life {
     session: Arc<Session>,
     signals: UnixStream,
     threads: Vec<JoinHandle<()>>,
+    /// The lanes that have no thread yet.
+    waiting: VecDeque<(usize, ConnRx)>,
+    spin: u32,
     facts: Facts,
     publisher: Option<Publisher>,
     /// `None` once a thread unmounts it.
@@ -126,17 +130,19 @@ struct Life {
 }
 
 impl Life {
-    /// Everything up to the threads of the connections and of lane 0.
+    /// Everything up to the thread of lane 0.
     fn start(request: &Request, signals: UnixStream) -> Result<Life, Failure> {
         let hello = hello(request);
         let address = &request.target.address;
         let (first, first_rx, welcome) = connect(address, &hello)?;
         let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
         // From here on a failure drops `mount`, which unmounts.
-        let clones = Clones::open(device, usize::from(welcome.lanes));
+        // A lane has a clone and a connection of its own.
+        let wanted = welcome.lanes.min(welcome.conns);
+        let clones = Clones::open(device, usize::from(wanted));
         let lanes_got = clones.devices().len();
         let (mut conns, mut halves) = (vec![first], vec![first_rx]);
-        for conn in 1..welcome.conns.min(lanes_got as u16) {
+        for conn in 1..lanes_got as u16 {
             let hello =
                 Hello { ticket: welcome.ticket, epoch_seen: welcome.epoch, conn, ..hello.clone() };
             let (conn, half, _) = connect(address, &hello)?;
@@ -145,10 +151,10 @@ impl Life {
         }
         let lanes = clones.devices().iter().enumerate().map(|(index, device)| {
             device.set_nonblocking(true).map_err(io::Error::other)?;
-            Lane::new(index as u8, index % conns.len(), Arc::clone(device), welcome.slots)
+            Lane::new(index as u8, Arc::clone(device), welcome.slots)
         });
         let lanes = lanes.collect::<io::Result<Vec<Lane>>>().map_err(system("set up the lanes"))?;
-        let facts = facts(request, &mount, &welcome, &clones, conns.len());
+        let facts = facts(request, &mount, &welcome, &clones);
         if let Some(why) = &facts.lanes.why {
             let (got, asked) = (facts.lanes.got, facts.lanes.asked);
             tracing::warn!(got, asked, why, "fewer lanes than asked for");
@@ -159,6 +165,8 @@ impl Life {
             session: Arc::new(session),
             signals,
             threads: Vec::new(),
+            waiting: halves.into_iter().enumerate().collect(),
+            spin: request.options.spin,
             facts,
             publisher: None,
             mountpoint: mount.mountpoint().to_owned(),
@@ -166,18 +174,22 @@ impl Life {
             mount: Some(mount),
             unmounting: None,
         };
-        match life.spawn_first(halves) {
+        match life.spawn_first() {
             Ok(()) => Ok(life),
             Err(failure) => life.finish(Err(failure)).and(Err(Failure::Interrupted)),
         }
     }
 
-    fn spawn_first(&mut self, halves: Vec<ConnRx>) -> Result<(), Failure> {
-        for (conn, half) in halves.into_iter().enumerate() {
-            self.spawn(format!("down{conn}"), move |session| down::run(session, conn, half))?;
-        }
+    fn spawn_first(&mut self) -> Result<(), Failure> {
         self.spawn("interrupts".to_owned(), interrupts::run)?;
-        self.spawn("up0".to_owned(), |session| up::run(session, 0))
+        self.spawn_lane()
+    }
+
+    /// Starts the next lane's thread.
+    fn spawn_lane(&mut self) -> Result<(), Failure> {
+        let Some((lane, half)) = self.waiting.pop_front() else { return Ok(()) };
+        let spin = self.spin;
+        self.spawn(format!("lane{lane}"), move |session| pump::run(session, lane, half, spin))
     }
 
     fn spawn(
@@ -195,8 +207,8 @@ impl Life {
     fn become_ready(&mut self, request: &Request) -> Result<(), Failure> {
         let deadline = Instant::now() + READY_LIMIT;
         self.wait_until(deadline, "INIT", |life| life.session.agreed())?;
-        for lane in 1..self.session.lanes.len() {
-            self.spawn(format!("up{lane}"), move |session| up::run(session, lane))?;
+        while !self.waiting.is_empty() {
+            self.spawn_lane()?;
         }
         let (sender, answers) = channel();
         let path = self.mountpoint.clone();
@@ -223,7 +235,7 @@ impl Life {
         let source = request.target.source();
         tracing::info!(
             source = %source.display(), mountpoint = %self.mountpoint.display(),
-            lanes = self.session.lanes.len(), conns = self.session.conns.len(), "mounted"
+            lanes = self.session.lanes.len(), "mounted"
         );
         Ok(())
     }
@@ -397,7 +409,7 @@ fn hello(request: &Request) -> Hello {
         epoch_seen: 0,
         lanes: options.lanes(),
         conn: 0,
-        conns: options.conns(),
+        conns: options.lanes(),
         slots: options.slots,
         mount_flags: flag(options.mount.read_only, mount_flag::READ_ONLY)
             | flag(options.writeback, mount_flag::WRITEBACK),
@@ -417,13 +429,7 @@ fn limits(options: &Options) -> Limits {
     }
 }
 
-fn facts(
-    request: &Request,
-    mount: &Mount,
-    welcome: &Welcome,
-    clones: &Clones,
-    conns: usize,
-) -> Facts {
+fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -> Facts {
     let (target, options) = (&request.target, &request.options);
     let lanes_got = clones.devices().len() as u16;
     let lanes_why = match clones.shortfall() {
@@ -431,10 +437,6 @@ fn facts(
         None if lanes_got < options.lanes() => Some("the daemon grants no more".to_owned()),
         None => None,
     };
-    let conns_why = (conns < usize::from(options.conns())).then(|| match conns as u16 {
-        conns if conns < welcome.conns => "one lane needs no more".to_owned(),
-        _ => "the daemon grants no more".to_owned(),
-    });
     Facts {
         pid: std::process::id(),
         source: target.source().to_string_lossy().into_owned(),
@@ -445,7 +447,7 @@ fn facts(
         connected_since_unix_s: unix_now_s(),
         epoch: welcome.epoch,
         lanes: Granted { asked: options.lanes(), got: lanes_got, why: lanes_why },
-        conns: Granted { asked: options.conns(), got: conns as u16, why: conns_why },
+        spin: options.spin,
         slots_per_lane: welcome.slots,
         cache: cache_word(options.cache).to_owned(),
         read_only: options.mount.read_only,

@@ -5,7 +5,8 @@
 
 use fuser_fork::mount::MountOptions;
 use ringfs_wire::hello::CacheMode;
-use ringfs_wire::limits::{CONNS_MAX, LANES_MAX, SLOTS_PER_LANE_DEFAULT, SLOTS_PER_LANE_MAX};
+use ringfs_wire::limits::{LANES_MAX, SLOTS_PER_LANE_DEFAULT, SLOTS_PER_LANE_MAX};
+use ringfs_wire::spin::{SPIN_TRIES_DEFAULT, SPIN_TRIES_MAX};
 use std::ffi::OsString;
 use thiserror::Error;
 
@@ -14,8 +15,8 @@ const KNOWN: &[&str] = &[
     "ro",
     "rw",
     "lanes=",
-    "conns=",
     "slots=",
+    "spin=",
     "cache=",
     "writeback",
     "checksum=",
@@ -56,10 +57,10 @@ pub struct Options {
     pub mount: MountOptions,
     /// Lanes; `None`: one a CPU, at most 8.
     pub lanes: Option<u16>,
-    /// Connections; `None`: one a lane.
-    pub conns: Option<u16>,
     /// Requests in flight on each lane.
     pub slots: u16,
+    /// Looks for work before a lane sleeps; 0: none.
+    pub spin: u32,
     /// How long names, attributes and data are believed.
     pub cache: CacheMode,
     /// Whether the kernel keeps dirty pages.
@@ -82,8 +83,6 @@ pub enum OptionError {
     Value { word: String, expected: String },
     #[error("mount option `{0}` is not granted: ringfs always mounts nosuid and nodev")]
     Denied(String),
-    #[error("conns={conns} is more than lanes={lanes}: a connection serves at least one lane")]
-    Conns { conns: u16, lanes: u16 },
     #[error("writeback needs a data cache: use it with cache=auto or cache=always")]
     Writeback,
 }
@@ -94,8 +93,8 @@ impl Options {
         Options {
             mount: MountOptions::new(source),
             lanes: None,
-            conns: None,
             slots: SLOTS_PER_LANE_DEFAULT as u16,
+            spin: SPIN_TRIES_DEFAULT,
             cache: CacheMode::Auto,
             writeback: false,
             checksum: None,
@@ -119,11 +118,6 @@ impl Options {
                 }
             }
         }
-        let lanes = options.lanes();
-        match options.conns {
-            Some(conns) if conns > lanes => return Err(OptionError::Conns { conns, lanes }),
-            _ => {}
-        }
         let has_data_cache = matches!(options.cache, CacheMode::Auto | CacheMode::Always);
         if options.writeback && !has_data_cache {
             return Err(OptionError::Writeback);
@@ -135,8 +129,13 @@ impl Options {
         let (key, value) = word.split_once('=').map_or((word, None), |(k, v)| (k, Some(v)));
         match (key, value) {
             ("lanes", Some(_)) => self.lanes = Some(number(word, LANES_MAX)?),
-            ("conns", Some(_)) => self.conns = Some(number(word, CONNS_MAX)?),
             ("slots", Some(_)) => self.slots = number(word, SLOTS_PER_LANE_MAX)?,
+            ("spin", Some(tries)) => {
+                let tries = tries.parse().ok().filter(|&n| n <= SPIN_TRIES_MAX);
+                self.spin = tries.ok_or_else(|| {
+                    bad_value(word, &format!("a number of 0 to {SPIN_TRIES_MAX}"))
+                })?;
+            }
             ("cache", Some(mode)) => {
                 self.cache = cache_mode(mode)
                     .ok_or_else(|| bad_value(word, "never, metadata, auto or always"))?;
@@ -162,11 +161,6 @@ impl Options {
     pub fn lanes(&self) -> u16 {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         self.lanes.unwrap_or(cpus.min(LANES_MAX) as u16)
-    }
-
-    /// Connections to ask for.
-    pub fn conns(&self) -> u16 {
-        self.conns.unwrap_or(self.lanes())
     }
 }
 
@@ -232,12 +226,12 @@ mod tests {
             (options.slots, options.cache, options.writeback),
             (128, CacheMode::Auto, false)
         );
-        assert!((1..=8).contains(&options.lanes()) && options.conns() == options.lanes());
+        assert!((1..=8).contains(&options.lanes()) && options.spin > 0);
         let options = parse(
-            "rw,ro,lanes=3,conns=2,slots=7,cache=never,checksum=on,noexec,x-a=b,_netdev,nofail",
+            "rw,ro,lanes=3,spin=0,slots=7,cache=never,checksum=on,noexec,x-a=b,_netdev,nofail",
         )
         .expect("known words");
-        assert_eq!((options.lanes(), options.conns(), options.slots), (3, 2, 7));
+        assert_eq!((options.lanes(), options.spin, options.slots), (3, 0, 7));
         assert_eq!((options.cache, options.checksum), (CacheMode::Never, Some(true)));
         assert!(options.mount.read_only && options.mount.noexec);
         assert!(parse("cache=always,writeback").expect("both").writeback);
@@ -265,7 +259,8 @@ mod tests {
         check("checksum", "checksum=on or checksum=off");
         check("max_read=x", "a number of bytes");
         check("suid", "always mounts nosuid");
-        check("lanes=2,conns=3", "conns=3 is more than lanes=2");
+        check("spin=-1", "a number of 0 to");
+        check("spin=10001", "a number of 0 to");
         check("cache=never,writeback", "cache=auto or cache=always");
         assert!(!parse("zzzzzz").expect_err("unknown").to_string().contains("did you mean"));
         assert!(Options::parse("s", &["zzzzzz,ro"], true).expect("sloppy").mount.read_only);

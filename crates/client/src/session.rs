@@ -19,8 +19,8 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 use thiserror::Error;
 
@@ -57,7 +57,7 @@ pub enum End {
     Thread(#[source] io::Error),
 }
 
-/// One connection: what its threads share.
+/// One connection: what its lane's thread and the main thread share.
 #[derive(Debug)]
 pub struct Conn {
     socket: Socket,
@@ -66,7 +66,7 @@ pub struct Conn {
     received: AtomicU64,
 }
 
-/// What only a connection's down thread holds.
+/// What only a connection's thread holds.
 #[derive(Debug)]
 pub struct ConnRx {
     /// Checks sequence numbers and sums.
@@ -87,27 +87,42 @@ impl Conn {
         (conn, ConnRx { rx: joined.rx, deframer: joined.deframer })
     }
 
-    /// Seals and sends a batch; its size in bytes.
-    pub fn send(&self, builder: &mut BatchBuilder, buffer: &mut [u8]) -> Result<usize, Errno> {
-        self.send_locked(&mut lock(&self.tx), builder, buffer)
+    /// Completes a batch in `buffer`: its length, and the lock under which it must be sent.
+    pub fn seal(
+        &self,
+        builder: &mut BatchBuilder,
+        buffer: &mut [u8],
+    ) -> (MutexGuard<'_, LinkTx>, usize) {
+        let mut tx = lock(&self.tx);
+        let bytes = self.seal_locked(&mut tx, builder, buffer).len();
+        (tx, bytes)
     }
 
-    fn send_locked(
+    fn seal_locked<'b>(
         &self,
         tx: &mut LinkTx,
         builder: &mut BatchBuilder,
-        buffer: &mut [u8],
-    ) -> Result<usize, Errno> {
+        buffer: &'b mut [u8],
+    ) -> &'b [u8] {
         let bytes = tx.seal(builder, buffer, self.received.load(Ordering::Acquire));
         // Before the bytes leave: the answer may acknowledge them at once.
         self.sent.store(tx.sent(), Ordering::Release);
-        self.socket.send_all(bytes)?;
-        Ok(bytes.len())
+        bytes
     }
 
-    /// Receives bytes.
-    pub fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        self.socket.receive(buffer)
+    /// Sends what the transport takes now; `EAGAIN`: nothing.
+    pub fn try_send(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        self.socket.try_send(bytes)
+    }
+
+    /// Receives what is there; `EAGAIN`: nothing. 0: the peer has closed.
+    pub fn try_receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        self.socket.try_receive(buffer)
+    }
+
+    /// What is polled for input and room.
+    pub fn socket(&self) -> &Socket {
+        &self.socket
     }
 
     /// Batches sent so far.
@@ -120,7 +135,7 @@ impl Conn {
         self.received.store(batches, Ordering::Release);
     }
 
-    /// Ends it: both its threads wake.
+    /// Ends it: its thread wakes.
     pub fn shutdown(&self) {
         self.socket.shutdown();
     }
@@ -136,7 +151,35 @@ impl Conn {
             && self.socket.set_limit(Some(GOODBYE_LIMIT)).is_ok()
         {
             // The daemon learns it by the closed connection otherwise.
-            let _ = self.send_locked(&mut tx, &mut builder, &mut buffer);
+            let bytes = self.seal_locked(&mut tx, &mut builder, &mut buffer);
+            let _ = self.socket.send_all(bytes);
+        }
+    }
+}
+
+/// How many lanes are awake, so that for a frame nobody is woken while somebody looks anyway.
+///
+/// Invariant: the last lane that falls asleep watches the device, or wakes a spare one that will.
+#[derive(Debug, Default)]
+pub struct Watch {
+    awake: AtomicUsize,
+}
+
+impl Watch {
+    /// A lane is awake, and will look at the device before it sleeps.
+    pub fn wake(&self) {
+        self.awake.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A lane is about to sleep; whether another one is awake.
+    pub fn sleep(&self) -> bool {
+        self.awake.fetch_sub(1, Ordering::SeqCst) > 1
+    }
+
+    /// Wakes a lane that sleeps for want of work, if there is one.
+    pub fn call_help(&self, lanes: &[Lane]) {
+        if let Some(spare) = lanes.iter().find(|lane| lane.is_spare()) {
+            spare.kick();
         }
     }
 }
@@ -153,8 +196,10 @@ struct InitState {
 pub struct Session {
     /// The lanes; a record's `lane` is an index into them.
     pub lanes: Vec<Lane>,
-    /// The connections.
+    /// The connections: one a lane.
     pub conns: Vec<Conn>,
+    /// Which lanes look at the device.
+    pub watch: Watch,
     /// NODE records seen: what they say is for the resume.
     pub nodes_seen: AtomicU64,
     /// Optional records that this version does not know.
@@ -175,6 +220,7 @@ impl Session {
         Ok(Session {
             lanes,
             conns,
+            watch: Watch::default(),
             nodes_seen: AtomicU64::new(0),
             records_skipped: AtomicU64::new(0),
             interrupts: Interrupts::default(),

@@ -47,8 +47,8 @@ pub struct Facts {
     pub connected_since_unix_s: u64,
     pub epoch: u64,
     pub lanes: Granted,
-    pub conns: Granted,
     pub slots_per_lane: u16,
+    pub spin: u32,
     pub cache: String,
     pub read_only: bool,
     pub writeback: bool,
@@ -261,11 +261,11 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
         Some(why) => format!("{} of {} ({why})", granted.got, granted.asked),
         None => granted.got.to_string(),
     };
-    let (lanes, conns) = (granted(&facts.lanes), granted(&facts.conns));
+    let lanes = granted(&facts.lanes);
     let _ = writeln!(
         text,
-        "  lanes {lanes}, connections {conns}, slots a lane {}",
-        facts.slots_per_lane
+        "  lanes {lanes}, slots a lane {}, spin {}",
+        facts.slots_per_lane, facts.spin
     );
     let _ = writeln!(
         text,
@@ -303,8 +303,7 @@ mod tests {
 
     fn report() -> Report {
         let lanes = Granted { asked: 4, got: 1, why: Some("no clones".into()) };
-        let conns = Granted { asked: 1, got: 1, why: None };
-        let facts = Facts { pid: 7, cache: "auto".into(), lanes, conns, ..Facts::default() };
+        let facts = Facts { pid: 7, cache: "auto".into(), lanes, ..Facts::default() };
         Report { facts, requests: 12, in_flight: 3, bytes_up: 2048, ..Report::default() }
     }
 
@@ -334,7 +333,7 @@ mod tests {
         let text = render(&[entry(Some(report())), entry(None)], 61);
         for expected in [
             "d@unix:/s on /m",
-            "lanes 1 of 4 (no clones), connections 1",
+            "lanes 1 of 4 (no clones), slots a lane 0, spin 0",
             "connected for 1 min",
             "requests 12 (3 in flight, 0 parked)",
             "2.0 KiB up",

@@ -219,6 +219,17 @@ impl Socket {
         }
     }
 
+    /// Sends what the transport takes now; `EAGAIN`: nothing.
+    pub fn try_send(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        let piece = &bytes[..bytes.len().min(self.piece_bytes)];
+        rustix::net::send(&self.fd, piece, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    /// Receives what is there; `EAGAIN`: nothing. 0: the peer has closed.
+    pub fn try_receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n)
+    }
+
     /// Ends both directions: who waits in a send or receive is woken.
     pub fn shutdown(&self) {
         // An error says that it is over already.

@@ -1,140 +1,81 @@
-//! Guest to host: one thread a lane, from the FUSE device to the connection.
+//! Guest to host: what becomes of a frame that was read from the FUSE device.
 //!
 //! A frame is read straight into the batch, behind what is there, and its header is overwritten by
 //! the record's: it is never copied. Invariant: after every read the frame is in the batch with a
-//! slot, in the park, or answered; the thread sleeps only as `batcher` says.
+//! slot, in the park, or answered. It must not wait for anything.
 
-use crate::batcher::{Step, View, next_step};
 use crate::groups;
-use crate::lane::{
-    Claim, Control, InFlight, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX, Parked,
-};
-use crate::session::{End, Session};
-use fuser_fork::device::ReadOutcome;
+use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
+use crate::session::{Conn, End, Session};
 use fuser_fork::frame::{Frame, error_reply, out_header};
 use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader};
-use ringfs_wire::limits::{
-    BATCH_BYTES_MAX, FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX, RECORD_HEADER_BYTES,
-};
+use ringfs_wire::limits::{BATCH_BYTES_MAX, FORGETS_PER_RECORD_MAX, RECORD_HEADER_BYTES};
+use ringfs_wire::session::LinkTx;
 use ringfs_wire::slot::SlotUse;
-use rustix::event::epoll;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::MutexGuard;
 use zerocopy::IntoBytes;
 
 /// Node ids to give back that may wait for a slot; with more, nothing further is read.
-const FORGETS_WAITING_MAX: usize = 16 * FORGETS_PER_RECORD_MAX;
+pub const FORGETS_WAITING_MAX: usize = 16 * FORGETS_PER_RECORD_MAX;
 
-const DEVICE: u64 = 0;
-const KICK: u64 = 1;
-
-/// The state of one up thread.
-struct Up<'s> {
+/// What a lane has read and not sent yet.
+pub struct Intake<'s> {
     session: &'s Session,
     lane: &'s Lane,
-    epoll: OwnedFd,
-    builder: BatchBuilder,
+    /// The batch that is being made.
+    pub builder: BatchBuilder,
     buffer: Vec<u8>,
-    forgets: Vec<ForgetOne>,
+    /// Node ids to give back.
+    pub forgets: Vec<ForgetOne>,
     /// No slot was there for the forgets; a kick tells when one is.
-    forgets_blocked: bool,
+    pub forgets_blocked: bool,
     /// Controls or parked requests may be there to send.
-    look: bool,
+    pub look: bool,
     /// Something was parked, and may be still.
-    has_parked: bool,
-    dry: bool,
+    pub has_parked: bool,
 }
 
-/// Serves the lane until the mount is gone or the session stops.
-pub fn run(session: &Arc<Session>, lane: usize) {
-    let done =
-        Up::new(session, &session.lanes[lane]).map_err(End::Thread).and_then(|mut up| up.serve());
-    if let Err(end) = done {
-        session.end(end);
-    }
-}
-
-impl<'s> Up<'s> {
-    fn new(session: &'s Session, lane: &'s Lane) -> io::Result<Up<'s>> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // One sleeping lane is woken for a frame, not all of them.
-        let device_events = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
-        epoll::add(&epoll, &*lane.device, epoll::EventData::new_u64(DEVICE), device_events)?;
-        let kick = epoll::EventData::new_u64(KICK);
-        epoll::add(&epoll, lane.kick_fd(), kick, epoll::EventFlags::IN)?;
-        Ok(Up {
+impl<'s> Intake<'s> {
+    /// Nothing yet.
+    pub fn new(session: &'s Session, lane: &'s Lane) -> Intake<'s> {
+        Intake {
             session,
             lane,
-            epoll,
             builder: BatchBuilder::new(),
             buffer: vec![0; BATCH_BYTES_MAX],
             forgets: Vec::with_capacity(FORGETS_PER_RECORD_MAX),
             forgets_blocked: false,
             look: false,
             has_parked: false,
-            dry: false,
-        })
-    }
-
-    fn serve(&mut self) -> Result<(), End> {
-        while !self.session.is_stopping() {
-            if self.lane.take_kick() {
-                self.look = true;
-                self.forgets_blocked = false;
-            }
-            match next_step(self.view()) {
-                Step::Backlog => self.put_backlog(),
-                Step::Read => self.read()?,
-                Step::Send => self.send(),
-                Step::Wait => self.wait()?,
-                Step::WaitForSlot => self.wait_for_kick()?,
-            }
-        }
-        Ok(())
-    }
-
-    fn view(&self) -> View {
-        let forgets_due = self.dry || self.forgets.len() >= FORGETS_PER_RECORD_MAX;
-        View {
-            batch_due: self.builder.is_due(),
-            batch_empty: self.builder.is_empty(),
-            backlog: self.look || !self.forgets.is_empty() && !self.forgets_blocked && forgets_due,
-            dry: self.dry,
-            park_full: self.is_park_full(),
         }
     }
 
-    fn is_park_full(&self) -> bool {
-        if self.forgets.len() >= FORGETS_WAITING_MAX {
-            return true;
-        }
-        if !self.has_parked {
-            return false;
-        }
-        let (frames, bytes) = self.lane.parked();
-        frames >= PARK_FRAMES_MAX || bytes >= PARK_BYTES_MAX
+    /// Something may have become possible.
+    pub fn kicked(&mut self) {
+        self.look = true;
+        self.forgets_blocked = false;
     }
 
-    fn read(&mut self) -> Result<(), End> {
-        // A batch that is not due has room for the largest record.
-        let spare = &mut self.builder.spare(&mut self.buffer)[..RECORD_BYTES_MAX];
-        match self.lane.device.read_frame(spare)? {
-            ReadOutcome::Frame(bytes) => self.take_frame(bytes),
-            ReadOutcome::WouldBlock => {
-                self.dry = true;
-                Ok(())
-            }
-            ReadOutcome::Interrupted => Ok(()),
-            ReadOutcome::Unmounted => Err(End::Unmounted),
-        }
+    /// Where the next frame is read to.
+    pub fn spare(&mut self) -> &mut [u8] {
+        self.builder.spare(&mut self.buffer)
+    }
+
+    /// Completes the batch: its length, and the lock under which it must be sent.
+    pub fn seal<'c>(&mut self, conn: &'c Conn) -> (MutexGuard<'c, LinkTx>, usize) {
+        conn.seal(&mut self.builder, &mut self.buffer)
+    }
+
+    /// A part of the batch that was completed last.
+    pub fn sealed(&self, range: Range<usize>) -> &[u8] {
+        &self.buffer[range]
     }
 
     /// A frame stands in the first `bytes` of the batch's spare room.
-    fn take_frame(&mut self, bytes: usize) -> Result<(), End> {
+    pub fn take_frame(&mut self, bytes: usize) -> Result<(), End> {
         let spare = self.builder.spare(&mut self.buffer);
         let frame = match Frame::parse(&spare[..bytes]) {
             Ok(frame) => frame,
@@ -238,7 +179,7 @@ impl<'s> Up<'s> {
     }
 
     /// Cancels and pongs, parked requests, forgets: as many as the batch and the slots take.
-    fn put_backlog(&mut self) {
+    pub fn put_backlog(&mut self) {
         while self.look && !self.builder.is_due() {
             self.look = self.put_control() || self.put_parked();
         }
@@ -295,45 +236,5 @@ impl<'s> Up<'s> {
             Claim::Full => self.forgets_blocked = true,
             Claim::Closed => self.forgets.clear(),
         }
-    }
-
-    fn send(&mut self) {
-        let conn = &self.session.conns[self.lane.conn];
-        match conn.send(&mut self.builder, &mut self.buffer) {
-            Ok(bytes) => {
-                LaneCounters::add(&self.lane.counters.batches, 1);
-                LaneCounters::add(&self.lane.counters.bytes_up, bytes);
-            }
-            // What was in the batch has slots, so the end answers it.
-            Err(errno) => self.session.end(End::Lost { conn: self.lane.conn, errno }),
-        }
-    }
-
-    fn wait(&mut self) -> Result<(), End> {
-        let empty =
-            epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
-        let mut events = [empty; 2];
-        let n = match epoll::wait(&self.epoll, &mut events, None) {
-            Ok(n) => n,
-            Err(Errno::INTR) => 0,
-            Err(errno) => return Err(End::Thread(errno.into())),
-        };
-        for event in &events[..n] {
-            match event.data.u64() {
-                KICK => self.lane.drain_kick(),
-                _ => self.dry = false,
-            }
-        }
-        Ok(())
-    }
-
-    fn wait_for_kick(&mut self) -> Result<(), End> {
-        let mut fds = [PollFd::from_borrowed_fd(self.lane.kick_fd(), PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) => self.lane.drain_kick(),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(End::Thread(errno.into())),
-        }
-        Ok(())
     }
 }

@@ -177,7 +177,7 @@ impl Reader {
 
 #[test]
 fn files_are_read_and_written_through_the_mount() {
-    for options in ["lanes=2", "lanes=2,conns=1,checksum=on", "lanes=4,slots=1", "lanes=1,ro"] {
+    for options in ["lanes=2", "lanes=2,spin=0,checksum=on", "lanes=4,slots=1", "lanes=1,ro"] {
         let bench = Bench::new(Terms::default());
         let client = bench.mount(options);
         let root = bench.mountpoint.clone();
@@ -212,7 +212,7 @@ fn files_are_read_and_written_through_the_mount() {
             let conns = seen.hellos.len() as u64;
             (seen.goodbyes == conns && seen.closed == conns).then_some(conns)
         });
-        assert_eq!(conns, if options.contains("conns=1") { 1 } else { lanes_of(options) });
+        assert_eq!(conns, lanes_of(options));
         assert_eq!(bench.host.slots_in_use(), 0);
         let faults = bench.host.wait_for("faults", |seen| Some(seen.faults.clone()));
         assert_eq!(faults, [""; 0]);

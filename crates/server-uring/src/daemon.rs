@@ -39,6 +39,8 @@ pub struct Config {
     pub cpus: Option<Vec<usize>>,
     /// How files and sockets are driven.
     pub engine: Engine,
+    /// Looks for input before a thread sleeps; 0: none.
+    pub spin: u32,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
 }
@@ -201,7 +203,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let cpus = choose_cpus(config.cpus)?;
     let listeners: Vec<Listener> =
         config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
-    let worker = Worker::start(shares, &cpus, config.engine)?;
+    let worker = Worker::start(shares, &cpus, config.engine, config.spin)?;
     let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
     for address in &config.listen {
         tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");

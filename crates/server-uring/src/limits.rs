@@ -26,6 +26,8 @@ pub const SPLICE_BYTES_MIN: usize = 64 << 10;
 pub const SPLICE_SEND_BUFFER_BYTES: usize = 2304 << 10;
 /// Sockets of one shard that may hold so much; the others are sent copies.
 pub const SPLICE_SOCKETS_MAX: usize = 64;
+/// Connections that a shard looks at before it sleeps; the others are the ring's alone.
+pub const LISTENING_MAX: usize = 16;
 /// Connections of one shard.
 pub const CONNS_PER_SHARD_MAX: usize = 4096;
 /// Connections that have not said HELLO yet.

@@ -28,6 +28,9 @@ pub trait Ring {
     /// Starts all that was submitted. With a `timeout` it waits for a completion until then
     /// (`None`: for ever); `Some(ZERO)` does not wait.
     fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+    /// As [`Ring::enter`] without waiting, and without a system call where there is nothing to do;
+    /// whether something may have completed.
+    fn peek(&mut self) -> io::Result<bool>;
     /// Moves what has completed to `done`.
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>);
     /// Operations in flight.
@@ -69,6 +72,7 @@ impl UringRing {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_coop_taskrun()
+            .setup_taskrun_flag()
             .setup_cqsize(RING_ENTRIES * 4)
             .build(RING_ENTRIES);
         let uring = match modern {
@@ -195,6 +199,16 @@ impl Ring for UringRing {
                 _ => Err(e),
             },
         }
+    }
+
+    fn peek(&mut self) -> io::Result<bool> {
+        let submission = self.uring.submission();
+        let is_due = !submission.is_empty() || submission.taskrun() || submission.cq_overflow();
+        drop(submission);
+        if is_due {
+            self.enter(Some(Duration::ZERO))?;
+        }
+        Ok(!self.uring.completion().is_empty())
     }
 
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>) {

@@ -172,6 +172,11 @@ impl<W: FnMut(&mut Rng)> Ring for SimRing<W> {
         Ok(())
     }
 
+    fn peek(&mut self) -> io::Result<bool> {
+        self.enter(Some(Duration::ZERO))?;
+        Ok(!self.done.is_empty())
+    }
+
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>) {
         done.append(&mut self.done);
     }

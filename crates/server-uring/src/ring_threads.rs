@@ -122,6 +122,11 @@ impl Ring for ThreadRing {
         Ok(())
     }
 
+    fn peek(&mut self) -> io::Result<bool> {
+        self.enter(Some(Duration::ZERO))?;
+        Ok(!self.done.is_empty())
+    }
+
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>) {
         done.append(&mut self.done);
     }

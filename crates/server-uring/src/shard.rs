@@ -21,6 +21,7 @@ use ringfs_wire::abi::{ForgetOne, WriteOut};
 use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
+use ringfs_wire::spin::Spin;
 use rustix::io::Errno;
 use slab::Slab;
 use std::ops::Range;
@@ -31,6 +32,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 #[path = "serve.rs"]
 mod serve;
+#[path = "stream.rs"]
+mod stream;
 
 /// How long a shard that ends waits for what is in flight.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
@@ -56,6 +59,9 @@ pub struct Shard<R: Ring> {
     splicer: Splicer,
     /// Sockets with a buffer for the largest reply.
     large_sockets: usize,
+    /// Connections that wait for input and may be looked at before the shard sleeps.
+    listening: Vec<stream::Listening>,
+    spin: Spin,
     /// Connections to look at in this turn.
     touched: Vec<usize>,
     /// Connections that wait for large buffers, in the order of their turns.
@@ -78,8 +84,8 @@ enum Step {
 }
 
 impl<R: Ring> Shard<R> {
-    /// A shard without connections.
-    pub fn new(ring: R, shared: Shared) -> Shard<R> {
+    /// A shard without connections, which looks up to `spin` times for input before it sleeps.
+    pub fn new(ring: R, shared: Shared, spin: u32) -> Shard<R> {
         Shard {
             ring,
             shared,
@@ -87,6 +93,8 @@ impl<R: Ring> Shard<R> {
             buffers: BufferPool::default(),
             splicer: Splicer::default(),
             large_sockets: 0,
+            listening: Vec::new(),
+            spin: Spin::new(spin),
             touched: Vec::new(),
             starved: Vec::new(),
             sweep_at: None,
@@ -100,7 +108,7 @@ impl<R: Ring> Shard<R> {
         self.wait_for_mail();
         let mut done = Vec::new();
         loop {
-            self.ring.enter(self.patience())?;
+            self.wait()?;
             self.ring.reap(&mut done);
             for op in std::mem::take(&mut self.refused) {
                 self.submit(op);
@@ -213,8 +221,7 @@ impl<R: Ring> Shard<R> {
         if buf.is_large() {
             conn.receiving_since.get_or_insert_with(Instant::now);
         }
-        let socket = conn.socket.clone();
-        self.submit(Op { io: Io::Recv { socket, buf, range }, tag: Tag::Stream(key) });
+        self.listen(key, buf, range);
     }
 
     fn received(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
@@ -249,6 +256,7 @@ impl<R: Ring> Shard<R> {
     fn send(&mut self, key: usize, buf: Buf, range: Range<usize>) {
         let conn = &mut self.conns[key];
         conn.in_flight += 1;
+        conn.sending_since.get_or_insert_with(Instant::now);
         let socket = conn.socket.clone();
         self.submit(Op { io: Io::Send { socket, buf, range }, tag: Tag::Stream(key) });
     }
@@ -311,13 +319,20 @@ impl<R: Ring> Shard<R> {
 
     fn work_on(&mut self, key: usize) {
         let before = self.conns[key].batches_received();
-        self.work_through(key);
+        let touched = self.touched.len();
+        let again = self.work_through(key);
+        // What it has touched is itself, and flushed.
+        self.touched.truncate(touched);
+        if again {
+            self.touched.push(key);
+        }
         if let Some(conn) = self.conns.get(key) {
             add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
         }
     }
 
-    fn work_through(&mut self, key: usize) {
+    /// Whether it has more to do.
+    fn work_through(&mut self, key: usize) -> bool {
         for _ in 0..RECORDS_A_TURN_MAX {
             let conn = &mut self.conns[key];
             match conn.poll_input(&mut self.buffers) {
@@ -331,32 +346,37 @@ impl<R: Ring> Shard<R> {
                         if matches!(wait, Step::Starved) {
                             self.starve(key);
                         }
-                        return self.flush(key);
+                        self.flush(key);
+                        return false;
                     }
                     Err(reason) => {
                         self.buffers.give_shared(buf);
-                        return self.close(key, reason);
+                        self.close(key, reason);
+                        return false;
                     }
                 },
                 Ok(Next::Receive(buf, range)) => {
                     self.receive(key, buf, range);
-                    return self.flush(key);
+                    self.flush(key);
+                    return false;
                 }
                 Ok(Next::Wait) => {
                     if conn.has_input() {
                         self.starve(key);
                     }
-                    return self.flush(key);
+                    self.flush(key);
+                    return false;
                 }
                 Err(error) => {
                     let session = conn.session.id;
                     tracing::warn!(session, %error, "closing a connection");
-                    return self.close(key, Reason::Protocol);
+                    self.close(key, Reason::Protocol);
+                    return false;
                 }
             }
         }
-        self.touched.push(key);
         self.flush(key);
+        true
     }
 
     fn starve(&mut self, key: usize) {
@@ -404,11 +424,12 @@ impl<R: Ring> Shard<R> {
 
     /// Sends what the connection has to say, and drops it when it is over.
     fn flush(&mut self, key: usize) {
-        let conn = &mut self.conns[key];
-        if let Some((buf, range)) = conn.poll_send() {
-            conn.sending_since = Some(Instant::now());
-            return self.send(key, buf, range);
+        while let Some((buf, range)) = self.conns[key].poll_send() {
+            if !self.send_now(key, buf, range) {
+                return;
+            }
         }
+        let conn = &mut self.conns[key];
         if conn.closing.is_some() && conn.in_flight == 0 {
             let mut conn = self.conns.remove(key);
             self.large_sockets -= usize::from(matches!(conn.send_buffer, SendBuffer::Bytes(_)));

@@ -58,6 +58,7 @@ impl Worker {
         shares: Vec<Share>,
         cpus: &[usize],
         engine: Engine,
+        spin: u32,
     ) -> Result<Worker, DaemonError> {
         let registry = Arc::new(Registry::default());
         let mut pool_cpus = CpuSet::new();
@@ -65,7 +66,7 @@ impl Worker {
         let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX), pool_cpus);
         let mut shards = Vec::new();
         for &cpu in cpus {
-            shards.push(start_shard(cpu, engine, &registry, &pool)?);
+            shards.push(start_shard(cpu, engine, spin, &registry, &pool)?);
         }
         let mailboxes = shards.iter().map(|shard| shard.mailbox.clone()).collect();
         let opening = shares.iter().map(|_| AtomicUsize::new(0)).collect();
@@ -111,6 +112,7 @@ impl Worker {
 fn start_shard(
     cpu: usize,
     engine: Engine,
+    spin: u32,
     registry: &Arc<Registry>,
     pool: &Arc<Pool>,
 ) -> Result<ShardThread, DaemonError> {
@@ -127,8 +129,8 @@ fn start_shard(
         pin(cpu);
         // A ring belongs to the thread that made it.
         match engine {
-            Engine::Uring => serve(UringRing::new(), &ready, shared, cpu),
-            Engine::Threads => serve(ThreadRing::new(), &ready, shared, cpu),
+            Engine::Uring => serve(UringRing::new(), &ready, shared, cpu, spin),
+            Engine::Threads => serve(ThreadRing::new(), &ready, shared, cpu, spin),
         }
     };
     let thread = std::thread::Builder::new().name(format!("ringfs-cpu-{cpu}")).spawn(body)?;
@@ -145,13 +147,14 @@ fn serve<R: Ring>(
     ready: &mpsc::Sender<std::io::Result<()>>,
     shared: Shared,
     cpu: usize,
+    spin: u32,
 ) {
     let ring = match ring {
         Ok(ring) => ring,
         Err(error) => return drop(ready.send(Err(error))),
     };
     let _ = ready.send(Ok(()));
-    if let Err(error) = Shard::new(ring, shared).run() {
+    if let Err(error) = Shard::new(ring, shared, spin).run() {
         tracing::error!(cpu, %error, "a shard has failed; its guests are cut off");
         std::process::exit(1);
     }

@@ -381,7 +381,7 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
         mailbox: mailbox.clone(),
         stats: stats.clone(),
     };
-    let mut shard = Shard::new(SimRing::new(seed, plan.faults, world), shared);
+    let mut shard = Shard::new(SimRing::new(seed, plan.faults, world), shared, 0);
     shard.run().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     drop(shard);
     pool.close();

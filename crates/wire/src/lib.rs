@@ -9,7 +9,8 @@
 //! - [`deframe`]: a stream of bytes, cut into whole batches;
 //! - [`hello`]: the handshake's messages;
 //! - [`slot`]: the session table: what is in flight, and exactly once;
-//! - [`session`]: one connection's sequence numbers and acknowledgements.
+//! - [`session`]: one connection's sequence numbers and acknowledgements;
+//! - [`spin`]: how often either end looks again before it sleeps.
 #![forbid(unsafe_code)]
 
 pub mod abi;
@@ -19,3 +20,4 @@ pub mod hello;
 pub mod limits;
 pub mod session;
 pub mod slot;
+pub mod spin;

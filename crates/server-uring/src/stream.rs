@@ -1,0 +1,119 @@
+//! How a shard moves the bytes of its connections: at once where it can, by the ring where it must
+//! wait, and a few looks before it sleeps.
+//!
+//! Part of [`Shard`]. Invariant: a connection that waits for input stands in `listening` or has a
+//! receive in the ring, never both, and `listening` is empty while the shard sleeps.
+
+use super::*;
+use ringfs_wire::spin::{Look, YIELD_LIMIT};
+use rustix::net::{RecvFlags, SendFlags};
+
+/// A connection that waits for input, and where to.
+pub(super) type Listening = (usize, Buf, Range<usize>);
+
+impl<R: Ring> Shard<R> {
+    /// Has the connection wait for input in `buf[range]`.
+    pub(super) fn listen(&mut self, key: usize, buf: Buf, range: Range<usize>) {
+        if self.spin.is_on() && !self.ring.takes_all() && self.listening.len() < LISTENING_MAX {
+            return self.listening.push((key, buf, range));
+        }
+        self.receive_by_ring((key, buf, range));
+    }
+
+    fn receive_by_ring(&mut self, (key, buf, range): Listening) {
+        let socket = self.conns[key].socket.clone();
+        self.submit(Op { io: Io::Recv { socket, buf, range }, tag: Tag::Stream(key) });
+    }
+
+    /// Waits until there is something to step, at most for [`Shard::patience`].
+    pub(super) fn wait(&mut self) -> std::io::Result<()> {
+        let patience = self.patience();
+        let in_a_hurry = patience == Some(Duration::ZERO);
+        let tries = match self.listening.is_empty() {
+            true => 0,
+            false if in_a_hurry => 1,
+            false => self.spin.tries(),
+        };
+        if tries > 0 {
+            let look = self.look(tries)?;
+            if in_a_hurry {
+                return Ok(());
+            }
+            self.spin.tried(look);
+            if look == Look::Found {
+                return Ok(());
+            }
+        }
+        let mut listening = std::mem::take(&mut self.listening);
+        listening.drain(..).for_each(|waits| self.receive_by_ring(waits));
+        self.listening = listening; // keeps the allocation
+        let since = self.spin.is_on().then(Instant::now);
+        self.ring.enter(patience)?;
+        if let Some(since) = since {
+            self.spin.slept(since.elapsed());
+        }
+        Ok(())
+    }
+
+    /// So many looks at the listening connections and the ring.
+    fn look(&mut self, tries: u32) -> std::io::Result<Look> {
+        let mut yielded = Instant::now();
+        for n in 1..=tries {
+            let received = self.receive_now();
+            if self.ring.peek()? || received {
+                return Ok(Look::Found);
+            }
+            if n == tries {
+                break;
+            }
+            rustix::thread::sched_yield();
+            let now = Instant::now();
+            if now - yielded > YIELD_LIMIT {
+                return Ok(Look::Crowded);
+            }
+            yielded = now;
+        }
+        Ok(Look::Nothing)
+    }
+
+    fn receive_now(&mut self) -> bool {
+        let mut any = false;
+        let mut at = 0;
+        while let Some((key, buf, range)) = self.listening.get_mut(at) {
+            let socket = &*self.conns[*key].socket;
+            let room = &mut buf[range.clone()];
+            match rustix::net::recv(socket, room, RecvFlags::DONTWAIT) {
+                Err(Errno::AGAIN | Errno::INTR) => at += 1,
+                result => {
+                    any = true;
+                    let (key, buf, range) = self.listening.swap_remove(at);
+                    self.received(key, buf, range, result.map(|(n, _)| n));
+                }
+            }
+        }
+        any
+    }
+
+    /// Sends what the socket takes now, and leaves the rest to the ring; whether all is gone.
+    pub(super) fn send_now(&mut self, key: usize, buf: Buf, range: Range<usize>) -> bool {
+        if self.ring.takes_all() {
+            self.send(key, buf, range);
+            return false;
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let conn = &mut self.conns[key];
+        let sent = rustix::net::send(&*conn.socket, &buf[range.clone()], flags);
+        // The ring meets the error again, if it is one.
+        let done = sent.unwrap_or_default();
+        match conn.handle_sent(buf, range, done, &mut self.buffers) {
+            None => {
+                add(&self.shared.stats.batches_out, 1);
+                true
+            }
+            Some((buf, rest)) => {
+                self.send(key, buf, rest);
+                false
+            }
+        }
+    }
+}
