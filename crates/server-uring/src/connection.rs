@@ -80,7 +80,12 @@ pub struct Connection {
     input: Input,
     builder: BatchBuilder,
     building: Option<Buf>,
+    /// Batches in the order of their numbers.
     queue: VecDeque<(Buf, Range<usize>)>,
+    /// Replies with a batch of their own, which have no number yet.
+    large: VecDeque<(Buf, RecordHeader)>,
+    /// A large one comes next, though small ones wait.
+    large_next: bool,
     sending: bool,
     /// Bytes of replies that are being made or wait to be sent.
     reply_bytes: usize,
@@ -124,6 +129,8 @@ impl Connection {
             builder: BatchBuilder::new(),
             building: None,
             queue: VecDeque::new(),
+            large: VecDeque::new(),
+            large_next: false,
             sending: false,
             reply_bytes: 0,
         }
@@ -346,22 +353,27 @@ impl Connection {
     }
 
     /// A reply whose body of `len` bytes stands at [`BODY_AT`] of its own buffer.
-    pub fn reply_large(&mut self, tag: &RequestTag, mut buf: Buf, len: usize) {
+    pub fn reply_large(&mut self, tag: &RequestTag, buf: Buf, len: usize) {
         let header = self.finish(tag, 0, len);
-        self.seal();
+        self.reply_bytes += len;
+        self.large.push_back((buf, header));
+    }
+
+    /// Completes the batch of one large reply.
+    fn seal_large(&mut self, buf: &mut Buf, header: RecordHeader) -> Range<usize> {
         let room = &mut buf[LARGE_BATCH_AT..];
         let mut builder = BatchBuilder::new();
         builder.commit(room, header);
-        let sent = self.tx.seal(&mut builder, room, self.rx.received()).len();
-        self.reply_bytes += sent;
-        self.queue.push_back((buf, LARGE_BATCH_AT..LARGE_BATCH_AT + sent));
+        let bytes = self.tx.seal(&mut builder, room, self.rx.received()).len();
+        LARGE_BATCH_AT..LARGE_BATCH_AT + bytes
     }
 
     /// Whether a reply that is sent now would come behind nothing else, and without a checksum of
     /// its bytes.
     pub fn can_splice(&self) -> bool {
-        let idle = !self.sending && self.queue.is_empty() && self.builder.is_empty();
-        idle && self.closing.is_none() && self.session.features & feature::PAYLOAD_CRC == 0
+        !self.has_output()
+            && self.closing.is_none()
+            && self.session.features & feature::PAYLOAD_CRC == 0
     }
 
     /// As [`Connection::reply_large`] for a body of which the first [`SPLICE_HEAD_BYTES`] alone
@@ -369,11 +381,7 @@ impl Connection {
     pub fn reply_spliced(&mut self, tag: &RequestTag, buf: &mut Buf, len: usize) -> Range<usize> {
         debug_assert!(self.can_splice() && len.is_multiple_of(RECORD_ALIGN), "{len} bytes");
         let header = self.finish(tag, 0, len);
-        let room = &mut buf[LARGE_BATCH_AT..];
-        let mut builder = BatchBuilder::new();
-        builder.commit(room, header);
-        let sent = self.tx.seal(&mut builder, room, self.rx.received()).len();
-        LARGE_BATCH_AT..LARGE_BATCH_AT + sent
+        self.seal_large(buf, header)
     }
 
     /// The rest of a spliced reply that the socket did not take, now as bytes.
@@ -420,13 +428,28 @@ impl Connection {
         }
     }
 
-    /// What to send now, if the socket is free.
+    /// What to send now, if the socket is free. Small replies do not wait behind all the large ones
+    /// (a megabyte each), but behind one: they take turns. A GOODBYE comes after both.
     pub fn poll_send(&mut self) -> Option<(Buf, Range<usize>)> {
         if self.sending {
             return None;
         }
         if self.queue.is_empty() {
-            self.seal();
+            let large_first = self.large_next || self.builder.is_empty() || self.closing.is_some();
+            self.large_next = false;
+            match self.large.pop_front_if(|_| large_first) {
+                Some((mut buf, header)) => {
+                    let range = self.seal_large(&mut buf, header);
+                    // Counted so far: the body.
+                    self.reply_bytes += range.len();
+                    self.reply_bytes -= header.len as usize - RECORD_HEADER_BYTES;
+                    self.queue.push_back((buf, range));
+                }
+                None => {
+                    self.large_next = !self.large.is_empty();
+                    self.seal();
+                }
+            }
         }
         let next = self.queue.pop_front();
         self.sending = next.is_some();
@@ -461,7 +484,8 @@ impl Connection {
 
     /// Whether anything waits to be sent or is being sent.
     pub fn has_output(&self) -> bool {
-        self.sending || !self.queue.is_empty() || !self.builder.is_empty()
+        let waits = !self.queue.is_empty() || !self.large.is_empty();
+        self.sending || waits || !self.builder.is_empty()
     }
 
     /// Drops what waits to be sent; used when the socket is dead.
@@ -470,6 +494,7 @@ impl Connection {
         self.builder = BatchBuilder::new();
         self.building.take().into_iter().for_each(|buf| buffers.give(buf));
         self.queue.drain(..).for_each(|(buf, _)| buffers.give(buf));
+        self.large.drain(..).for_each(|(buf, _)| buffers.give(buf));
     }
 }
 
