@@ -243,8 +243,9 @@ pub fn mount_ringfs(spec: &Spec, share: &str, socket: &Path, at: &Path) -> Resul
     })
 }
 
+/// With extended attributes, as ringfs has them: a kernel that is refused once asks no more.
 fn local(place: &Place<'_>, at: &Path) -> Result<Server> {
-    let source = format!("source={},cache=auto,timeout=1", place.backing.display());
+    let source = format!("source={},cache=auto,timeout=1,xattr", place.backing.display());
     let mut command = Command::new(place.tools.passthrough());
     command.args(["-f", "-o", "clone_fd", "-o", "allow_other,default_permissions"]);
     command.args(["-o", &source]).arg(at).stdin(Stdio::null());
