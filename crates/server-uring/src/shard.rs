@@ -318,7 +318,6 @@ impl<R: Ring> Shard<R> {
     }
 
     fn work_on(&mut self, key: usize) {
-        let before = self.conns[key].batches_received();
         let touched = self.touched.len();
         let again = self.work_through(key);
         // What it has touched is itself, and flushed.
@@ -326,16 +325,17 @@ impl<R: Ring> Shard<R> {
         if again {
             self.touched.push(key);
         }
-        if let Some(conn) = self.conns.get(key) {
-            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
-        }
     }
 
     /// Whether it has more to do.
     fn work_through(&mut self, key: usize) -> bool {
         for _ in 0..RECORDS_A_TURN_MAX {
             let conn = &mut self.conns[key];
-            match conn.poll_input(&mut self.buffers) {
+            let before = conn.batches_received();
+            let next = conn.poll_input(&mut self.buffers);
+            // Before its replies leave: who has one may look at the counters.
+            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
+            match next {
                 Ok(Next::Record(header, buf, body)) => match self.record(key, header, &buf, body) {
                     Ok(Step::Taken) => {
                         self.conns[key].record_taken();
