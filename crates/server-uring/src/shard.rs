@@ -343,11 +343,12 @@ impl<R: Ring> Shard<R> {
                     }
                     Ok(wait) => {
                         self.buffers.give_shared(buf);
-                        if matches!(wait, Step::Starved) {
+                        let starved = matches!(wait, Step::Starved);
+                        if starved {
                             self.starve(key);
                         }
-                        self.flush(key);
-                        return false;
+                        // A peer that was full has taken something: there may be room again.
+                        return self.flush(key) && !starved && self.conns.contains(key);
                     }
                     Err(reason) => {
                         self.buffers.give_shared(buf);
@@ -422,12 +423,15 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// Sends what the connection has to say, and drops it when it is over.
-    fn flush(&mut self, key: usize) {
+    /// Sends what the connection has to say, and drops it when it is over; whether something has
+    /// left at once, of which no completion will tell.
+    fn flush(&mut self, key: usize) -> bool {
+        let mut has_sent = false;
         while let Some((buf, range)) = self.conns[key].poll_send() {
             if !self.send_now(key, buf, range) {
-                return;
+                return has_sent;
             }
+            has_sent = true;
         }
         let conn = &mut self.conns[key];
         if conn.closing.is_some() && conn.in_flight == 0 {
@@ -442,6 +446,7 @@ impl<R: Ring> Shard<R> {
             // Wakes the receive that is still in flight.
             let _ = rustix::net::shutdown(&*conn.socket, rustix::net::Shutdown::Both);
         }
+        has_sent
     }
 
     /// Ends a connection with a GOODBYE.
