@@ -318,7 +318,6 @@ impl<R: Ring> Shard<R> {
     }
 
     fn work_on(&mut self, key: usize) {
-        let before = self.conns[key].batches_received();
         let touched = self.touched.len();
         let again = self.work_through(key);
         // What it has touched is itself, and flushed.
@@ -326,16 +325,17 @@ impl<R: Ring> Shard<R> {
         if again {
             self.touched.push(key);
         }
-        if let Some(conn) = self.conns.get(key) {
-            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
-        }
     }
 
     /// Whether it has more to do.
     fn work_through(&mut self, key: usize) -> bool {
         for _ in 0..RECORDS_A_TURN_MAX {
             let conn = &mut self.conns[key];
-            match conn.poll_input(&mut self.buffers) {
+            let before = conn.batches_received();
+            let next = conn.poll_input(&mut self.buffers);
+            // Before its replies leave: who has one may look at the counters.
+            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
+            match next {
                 Ok(Next::Record(header, buf, body)) => match self.record(key, header, &buf, body) {
                     Ok(Step::Taken) => {
                         self.conns[key].record_taken();
@@ -343,11 +343,12 @@ impl<R: Ring> Shard<R> {
                     }
                     Ok(wait) => {
                         self.buffers.give_shared(buf);
-                        if matches!(wait, Step::Starved) {
+                        let starved = matches!(wait, Step::Starved);
+                        if starved {
                             self.starve(key);
                         }
-                        self.flush(key);
-                        return false;
+                        // A peer that was full has taken something: there may be room again.
+                        return self.flush(key) && !starved && self.conns.contains(key);
                     }
                     Err(reason) => {
                         self.buffers.give_shared(buf);
@@ -422,12 +423,15 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// Sends what the connection has to say, and drops it when it is over.
-    fn flush(&mut self, key: usize) {
+    /// Sends what the connection has to say, and drops it when it is over; whether something has
+    /// left at once, of which no completion will tell.
+    fn flush(&mut self, key: usize) -> bool {
+        let mut has_sent = false;
         while let Some((buf, range)) = self.conns[key].poll_send() {
             if !self.send_now(key, buf, range) {
-                return;
+                return has_sent;
             }
+            has_sent = true;
         }
         let conn = &mut self.conns[key];
         if conn.closing.is_some() && conn.in_flight == 0 {
@@ -442,6 +446,7 @@ impl<R: Ring> Shard<R> {
             // Wakes the receive that is still in flight.
             let _ = rustix::net::shutdown(&*conn.socket, rustix::net::Shutdown::Both);
         }
+        has_sent
     }
 
     /// Ends a connection with a GOODBYE.
