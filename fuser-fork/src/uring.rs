@@ -30,10 +30,11 @@ use crate::device::Device;
 use crate::frame::{FrameError, Parts, put_reply};
 use crate::sys::{CommandRing, Done};
 
-/// Entries of one queue: so many requests of one CPU are in work at once.
-pub const ENTRIES_PER_QUEUE_MAX: u16 = 16;
+/// Entries of one queue: so many requests of one CPU are in work at once; the next ones wait in the
+/// kernel, also behind requests that hang.
+pub const ENTRIES_PER_QUEUE_MAX: u16 = 32;
 /// Memory for payloads of all queues, bytes; with many CPUs queues get fewer entries. It is used,
-/// and counts, only as far as payloads have come by.
+/// and counts, only as far as payloads have come by; the kernel takes the entry used last first.
 pub const PAYLOADS_BYTES_MAX: usize = 64 << 20;
 /// With one entry a queue this is the end: no rings on machines that would need more.
 const PAYLOADS_BYTES_LIMIT: usize = 256 << 20;
@@ -433,13 +434,14 @@ mod tests {
             let got = plan.map(|plan| (plan.entries_per_queue, plan.payload_bytes));
             assert_eq!(got, expected, "{queues} {threads} {max_write}");
         };
-        check(1, 1, 1 << 20, Some((16, 1 << 20)));
-        check(2, 2, 1 << 20, Some((16, 1 << 20)));
+        check(1, 1, 1 << 20, Some((32, 1 << 20)));
+        check(2, 2, 1 << 20, Some((32, 1 << 20)));
+        check(4, 4, 1 << 20, Some((16, 1 << 20)));
         check(8, 7, 1 << 20, Some((8, 1 << 20)));
         check(64, 7, 1 << 20, Some((1, 1 << 20)));
         check(256, 7, 1 << 20, Some((1, 1 << 20)));
         check(257, 7, 1 << 20, None);
-        check(2, 2, 4096, Some((16, 8192)));
+        check(2, 2, 4096, Some((32, 8192)));
         check(4096, 1, 4096, None);
         check(300, 1, 4096, Some((1, 8192)));
         let plan = Plan::new(5, 2, 4096, 1, 4096).expect("plan");

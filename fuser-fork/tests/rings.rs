@@ -1,5 +1,5 @@
-//! FUSE-over-io_uring on real mounts: queues served by one and by two threads, frames equal to those
-//! of the device, what stays on the device, refused registrations, and every end of a mount.
+//! FUSE-over-io_uring on real mounts: queues served by one and by two threads, what stays on the
+//! device, refused registrations, wrong lengths, and every end of a mount.
 //!
 //! They switch the module's parameter on while they run; where that cannot be done they say so.
 
