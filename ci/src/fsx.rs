@@ -11,16 +11,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::deps;
+use crate::guard::{Guard, Undo};
 use crate::paths::{self, Bins};
 use crate::proc::Cmd;
 use crate::rig::{self, Daemon};
 use crate::sandbox::{LoopFs, LoopShape, Sandbox};
 
-/// Cache modes to show: nothing cached, the default, and everything with delayed writes.
+/// The switch of FUSE-over-io_uring.
+const RINGS: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// Cache modes to show: nothing cached, the default, and everything with delayed writes; and the
+/// same by FUSE's rings.
 const MODES: &[(&str, &str)] = &[
     ("never", "cache=never"),
     ("auto", "cache=auto"),
     ("always+writeback", "cache=always,writeback"),
+    ("rings+never", "uring=on,cache=never"),
+    ("rings+writeback", "uring=on,cache=always,writeback"),
 ];
 
 const IMAGE_BYTES: u64 = 1 << 30;
@@ -86,7 +93,14 @@ pub fn run(args: &Args) -> Result<String> {
     let bins = Bins::build()?;
     let daemon = Daemon::start(&sandbox, &bins, "d", &[rig::share("x", &backing.dir)], &[])?;
     let start = daemon.counters_at_rest()?;
+    let mut modes = 0;
     for (mode, options) in MODES {
+        let rings = options.contains("uring=on").then(switch_rings_on);
+        if let Some(Err(why)) = &rings {
+            println!("fsx: SKIPPED {mode}: FUSE-over-io_uring cannot be switched on: {why:#}");
+            continue;
+        }
+        modes += 1;
         let mount = daemon.mount(&sandbox, "x", &format!("mnt-{mode}"), options)?;
         for seed in 1..=args.seeds {
             exercise(&sandbox, &mount.dir, mode, seed, args.ops)
@@ -96,7 +110,15 @@ pub fn run(args: &Args) -> Result<String> {
         daemon.assert_back_at(&start)?;
     }
     daemon.stop()?;
-    Ok(format!("{} seeds x {} operations in {} cache modes", args.seeds, args.ops, MODES.len()))
+    Ok(format!("{} seeds x {} operations in {modes} modes", args.seeds, args.ops))
+}
+
+/// Rings are there for new mounts as long as the guard lives.
+fn switch_rings_on() -> Result<Guard> {
+    let before = fs::read_to_string(RINGS).context("Linux 6.14 is needed")?;
+    let guard = Guard::new(Undo::Setting(RINGS.into(), before.trim().to_owned()));
+    fs::write(RINGS, "Y").context("not allowed")?;
+    Ok(guard)
 }
 
 fn exercise(sandbox: &Sandbox, dir: &Path, mode: &str, seed: u64, ops: u64) -> Result<()> {

@@ -35,6 +35,8 @@ pub enum Undo {
     Loop(PathBuf),
     /// A directory that is ours, with all below it on the same file system.
     Dir(PathBuf),
+    /// A file of the kernel's settings, and what stood in it.
+    Setting(PathBuf, String),
 }
 
 struct List {
@@ -133,6 +135,7 @@ impl Undo {
             Undo::Mount(path) => detach(path),
             Undo::Loop(device) => detach_loop(device),
             Undo::Dir(path) => remove_dir(path),
+            Undo::Setting(path, value) => fs::write(path, value).context("write it back"),
         };
         if let Err(error) = done {
             eprintln!("xtask: could not undo {self:?}: {error:#}");
@@ -227,7 +230,7 @@ fn abort_mounts() {
         let list = list();
         let paths = list.entries.iter().filter_map(|(_, undo)| match undo {
             Undo::Mount(path) => Some(path.clone()),
-            Undo::Group(_) | Undo::Loop(_) | Undo::Dir(_) => None,
+            Undo::Group(_) | Undo::Loop(_) | Undo::Dir(_) | Undo::Setting(..) => None,
         });
         paths.collect()
     };

@@ -48,7 +48,7 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/creds.rs", "credentials of one thread, which rustix refuses"),
     ("crates/server-uring/src/import.rs", "file handles: name_to_handle_at, open_by_handle_at"),
     ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
-    ("fuser-fork/src/sys.rs", "/dev/fuse: ioctl, readv and writev on lent buffers"),
+    ("fuser-fork/src/sys.rs", "/dev/fuse: the clone ioctl, and queue entries lent to the kernel"),
 ];
 
 /// Files that name libc's types, and make no call, because the crate they use states them so.

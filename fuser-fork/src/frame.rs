@@ -209,6 +209,101 @@ impl Iterator for Forgets<'_> {
 
 impl ExactSizeIterator for Forgets<'_> {}
 
+/// The parts in which a ring gives a request (`struct fuse_uring_req_header`, and a payload):
+///
+/// ```text
+/// headers: | in_out 128: InHeader 40 | op_in 128 | ring_ent_in_out 32 |     payload: | .. |
+///          | .. commit_id u64 at 264, payload_sz u32 at 272           |
+/// ```
+///
+/// The first argument stands in `op_in`, the others in the payload; how long the first one is
+/// follows from the lengths, so no opcode needs to be known.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    headers: &'a [u8; 288],
+    payload: &'a [u8],
+    header: InHeader,
+    op_in_bytes: usize,
+}
+
+const OP_IN_AT: usize = 128;
+const OP_IN_BYTES_MAX: usize = 128;
+const COMMIT_ID_AT: usize = 264;
+const PAYLOAD_SZ_AT: usize = 272;
+
+impl<'a> Parts<'a> {
+    /// Checks that the lengths fit each other and the memory; `payload` is all there is room for.
+    pub fn parse(headers: &'a [u8; 288], payload: &'a [u8]) -> Result<Parts<'a>, FrameError> {
+        let len = headers.len();
+        let Ok((header, _)) = InHeader::read_from_prefix(headers) else {
+            return Err(FrameError::NoHeader { len });
+        };
+        let said = number(headers, PAYLOAD_SZ_AT);
+        let wrong = FrameError::Length { said: header.len, len: said as usize };
+        let payload = payload.get(..said as usize).ok_or(wrong)?;
+        let args_bytes = (header.len as usize).checked_sub(size_of::<InHeader>()).ok_or(wrong)?;
+        let op_in_bytes = args_bytes.checked_sub(payload.len()).ok_or(wrong)?;
+        if op_in_bytes > OP_IN_BYTES_MAX {
+            return Err(wrong);
+        }
+        Ok(Parts { headers, payload, header, op_in_bytes })
+    }
+
+    /// The header, as copied out once.
+    pub fn header(&self) -> &InHeader {
+        &self.header
+    }
+
+    /// By what a reply names the request to the ring.
+    pub fn commit_id(&self) -> u64 {
+        let low = u64::from(number(self.headers, COMMIT_ID_AT));
+        low | u64::from(number(self.headers, COMMIT_ID_AT + 4)) << 32
+    }
+
+    /// The whole frame's length, bytes.
+    pub fn frame_bytes(&self) -> usize {
+        self.header.len as usize
+    }
+
+    /// Puts the frame together, the same bytes that `/dev/fuse` gives, at the start of `buffer`;
+    /// `None` if it is too short.
+    pub fn copy_to(&self, buffer: &mut [u8]) -> Option<usize> {
+        let room = buffer.get_mut(..self.frame_bytes())?;
+        let (header, args) = room.split_at_mut(size_of::<InHeader>());
+        header.copy_from_slice(self.header.as_bytes());
+        let (first, rest) = args.split_at_mut(self.op_in_bytes);
+        first.copy_from_slice(&self.headers[OP_IN_AT..][..self.op_in_bytes]);
+        rest.copy_from_slice(self.payload);
+        Some(self.frame_bytes())
+    }
+}
+
+fn number(headers: &[u8; 288], at: usize) -> u32 {
+    u32::from_ne_bytes([headers[at], headers[at + 1], headers[at + 2], headers[at + 3]])
+}
+
+/// Puts a reply into a ring entry: header first, then how long the payload is. An errno (positive)
+/// stands for a reply without a body.
+pub(crate) fn put_reply(
+    headers: &mut [u8; 288],
+    payload: &mut [u8],
+    unique: u64,
+    reply: Result<&[u8], i32>,
+) {
+    // The kernel takes no more than it gave room for.
+    let too_long = Err(rustix::io::Errno::IO.raw_os_error());
+    let reply = reply.and_then(|body| if body.len() > payload.len() { too_long } else { Ok(body) });
+    let (header, bytes) = match reply {
+        Ok(body) => {
+            payload[..body.len()].copy_from_slice(body);
+            (out_header(unique, body.len()), body.len() as u32)
+        }
+        Err(errno) => (error_reply(unique, errno), 0),
+    };
+    headers[..header.len()].copy_from_slice(&header);
+    headers[PAYLOAD_SZ_AT..PAYLOAD_SZ_AT + 4].copy_from_slice(&bytes.to_ne_bytes());
+}
+
 /// The header of a good reply with `body_bytes` bytes behind it.
 ///
 /// A body that no header can name gives a length that [`crate::device::Device::reply`] refuses.
@@ -341,6 +436,70 @@ mod tests {
         assert_eq!((frame.opcode(), frame.known_opcode()), (4096, None));
         assert!(frame.wants_reply());
         assert_eq!(frame.forgets().map(|list| list.len()), Ok(0));
+    }
+
+    fn ring_parts(header_len: u32, payload_sz: u32) -> [u8; 288] {
+        let mut headers = [0; 288];
+        let header = InHeader { len: header_len, unique: 6, opcode: 16, ..InHeader::default() };
+        headers[..40].copy_from_slice(header.as_bytes());
+        for (n, byte) in headers[128..256].iter_mut().enumerate() {
+            *byte = n as u8;
+        }
+        headers[264..272].copy_from_slice(&(6u64 | 1 << 63).to_ne_bytes());
+        headers[272..276].copy_from_slice(&payload_sz.to_ne_bytes());
+        headers
+    }
+
+    #[test]
+    fn the_parts_of_a_ring_make_one_frame() {
+        let headers = ring_parts(40 + 16 + 5, 5);
+        let parts = Parts::parse(&headers, b"name\0 and room").expect("parts");
+        assert_eq!(parts.commit_id(), 6 | 1 << 63);
+        let mut buffer = [9; 80];
+        assert_eq!(parts.copy_to(&mut buffer), Some(61));
+        let frame = Frame::parse(&buffer[..61]).expect("frame");
+        assert_eq!(
+            (frame.unique(), &frame.args()[..3], &frame.args()[16..]),
+            (6, &[0, 1, 2][..], &b"name\0"[..])
+        );
+        assert_eq!(parts.copy_to(&mut buffer[..60]), None);
+        for (len, payload_sz, fits) in [
+            (40, 0, true),
+            (40 + 128, 0, true),
+            (40 + 129, 0, false),
+            (39, 0, false),
+            (45, 6, false),
+            (46, 6, true),
+            (56, 16, true),
+            (57, 17, false),
+            (u32::MAX, 0, false),
+            (40, u32::MAX, false),
+        ] {
+            let headers = ring_parts(len, payload_sz);
+            assert_eq!(Parts::parse(&headers, &[0; 16]).is_ok(), fits, "{len} {payload_sz}");
+        }
+    }
+
+    #[test]
+    fn replies_into_a_ring() {
+        let check = |reply: Result<&[u8], i32>, len: u32, error: i32, payload_sz: u32| {
+            let (mut headers, mut payload) = ([0xff; 288], [0; 8]);
+            put_reply(&mut headers, &mut payload, 9, reply);
+            let (header, _) = OutHeader::read_from_prefix(&headers).expect("header");
+            assert_eq!(header, OutHeader { len, error, unique: 9 });
+            assert_eq!(number(&headers, PAYLOAD_SZ_AT), payload_sz);
+            if let Ok(body) = reply
+                && error == 0
+            {
+                assert_eq!(&payload[..body.len()], body);
+            }
+        };
+        check(Ok(b"body"), 20, 0, 4);
+        check(Ok(b""), 16, 0, 0);
+        check(Ok(b"12345678"), 24, 0, 8);
+        check(Ok(b"123456789"), 16, -5, 0);
+        check(Err(2), 16, -2, 0);
+        check(Err(600), 16, -5, 0);
     }
 
     #[test]

@@ -20,7 +20,8 @@ pub const MAX_WRITE_BYTES_MIN: u32 = 4096;
 const PAGES_WITHOUT_MAX_PAGES: u32 = 32;
 
 /// Flags that this version passes to nobody:
-/// splicing (frames are read into memory), rings and passthrough (not built), DAX and its
+/// splicing (frames are read into memory), passthrough (not built), rings (ours alone to ask for:
+/// [`Limits::rings`]), DAX and its
 /// alignment, the long SETXATTR (our layouts have the short one), id mapping (it changes what uids
 /// mean, and ends the mount where `default_permissions` is off), and request timeouts (the kernel
 /// would abort the whole mount while a session waits for its daemon).
@@ -57,6 +58,10 @@ pub struct Limits {
     pub wanted: u64,
     /// Never set: `WRITEBACK_CACHE` unless the mount asks for it.
     pub forbidden: u64,
+    /// Whether to agree on FUSE-over-io_uring where the kernel offers it. Whoever says so must
+    /// register queues right after the answer, or have a registration refused: the kernel holds
+    /// all requests back until then.
+    pub rings: bool,
 }
 
 impl Default for Limits {
@@ -69,6 +74,7 @@ impl Default for Limits {
             page_bytes: 4096,
             wanted: init::ABORT_ERROR,
             forbidden: init::WRITEBACK_CACHE,
+            rings: false,
         }
     }
 }
@@ -240,6 +246,9 @@ pub fn negotiate(
         & !NEVER
         & !limits.forbidden
         & !init::INIT_EXT;
+    // Between the kernel and us: the daemon is neither asked nor heard.
+    let rings = if limits.rings { init::OVER_IO_URING } else { 0 };
+    let agreed = agreed | rings & offered;
     let (flags_low, flags_high) = split(agreed);
     let (max_write, max_pages) = sizes(daemon, limits, agreed & init::MAX_PAGES != 0)?;
     let (max_background, congestion_threshold) = background(daemon, limits);
@@ -331,7 +340,8 @@ mod tests {
     fn good(kernel: &InitIn, daemon: &InitOut, limits: &Limits) -> Negotiated {
         let done = negotiate(kernel, daemon, limits).expect("negotiated");
         assert_eq!(done.flags & !done.offered, 0, "never more than offered");
-        assert_eq!(done.flags & NEVER, 0);
+        let rings = if limits.rings { init::OVER_IO_URING } else { 0 };
+        assert_eq!(done.flags & NEVER & !rings, 0);
         assert_eq!(done.out.flags2 != 0, done.flags & init::INIT_EXT != 0);
         assert_eq!(done.body().len(), 64);
         done
@@ -403,6 +413,10 @@ mod tests {
         // The second word, and INIT_EXT with it, only where something of it is agreed.
         check(all, DIRECT_IO_ALLOW_MMAP, &limits, PLAIN | DIRECT_IO_ALLOW_MMAP | INIT_EXT, 0);
         check(all, OVER_IO_URING, &limits, PLAIN, OVER_IO_URING);
+        // Rings are ours to ask for, and the kernel's to offer.
+        let rings = Limits { rings: true, ..limits };
+        check(all, 0, &rings, PLAIN | OVER_IO_URING | INIT_EXT, 0);
+        check(all & !OVER_IO_URING, 0, &rings, PLAIN, 0);
         check(MAX_PAGES, DIRECT_IO_ALLOW_MMAP, &limits, MAX_PAGES, DIRECT_IO_ALLOW_MMAP);
         // Not offered, not answered.
         check(0, ASYNC_READ, &limits, 0, ASYNC_READ);
@@ -477,6 +491,7 @@ mod tests {
     #[test]
     fn the_daemon_is_offered_what_may_pass() {
         let limits = Limits { max_readahead: 65536, ..Limits::default() };
+        let limits = Limits { rings: true, ..limits };
         let offered = offer(&InitIn { minor: 99, ..kernel() }, &limits);
         let flags = init_flags(offered.flags, offered.flags2);
         assert_eq!(flags & (NEVER | init::WRITEBACK_CACHE), 0);

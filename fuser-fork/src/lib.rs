@@ -9,7 +9,7 @@
 //! - [`reader`]: the clones of one session, and the debt of a reply to the clone that read;
 //! - [`frame`]: what a request's bytes say, and the headers of replies;
 //! - [`notify`]: what we tell the kernel unasked;
-//! - [`uring`]: the place of FUSE-over-io_uring.
+//! - [`uring`]: the same frames by FUSE-over-io_uring.
 //!
 //! Of the other crates it may see the kernel's layouts (`ringfs_wire::abi`) only. `unsafe` stands
 //! in `sys.rs` alone.

@@ -38,7 +38,8 @@ pub fn take_batches(
     Ok(())
 }
 
-fn take_record(
+/// Acts on one record of a batch, which `bytes` hold.
+pub fn take_record(
     session: &Session,
     lane: &Lane,
     record: RecordHeader,
@@ -107,7 +108,7 @@ fn take_reply(
 }
 
 /// The daemon's errno, if the kernel would take it.
-fn errno_of(code: u32) -> Errno {
+pub fn errno_of(code: u32) -> Errno {
     match i32::try_from(code) {
         Ok(errno) if code <= ERRNO_MAX => Errno::from_raw_os_error(errno),
         _ => Errno::IO,
@@ -130,7 +131,7 @@ fn take_init(
         Ok(agreed) => {
             let body = agreed.body();
             lane.answer(&[&out_header(unique, body.len())[..], body].concat());
-            session.notify();
+            session.init_is_answered();
             Ok(())
         }
         Err(end) => {

@@ -130,6 +130,9 @@ pub struct Lane {
     kick: OwnedFd,
     kicked: AtomicBool,
     spare: AtomicBool,
+    slots: u16,
+    by_ring: AtomicBool,
+    local_answers: Mutex<Vec<(u64, Errno)>>,
 }
 
 /// A lock whose holder panicked is taken over: the process is about to end anyway.
@@ -155,6 +158,9 @@ impl Lane {
             kick: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             kicked: AtomicBool::new(false),
             spare: AtomicBool::new(false),
+            slots,
+            by_ring: AtomicBool::new(false),
+            local_answers: Mutex::default(),
         })
     }
 
@@ -294,8 +300,27 @@ impl Lane {
         self.kick();
     }
 
+    /// Slots of this lane.
+    pub fn slots(&self) -> u16 {
+        self.slots
+    }
+
+    /// From now on requests come by queue entries: the lane's thread alone can answer them.
+    pub fn answers_by_ring(&self) {
+        self.by_ring.store(true, Ordering::Release);
+    }
+
+    /// What [`Lane::answer_error`] left to the thread; at most one answer a slot.
+    pub fn take_local_answers(&self) -> Vec<(u64, Errno)> {
+        std::mem::take(&mut *lock(&self.local_answers))
+    }
+
     /// Answers a request without the daemon.
     pub fn answer_error(&self, unique: u64, errno: Errno) {
+        if self.by_ring.load(Ordering::Acquire) {
+            lock(&self.local_answers).push((unique, errno));
+            return self.kick();
+        }
         self.answer(&error_reply(unique, errno.raw_os_error()));
     }
 

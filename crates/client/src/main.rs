@@ -17,10 +17,12 @@ mod lane;
 mod mount_cmd;
 mod options;
 mod pump;
+mod rings;
 mod session;
 mod status;
 mod transport;
 mod up;
+mod uring_lane;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -66,6 +68,10 @@ Options of -o (comma-separated, may be repeated):
   slots=N                requests in flight on each lane (default 128)
   spin=N                 looks for work before a lane sleeps (default 100): less time a request for
                          more CPU; 0: none. An idle mount sleeps either way
+  uring=off|on|auto      off (default): frames come by /dev/fuse. on: by FUSE-over-io_uring where
+                         the kernel has it (6.14, fuse.enable_uring=Y), else by /dev/fuse with a
+                         warning; auto: the same without the warning. Rings are faster and cost
+                         less CPU, but for one deep queue (docs/performance.md)
   checksum=on|off        checksums over file data (default: on for vsock, off for unix)
   allow_other, noallow_other   whether other users get in (default: if root mounts)
   nodefault_permissions  the kernel does not check permissions

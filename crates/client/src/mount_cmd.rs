@@ -7,10 +7,11 @@
 use crate::handshake::{HandshakeError, join};
 use crate::lane::Lane;
 use crate::options::{Options, cache_word};
+use crate::rings::{Rings, place_of, with_causes};
 use crate::session::{Conn, ConnRx, End, Session};
 use crate::status::{Facts, Granted, Publisher, Report, own_dir, unix_now_s};
 use crate::transport::{Address, ConnectError, Socket, Target};
-use crate::{handshake, interrupts, pump};
+use crate::{handshake, interrupts, pump, status, uring_lane};
 use fuser_fork::init::Limits;
 use fuser_fork::mount::{Mount, MountError, Unmounted, mount, unmount_path};
 use fuser_fork::reader::Clones;
@@ -120,6 +121,7 @@ struct Life {
     /// The lanes that have no thread yet.
     waiting: VecDeque<(usize, ConnRx)>,
     spin: u32,
+    rings: Rings,
     facts: Facts,
     publisher: Option<Publisher>,
     /// `None` once a thread unmounts it.
@@ -132,7 +134,8 @@ struct Life {
 impl Life {
     /// Everything up to the thread of lane 0.
     fn start(request: &Request, signals: UnixStream) -> Result<Life, Failure> {
-        let hello = hello(request);
+        let rings = Rings::wished(&request.options);
+        let hello = hello(request, rings.extra_lanes(request.options.lanes()));
         let address = &request.target.address;
         let (first, first_rx, welcome) = connect(address, &hello)?;
         let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
@@ -167,6 +170,7 @@ impl Life {
             threads: Vec::new(),
             waiting: halves.into_iter().enumerate().collect(),
             spin: request.options.spin,
+            rings,
             facts,
             publisher: None,
             mountpoint: mount.mountpoint().to_owned(),
@@ -181,6 +185,21 @@ impl Life {
     }
 
     fn spawn_first(&mut self) -> Result<(), Failure> {
+        let rings = self.rings.choose(self.session.lanes.len(), self.session.conns.len());
+        let spin = self.spin;
+        for (lane, half) in std::mem::take(&mut self.waiting) {
+            let Some(place) = place_of(lane, rings) else {
+                self.waiting.push_back((lane, half));
+                continue;
+            };
+            let (orders, done) = self.rings.add();
+            self.spawn(format!("ring{lane}"), move |session| {
+                uring_lane::run(session, place, half, spin, &orders, &done);
+            })?;
+        }
+        if self.rings.are_made() {
+            self.session.offer_rings();
+        }
         self.spawn("interrupts".to_owned(), interrupts::run)?;
         self.spawn_lane()
     }
@@ -206,7 +225,9 @@ impl Life {
     /// INIT, the other lanes, and the first GETATTR of the root.
     fn become_ready(&mut self, request: &Request) -> Result<(), Failure> {
         let deadline = Instant::now() + READY_LIMIT;
-        self.wait_until(deadline, "INIT", |life| life.session.agreed())?;
+        let agreed = self.wait_until(deadline, "INIT", |life| life.session.answered())?;
+        self.rings.start(&agreed);
+        self.facts.rings = self.rings.facts.clone();
         while !self.waiting.is_empty() {
             self.spawn_lane()?;
         }
@@ -363,6 +384,7 @@ impl Life {
             self.wait_for_unmount(&unmounting);
         }
         self.session.stop();
+        self.rings.dismiss();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a thread of this mount has panicked");
@@ -397,7 +419,7 @@ fn connect(address: &Address, hello: &Hello) -> Result<(Conn, ConnRx, Welcome), 
     Ok((conn, half, welcome))
 }
 
-fn hello(request: &Request) -> Hello {
+fn hello(request: &Request, extra: u16) -> Hello {
     let options = &request.options;
     let over_vsock = matches!(request.target.address, Address::Vsock { .. });
     let checksum = options.checksum.unwrap_or(over_vsock);
@@ -407,9 +429,9 @@ fn hello(request: &Request) -> Hello {
         features: if checksum { feature::PAYLOAD_CRC } else { 0 },
         ticket: Ticket::NONE,
         epoch_seen: 0,
-        lanes: options.lanes(),
+        lanes: options.lanes() + extra,
         conn: 0,
-        conns: options.lanes(),
+        conns: options.lanes() + extra,
         slots: options.slots,
         mount_flags: flag(options.mount.read_only, mount_flag::READ_ONLY)
             | flag(options.writeback, mount_flag::WRITEBACK),
@@ -449,22 +471,12 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         lanes: Granted { asked: options.lanes(), got: lanes_got, why: lanes_why },
         spin: options.spin,
         slots_per_lane: welcome.slots,
+        rings: status::Rings::default(),
         cache: cache_word(options.cache).to_owned(),
         read_only: options.mount.read_only,
         writeback: options.writeback,
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
     }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// `ringfs umount`: never touches the path of a mount that may be dead.

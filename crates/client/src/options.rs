@@ -18,6 +18,7 @@ const KNOWN: &[&str] = &[
     "slots=",
     "spin=",
     "cache=",
+    "uring=",
     "writeback",
     "checksum=",
     "max_read=",
@@ -65,8 +66,21 @@ pub struct Options {
     pub cache: CacheMode,
     /// Whether the kernel keeps dirty pages.
     pub writeback: bool,
+    /// Whether frames come by FUSE-over-io_uring.
+    pub uring: Uring,
     /// Payload checksums; `None`: over vsock only.
     pub checksum: Option<bool>,
+}
+
+/// By what way frames come from the kernel and replies go back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uring {
+    /// `/dev/fuse`.
+    Off,
+    /// Queues of FUSE-over-io_uring where the kernel has them, else `/dev/fuse` with a warning.
+    On,
+    /// The same without the warning.
+    Auto,
 }
 
 fn did_you_mean(nearest: Option<&str>) -> String {
@@ -97,6 +111,7 @@ impl Options {
             spin: SPIN_TRIES_DEFAULT,
             cache: CacheMode::Auto,
             writeback: false,
+            uring: Uring::Off,
             checksum: None,
         }
     }
@@ -140,6 +155,10 @@ impl Options {
                 self.cache = cache_mode(mode)
                     .ok_or_else(|| bad_value(word, "never, metadata, auto or always"))?;
             }
+            ("uring", Some("off")) => self.uring = Uring::Off,
+            ("uring", Some("on")) => self.uring = Uring::On,
+            ("uring", Some("auto")) => self.uring = Uring::Auto,
+            ("uring", _) => return Err(bad_value(word, "uring=off, uring=on or uring=auto")),
             ("checksum", Some("on")) => self.checksum = Some(true),
             ("checksum", Some("off")) => self.checksum = Some(false),
             ("checksum", _) => return Err(bad_value(word, "checksum=on or checksum=off")),
@@ -235,6 +254,10 @@ mod tests {
         assert_eq!((options.cache, options.checksum), (CacheMode::Never, Some(true)));
         assert!(options.mount.read_only && options.mount.noexec);
         assert!(parse("cache=always,writeback").expect("both").writeback);
+        for (word, expected) in [("off", Uring::Off), ("on", Uring::On), ("auto", Uring::Auto)] {
+            assert_eq!(parse(&format!("uring={word}")).expect("a mode").uring, expected);
+        }
+        assert_eq!(parse("").expect("empty").uring, Uring::Off);
         let options = Options::parse("s@unix:/s", &["ro", "rw,max_read=65536"], false);
         let options = options.expect("two lists");
         assert!(!options.mount.read_only && options.mount.max_read == Some(65536));
@@ -250,7 +273,8 @@ mod tests {
         check("cashe=auto", "did you mean `cache=`?");
         check("write_back", "did you mean `writeback`?");
         check("allow_others", "did you mean `allow_other`?");
-        check("uring=on", "unknown mount option `uring=on`");
+        check("uring=yes", "uring=off, uring=on or uring=auto");
+        check("uring", "uring=off");
         check("lanes=0", "a number of 1 to 8");
         check("lanes=9", "a number of 1 to 8");
         check("slots=many", "a number of 1 to 1024");

@@ -2,7 +2,8 @@
 //!
 //! One thread for both directions, so that a request wakes each end once. Invariant: the thread
 //! sleeps only when the device and the connection have nothing, and never in a send alone: while
-//! the daemon takes no more, its replies are taken, or both ends could wait for each other for ever.
+//! the daemon takes no more, its replies are taken, or both ends could wait for each other for
+//! ever.
 
 use crate::batcher::{Step, View, next_step};
 use crate::down;

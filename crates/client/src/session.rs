@@ -5,10 +5,11 @@
 
 use crate::handshake::{Joined, refusal};
 use crate::interrupts::Interrupts;
-use crate::lane::{Lane, lock};
+use crate::lane::{Lane, LaneCounters, lock};
 use crate::transport::Socket;
 use fuser_fork::device::DeviceError;
 use fuser_fork::init::{self, InitError, Limits, Negotiated};
+use fuser_fork::uring::UringError;
 use ringfs_wire::abi::{self, InitIn};
 use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader};
 use ringfs_wire::deframe::Deframer;
@@ -17,6 +18,7 @@ use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
 use ringfs_wire::slot::SlotError;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -26,6 +28,11 @@ use thiserror::Error;
 
 /// How long a farewell may take.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
+
+/// How far the kernel's numbers may have run ahead of a kept interrupt's.
+const EARLY_INTERRUPT_AGE_MAX: u64 = 1 << 20;
+/// Interrupts kept for requests that no lane has seen.
+const EARLY_INTERRUPTS_MAX: usize = 64;
 
 /// Why a mount's session is over.
 #[derive(Debug, Error)]
@@ -53,6 +60,8 @@ pub enum End {
     Init(#[from] InitError),
     #[error("the FUSE device failed")]
     Device(#[from] DeviceError),
+    #[error("the FUSE rings failed")]
+    Uring(#[from] UringError),
     #[error("a thread failed")]
     Thread(#[source] io::Error),
 }
@@ -208,6 +217,10 @@ pub struct Session {
     pub interrupts: Interrupts,
     limits: Limits,
     append_groups: AtomicBool,
+    rings: AtomicBool,
+    init_answered: AtomicBool,
+    early: Mutex<VecDeque<u64>>,
+    early_len: AtomicUsize,
     init: Mutex<InitState>,
     end: OnceLock<Arc<End>>,
     stopping: AtomicBool,
@@ -226,6 +239,10 @@ impl Session {
             interrupts: Interrupts::default(),
             limits,
             append_groups: AtomicBool::new(false),
+            rings: AtomicBool::new(false),
+            init_answered: AtomicBool::new(false),
+            early: Mutex::default(),
+            early_len: AtomicUsize::new(0),
             init: Mutex::default(),
             end: OnceLock::new(),
             stopping: AtomicBool::new(false),
@@ -305,7 +322,8 @@ impl Session {
         let Some(kernel) = &state.kernel else {
             return Err(End::Protocol("an answer to an INIT that was not asked"));
         };
-        let agreed = init::negotiate(kernel, &daemon, &self.limits)?;
+        let limits = Limits { rings: self.rings.load(Ordering::Relaxed), ..self.limits };
+        let agreed = init::negotiate(kernel, &daemon, &limits)?;
         if agreed.dropped != 0 {
             tracing::debug!(flags = agreed.dropped, "INIT flags of the daemon's were dropped");
         }
@@ -318,6 +336,65 @@ impl Session {
     /// What INIT came to, once it has.
     pub fn agreed(&self) -> Option<Negotiated> {
         lock(&self.init).agreed
+    }
+
+    /// Lanes are there to serve queues: INIT may agree on rings.
+    pub fn offer_rings(&self) {
+        self.rings.store(true, Ordering::Relaxed);
+    }
+
+    /// The kernel has its answer to INIT.
+    pub fn init_is_answered(&self) {
+        self.init_answered.store(true, Ordering::Release);
+        self.notify();
+    }
+
+    /// What INIT came to, once the kernel knows.
+    pub fn answered(&self) -> Option<Negotiated> {
+        if self.init_answered.load(Ordering::Acquire) { self.agreed() } else { None }
+    }
+
+    /// The task that waits for `unique` has a signal: a thread sees to it. False if no lane has it.
+    pub fn note_interrupt(&self, unique: u64) -> bool {
+        for lane in &self.lanes {
+            if let Some(pid) = lane.waits(unique) {
+                LaneCounters::add(&lane.counters.interrupts, 1);
+                self.interrupts.add(lane.index, unique, pid);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Keeps an interrupt whose request no lane has: it may be in a queue entry that its lane has
+    /// not looked at yet, and the kernel sends it once. The lanes must be asked once more then.
+    /// False without rings: there the kernel can be asked to send it again.
+    pub fn keep_early_interrupt(&self, unique: u64) -> bool {
+        if !self.rings.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut early = lock(&self.early);
+        // The oldest are of requests that were answered meanwhile; ids do not come again.
+        if early.len() == EARLY_INTERRUPTS_MAX {
+            early.pop_front();
+        }
+        early.push_back(unique);
+        self.early_len.store(early.len(), Ordering::Release);
+        true
+    }
+
+    /// Whether such an interrupt is kept for `unique`; it is forgotten with that.
+    pub fn take_early_interrupt(&self, unique: u64) -> bool {
+        if self.early_len.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let mut early = lock(&self.early);
+        // Requests are numbered in turn: what is so far behind was answered before its interrupt.
+        early.retain(|its| its.saturating_add(EARLY_INTERRUPT_AGE_MAX) > unique);
+        let found = early.iter().position(|&its| its == unique);
+        found.map(|at| early.remove(at));
+        self.early_len.store(early.len(), Ordering::Release);
+        found.is_some()
     }
 
     /// Whether creations need their caller's groups from us.

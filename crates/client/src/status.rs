@@ -34,6 +34,20 @@ pub struct Granted {
     pub why: Option<String>,
 }
 
+/// What came of the wish for FUSE-over-io_uring.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Rings {
+    pub asked: bool,
+    /// Queues that are served, one a possible CPU; 0: frames come by `/dev/fuse`.
+    pub queues: u16,
+    pub entries_per_queue: u16,
+    /// Memory that payloads can come to use.
+    pub payloads_bytes_max: u64,
+    /// Why there are none.
+    pub why: Option<String>,
+}
+
 /// What stays as it was when the mount came about.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names say it")]
@@ -49,6 +63,7 @@ pub struct Facts {
     pub lanes: Granted,
     pub slots_per_lane: u16,
     pub spin: u32,
+    pub rings: Rings,
     pub cache: String,
     pub read_only: bool,
     pub writeback: bool,
@@ -267,6 +282,7 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
         "  lanes {lanes}, slots a lane {}, spin {}",
         facts.slots_per_lane, facts.spin
     );
+    render_rings(text, &facts.rings);
     let _ = writeln!(
         text,
         "  requests {} ({} in flight, {} parked), batches {}, {} up, {} down",
@@ -277,6 +293,23 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
         bytes(report.bytes_up),
         bytes(report.bytes_down)
     );
+}
+
+fn render_rings(text: &mut String, rings: &Rings) {
+    if !rings.asked {
+        return;
+    }
+    let _ = match rings {
+        Rings { queues: 0, why, .. } => {
+            let why = why.as_deref().unwrap_or("not ready yet");
+            writeln!(text, "  rings none, frames come by /dev/fuse ({why})")
+        }
+        Rings { queues, entries_per_queue, payloads_bytes_max, .. } => writeln!(
+            text,
+            "  rings {queues} queues x {entries_per_queue} entries, buffers of at most {}",
+            bytes(*payloads_bytes_max)
+        ),
+    };
 }
 
 fn duration(seconds: u64) -> String {

@@ -165,11 +165,11 @@ impl<'s> Intake<'s> {
 
     /// The task that waits for `target` has a signal: another thread sees to it.
     fn interrupt(&self, unique: u64, target: u64) {
-        for lane in &self.session.lanes {
-            if let Some(pid) = lane.waits(target) {
-                LaneCounters::add(&lane.counters.interrupts, 1);
-                return self.session.interrupts.add(lane.index, target, pid);
-            }
+        if self.session.note_interrupt(target) {
+            return;
+        }
+        if self.session.keep_early_interrupt(target) && self.session.note_interrupt(target) {
+            return;
         }
         // Either answered by now, or read by a lane that has not put it down yet. EAGAIN has the
         // kernel send the interrupt again if it still has the request, by the clone that read it;

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use fuser_fork::device::{Device, ReadOutcome, ReplyOutcome, read_buffer_bytes};
 use fuser_fork::frame::Frame;
-use fuser_fork::init::{self, Limits};
+use fuser_fork::init::{self, Limits, Negotiated};
 use fuser_fork::mount::{Mount, MountOptions, mount};
 use fuser_fork::mountinfo::find_mounts;
 use fuser_fork::reader::Owed;
@@ -141,17 +141,24 @@ pub fn buffer() -> Vec<u8> {
 
 /// Reads the session's first frame and answers it.
 pub fn answer_init(device: &Device) {
+    answer_init_with(device, false);
+}
+
+/// The same, agreeing on rings or not.
+pub fn answer_init_with(device: &Device, rings: bool) -> Negotiated {
     let mut buf = buffer();
     let len = next_len(device, &mut buf).expect("INIT");
     let frame = Frame::parse(&buf[..len]).expect("frame");
     assert_eq!(frame.known_opcode(), Some(Opcode::Init));
-    let limits = Limits { max_write: MAX_WRITE, ..Limits::default() };
+    let limits = Limits { max_write: MAX_WRITE, rings, ..Limits::default() };
     let kernel = init::parse_in(frame.args()).expect("init request");
     let answer = init::negotiate(&kernel, &daemon_answer(), &limits).expect("negotiated");
     assert_eq!((answer.out.max_write, answer.dropped), (MAX_WRITE, flag::SPLICE_READ));
     let header = fuser_fork::frame::out_header(frame.unique(), answer.body().len());
     let outcome = device.reply(&[&header, answer.body()].concat()).expect("reply");
     assert_eq!(outcome, ReplyOutcome::Delivered);
+    assert_eq!(answer.flags & flag::OVER_IO_URING != 0, rings);
+    answer
 }
 
 /// The length of the next frame; `None` once the mount is gone.

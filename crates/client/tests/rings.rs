@@ -1,0 +1,328 @@
+//! Mounts with `uring=on`, against the small daemon of these tests. Needs root, FUSE, and a kernel
+//! with FUSE-over-io_uring (6.14): where that is missing they say that they are skipped.
+//!
+//! They switch the module's parameter while they run, and back afterwards.
+
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod host;
+
+use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::channel;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ringfs");
+const LIMIT: Duration = Duration::from_secs(30);
+const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// The module's parameter has a value while this lives; then it is as it was.
+struct Switched {
+    before: String,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Switched {
+    fn to(value: &str, test: &str) -> Option<Switched> {
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let switched = std::fs::read_to_string(SWITCH)
+            .and_then(|before| std::fs::write(SWITCH, value).map(|()| before));
+        match switched {
+            Ok(before) => Some(Switched { before, _alone: alone }),
+            Err(error) => {
+                println!("SKIPPED {test}: FUSE-over-io_uring cannot be switched on: {error}");
+                eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be switched on: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Switched {
+    fn drop(&mut self) {
+        let _ = std::fs::write(SWITCH, self.before.trim());
+    }
+}
+
+fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || sender.send(work()));
+    receiver.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("{what} takes too long"))
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} does not come");
+        std::thread::yield_now();
+    }
+}
+
+/// A host, a mount of it in the foreground, and what cleans up.
+struct Bench {
+    host: Host,
+    mountpoint: PathBuf,
+    client: Option<Child>,
+    _dir: TempDir,
+}
+
+impl Bench {
+    fn mounted(terms: Terms, options: &str) -> Bench {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mountpoint = dir.path().canonicalize().expect("dir").join("mnt");
+        std::fs::create_dir(&mountpoint).expect("mkdir");
+        let host = Host::start(dir.path(), terms);
+        let source = format!("data@unix:{}", host.path.display());
+        let mut command = Command::new(PROGRAM);
+        command.args(["mount", "-f", "-o", options, &source]).arg(&mountpoint);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("spawn");
+        let stdout = child.stdout.take().expect("piped");
+        let bench = Bench { host, mountpoint, client: Some(child), _dir: dir };
+        let line = within("the mount", move || {
+            let mut line = String::new();
+            BufReader::new(stdout).read_line(&mut line).map(|_| line)
+        });
+        assert!(line.expect("a line").contains("is mounted on"));
+        bench
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.mountpoint.join(name)
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(self.client.as_ref().expect("running"));
+        kill_process(pid, signal).expect("kill");
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(PROGRAM);
+        command.args(args).stdin(Stdio::null());
+        within("a command", move || command.output()).expect("run")
+    }
+
+    fn umount(&self, args: &[&str]) -> bool {
+        let path = self.mountpoint.display().to_string();
+        self.run(&[&["umount"], args, &[path.as_str()]].concat()).status.success()
+    }
+
+    fn is_mounted(&self) -> bool {
+        let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+        table.lines().any(|line| line.split(' ').nth(4) == self.mountpoint.to_str())
+    }
+
+    fn rings(&self) -> serde_json::Value {
+        let json = self.run(&["status", "--json"]).stdout;
+        let entries: serde_json::Value = serde_json::from_slice(&json).expect("json");
+        let path = self.mountpoint.display().to_string();
+        let entry = entries.as_array().expect("a list").iter().find(|e| e["mountpoint"] == path);
+        entry.expect("our mount")["client"]["rings"].clone()
+    }
+
+    fn cat(&self, name: &str) -> Child {
+        let mut command = Command::new("cat");
+        command.arg(self.file(name)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("cat")
+    }
+
+    /// The client's end: how, and what it said.
+    fn end(&mut self) -> (ExitStatus, String) {
+        let mut child = self.client.take().expect("running");
+        within("the client's end", move || {
+            let mut text = String::new();
+            let _ = child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut text));
+            (child.wait().expect("wait"), text)
+        })
+    }
+
+    fn umount_and_end(&mut self) {
+        assert!(self.umount(&[]));
+        let (status, stderr) = self.end();
+        assert!(status.success() && !self.is_mounted(), "{status} {stderr}");
+        assert_eq!(self.host.slots_in_use(), 0);
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.client.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        while self.is_mounted() {
+            if unmount(&self.mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+fn read_all(path: &Path, size: usize) {
+    let file = File::open(path).expect("open");
+    let mut buffer = vec![0; size];
+    let mut at = 0;
+    while at < BIG_BYTES.min(size * 100) {
+        let n = file.read_at(&mut buffer, at as u64).expect("read");
+        assert!(n > 0 && buffer[..n].iter().enumerate().all(|(i, &b)| b == big_byte(at + i)));
+        at += n;
+    }
+}
+
+fn use_mount(bench: &Bench) {
+    let root = bench.mountpoint.clone();
+    within("work on the mount", move || {
+        assert_eq!(std::fs::read(root.join("hello")).expect("hello"), HELLO_TEXT);
+        let names = std::fs::read_dir(&root).expect("list").map(|e| e.expect("e").file_name());
+        assert_eq!(names.collect::<Vec<_>>(), ["hello", "big", "hang"]);
+        let missing = std::fs::metadata(root.join("missing")).expect_err("missing");
+        assert_eq!(missing.kind(), std::io::ErrorKind::NotFound);
+        std::thread::scope(|scope| {
+            for thread in 0..64 {
+                let path = root.join("big");
+                let size =
+                    [1 << 20, 300_000].get(thread).copied().unwrap_or([4096, 100][thread % 2]);
+                scope.spawn(move || read_all(&path, size));
+            }
+        });
+        let file = File::options().write(true).open(root.join("big")).expect("open");
+        let data: Vec<u8> = (0..3 << 20).map(big_byte).collect();
+        file.write_all_at(&data, 0).expect("write");
+    });
+    assert_eq!(bench.host.wait_for("writes", |seen| Some(seen.written)), 3 << 20);
+}
+
+#[test]
+fn rings_serve_a_mount() {
+    let Some(_on) = Switched::to("Y", "rings_serve_a_mount") else { return };
+    for (options, terms) in [
+        ("uring=on", Terms::default()),
+        ("uring=on,lanes=1,checksum=on", Terms::default()),
+        ("uring=on,cache=never", Terms { slots: 2, ..Terms::default() }),
+    ] {
+        let mut bench = Bench::mounted(terms, options);
+        use_mount(&bench);
+        let rings = bench.rings();
+        assert!(rings["queues"].as_u64() >= Some(1) && rings["why"].is_null(), "{rings}");
+        let text = String::from_utf8(bench.run(&["status"]).stdout).expect("text");
+        assert!(text.contains("entries, buffers of at most"), "{text}");
+        bench.umount_and_end();
+        let faults = bench.host.wait_for("faults", |seen| Some(seen.faults.clone()));
+        assert_eq!(faults, [""; 0], "{options}");
+    }
+}
+
+#[test]
+fn without_rings_the_device_serves_and_says_why() {
+    let Some(_off) = Switched::to("N", "without_rings_the_device_serves_and_says_why") else {
+        return;
+    };
+    let mut bench = Bench::mounted(Terms::default(), "uring=on,lanes=2");
+    use_mount(&bench);
+    let rings = bench.rings();
+    let why = rings["why"].as_str().unwrap_or_default().to_owned();
+    assert!(rings["queues"] == 0 && why.contains("echo Y"), "{rings}");
+    assert!(bench.umount(&[]));
+    let (status, stderr) = bench.end();
+    assert!(status.success() && stderr.contains("frames come by /dev/fuse"), "{stderr}");
+}
+
+#[test]
+fn one_connection_is_not_enough_for_rings() {
+    let Some(_on) = Switched::to("Y", "one_connection_is_not_enough_for_rings") else { return };
+    let terms = Terms { lanes: 1, conns: 1, ..Terms::default() };
+    let mut bench = Bench::mounted(terms, "uring=on");
+    use_mount(&bench);
+    let rings = bench.rings();
+    assert!(rings["queues"] == 0 && rings["why"].as_str().is_some(), "{rings}");
+    bench.umount_and_end();
+}
+
+#[test]
+fn killed_readers_get_out_and_the_daemon_is_told() {
+    let Some(_on) = Switched::to("Y", "killed_readers_get_out_and_the_daemon_is_told") else {
+        return;
+    };
+    // With few slots some wait in their entries: their interrupts come before their slots.
+    for slots in [64, 2] {
+        let mut bench = Bench::mounted(Terms { slots, ..Terms::default() }, "uring=on,lanes=1");
+        let mut readers: Vec<Child> = (0..6).map(|_| bench.cat("hang")).collect();
+        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        for reader in &mut readers {
+            reader.kill().expect("kill");
+        }
+        for mut reader in readers {
+            let status = within("a killed reader", move || reader.wait()).expect("wait");
+            assert_eq!(status.signal(), Some(9));
+        }
+        assert!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)) >= 1);
+        wait_until("the unmount", || bench.umount(&[]));
+        let (status, stderr) = bench.end();
+        assert!(status.success(), "{stderr}");
+        assert_eq!(bench.host.slots_in_use(), 0);
+    }
+}
+
+#[test]
+fn a_lost_daemon_ends_it_and_removes_the_mount() {
+    let Some(_on) = Switched::to("Y", "a_lost_daemon_ends_it_and_removes_the_mount") else {
+        return;
+    };
+    for _ in 0..5 {
+        let mut bench = Bench::mounted(Terms::default(), "uring=on");
+        let reader = bench.cat("hang");
+        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        bench.host.cut();
+        let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(words.contains("Input/output error"), "{output:?}");
+        let (status, stderr) = bench.end();
+        assert_eq!(status.code(), Some(3), "{stderr}");
+        assert!(!bench.is_mounted(), "{stderr}");
+    }
+}
+
+#[test]
+fn signals_end_it() {
+    let Some(_on) = Switched::to("Y", "signals_end_it") else { return };
+    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    bench.signal(Signal::INT);
+    let (status, stderr) = bench.end();
+    assert!(status.success() && !bench.is_mounted(), "{stderr}");
+
+    // The second one ends a request that hangs.
+    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    bench.signal(Signal::TERM);
+    let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+    assert!(!output.status.success(), "{output:?}");
+    let (status, stderr) = bench.end();
+    assert!(stderr.contains("second signal"), "{status} {stderr}");
+    assert_eq!(status.code(), Some(3));
+}
+
+#[test]
+fn a_killed_client_leaves_tasks_free_and_a_mount_that_can_be_removed() {
+    let name = "a_killed_client_leaves_tasks_free_and_a_mount_that_can_be_removed";
+    let Some(_on) = Switched::to("Y", name) else { return };
+    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.signal(Signal::KILL);
+    assert_eq!(bench.end().0.signal(), Some(9));
+    let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+    assert!(!output.status.success(), "{output:?}");
+    assert!(bench.is_mounted() && bench.umount(&["-l"]) && !bench.is_mounted());
+}
