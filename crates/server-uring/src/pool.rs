@@ -1,7 +1,8 @@
 //! Bounded threads for calls that may block long.
 //!
 //! Jobs wait in one queue a peer, and the queues take turns, so that a peer with many slow calls,
-//! or with many sessions, delays its own only. One peer never has all threads.
+//! or with many sessions, delays its own only. One peer has half of the threads at most: calls on a
+//! frozen file system hang for as long as it is frozen.
 
 use crate::buffers::Buf;
 use crate::connection::BODY_AT;
@@ -124,7 +125,7 @@ impl Pool {
             queue: Mutex::default(),
             work: Condvar::new(),
             threads: threads.max(2),
-            share: threads.max(2) - 1,
+            share: threads.div_ceil(2),
             cpus,
             handles: Mutex::default(),
         })
