@@ -241,9 +241,10 @@ impl Fs {
         if rule.changes && self.options.read_only {
             return Route::Refuse(Errno::ROFS);
         }
-        // To take a node in may need a search of the disk. What changes a file system waits for
+        // To take a node in may need a search of the disk, and what changes names may take several
+        // in. What changes a file system waits for
         // its journal at times, and as long as somebody has it frozen.
-        let cold = self.nodes.is_cold(request.nodeid);
+        let cold = self.nodes.is_cold(request.nodeid) || rule.changes && self.nodes.has_cold();
         let quick = self.local && !cold && !(rule.changes && self.waits != Waits::Never);
         let metadata = if quick { Route::Inline } else { Route::Pool };
         let route = match rule.place {

@@ -8,6 +8,7 @@
 //! hold a reference. So does what no name leads to. Names that the guest is about to remove or
 //! replace are taken in first ([`Nodes::hold_name`]), since an fd keeps what a name no longer can.
 
+use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -17,10 +18,12 @@ use rustix::io::Errno;
 
 use crate::import::{self, ImportError, Recipe};
 use crate::nodes::{Node, Nodes, Place, SHARDS};
-use crate::passthrough::{Found, ROOT_INODE};
+use crate::passthrough::{Found, ROOT_INODE, Stat};
 
-/// Directories above a node that may be cold too: more than a path can have.
-const DEPTH_MAX: usize = 4096;
+/// Directories above a node that may be cold too. A path has fewer, a tree may have more.
+const DEPTH_MAX: usize = 65_536;
+/// After so many of them it is asked whether there are fds.
+const CHECK_EVERY: usize = 16;
 
 /// Names that stay what they are until this is dropped, and the file that one of them leads to.
 #[must_use = "names may be evicted by as soon as it is dropped"]
@@ -29,25 +32,40 @@ pub struct HeldNames<'a> {
     _nodes: Vec<Arc<Node>>,
 }
 
+/// The directory that was looked at last.
+struct OpenDir {
+    node: Arc<Node>,
+    fd: OwnedFd,
+}
+
+fn recipe_in(directory: &Option<OpenDir>, place: &Place) -> Result<Recipe, Errno> {
+    let OpenDir { fd, .. } = directory.as_ref().ok_or(Errno::STALE)?;
+    Recipe::brief(fd.as_fd(), &place.name, place.parent).map_err(ImportError::errno)
+}
+
 impl Nodes {
-    /// Closes the fds of up to `want` nodes that were not used for a while; how many it were.
-    pub fn evict(&self, want: usize) -> usize {
-        let Some(_frozen) = self.freeze_names() else { return 0 };
-        let mut evicted = 0;
+    /// Closes the fds of up to `want` nodes that were not used for a while; how many it were. `None`
+    /// while another thread evicts, or changes names. Opens nothing that lasts, but for the
+    /// directory of a link or special file.
+    pub fn evict(&self, want: usize) -> Option<usize> {
+        let _frozen = self.freeze_names()?;
+        let before = self.resident();
         // The first round finds what was not used since the last one, the second all the rest.
         for _ in 0..2 * SHARDS {
+            let evicted = before.saturating_sub(self.resident());
+            if evicted >= want {
+                break;
+            }
             let mut idle = self.idle_nodes(want - evicted);
             // Siblings together: their directory is opened once.
             idle.sort_by_cached_key(|node| node.place().parent);
             let mut directory = None;
             for node in idle {
-                evicted += usize::from(self.evict_one(node, &mut directory).unwrap_or(false));
-            }
-            if evicted >= want {
-                break;
+                // What cannot be evicted stays.
+                let _ = self.evict_one(node, &mut directory);
             }
         }
-        evicted
+        Some(before.saturating_sub(self.resident()))
     }
 
     /// Nodes of the next shard that nobody uses or has used since they were looked at last.
@@ -61,52 +79,69 @@ impl Nodes {
         free.take(most).cloned().collect()
     }
 
-    fn evict_one(
-        &self,
-        node: Arc<Node>,
-        directory: &mut Option<(Arc<Node>, OwnedFd)>,
-    ) -> Result<bool, Errno> {
+    fn evict_one(&self, node: Arc<Node>, directory: &mut Option<OpenDir>) -> Result<bool, Errno> {
         let inode = node.inode()?;
         let stat = self.backend.getattr(inode)?;
         if stat.nlink == 0 {
             return Ok(false);
         }
-        let leads_here = |recipe: &Recipe| {
+        let recipe = self.recipe_of(&node, inode, &stat, directory)?;
+        Ok(recipe.proves_identity() && self.cool(node, inode, &recipe))
+    }
+
+    fn recipe_of(
+        &self,
+        node: &Node,
+        inode: u64,
+        stat: &Stat,
+        directory: &mut Option<OpenDir>,
+    ) -> Result<Recipe, Errno> {
+        let is_it = |recipe: &Recipe| {
             let (major, minor) = recipe.mount.device;
             (rustix::fs::makedev(major, minor), recipe.ino) == (stat.dev, stat.ino)
         };
-        let recipe = self.recipe_at(&node.place(), directory).ok().filter(leads_here);
-        let recipe = match recipe {
-            Some(recipe) => recipe,
-            // Renamed since the guest looked it up; the kernel knows the name, by the fd.
-            None => match self.recipe_at(&self.place_now(&node, inode)?, directory) {
-                Ok(recipe) if leads_here(&recipe) => recipe,
-                Ok(_) | Err(_) => return Ok(false),
-            },
-        };
-        Ok(self.cool(node, inode, &recipe))
+        let place = node.place();
+        let can_open = matches!(node.kind, libc::S_IFREG | libc::S_IFDIR);
+        if !self.open_directory(place.parent, directory, can_open)? {
+            // Cold, and stays so: to take it in may take as many fds as the path has parts.
+            let fd = self.backend.path_fd(inode)?;
+            let recipe = Recipe::brief_of_fd(fd.as_fd(), &place.name, place.parent);
+            return recipe.map_err(ImportError::errno);
+        }
+        match recipe_in(directory, &place) {
+            Ok(recipe) if is_it(&recipe) => return Ok(recipe),
+            Ok(_) | Err(_) if !can_open => return Err(Errno::STALE),
+            Ok(_) | Err(_) => {}
+        }
+        // Renamed on the host, or since the guest looked it up; the kernel knows the name.
+        let place = self.place_now(inode)?;
+        self.open_directory(place.parent, directory, false)?;
+        recipe_in(directory, &place).ok().filter(is_it).ok_or(Errno::STALE)
     }
 
-    fn recipe_at(
+    /// Opens a directory, and says whether: not a cold one where the caller can do without.
+    fn open_directory(
         &self,
-        place: &Place,
-        directory: &mut Option<(Arc<Node>, OwnedFd)>,
-    ) -> Result<Recipe, Errno> {
-        if directory.as_ref().is_none_or(|(node, _)| node.id != place.parent) {
-            let parent = self.find_resident(place.parent);
-            let parent = parent.map_or_else(|| self.load(place.parent), Ok)?;
-            let fd = self.backend.path_fd(parent.inode()?)?;
-            *directory = Some((parent, fd));
+        id: u64,
+        directory: &mut Option<OpenDir>,
+        dispensable: bool,
+    ) -> Result<bool, Errno> {
+        if directory.as_ref().is_some_and(|open| open.node.id == id) {
+            return Ok(true);
         }
-        let (_, fd) = directory.as_ref().ok_or(Errno::STALE)?;
-        Recipe::brief(fd.as_fd(), &place.name, place.parent).map_err(ImportError::errno)
+        let node = match self.find_resident(id) {
+            Some(node) => node,
+            None if dispensable => return Ok(false),
+            // By its handle, without the directories above it.
+            None => self.load_one(id, &self.cold.recipe(id).ok_or(Errno::STALE)?)?,
+        };
+        let fd = self.backend.path_fd(node.inode()?)?;
+        *directory = Some(OpenDir { node, fd });
+        Ok(true)
     }
 
     /// Where the host's kernel says that the file is.
-    fn place_now(&self, node: &Node, inode: u64) -> Result<Place, Errno> {
-        if !matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
-            return Err(Errno::STALE);
-        }
+    fn place_now(&self, inode: u64) -> Result<Place, Errno> {
         let fd = self.backend.path_fd(inode)?;
         let mut path = self.root.path_below(fd.as_fd()).map_err(ImportError::errno)?;
         let name = path.pop().ok_or(Errno::STALE)?;
@@ -132,25 +167,44 @@ impl Nodes {
         Ok(inode)
     }
 
-    /// Takes a cold node in again, and the directories above it before. Evicts nothing: that needs
-    /// this.
+    /// Takes a cold node in again, and the directories above it before. Each is held until the one
+    /// below it is there.
     ///
     /// # Errors
-    /// `ESTALE`: unknown, or the host has no such file any more.
+    /// `ESTALE`: unknown, or the host has no such file any more. `ENFILE`, and what the host said.
     pub(crate) fn load(&self, id: u64) -> Result<Arc<Node>, Errno> {
-        // Moves of directories may have left parents that lead in a circle: handles help then.
-        let above = |&id: &u64| self.cold.recipe(id).map(|recipe| recipe.parent);
-        let cold: Vec<u64> = std::iter::successors(Some(id), above).take(DEPTH_MAX).collect();
-        for &id in cold.iter().rev() {
-            if let Some(recipe) = self.cold.recipe(id) {
-                // A directory that is gone: what is below it may have moved.
-                let _ = self.load_one(id, &recipe);
+        let chain = self.cold_above(id);
+        let top = chain.last().and_then(|&top| self.cold.recipe(top));
+        let mut last = top.and_then(|top| self.find_resident(top.parent)).ok_or(Errno::STALE);
+        for (n, &id) in chain.iter().rev().enumerate() {
+            if n % CHECK_EVERY == CHECK_EVERY - 1 {
+                self.check_fds()?;
             }
+            let loaded = match self.cold.recipe(id) {
+                Some(recipe) => self.load_one(id, &recipe),
+                None => self.find_resident(id).ok_or(Errno::STALE),
+            };
+            // A directory that is gone: what is below it may have moved, and is found by handle.
+            if matches!(loaded, Err(errno) if errno != Errno::STALE) {
+                return loaded;
+            }
+            last = loaded;
         }
-        self.find_resident(id).ok_or(Errno::STALE)
+        last
     }
 
-    fn load_one(&self, id: u64, recipe: &Recipe) -> Result<(), Errno> {
+    /// A node, and the cold directories above it. Moves of directories may have left parents that
+    /// lead in a circle: then it ends where it began.
+    fn cold_above(&self, id: u64) -> Vec<u64> {
+        let mut seen = HashSet::from([id]);
+        let above = |&id: &u64| {
+            let parent = self.cold.recipe(id)?.parent;
+            (self.cold.contains(parent) && seen.insert(parent)).then_some(parent)
+        };
+        std::iter::successors(Some(id), above).take(DEPTH_MAX).collect()
+    }
+
+    fn load_one(&self, id: u64, recipe: &Recipe) -> Result<Arc<Node>, Errno> {
         let parent = self.find_resident(recipe.parent);
         let parent = parent.and_then(|parent| Some((parent.inode().ok()?, parent)));
         let dir = parent.as_ref().map(|(inode, _)| self.backend.path_fd(*inode)).transpose()?;
@@ -164,17 +218,18 @@ impl Nodes {
             (import::Found::ByName(_), None) => return Err(Errno::STALE),
             (import::Found::ByPath(_, path), _) => self.found_at(path, recipe)?,
         };
-        let wanted = crate::passthrough::Stat::of(file.fd())?;
+        let wanted = Stat::of(file.fd())?;
         if (found.stat.dev, found.stat.ino) == (wanted.dev, wanted.ino) {
             let mut shard = self.inode_shard(found.inode);
-            let taken = shard.contains_key(&found.inode);
-            if !taken && self.warm(&mut shard, id, &found, 0, place).is_some() {
-                return Ok(());
+            let free = !shard.contains_key(&found.inode);
+            let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, place)).flatten();
+            if let Some(node) = warmed {
+                return Ok(node);
             }
         }
         // Another thread was faster, or another file has the name.
         self.backend.forget(found.inode, 1);
-        Err(Errno::STALE)
+        self.find_resident(id).ok_or(Errno::STALE)
     }
 
     fn found_at(&self, path: &[CString], recipe: &Recipe) -> Result<(Found, Place), Errno> {
@@ -190,18 +245,27 @@ impl Nodes {
     }
 
     /// For a call that takes names away, replaces or moves them: (directory, name) each.
-    pub fn hold(&self, names: &[(&Node, &CStr)]) -> HeldNames<'_> {
+    ///
+    /// # Errors
+    /// What keeps the host from looking; then nothing may be changed.
+    pub fn hold(&self, names: &[(&Node, &CStr)]) -> Result<HeldNames<'_>, Errno> {
         let frozen = self.hold_names();
-        let cold = self.cold.count() > 0;
-        let held = names.iter().filter(|_| cold).filter_map(|(dir, name)| self.held(dir, name));
-        let nodes = held.collect();
-        HeldNames { _frozen: frozen, _nodes: nodes }
+        let names = if self.has_cold() { names } else { &[] };
+        let nodes = names.iter().filter_map(|(dir, name)| self.held(dir, name).transpose());
+        Ok(HeldNames { _nodes: nodes.collect::<Result<_, _>>()?, _frozen: frozen })
     }
 
-    fn held(&self, dir: &Node, name: &CStr) -> Option<Arc<Node>> {
-        let found = self.backend.lookup(dir.inode().ok()?, name).ok()?;
-        let id = self.cold.id_of((found.stat.dev, found.stat.ino));
-        let node = id.and_then(|id| self.load(id).ok());
+    fn held(&self, dir: &Node, name: &CStr) -> Result<Option<Arc<Node>>, Errno> {
+        // A name that is not there is the call's own business.
+        let Ok(found) = self.backend.lookup(dir.inode()?, name) else { return Ok(None) };
+        let node = match self.cold.id_of((found.stat.dev, found.stat.ino)) {
+            None => Ok(None),
+            Some(id) => match self.load(id) {
+                // Another file has its inode number.
+                Err(Errno::STALE) => Ok(None),
+                loaded => loaded.map(Some),
+            },
+        };
         self.backend.forget(found.inode, 1);
         node
     }

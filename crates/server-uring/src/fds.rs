@@ -9,7 +9,8 @@
 //! the limit. It must not open or close anything itself.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
@@ -18,6 +19,20 @@ use crate::nodes::Nodes;
 
 /// Nodes let go at a time: some hundred microseconds of work.
 const EVICTED_AT_ONCE: usize = 32;
+
+/// How long is waited where another thread evicts just now, or changes names: a few milliseconds.
+const BUSY_TRIES_MAX: usize = 32;
+const BUSY_PAUSE: Duration = Duration::from_micros(100);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Relief {
+    /// Some were let go.
+    Some,
+    /// There was nothing that could be.
+    Nothing,
+    /// Another thread is at it.
+    Busy,
+}
 
 /// The count and its bound.
 #[derive(Debug)]
@@ -28,7 +43,8 @@ pub struct Fds {
 }
 
 impl Fds {
-    /// At most `most` fds in nodes and open files; a sixteenth more while several threads compete.
+    /// At most `most` fds in nodes and open files; a sixteenth more is for sessions
+    /// that have few.
     pub fn new(most: usize) -> Arc<Fds> {
         Arc::new(Fds { used: AtomicUsize::new(0), most, sessions: Mutex::default() })
     }
@@ -44,42 +60,66 @@ impl Fds {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// The most open files that one session may hold.
+    /// The most open files that one session may hold: each has an fd, and pins its node's.
     pub fn handles_max(&self) -> usize {
-        self.most / 2
+        self.most / 8 * 3
     }
 
-    /// Before something new is opened that lasts.
+    /// Before something new is opened that lasts, by a session that has `mine`.
     ///
     /// # Errors
     /// `ENFILE`: all are in use, and none can be had back.
-    pub fn make_room(&self) -> Result<(), Errno> {
-        if self.used() < self.most {
-            return Ok(());
+    pub fn make_room(&self, mine: usize) -> Result<(), Errno> {
+        let spare = self.most / 16;
+        for _ in 0..BUSY_TRIES_MAX {
+            if self.used() < self.most {
+                return Ok(());
+            }
+            let relief = self.relieve();
+            let used = self.used();
+            if used < self.most || relief == Relief::Busy && used < self.most + spare {
+                return Ok(());
+            }
+            if relief == Relief::Nothing {
+                break;
+            }
+            std::thread::sleep(BUSY_PAUSE);
         }
-        self.relieve();
-        if self.used() < self.most + self.most / 16 { Ok(()) } else { Err(Errno::NFILE) }
+        // What is left is for those who have not taken the rest.
+        let alive = self.lock().len().max(1);
+        let modest = mine <= self.most / (2 * alive);
+        if modest && self.used() < self.most + spare { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// The session with the most nodes gives up some. Where it cannot, the next one is asked.
-    fn relieve(&self) {
+    fn relieve(&self) -> Relief {
         let mut sessions = match self.sessions.try_lock() {
             Ok(sessions) => sessions,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            // Another thread is at it.
-            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::WouldBlock) => return Relief::Busy,
         };
         sessions.retain(|session| session.strong_count() > 0);
         let mut alive: Vec<_> = sessions.iter().filter_map(Weak::upgrade).collect();
         drop(sessions);
         alive.sort_by_key(|nodes| std::cmp::Reverse(nodes.resident()));
-        alive.iter().find(|nodes| nodes.evict(EVICTED_AT_ONCE) > 0);
+        let mut relief = Relief::Nothing;
+        for nodes in alive {
+            match nodes.evict(EVICTED_AT_ONCE) {
+                None => relief = Relief::Busy,
+                Some(0) => {}
+                Some(_) => return Relief::Some,
+            }
+        }
+        relief
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Nodes>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on these nodes may be asked to go.
     pub(crate) fn join(&self, nodes: &Arc<Nodes>) {
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.push(Arc::downgrade(nodes));
+        self.lock().push(Arc::downgrade(nodes));
     }
 }
 

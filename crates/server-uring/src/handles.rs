@@ -150,10 +150,11 @@ impl Handles {
     /// # Errors
     /// `ENFILE`: the session holds as many files open as it may.
     pub fn check_room(&self) -> Result<(), Errno> {
-        if self.count.load(Ordering::Relaxed) >= self.count_max {
+        let count = self.count.load(Ordering::Relaxed);
+        if count >= self.count_max {
             return Err(Errno::NFILE);
         }
-        self.fds.make_room()
+        self.fds.make_room(count)
     }
 
     /// Numbers a handle.

@@ -237,6 +237,24 @@ impl Recipe {
         Recipe::with(Handle::nameless(fd.as_fd()), name, parent, fd.as_fd())
     }
 
+    /// As [`Recipe::brief`] with the file's fd, for a name that cannot be looked at now: whether it
+    /// leads there the import will see.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn brief_of_fd(
+        fd: BorrowedFd<'_>,
+        name: &CStr,
+        parent: u64,
+    ) -> Result<Recipe, ImportError> {
+        Recipe::with(Handle::nameless(fd), name, parent, fd)
+    }
+
+    /// Whether it tells its file from another one that got the same inode number.
+    pub fn proves_identity(&self) -> bool {
+        self.handle.is_some() || self.btime.is_some() || self.generation.is_some()
+    }
+
     fn with(
         handle: Option<Handle>,
         name: &CStr,

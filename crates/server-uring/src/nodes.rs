@@ -239,6 +239,22 @@ impl Nodes {
         self.cold.contains(id)
     }
 
+    /// Whether any node is cold.
+    pub fn has_cold(&self) -> bool {
+        self.cold.count() > 0
+    }
+
+    /// The guest has moved a node to this name: what no open file leads to is found by it alone.
+    pub fn moved(&self, parent: &Node, name: &CStr) {
+        let Ok(found) = parent.inode().and_then(|dir| self.backend.lookup(dir, name)) else {
+            return;
+        };
+        if let Some(node) = self.inode_shard(found.inode).get(&found.inode) {
+            node.seen_at(parent.id, name);
+        }
+        self.backend.forget(found.inode, 1);
+    }
+
     /// Refuses early what would make a node that then has no place, and sees to it that there are
     /// fds.
     ///
@@ -251,7 +267,7 @@ impl Nodes {
 
     /// Sees to it that there are fds.
     pub(crate) fn check_fds(&self) -> Result<(), Errno> {
-        self.fds.make_room()
+        self.fds.make_room(self.resident())
     }
 
     fn check_count(&self) -> Result<(), Errno> {

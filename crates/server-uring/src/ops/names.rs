@@ -110,7 +110,7 @@ pub fn mkdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
 pub fn unlink(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let name = name_alone(request.args)?;
     let parent = fs.nodes.find(request.nodeid)?;
-    let _held = fs.nodes.hold(&[(&parent, name)]);
+    let _held = fs.nodes.hold(&[(&parent, name)])?;
     fs.backend.unlink(parent.inode()?, name)?;
     Ok(0)
 }
@@ -119,7 +119,7 @@ pub fn unlink(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Err
 pub fn rmdir(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let name = name_alone(request.args)?;
     let parent = fs.nodes.find(request.nodeid)?;
-    let _held = fs.nodes.hold(&[(&parent, name)]);
+    let _held = fs.nodes.hold(&[(&parent, name)])?;
     fs.backend.rmdir(parent.inode()?, name)?;
     Ok(0)
 }
@@ -149,8 +149,12 @@ fn rename_to(
 ) -> Result<usize, Errno> {
     let from = fs.nodes.find(request.nodeid)?;
     let to = fs.nodes.find(newdir)?;
-    let _held = fs.nodes.hold(&[(&from, old), (&to, new)]);
+    let _held = fs.nodes.hold(&[(&from, old), (&to, new)])?;
     fs.backend.rename((from.inode()?, old), (to.inode()?, new), flags)?;
+    fs.nodes.moved(&to, new);
+    if flags & libc::RENAME_EXCHANGE != 0 {
+        fs.nodes.moved(&from, old);
+    }
     Ok(0)
 }
 

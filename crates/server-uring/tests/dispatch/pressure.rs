@@ -179,6 +179,69 @@ fn what_the_host_does_behind_our_back_ends_in_estale_or_the_same_file() {
 }
 
 #[test]
+fn deep_directories_are_let_go_and_found_again() {
+    const DEPTH: u64 = 200;
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options.clone());
+    let other = Guest::new(dir.path(), options);
+    let mut deepest = Vec::new();
+    for chain in 0..4 {
+        let mut parent = guest.mkdir(ROOT, &format!("chain{chain}")).expect("mkdir").nodeid;
+        for _ in 0..DEPTH {
+            parent = guest.mkdir(parent, "d").expect("mkdir").nodeid;
+            assert!(fds.used() <= FDS + FDS / 16, "{} fds", fds.used());
+        }
+        deepest.push(parent);
+        let seen = other.lookup(ROOT, &format!("chain{chain}")).expect("another guest's lookup");
+        other.forget(seen.nodeid, 1);
+    }
+    for node in deepest {
+        guest.getattr(node).expect("the deepest directory");
+        guest.mkdir(node, "below").expect("mkdir");
+    }
+}
+
+#[test]
+fn renamed_links_and_pipes_are_let_go_too() {
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options.clone());
+    let nodes: Vec<u64> = (0..4 * FDS)
+        .map(|i| {
+            let args = [b"new\0".as_slice(), format!("target{i}").as_bytes(), b"\0"].concat();
+            let made: abi::EntryOut = guest.ask_one(Opcode::Symlink, ROOT, &args).expect("symlink");
+            guest.rename((ROOT, "new"), (ROOT, &format!("link{i}")), 0).expect("rename");
+            made.nodeid
+        })
+        .collect();
+    assert!(fds.used() <= FDS + FDS / 16, "{} fds", fds.used());
+    for (i, &node) in nodes.iter().enumerate() {
+        let target = guest.ask(Opcode::Readlink, node, &[]).expect("readlink");
+        assert_eq!(target, format!("target{i}").as_bytes());
+    }
+    Guest::new(dir.path(), options).lookup(ROOT, "link1").expect("another guest's lookup");
+}
+
+#[test]
+fn a_session_that_pins_all_fds_leaves_some_to_others() {
+    let (_fds, options) = options();
+    let (dir, greedy) = share_with(options.clone());
+    let modest = Guest::new(dir.path(), options);
+    files(dir.path(), FILES);
+    let mut refused = None;
+    for i in 0..FILES {
+        // Files without names keep their fds.
+        let name = format!("f{i}");
+        let known = greedy.lookup(ROOT, &name).map(|_| greedy.unlink(ROOT, &name));
+        if let Err(errno) = known {
+            refused = Some(errno);
+            break;
+        }
+    }
+    assert_eq!(refused, Some(Errno::NFILE));
+    modest.lookup(ROOT, "f999").expect("another guest's lookup");
+}
+
+#[test]
 fn files_in_use_keep_their_fds() {
     let (fds, options) = options();
     let (dir, guest) = share_with(options);
@@ -197,7 +260,7 @@ fn files_in_use_keep_their_fds() {
         assert_eq!(guest.read(node, fh, 0, 64).expect("read"), i.to_string().as_bytes());
         assert_eq!(guest.getattr(node).expect("attributes").nlink, 0);
     }
-    // More than half of all may not be open files of one session.
+    // No session may have all fds in open files.
     let mut refused = None;
     for i in FDS..FILES {
         let node = guest.lookup(ROOT, &format!("f{i}")).expect("lookup").nodeid;
