@@ -66,6 +66,8 @@ pub struct Shard<R: Ring> {
     touched: Vec<usize>,
     /// Connections that wait for large buffers, in the order of their turns.
     starved: Vec<usize>,
+    /// Large buffers that had come back when those were looked at last.
+    large_returned: u64,
     /// When to look for peers that hold up others.
     sweep_at: Option<Instant>,
     /// Operations that the ring had no room for.
@@ -97,6 +99,7 @@ impl<R: Ring> Shard<R> {
             spin: Spin::new(spin),
             touched: Vec::new(),
             starved: Vec::new(),
+            large_returned: 0,
             sweep_at: None,
             refused: Vec::new(),
             ending: None,
@@ -113,11 +116,13 @@ impl<R: Ring> Shard<R> {
             for op in std::mem::take(&mut self.refused) {
                 self.submit(op);
             }
-            // What is done may have brought buffers back.
-            let starved = match done.is_empty() {
+            // What is done, or a connection that ended, may have brought buffers back.
+            let returned = self.buffers.large_returned();
+            let starved = match done.is_empty() && returned == self.large_returned {
                 true => Vec::new(),
                 false => std::mem::take(&mut self.starved),
             };
+            self.large_returned = returned;
             for (op, result) in done.drain(..) {
                 self.step(op, result);
             }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fuse_backend_rs::api::filesystem::{Context, FileSystem, FsOptions};
 use fuse_backend_rs::passthrough::{Config, PassthroughFs};
@@ -66,10 +66,17 @@ impl Lab {
         Some(target)
     }
 
-    /// A real unmount: nothing of it stays cached, and it fails if an fd is still open.
+    /// A real unmount: nothing of it stays cached, and it fails if an fd is still open. A child that
+    /// another test has just forked has all fds for a moment, until it is exec'ed.
     fn unmount(&mut self, at: &str) {
         let target = self.path(at);
-        rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).expect("unmount");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            match rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()) {
+                Err(Errno::BUSY) if Instant::now() < deadline => std::thread::yield_now(),
+                end => break end.expect("unmount"),
+            }
+        }
         self.mounted.retain(|mounted| *mounted != target);
     }
 
