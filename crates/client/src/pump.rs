@@ -11,7 +11,7 @@ use crate::lane::{Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX};
 use crate::session::{Conn, ConnRx, End, Session};
 use crate::up::{FORGETS_WAITING_MAX, Intake};
 use fuser_fork::device::ReadOutcome;
-use ringfs_wire::limits::{FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX};
+use ringfs_wire::limits::{BATCH_TARGET_BYTES, FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX};
 use ringfs_wire::spin::{Look, Spin, YIELD_LIMIT};
 use rustix::event::epoll;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -158,6 +158,8 @@ impl<'s> Pump<'s> {
         match self.conn.try_receive(self.half.deframer.spare()) {
             Ok(0) => self.lose(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
+                // Much to take may go on and on: what is asked meanwhile must not wait for its end.
+                self.dry &= bytes < BATCH_TARGET_BYTES;
                 self.half.deframer.filled(bytes);
                 self.take_batches();
             }

@@ -67,6 +67,8 @@ pub struct Connection {
     pub closing: Option<Reason>,
     /// It is in the shard's list of those that wait for a large buffer.
     pub starving: bool,
+    /// Large replies wait until the peer has taken most of what was sent.
+    pub waits_for_room: bool,
     /// Since when a large buffer waits for the rest of its batch.
     pub receiving_since: Option<Instant>,
     /// Since when the batch that is being sent is being sent.
@@ -119,6 +121,7 @@ impl Connection {
             in_flight: 0,
             closing: None,
             starving: false,
+            waits_for_room: false,
             receiving_since: None,
             sending_since: None,
             send_buffer: SendBuffer::Unknown,

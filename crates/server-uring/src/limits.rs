@@ -18,6 +18,8 @@ pub const LARGE_BUFFERS_MAX: usize = 96;
 pub const REPLY_BYTES_PER_CONN_MAX: usize = 8 << 20;
 /// Records of one connection that a shard steps through before it looks at the next connection.
 pub const RECORDS_A_TURN_MAX: usize = 128;
+/// Bytes of large replies from memory that a shard makes before it looks who else has come.
+pub const BULK_BYTES_A_TURN: usize = 256 << 10;
 /// A reply up to this size is made in the connection's own batch, a larger one in its own buffer.
 pub const REPLY_INLINE_BYTES_MAX: usize = 32 << 10;
 /// Replies from this size on are spliced from the page cache into the socket.

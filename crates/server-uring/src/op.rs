@@ -27,6 +27,8 @@ pub enum Io {
     Recv { socket: Arc<OwnedFd>, buf: Buf, range: Range<usize> },
     /// Send `buf[range]`, all of it.
     Send { socket: Arc<OwnedFd>, buf: Buf, range: Range<usize> },
+    /// Wait until most of what was sent has been taken.
+    Room { socket: Arc<OwnedFd> },
     /// Read into `buf[range]`.
     Read { file: Arc<OpenFile>, buf: Buf, range: Range<usize>, offset: u64 },
     /// Write `buf[range]`.
@@ -41,7 +43,9 @@ impl Io {
     /// The fd that it works on.
     pub fn fd(&self) -> BorrowedFd<'_> {
         match self {
-            Io::Recv { socket, .. } | Io::Send { socket, .. } => socket.as_fd(),
+            Io::Recv { socket, .. } | Io::Send { socket, .. } | Io::Room { socket } => {
+                socket.as_fd()
+            }
             Io::Read { file, .. } | Io::Write { file, .. } | Io::Fsync { file, .. } => file.as_fd(),
             Io::Wake { event, .. } => event.as_fd(),
         }

@@ -96,7 +96,11 @@ impl UringRing {
         let buf: &Buf = match io {
             Io::Read { buf, .. } => buf,
             Io::Write { buf, .. } => buf,
-            Io::Recv { .. } | Io::Send { .. } | Io::Fsync { .. } | Io::Wake { .. } => return None,
+            Io::Recv { .. }
+            | Io::Send { .. }
+            | Io::Room { .. }
+            | Io::Fsync { .. }
+            | Io::Wake { .. } => return None,
         };
         let slot = buf.slot()?;
         let known = &mut self.registered[usize::from(slot)];
@@ -126,6 +130,7 @@ impl UringRing {
                     .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL)
                     .build()
             }
+            Io::Room { .. } => opcode::PollAdd::new(fd, libc::POLLOUT as u32).build(),
             Io::Read { buf, range, offset, .. } => {
                 let room = &mut buf[range.clone()];
                 let (start, len) = (room.as_mut_ptr(), room.len() as u32);

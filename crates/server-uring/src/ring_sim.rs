@@ -111,6 +111,14 @@ impl<W: FnMut(&mut Rng)> SimRing<W> {
                 let bytes = &buf[range.start..range.start + len];
                 self.or_reset(rustix::net::send(socket.as_fd(), bytes, flags))
             }
+            Io::Room { socket } => {
+                let mut fds = [PollFd::new(&*socket, PollFlags::OUT)];
+                let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+                match poll(&mut fds, Some(&now)) {
+                    Ok(1) => Ok(0),
+                    _ => Err(Errno::AGAIN),
+                }
+            }
             Io::Wake { event, count } => {
                 let mut fds = [PollFd::new(&*event, PollFlags::IN)];
                 let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -83,7 +83,9 @@ impl ThreadRing {
 impl Ring for ThreadRing {
     fn submit(&mut self, op: Op) -> Result<(), Op> {
         match op.io {
-            Io::Recv { .. } | Io::Send { .. } | Io::Wake { .. } => self.waiting.push(op),
+            Io::Recv { .. } | Io::Send { .. } | Io::Room { .. } | Io::Wake { .. } => {
+                self.waiting.push(op);
+            }
             Io::Read { .. } | Io::Write { .. } | Io::Fsync { .. } => return self.hand_over(op),
         }
         Ok(())
@@ -96,7 +98,7 @@ impl Ring for ThreadRing {
         let mut fds = vec![PollFd::new(&*self.bell, PollFlags::IN)];
         fds.extend(self.waiting.iter().map(|op| {
             let events = match op.io {
-                Io::Send { .. } => PollFlags::OUT,
+                Io::Send { .. } | Io::Room { .. } => PollFlags::OUT,
                 _ => PollFlags::IN,
             };
             PollFd::from_borrowed_fd(op.io.fd(), events)
@@ -155,6 +157,7 @@ fn run_socket(op: &mut Op) -> IoResult {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             rustix::net::send(socket.as_fd(), &buf[range.clone()], flags)
         }
+        Io::Room { .. } => Ok(0),
         Io::Wake { event, count } => rustix::io::read(event.as_fd(), &mut count[..]),
         Io::Read { .. } | Io::Write { .. } | Io::Fsync { .. } => Err(Errno::INVAL),
     }
@@ -181,7 +184,7 @@ fn run_file(mut op: Op) -> (Op, IoResult) {
         }
         Io::Fsync { file, data_only: true } => rustix::fs::fdatasync(file.as_fd()).map(|()| 0),
         Io::Fsync { file, data_only: false } => rustix::fs::fsync(file.as_fd()).map(|()| 0),
-        Io::Recv { .. } | Io::Send { .. } | Io::Wake { .. } => Err(Errno::INVAL),
+        Io::Recv { .. } | Io::Send { .. } | Io::Room { .. } | Io::Wake { .. } => Err(Errno::INVAL),
     };
     (op, result)
 }

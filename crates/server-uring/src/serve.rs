@@ -63,6 +63,14 @@ impl<R: Ring> Shard<R> {
                 let range = args_at + payload.start..args_at + payload.end;
                 self.begin_write(tag, file, offset, batch, range, own.take());
             }
+            // Nothing to wait for, and the ring would ask a worker thread.
+            Route::Fsync { file, data_only } if file.memory && !self.ring.takes_all() => {
+                let synced = match data_only {
+                    true => rustix::fs::fdatasync(file.as_fd()),
+                    false => rustix::fs::fsync(file.as_fd()),
+                };
+                self.answer(tag, synced.map(|()| &[][..]));
+            }
             Route::Fsync { file, data_only } => {
                 self.begin(tag, Io::Fsync { file, data_only });
             }
@@ -132,7 +140,7 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn answer(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
+    pub(super) fn answer(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
         let conn = &mut self.conns[tag.conn];
         let (errno, body) = match result {
             Ok(body) => (0, body),
@@ -167,7 +175,7 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn begin(&mut self, tag: RequestTag, io: Io) {
+    pub(super) fn begin(&mut self, tag: RequestTag, io: Io) {
         self.conns[tag.conn].in_flight += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
     }
@@ -182,29 +190,17 @@ impl<R: Ring> Shard<R> {
         own: Option<Buf>,
     ) {
         let own = match own {
-            Some(buf) => match self.splice(tag, &file, offset, len, buf) {
-                Ok(()) => return,
-                Err(buf) => Some(buf),
-            },
-            None => None,
+            Some(buf) if !file.direct && (file.memory || file.nowait) && !self.ring.takes_all() => {
+                return self.put_off(bulk::Bulk { tag, file, offset, len, buf });
+            }
+            own => own,
         };
         let conn = &mut self.conns[tag.conn];
-        let mut done = 0;
         let try_cache = !self.ring.takes_all();
         let buf = match own {
-            Some(buf) if !try_cache => buf,
+            // Not for the cache to answer: see `put_off`.
+            Some(buf) => buf,
             None if !try_cache => self.buffers.small(),
-            Some(mut buf) => {
-                match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
-                    Cached::All(n) => return self.read_done(tag, buf, n),
-                    Cached::Part(n) => done = n,
-                    Cached::Failed(errno) => {
-                        self.buffers.give(buf);
-                        return self.answer(tag, Err(errno));
-                    }
-                }
-                buf
-            }
             None => {
                 let room = conn.reply_room(len, &mut self.buffers);
                 match read_cached(&file, &mut room[..len], offset) {
@@ -219,8 +215,7 @@ impl<R: Ring> Shard<R> {
                 self.buffers.small()
             }
         };
-        let range = BODY_AT + done..BODY_AT + len;
-        self.begin(tag, Io::Read { file, buf, range, offset: offset + done as u64 });
+        self.begin(tag, Io::Read { file, buf, range: BODY_AT..BODY_AT + len, offset });
     }
 
     /// A ring read is over: goes on after a short one, answers at the end of the file.
@@ -256,7 +251,7 @@ impl<R: Ring> Shard<R> {
 
     /// Answers a large read by the pages themselves; else gives the buffer back untouched. See
     /// splice.rs.
-    fn splice(
+    pub(super) fn splice(
         &mut self,
         tag: RequestTag,
         file: &OpenFile,
@@ -264,8 +259,7 @@ impl<R: Ring> Shard<R> {
         len: usize,
         mut buf: Buf,
     ) -> Result<(), Buf> {
-        let in_memory = file.memory && !file.direct && !self.ring.takes_all();
-        if len < SPLICE_BYTES_MIN || !in_memory || !self.socket_takes(tag.conn, len) {
+        if len < SPLICE_BYTES_MIN || !file.memory || !self.socket_takes(tag.conn, len) {
             return Err(buf);
         }
         let Some(taken) = self.splicer.take(file.as_fd(), offset, len) else { return Err(buf) };
@@ -315,7 +309,7 @@ impl<R: Ring> Shard<R> {
         conn.send_buffer.has_room(conn.socket.as_fd(), len)
     }
 
-    fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
+    pub(super) fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
         add(&self.shared.stats.bytes_read, len);
         self.reply_from(tag, buf, len);
         self.touched.push(tag.conn);
@@ -445,7 +439,7 @@ impl<R: Ring> Shard<R> {
 const RELEASED_INLINE_MAX: usize = 64;
 
 /// What the page cache had of a range.
-enum Cached {
+pub(super) enum Cached {
     /// All of it, or all up to the end of the file.
     All(usize),
     /// So many bytes; the rest is on the disk.
@@ -453,7 +447,7 @@ enum Cached {
     Failed(Errno),
 }
 
-fn read_cached(file: &OpenFile, room: &mut [u8], offset: u64) -> Cached {
+pub(super) fn read_cached(file: &OpenFile, room: &mut [u8], offset: u64) -> Cached {
     if file.direct || !(file.nowait || file.memory) {
         return Cached::Part(0);
     }

@@ -24,12 +24,15 @@ use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
 use ringfs_wire::spin::Spin;
 use rustix::io::Errno;
 use slab::Slab;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
+#[path = "bulk.rs"]
+mod bulk;
 #[path = "serve.rs"]
 mod serve;
 #[path = "stream.rs"]
@@ -64,6 +67,8 @@ pub struct Shard<R: Ring> {
     spin: Spin,
     /// Connections to look at in this turn.
     touched: Vec<usize>,
+    /// Large replies that will be made from memory, in the order in which they were asked for.
+    bulk: VecDeque<bulk::Bulk>,
     /// Connections that wait for large buffers, in the order of their turns.
     starved: Vec<usize>,
     /// Large buffers that had come back when those were looked at last.
@@ -98,6 +103,7 @@ impl<R: Ring> Shard<R> {
             listening: Vec::new(),
             spin: Spin::new(spin),
             touched: Vec::new(),
+            bulk: VecDeque::new(),
             starved: Vec::new(),
             large_returned: 0,
             sweep_at: None,
@@ -182,6 +188,7 @@ impl<R: Ring> Shard<R> {
                 self.received(key, buf, range, result);
             }
             (Io::Send { buf, range, .. }, Tag::Stream(key)) => self.sent(key, buf, range, result),
+            (Io::Room { .. }, Tag::Stream(key)) => self.has_room(key),
             (Io::Read { file, buf, range, offset }, Tag::Request(tag)) => {
                 self.read(tag, file, buf, range, offset, result);
             }
@@ -311,6 +318,7 @@ impl<R: Ring> Shard<R> {
         if self.touched.is_empty() {
             self.touched = touched; // keeps the allocation
         }
+        self.make_bulk();
         // A buffer may have come back after the one that waits for it was looked at.
         if self.buffers.large_returned() != returned {
             for key in std::mem::take(&mut self.starved) {

@@ -1,0 +1,90 @@
+//! Large replies from memory, a bounded number of bytes a turn.
+//!
+//! Part of [`Shard`]. Such a reply takes the shard hundreds of microseconds, and as long again the
+//! peer that receives it. So a request for one is put off until the small ones that have come with
+//! it, or come meanwhile, are answered, and until the peer has taken most of the one before: what
+//! a small reply finds before it in the socket is one large one, not a buffer full of them.
+//!
+//! Invariant: a reply that is put off counts in its connection's `in_flight`, and is looked at
+//! again: its connection is touched, sends, or waits for room.
+
+use super::serve::{Cached, read_cached};
+use super::*;
+use crate::fdops;
+use std::os::fd::AsFd;
+
+/// A READ whose reply is put off.
+pub(super) struct Bulk {
+    pub tag: RequestTag,
+    pub file: Arc<OpenFile>,
+    pub offset: u64,
+    pub len: usize,
+    pub buf: Buf,
+}
+
+impl<R: Ring> Shard<R> {
+    pub(super) fn put_off(&mut self, bulk: Bulk) {
+        self.conns[bulk.tag.conn].in_flight += 1;
+        self.bulk.push_back(bulk);
+    }
+
+    /// Makes replies until a turn's bytes are made or nobody takes more.
+    pub(super) fn make_bulk(&mut self) {
+        let mut made = 0;
+        let mut at = 0;
+        while at < self.bulk.len() && made < BULK_BYTES_A_TURN {
+            if !self.takes_bulk(self.bulk[at].tag.conn) {
+                at += 1;
+                continue;
+            }
+            let Some(bulk) = self.bulk.remove(at) else { return };
+            made += bulk.len;
+            self.conns[bulk.tag.conn].in_flight -= 1;
+            // What it was waited for (room, buffers, the end of the connection) may be there now.
+            self.touched.push(bulk.tag.conn);
+            self.make(bulk);
+        }
+    }
+
+    /// Whether the peer has taken so much that a large reply is next.
+    fn takes_bulk(&mut self, key: usize) -> bool {
+        let conn = &mut self.conns[key];
+        if conn.waits_for_room || conn.has_output() {
+            return false;
+        }
+        // The kernel says that there is room when three quarters of the buffer are free.
+        let SendBuffer::Bytes(bytes) = conn.send_buffer else { return true };
+        if fdops::unsent_bytes(conn.socket.as_fd()).is_ok_and(|unsent| unsent <= bytes / 4) {
+            return true;
+        }
+        conn.waits_for_room = true;
+        conn.in_flight += 1;
+        let socket = conn.socket.clone();
+        self.submit(Op { io: Io::Room { socket }, tag: Tag::Stream(key) });
+        false
+    }
+
+    pub(super) fn has_room(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        conn.waits_for_room = false;
+        conn.in_flight -= 1;
+        self.touched.push(key);
+    }
+
+    /// The pages themselves, else what the page cache has, else by the ring.
+    fn make(&mut self, bulk: Bulk) {
+        let Bulk { tag, file, offset, len, buf } = bulk;
+        let Err(mut buf) = self.splice(tag, &file, offset, len, buf) else { return };
+        match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
+            Cached::All(n) => self.read_done(tag, buf, n),
+            Cached::Part(done) => {
+                let range = BODY_AT + done..BODY_AT + len;
+                self.begin(tag, Io::Read { file, buf, range, offset: offset + done as u64 });
+            }
+            Cached::Failed(errno) => {
+                self.buffers.give(buf);
+                self.answer(tag, Err(errno));
+            }
+        }
+    }
+}
