@@ -158,10 +158,12 @@ impl<'s> Pump<'s> {
         match self.conn.try_receive(self.half.deframer.spare()) {
             Ok(0) => self.lose(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
-                // Much to take may go on and on: what is asked meanwhile must not wait for its end.
-                self.dry &= bytes < BATCH_TARGET_BYTES;
                 self.half.deframer.filled(bytes);
+                let held = self.half.deframer.pending();
                 self.take_batches();
+                // While large replies come on and on, what is asked must not wait for the last one.
+                let large = held - self.half.deframer.pending() >= BATCH_TARGET_BYTES;
+                self.dry &= !large || self.lane.in_flight() == 0;
             }
             Err(Errno::AGAIN | Errno::INTR) => return false,
             Err(errno) => self.lose(End::Lost { conn: self.lane.index.into(), errno }),

@@ -40,16 +40,27 @@ impl<R: Ring> Shard<R> {
             let Some(bulk) = self.bulk.remove(at) else { return };
             made += bulk.len;
             self.conns[bulk.tag.conn].in_flight -= 1;
-            // What it was waited for (room, buffers, the end of the connection) may be there now.
-            self.touched.push(bulk.tag.conn);
+            let key = bulk.tag.conn;
             self.make(bulk);
+            // It may have waited for its replies to leave, or to end.
+            let conn = &self.conns[key];
+            if conn.has_input() || conn.closing.is_some() {
+                self.touched.push(key);
+            }
+        }
+        if let Some(next) = self.bulk.get(at) {
+            self.touched.push(next.tag.conn);
         }
     }
 
     /// Whether the peer has taken so much that a large reply is next.
     fn takes_bulk(&mut self, key: usize) -> bool {
         let conn = &mut self.conns[key];
-        if conn.waits_for_room || conn.has_output() {
+        // What it has set aside keeps its requests out: a reply that is made may be shorter.
+        if conn.has_input() {
+            return true;
+        }
+        if conn.room_since.is_some() || conn.has_output() {
             return false;
         }
         // The kernel says that there is room when three quarters of the buffer are free.
@@ -57,7 +68,7 @@ impl<R: Ring> Shard<R> {
         if fdops::unsent_bytes(conn.socket.as_fd()).is_ok_and(|unsent| unsent <= bytes / 4) {
             return true;
         }
-        conn.waits_for_room = true;
+        conn.room_since = Some(Instant::now());
         conn.in_flight += 1;
         let socket = conn.socket.clone();
         self.submit(Op { io: Io::Room { socket }, tag: Tag::Stream(key) });
@@ -66,7 +77,7 @@ impl<R: Ring> Shard<R> {
 
     pub(super) fn has_room(&mut self, key: usize) {
         let conn = &mut self.conns[key];
-        conn.waits_for_room = false;
+        conn.room_since = None;
         conn.in_flight -= 1;
         self.touched.push(key);
     }

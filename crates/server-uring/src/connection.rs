@@ -67,8 +67,8 @@ pub struct Connection {
     pub closing: Option<Reason>,
     /// It is in the shard's list of those that wait for a large buffer.
     pub starving: bool,
-    /// Large replies wait until the peer has taken most of what was sent.
-    pub waits_for_room: bool,
+    /// Since when large replies wait until the peer has taken most of what was sent.
+    pub room_since: Option<Instant>,
     /// Since when a large buffer waits for the rest of its batch.
     pub receiving_since: Option<Instant>,
     /// Since when the batch that is being sent is being sent.
@@ -121,7 +121,7 @@ impl Connection {
             in_flight: 0,
             closing: None,
             starving: false,
-            waits_for_room: false,
+            room_since: None,
             receiving_since: None,
             sending_since: None,
             send_buffer: SendBuffer::Unknown,
@@ -322,7 +322,10 @@ impl Connection {
 
     /// Sets reply bytes aside; false while the peer has too many to take first.
     pub fn reserve(&mut self, bytes: usize) -> bool {
-        let fits = self.reply_bytes == 0 || self.reply_bytes + bytes <= REPLY_BYTES_PER_CONN_MAX;
+        // Where no large one fits any more, small ones still do.
+        let spare = if bytes > REPLY_INLINE_BYTES_MAX { 0 } else { 2 * REPLY_INLINE_BYTES_MAX };
+        let max = REPLY_BYTES_PER_CONN_MAX + spare;
+        let fits = self.reply_bytes == 0 || self.reply_bytes + bytes <= max;
         if fits {
             self.reply_bytes += bytes;
         }
@@ -481,7 +484,7 @@ impl Connection {
     /// buffer, or one that goes out while more is held than a small buffer has.
     pub fn is_stalled(&self, now: Instant, limit: Duration) -> bool {
         let holds = self.closing.is_some() || self.reply_bytes > REPLY_INLINE_BYTES_MAX;
-        let since = [self.receiving_since, self.sending_since.filter(|_| holds)];
+        let since = [self.receiving_since, self.sending_since.filter(|_| holds), self.room_since];
         since.into_iter().flatten().any(|since| now.saturating_duration_since(since) > limit)
     }
 

@@ -156,6 +156,32 @@ fn large_reads_of_files_in_memory_are_whole_however_they_are_sent() {
     }
 }
 
+/// One large reply or two may be on their way already, but not all that were asked for before.
+#[test]
+fn a_small_reply_overtakes_large_ones() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_in_memory(engine);
+        std::fs::write(daemon.share().join("file"), pattern(3, MIB)).expect("write");
+        let hello = Hello { features: 0, ..hello("share") };
+        let mut guest = Guest::greet(daemon.connect(), &hello).expect("a session");
+        let node = guest.lookup(1, "file").expect("there").nodeid;
+        let fh = guest.open(node, libc::O_RDONLY).expect("open");
+        let reads = 8;
+        (0..reads).for_each(|_| {
+            guest.start(Opcode::Read, node, &read_args(fh, 0, MIB as u32));
+        });
+        // One comes with them, another one while they are being answered.
+        for _ in 0..2 {
+            let small = guest.start(Opcode::Getattr, node, abi::GetattrIn::default().as_bytes());
+            guest.flush();
+            let before = (0..=reads).find(|_| guest.reply().expect("a reply").0 == small);
+            assert!(before.is_some_and(|large| large <= 3), "behind {before:?} on {engine}");
+        }
+        drop(guest);
+        daemon.stop_well();
+    }
+}
+
 #[test]
 fn large_reads_and_writes_are_pipelined() {
     on_both(|daemon| {
