@@ -44,8 +44,8 @@ fn recipe_in(directory: &Option<OpenDir>, place: &Place) -> Result<Recipe, Errno
 }
 
 impl Nodes {
-    /// Closes the fds of up to `want` nodes that were not used for a while; how many it were. `None`
-    /// while another thread evicts, or changes names. Opens nothing that lasts, but for the
+    /// Closes the fds of up to `want` nodes that were not used for a while; how many it were.
+    /// `None` while another thread evicts, or changes names. Opens nothing that lasts, but for the
     /// directory of a link or special file.
     pub fn evict(&self, want: usize) -> Option<usize> {
         let _frozen = self.freeze_names()?;

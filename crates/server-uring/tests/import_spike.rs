@@ -66,8 +66,8 @@ impl Lab {
         Some(target)
     }
 
-    /// A real unmount: nothing of it stays cached, and it fails if an fd is still open. A child that
-    /// another test has just forked has all fds for a moment, until it is exec'ed.
+    /// A real unmount: nothing of it stays cached, and it fails if an fd is still open. A child
+    /// that another test has just forked has all fds for a moment, until it is exec'ed.
     fn unmount(&mut self, at: &str) {
         let target = self.path(at);
         let deadline = Instant::now() + Duration::from_secs(5);

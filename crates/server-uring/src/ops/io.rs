@@ -77,8 +77,8 @@ fn fopen_flags(fs: &Fs, flags: u32) -> u32 {
     let mmap = fs.negotiated() & abi::init::DIRECT_IO_ALLOW_MMAP != 0;
     let cached = match fs.options.cache {
         CacheMode::Never | CacheMode::Metadata => direct,
-        // Not with `always`: kernels before the fix of xfstests' generic/209 may keep a page that was
-        // read beside such a write, and only a check of the mtime drops it.
+        // Not with `always`: kernels before the fix of xfstests' generic/209 may keep a page that
+        // was read beside such a write, and only a check of the mtime drops it.
         CacheMode::Auto if flags & O_DIRECT != 0 && mmap && !fs.writeback() => direct,
         CacheMode::Auto => 0,
         CacheMode::Always => fopen::KEEP_CACHE,
