@@ -90,6 +90,15 @@ pub enum UringError {
     Enter(#[source] io::Error),
 }
 
+impl UringError {
+    /// After [`Ring::register`]: whether a queue is without an entry for good because the kernel
+    /// has refused one. Then it uses `/dev/fuse`; after another error it may hold requests back,
+    /// or have them fetched by rings only, as soon as the other queues have their entries.
+    pub fn leaves_device(&self) -> bool {
+        matches!(self, UringError::Refused { .. } | UringError::Map(_))
+    }
+}
+
 /// Whether this kernel would do it now: the number of queues, one a possible CPU.
 pub fn available() -> Result<u16, UringError> {
     match std::fs::read_to_string(ENABLED_PATH) {
@@ -223,8 +232,9 @@ impl Ring {
 
     /// Gives each of `queues` its entries, after INIT was answered; once.
     ///
-    /// After an error nothing comes by this ring, and the kernel uses `/dev/fuse` for the whole
-    /// session unless all queues have got entries before.
+    /// After an error that [`UringError::leaves_device`] nothing comes by this ring, and the kernel
+    /// uses `/dev/fuse` for the whole session, whatever becomes of the other queues. After another
+    /// error a session that cannot be served by all its rings has to end.
     pub fn register(
         &mut self,
         device: &Arc<Device>,
@@ -238,7 +248,7 @@ impl Ring {
         self.entries = qids.map(entry).collect();
         self.device = Some(Arc::clone(device));
         if let Err(errno) = self.commands.map(self.entries.len(), plan.payload_bytes) {
-            self.refuse(device);
+            self.refuse(device)?;
             return Err(UringError::Map(errno.into()));
         }
         let (first, all) = (queues.len(), self.entries.len());
@@ -263,14 +273,16 @@ impl Ring {
     }
 
     /// Has the kernel refuse a registration, so that it waits for no other: the way out when INIT
-    /// has agreed on rings and none can be had. For a ring without entries.
-    pub fn refuse(&mut self, device: &Device) {
+    /// has agreed on rings and none can be had. For a ring without entries. An error: it has not,
+    /// and waits on.
+    pub fn refuse(&mut self, device: &Device) -> Result<(), UringError> {
         self.entries.clear();
         let tiny = self.commands.map(1, 0);
         let pushed = tiny.and_then(|()| self.commands.push_register(0, device.as_fd(), 0));
         let done = pushed.and_then(|()| self.commands.submit_and_wait(1));
         while self.commands.next_done().is_some() {}
         tracing::debug!(?done, "a registration was made to be refused");
+        done.map_err(|errno| UringError::Enter(errno.into()))
     }
 
     /// Watches `fd` too; nothing happens before [`Ring::arm`].

@@ -159,7 +159,7 @@ fn a_refused_registration_leaves_the_device() {
                 _ => {}
             }
             if case == 2 {
-                ring.refuse(&device);
+                ring.refuse(&device).expect("refused");
             } else {
                 let queues = plan.queues_of(plan.queues - 1, 1);
                 let refused = ring.register(&device, plan, queues).expect_err("refused");

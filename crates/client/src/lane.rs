@@ -221,13 +221,28 @@ impl Lane {
     pub fn complete(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
         let request = table.slots.complete(at)?;
+        self.slot_is_free(table);
+        Ok(request)
+    }
+
+    /// The request is not sent after all, as the lane's own thread finds: the slot is free for the
+    /// same use, and a CANCEL that waits would be for whoever has that next. An error: the session
+    /// has ended meanwhile, and the request with it.
+    pub fn unclaim(&self, at: SlotUse) -> Result<InFlight, SlotError> {
+        let mut table = lock(&self.table);
+        let request = table.slots.unclaim(at)?;
+        table.controls.retain(|control| *control != Control::Cancel(at));
+        self.slot_is_free(table);
+        Ok(request)
+    }
+
+    fn slot_is_free(&self, mut table: MutexGuard<'_, Table>) {
         let starved = std::mem::take(&mut table.starved);
         drop(table);
         if starved {
             // Its own thread looks at this before it sleeps.
             self.kicked.store(true, Ordering::Release);
         }
-        Ok(request)
     }
 
     /// The task that waits for the answer to `unique`, if that is parked or in flight here.
@@ -447,6 +462,23 @@ mod tests {
         assert_eq!(lane.parked(), (0, 0));
         assert_eq!(lane.waits(4), None);
         assert!(matches!(lane.interrupt(4), Interrupted::Unknown));
+    }
+
+    #[test]
+    fn what_is_not_sent_leaves_no_trace() {
+        let lane = lane(1);
+        let Claim::Slot(at) = lane.claim(request(2)) else { panic!("no slot") };
+        lane.park(parked(4)).expect("open");
+        lane.queue_pong();
+        assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
+        assert!(lane.take_kick());
+        assert_eq!(lane.unclaim(at), Ok(request(2)));
+        assert!(lane.take_kick(), "a parked request can have the slot");
+        let (next, parked) = lane.unpark().expect("a slot and a request");
+        assert_eq!((next, parked.unique), (at, 4));
+        // The cancel named this use of the slot, and meant another request.
+        assert_eq!(lane.next_control(), Some(Control::Pong));
+        assert_eq!(lane.next_control(), None);
     }
 
     #[test]

@@ -226,8 +226,13 @@ impl Life {
     fn become_ready(&mut self, request: &Request) -> Result<(), Failure> {
         let deadline = Instant::now() + READY_LIMIT;
         let agreed = self.wait_until(deadline, "INIT", |life| life.session.answered())?;
-        self.rings.start(&agreed);
+        let started = self.rings.start(&agreed);
         self.facts.rings = self.rings.facts.clone();
+        if let Err(error) = started {
+            // Requests may be where no lane of the device fetches them.
+            self.session.end(End::Uring(error));
+            self.rings.dismiss();
+        }
         while !self.waiting.is_empty() {
             self.spawn_lane()?;
         }

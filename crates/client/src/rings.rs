@@ -2,8 +2,9 @@
 //! them, and what those lanes' threads are told (`uring_lane`).
 //!
 //! Invariant: INIT agrees on rings only when every thread has made its own; from then on either all
-//! of them serve, or the kernel itself has refused a queue and all lanes use the device. It must
-//! not touch requests.
+//! of them serve, or the kernel itself has refused a queue and all lanes use the device, or the
+//! session ends: once every queue has an entry, requests come by rings only. It must not touch
+//! requests.
 
 use crate::options::{Options, Uring};
 use crate::status;
@@ -95,17 +96,20 @@ impl Rings {
     }
 
     /// After INIT: the queues get their entries, or `/dev/fuse` is used. The kernel holds requests
-    /// back until one of both has happened.
-    pub fn start(&mut self, agreed: &Negotiated) {
+    /// back until one of both has happened. After an error neither has for sure: the session must
+    /// end, and then [`Rings::dismiss`] has the threads answer what their queues have got.
+    pub fn start(&mut self, agreed: &Negotiated) -> Answer {
         if self.threads.is_empty() {
-            return;
+            return Ok(());
         }
         if self.facts.why.is_some() {
-            return self.use_device();
+            self.use_device();
+            return Ok(());
         }
         if agreed.flags & abi::init::OVER_IO_URING == 0 {
             self.give_up("the kernel does not offer them in INIT");
-            return self.use_device();
+            self.use_device();
+            return Ok(());
         }
         let (queues, threads) = (self.queues.unwrap_or(1), self.threads.len() as u16);
         let (max_write, max_pages) = (agreed.out.max_write, agreed.out.max_pages);
@@ -121,14 +125,21 @@ impl Rings {
                 self.facts.entries_per_queue = plan.entries_per_queue;
                 self.facts.payloads_bytes_max = plan.payloads_bytes() as u64;
             }
-            (_, Err(error)) | (Err(error), _) => {
-                self.give_up(&with_causes(&error));
+            // The plan is why the kernel had to refuse.
+            (Err(refused), plan) if refused.leaves_device() => {
+                self.give_up(&with_causes(&plan.err().unwrap_or(refused)));
                 self.use_device();
             }
+            (Err(error), _) | (Ok(()), Err(error)) => {
+                self.facts.why = Some(with_causes(&error));
+                return Err(error);
+            }
         }
+        Ok(())
     }
 
-    /// Threads that still wait for an order end.
+    /// Threads that still wait for an order end, or answer what comes by their queues until the
+    /// mount is gone.
     pub fn dismiss(&mut self) {
         self.threads.clear();
     }
@@ -154,13 +165,17 @@ impl Rings {
         }
     }
 
-    /// What came of the last order, in all threads.
+    /// What came of the last order, in all threads: the first error, or the first that leaves the
+    /// device, since one queue without entries keeps the kernel from the rings.
     fn answers(&self) -> Answer {
         let mut outcome = Ok(());
         for (_, done) in &self.threads {
             let silent = || UringError::Enter(io::ErrorKind::TimedOut.into());
             let answer = done.recv_timeout(ANSWER_LIMIT).unwrap_or_else(|_| Err(silent()));
-            outcome = outcome.and(answer);
+            let leaves_device = |answer: &Answer| matches!(answer, Err(e) if e.leaves_device());
+            if outcome.is_ok() || leaves_device(&answer) && !leaves_device(&outcome) {
+                outcome = answer;
+            }
         }
         outcome
     }
@@ -204,6 +219,54 @@ mod tests {
         let places: Vec<_> =
             (0..4).map(|conn| place_of(conn, 2).map(|p| (p.lane, p.ring))).collect();
         assert_eq!(places, [None, Some((1, 0)), Some((2, 1)), None]);
+    }
+
+    fn refused() -> Answer {
+        Err(UringError::Refused { qid: 0, source: io::ErrorKind::InvalidInput.into() })
+    }
+
+    /// What two threads that answer so are told in the end, and what comes of the start.
+    fn started(first: Option<Answer>, second: Option<Answer>) -> (Answer, [Option<Order>; 2]) {
+        let mut rings = Rings { queues: Some(2), ..Rings::default() };
+        let ends = [first, second].map(|answer| {
+            let (orders, done) = rings.add();
+            // Who is gone is as silent as who is late.
+            if let Some(answer) = answer {
+                done.send(answer).expect("heard");
+            }
+            orders
+        });
+        let out = abi::InitOut { max_write: 1 << 20, max_pages: 256, ..Default::default() };
+        let flags = abi::init::OVER_IO_URING;
+        let outcome = rings.start(&Negotiated { out, flags, offered: flags, dropped: 0 });
+        assert_eq!(rings.facts.queues > 0, rings.facts.why.is_none());
+        rings.dismiss();
+        let last = ends.map(|orders| {
+            assert!(matches!(orders.recv(), Ok(Order::Register(_))));
+            let last = orders.recv().ok();
+            assert!(orders.recv().is_err());
+            last
+        });
+        (outcome, last)
+    }
+
+    #[test]
+    fn only_a_refusal_leaves_the_device() {
+        let failed = || Some(Err(UringError::Enter(io::ErrorKind::Other.into())));
+        let (outcome, last) = started(Some(Ok(())), Some(Ok(())));
+        assert!(outcome.is_ok() && matches!(last, [Some(Order::Serve), Some(Order::Serve)]));
+        // Whatever became of the other one: the kernel waits for a queue that is not to come.
+        for other in [Some(Ok(())), failed(), None] {
+            let (outcome, last) = started(other, Some(refused()));
+            assert!(outcome.is_ok());
+            assert!(matches!(last, [Some(Order::UseDevice), Some(Order::UseDevice)]));
+        }
+        // All queues may have entries, and requests already.
+        for other in [failed(), None] {
+            let (outcome, last) = started(Some(Ok(())), other);
+            assert!(matches!(outcome, Err(UringError::Enter(_))));
+            assert!(matches!(last, [None, None]), "dismissed, to answer what has come");
+        }
     }
 
     #[test]

@@ -253,7 +253,8 @@ impl<'s> RingLane<'s> {
             };
             match self.entry_of(parked.unique) {
                 Some(id) => self.put(id, at)?,
-                None => drop(self.lane.complete(at)),
+                // It was answered meanwhile.
+                None => drop(self.lane.unclaim(at)),
             }
         }
         Ok(())
@@ -272,7 +273,8 @@ impl<'s> RingLane<'s> {
         let put = put.and_then(|parts| Some((*parts.header(), parts.copy_to(spare)?)));
         let Some((header, mut bytes)) = put else {
             self.uniques[usize::from(id.0)] = None;
-            let _ = self.lane.complete(at);
+            // The daemon has not seen this use of the slot, and waits for it.
+            let _ = self.lane.unclaim(at);
             return Ok(self.ring.reply(id, Err(Errno::IO.raw_os_error()))?);
         };
         if groups::matter_to(header.opcode, header.uid) && self.session.appends_groups() {

@@ -55,6 +55,14 @@ impl<T> ClientSlots<T> {
 
     /// The reply is here: frees the slot and gives back what was kept.
     pub fn complete(&mut self, at: SlotUse) -> Result<T, SlotError> {
+        let request = self.unclaim(at)?;
+        self.slots[usize::from(at.slot)].0 = at.seq.wrapping_add(1);
+        Ok(request)
+    }
+
+    /// The request was not sent after all: frees the slot, for the same use again. The host has
+    /// not seen this one, so it waits for no other.
+    pub fn unclaim(&mut self, at: SlotUse) -> Result<T, SlotError> {
         let SlotUse { slot, seq } = at;
         let granted = self.slots.len() as u16;
         let entry = self.slots.get_mut(slot as usize).ok_or(SlotError::Range { slot, granted })?;
@@ -62,7 +70,6 @@ impl<T> ClientSlots<T> {
             return Err(SlotError::Sequence { slot, seq, expected: entry.0 });
         }
         let request = entry.1.take().ok_or(SlotError::Idle { slot })?;
-        entry.0 = seq.wrapping_add(1);
         self.free.push(slot);
         Ok(request)
     }
@@ -180,6 +187,27 @@ mod tests {
         assert_eq!(c, SlotUse { slot: a.slot, seq: 1 });
         server.begin(c).expect("next use");
         assert_eq!((client.in_use(), server.in_use()), (2, 2));
+    }
+
+    #[test]
+    fn a_request_that_was_not_sent_uses_no_sequence() {
+        let mut client = ClientSlots::new(1);
+        let mut server = ServerSlots::new(1);
+        let unsent = client.claim("a").expect("free");
+        assert_eq!(client.unclaim(unsent), Ok("a"));
+        assert_eq!(client.unclaim(unsent), Err(SlotError::Idle { slot: 0 }));
+        for seq in 0..2 {
+            let at = client.claim("b").expect("freed");
+            assert_eq!(at, SlotUse { slot: 0, seq });
+            server.begin(at).expect("the use that is expected");
+            server.finish(at).expect("running");
+            assert_eq!(client.complete(at), Ok("b"));
+        }
+        assert_eq!(
+            client.unclaim(unsent),
+            Err(SlotError::Sequence { slot: 0, seq: 0, expected: 2 })
+        );
+        assert_eq!(client.in_use(), 0);
     }
 
     #[test]
