@@ -122,11 +122,15 @@ impl Bench {
     }
 
     fn rings(&self) -> serde_json::Value {
+        self.client()["rings"].clone()
+    }
+
+    fn client(&self) -> serde_json::Value {
         let json = self.run(&["status", "--json"]).stdout;
         let entries: serde_json::Value = serde_json::from_slice(&json).expect("json");
         let path = self.mountpoint.display().to_string();
         let entry = entries.as_array().expect("a list").iter().find(|e| e["mountpoint"] == path);
-        entry.expect("our mount")["client"]["rings"].clone()
+        entry.expect("our mount")["client"].clone()
     }
 
     fn cat(&self, name: &str) -> Child {
@@ -253,10 +257,14 @@ fn killed_readers_get_out_and_the_daemon_is_told() {
         return;
     };
     // With few slots some wait in their entries: their interrupts come before their slots.
-    for slots in [64, 2] {
+    for slots in [64_u16, 2] {
         let mut bench = Bench::mounted(Terms { slots, ..Terms::default() }, "uring=on,lanes=1");
         let mut readers: Vec<Child> = (0..6).map(|_| bench.cat("hang")).collect();
-        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        // A signal that comes while the kernel hands a request to its entry is not told by Linux
+        // 6.18 (docs/operations.md): all of them are with the client before they are killed.
+        let hanging = usize::from(slots.min(6));
+        bench.host.wait_for("reads", |seen| (seen.hanging.len() == hanging).then_some(()));
+        wait_until("the other requests", || bench.client()["parked"] == 6 - hanging);
         for reader in &mut readers {
             reader.kill().expect("kill");
         }
