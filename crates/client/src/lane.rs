@@ -7,6 +7,7 @@
 
 use fuser_fork::device::{Device, DeviceError, ReplyOutcome};
 use fuser_fork::frame::error_reply;
+use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::slot::{ClientSlots, SlotError, SlotUse};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -375,6 +376,18 @@ impl Lane {
     /// Whether the lane sleeps for want of work, and nobody has kicked it yet.
     pub fn is_spare(&self) -> bool {
         self.spare.load(Ordering::SeqCst) && !self.is_kicked()
+    }
+
+    /// The header of a record of this lane, of `bytes` bytes with it.
+    pub fn record(&self, kind: Kind, at: SlotUse, code: u32, bytes: usize) -> RecordHeader {
+        RecordHeader {
+            len: bytes as u32,
+            kind: kind as u8,
+            lane: self.index,
+            slot: at.slot,
+            slot_seq: at.seq,
+            code,
+        }
     }
 
     /// Whether [`Lane::take_kick`] would find a kick.

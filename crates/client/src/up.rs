@@ -9,7 +9,7 @@ use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
 use crate::session::{Conn, End, Session};
 use fuser_fork::frame::{Frame, error_reply, out_header};
 use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
-use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader};
+use ringfs_wire::batch::{BatchBuilder, Kind};
 use ringfs_wire::limits::{BATCH_BYTES_MAX, FORGETS_PER_RECORD_MAX, RECORD_HEADER_BYTES};
 use ringfs_wire::session::LinkTx;
 use ringfs_wire::slot::SlotUse;
@@ -114,7 +114,7 @@ impl<'s> Intake<'s> {
         let (unique, opcode, pid) = (header.unique, header.opcode, header.pid);
         match self.lane.claim(InFlight::Request { unique, opcode, pid }) {
             Claim::Slot(at) => {
-                let record = self.record(Kind::Request, at, opcode, bytes);
+                let record = self.lane.record(Kind::Request, at, opcode, bytes);
                 self.builder.commit(&mut self.buffer, record);
                 LaneCounters::add(&self.lane.counters.requests, 1);
             }
@@ -126,17 +126,6 @@ impl<'s> Intake<'s> {
                 }
             }
             Claim::Closed => self.lane.answer_error(unique, Errno::NOTCONN),
-        }
-    }
-
-    fn record(&self, kind: Kind, at: SlotUse, code: u32, bytes: usize) -> RecordHeader {
-        RecordHeader {
-            len: bytes as u32,
-            kind: kind as u8,
-            lane: self.lane.index,
-            slot: at.slot,
-            slot_seq: at.seq,
-            code,
         }
     }
 
@@ -193,11 +182,11 @@ impl<'s> Intake<'s> {
         let record = match control {
             Control::Cancel(at) => {
                 LaneCounters::add(&self.lane.counters.cancels, 1);
-                self.record(Kind::Cancel, at, 0, RECORD_HEADER_BYTES)
+                self.lane.record(Kind::Cancel, at, 0, RECORD_HEADER_BYTES)
             }
             Control::Pong => {
                 let at = SlotUse { slot: 0, seq: 0 };
-                self.record(Kind::Pong, at, 0, RECORD_HEADER_BYTES)
+                self.lane.record(Kind::Pong, at, 0, RECORD_HEADER_BYTES)
             }
         };
         self.builder.commit(&mut self.buffer, record);
@@ -209,7 +198,7 @@ impl<'s> Intake<'s> {
             self.has_parked = self.lane.parked().0 > 0;
             return false;
         };
-        let record = self.record(Kind::Request, at, parked.opcode, parked.frame.len());
+        let record = self.lane.record(Kind::Request, at, parked.opcode, parked.frame.len());
         // There is room: the batch is not due, and the frame has been in it before.
         let body = &parked.frame[RECORD_HEADER_BYTES..];
         let fits = self.builder.push(&mut self.buffer, record, body);
@@ -226,7 +215,7 @@ impl<'s> Intake<'s> {
             Claim::Slot(at) => {
                 let n = self.forgets.len().min(FORGETS_PER_RECORD_MAX);
                 let rest = self.forgets.len() - n;
-                let record = self.record(Kind::Forget, at, 0, 0);
+                let record = self.lane.record(Kind::Forget, at, 0, 0);
                 let body = self.forgets[rest..].as_bytes();
                 let fits = self.builder.push(&mut self.buffer, record, body);
                 debug_assert!(fits, "{n} forgets");

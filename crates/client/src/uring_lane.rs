@@ -14,7 +14,7 @@ use crate::session::{Conn, ConnRx, End, Session};
 use crate::{down, pump};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, WatchId};
 use ringfs_wire::abi::InHeader;
-use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind};
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
 use ringfs_wire::session::{LinkError, LinkTx};
 use ringfs_wire::slot::SlotUse;
@@ -280,22 +280,11 @@ impl<'s> RingLane<'s> {
         if groups::matter_to(header.opcode, header.uid) && self.session.appends_groups() {
             bytes = groups::append(spare, bytes, &groups::of_pid(header.pid));
         }
-        let record = self.record(Kind::Request, at, header.opcode, bytes);
+        let record = self.lane.record(Kind::Request, at, header.opcode, bytes);
         self.builder.commit(&mut self.buffer, record);
         self.entry_of_slot[usize::from(at.slot)] = id;
         LaneCounters::add(&self.lane.counters.requests, 1);
         Ok(())
-    }
-
-    fn record(&self, kind: Kind, at: SlotUse, code: u32, bytes: usize) -> RecordHeader {
-        RecordHeader {
-            len: bytes as u32,
-            kind: kind as u8,
-            lane: self.lane.index,
-            slot: at.slot,
-            slot_seq: at.seq,
-            code,
-        }
     }
 
     /// Cancels and pongs, as many as the batch takes.
@@ -310,7 +299,7 @@ impl<'s> RingLane<'s> {
                 }
                 Control::Pong => (Kind::Pong, SlotUse { slot: 0, seq: 0 }),
             };
-            let record = self.record(kind, at, 0, RECORD_HEADER_BYTES);
+            let record = self.lane.record(kind, at, 0, RECORD_HEADER_BYTES);
             self.builder.commit(&mut self.buffer, record);
         }
     }

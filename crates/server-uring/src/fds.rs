@@ -119,7 +119,10 @@ impl Fds {
 
     /// From now on these nodes may be asked to go.
     pub(crate) fn join(&self, nodes: &Arc<Nodes>) {
-        self.lock().push(Arc::downgrade(nodes));
+        let mut sessions = self.lock();
+        // Guests may come and go without end, and nobody else may ever ask for relief.
+        sessions.retain(|session| session.strong_count() > 0);
+        sessions.push(Arc::downgrade(nodes));
     }
 }
 
@@ -143,5 +146,22 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.used.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::{Fs, FsOptions};
+
+    #[test]
+    fn sessions_that_ended_leave_nothing() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let fds = Fds::new(64);
+        let options = FsOptions { fds: Arc::clone(&fds), ..FsOptions::default() };
+        for _ in 0..100 {
+            drop(Fs::new(dir.path(), options.clone()).expect("a session"));
+        }
+        assert!(fds.lock().len() <= 1 && fds.used() == 0);
     }
 }
