@@ -231,7 +231,7 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
         ticket: TICKET,
         epoch: 3,
         grace_s: 600,
-        reserved: 0,
+        flags: 0,
     };
     if !joins {
         let slots = (0..welcome.lanes).map(|_| ServerSlots::new(welcome.slots)).collect();
