@@ -69,9 +69,20 @@ impl Cold {
     }
 
     pub(crate) fn insert(&self, id: u64, given: u64, recipe: &Recipe) {
+        self.put(id, given, Some(key_of(recipe)), recipe.pack());
+    }
+
+    /// A node that nothing leads to: it is known, and stale.
+    pub(crate) fn insert_lost(&self, id: u64, given: u64) {
+        self.put(id, given, None, Box::default());
+    }
+
+    fn put(&self, id: u64, given: u64, key: Option<FileKey>, recipe: Box<[u8]>) {
         let mut maps = self.lock();
-        maps.by_file.insert(key_of(recipe), id);
-        maps.by_id.insert(id, Entry { given, recipe: recipe.pack() });
+        if let Some(key) = key {
+            maps.by_file.insert(key, id);
+        }
+        maps.by_id.insert(id, Entry { given, recipe });
         self.count.store(maps.by_id.len(), Ordering::Release);
     }
 

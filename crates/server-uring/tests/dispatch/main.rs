@@ -5,5 +5,6 @@ mod hostile;
 mod life;
 mod pressure;
 mod random;
+mod restore;
 mod rights;
 mod support;
