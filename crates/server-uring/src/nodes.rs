@@ -257,9 +257,9 @@ impl Nodes {
         self.cold.contains(id)
     }
 
-    /// Whether any node is cold.
+    /// Whether a name may lead to a cold node.
     pub fn has_cold(&self) -> bool {
-        self.cold.count() > 0
+        self.cold.has_files()
     }
 
     /// The guest has moved a node to this name: what no open file leads to is found by it alone,

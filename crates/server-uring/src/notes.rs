@@ -17,6 +17,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use ringfs_wire::abi::{self, FUSE_ROOT_ID};
 use ringfs_wire::limits::NODE_BODY_BYTES_MAX;
 use ringfs_wire::restore::push_node;
 use rustix::fs::{AtFlags, StatxFlags};
@@ -27,14 +28,15 @@ use crate::fds::Counted;
 use crate::import::{Handle, HandleKind, MountIdentity, Packed};
 use crate::nodes::{Node, Nodes};
 use crate::passthrough::Found;
-use ringfs_wire::abi::FUSE_ROOT_ID;
 
 /// Handles up to this are taken; the file systems that we know have at most 40 bytes (btrfs).
 const HANDLE_BYTES_NOTED_MAX: usize = 64;
 
-// The requests that give most: each entry of a listing takes 152 bytes and the padded name; its
-// note at most 16 + 58 + 64 + the name, padded.
-const _: () = assert!(READDIRPLUS_BYTES_MAX <= NODE_BODY_BYTES_MAX);
+// The request that gives most is a listing: the note of an entry is never longer than the entry.
+const _: () = {
+    assert!(READDIRPLUS_BYTES_MAX <= NODE_BODY_BYTES_MAX);
+    assert!(16 + size_of::<Packed>() + HANDLE_BYTES_NOTED_MAX + 7 <= size_of::<abi::DirentPlus>());
+};
 
 /// The body of a NODE record that grows while a request is executed. At most
 /// [`NODE_BODY_BYTES_MAX`]; nodes beyond (none, by the bounds of replies) would be lost alone.

@@ -135,6 +135,18 @@ impl Fs {
         self.nodes.restore(id, count, recipe)
     }
 
+    /// Nodes that are cold now, for [`Fs::warm`].
+    pub fn cold_nodes(&self) -> Vec<u64> {
+        self.nodes.cold.findable()
+    }
+
+    /// Takes in some of these nodes before they are used; `false` when that is over: all were
+    /// tried, or fds are no longer plenty. For the pool, a slice at a time, after a restore: while
+    /// any node is cold, what changes names has to look for it. `ids` are this session's own.
+    pub fn warm(&self, ids: &mut Vec<u64>, most: usize) -> bool {
+        self.nodes.load_some(ids, most)
+    }
+
     /// Puts down a handle that the guest has from another daemon: opened at its first use.
     ///
     /// # Errors

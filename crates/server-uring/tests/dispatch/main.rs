@@ -6,5 +6,6 @@ mod life;
 mod pressure;
 mod random;
 mod restore;
+mod restore_hostile;
 mod rights;
 mod support;
