@@ -23,7 +23,7 @@ use crate::fds::Fds;
 use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::history::History;
 use crate::import::{self, ImportError};
-use crate::nodes::{Given, Node, Nodes, Released};
+use crate::nodes::{Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
 
@@ -315,13 +315,13 @@ impl Fs {
     pub(crate) fn note(
         &self,
         request: &Request<'_>,
-        given: &Given,
+        given: &NodeGiven,
         found: &Found,
         parent: &Node,
         name: &CStr,
     ) {
         if let Some(notes) = self.notes_of(request)
-            && given.news
+            && notes.wants(given.news)
         {
             self.nodes.note(&given.node, found, parent, name, notes);
         }

@@ -301,6 +301,10 @@ impl Recipe {
             // Inode number, generation and birth time: enough on whatever device it is now.
             (Some(handle), Some(now)) => Ok(handle.same_file(&now) && self.resembles(&seen)),
             (Some(_) | None, _) => {
+                // Where a handle cannot be had now, it proves nothing.
+                if self.btime.is_none() && self.generation.is_none() {
+                    return Ok(false);
+                }
                 let same_generation =
                     self.generation.is_none() || self.generation == generation(fd, seen.kind);
                 Ok(self.resembles(&seen) && same_generation && fs_id(fd)? == self.mount.fs_id)

@@ -60,7 +60,7 @@ pub struct Node {
 }
 
 /// A node that was given to the guest.
-pub struct Given {
+pub struct NodeGiven {
     /// Its count went up by one.
     pub node: Arc<Node>,
     /// The guest has no recipe of it, or one of another place: it is to be noted.
@@ -299,13 +299,13 @@ impl Nodes {
 
     /// Gives a lookup of the crate to the guest: the count passes from `found`, which was seen as
     /// `name` in the directory `parent`, into the node.
-    pub fn give(&self, found: &Found, parent: &Node, name: &CStr) -> Result<Given, Errno> {
+    pub fn give(&self, found: &Found, parent: &Node, name: &CStr) -> Result<NodeGiven, Errno> {
         let mut shard = self.inode_shard(found.inode);
         if let Some(node) = shard.get(&found.inode) {
             node.given.fetch_add(1, Ordering::Relaxed);
             node.owed.fetch_add(1, Ordering::Relaxed);
             let news = node.seen_at(parent.id, name);
-            return Ok(Given { node: Arc::clone(node), news });
+            return Ok(NodeGiven { node: Arc::clone(node), news });
         }
         let place = Place { parent: parent.id, name: name.into() };
         let node = match self.cold_twin(found, parent, name) {
@@ -320,7 +320,7 @@ impl Nodes {
             self.backend.forget(found.inode, 1);
         }
         // A cold one has a recipe, but its place may be another by now.
-        node.map(|node| Given { node, news: true })
+        node.map(|node| NodeGiven { node, news: true })
     }
 
     fn give_new(&self, shard: &mut Shard, found: &Found, place: Place) -> Result<Arc<Node>, Errno> {
@@ -412,7 +412,7 @@ impl Nodes {
         found: &Found,
         parent: &Node,
         name: &CStr,
-    ) -> Result<Given, Errno> {
+    ) -> Result<NodeGiven, Errno> {
         {
             let mut shard = self.inode_shard(found.inode);
             if !shard.contains_key(&found.inode) {
@@ -429,7 +429,7 @@ impl Nodes {
                 node.owed.fetch_add(1, Ordering::Relaxed);
                 shard.insert(found.inode, Arc::clone(node));
                 node.seen_at(parent.id, name);
-                return Ok(Given { node: Arc::clone(node), news: true });
+                return Ok(NodeGiven { node: Arc::clone(node), news: true });
             }
         }
         self.give(found, parent, name)

@@ -41,36 +41,49 @@ const _: () = {
 /// The body of a NODE record that grows while a request is executed. At most
 /// [`NODE_BODY_BYTES_MAX`]; nodes beyond (none, by the bounds of replies) would be lost alone.
 #[derive(Debug, Default)]
-pub struct Notes(RefCell<Vec<u8>>);
+pub struct Notes {
+    body: RefCell<Vec<u8>>,
+    all: bool,
+}
 
 impl Notes {
     /// Empty; it allocates with the first entry, and keeps its room when it is cleared.
     pub const fn new() -> Notes {
-        Notes(RefCell::new(Vec::new()))
+        Notes { body: RefCell::new(Vec::new()), all: false }
+    }
+
+    /// For a request that runs again because its reply was lost: what it gives may be known by
+    /// now, and have been noted in that reply alone. All that it gives is noted.
+    pub const fn of_rerun() -> Notes {
+        Notes { body: RefCell::new(Vec::new()), all: true }
+    }
+
+    pub(crate) const fn wants(&self, news: bool) -> bool {
+        news || self.all
     }
 
     /// Nothing is due.
     pub fn is_empty(&self) -> bool {
-        self.0.borrow().is_empty()
+        self.body.borrow().is_empty()
     }
 
     /// The body of the NODE record that is due. It stays until [`Notes::clear`].
     pub fn body(&self) -> std::cell::Ref<'_, [u8]> {
-        std::cell::Ref::map(self.0.borrow(), Vec::as_slice)
+        std::cell::Ref::map(self.body.borrow(), Vec::as_slice)
     }
 
     /// It was sent.
     pub fn clear(&self) {
-        self.0.borrow_mut().clear();
+        self.body.borrow_mut().clear();
     }
 
     /// To be sent by another thread.
     pub fn into_body(self) -> Vec<u8> {
-        self.0.into_inner()
+        self.body.into_inner()
     }
 
     fn push(&self, id: u64, write: impl FnOnce(&mut Vec<u8>)) -> bool {
-        push_node(&mut self.0.borrow_mut(), id, write)
+        push_node(&mut self.body.borrow_mut(), id, write)
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use ringfs_server::fs::FsOptions;
 use ringfs_server::handles::Unopened;
-use ringfs_server::import::Recipe;
+use ringfs_server::import::{ImportError, Recipe, Root};
 use ringfs_server::restore::{Restoring, TakeOverError};
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::restore::{End, NUMBER_MAX, Restore, RestoreError, push_restore};
@@ -82,7 +82,7 @@ fn no_recipe_leads_out_of_the_share() {
 }
 
 #[test]
-fn a_mount_below_that_could_not_be_hidden_is_no_way_out() {
+fn a_mount_below_is_no_way_out() {
     if !is_root() {
         return;
     }
@@ -97,6 +97,14 @@ fn a_mount_below_that_could_not_be_hidden_is_no_way_out() {
     let guest = taken_over(dir.path(), options(), &memory, &[]);
     assert_eq!(result(guest.getattr(2)), Err(Errno::STALE));
     assert_eq!(result(guest.getattr(3)), Err(Errno::STALE));
+
+    // Where mounts could not be hidden, the device decides.
+    let top = at(dir.path());
+    let cross = Root::new(top.as_fd(), true).expect("a root");
+    assert!(cross.by_name(&mount, top.as_fd()).is_ok());
+    let cross = cross.stay_on_device();
+    let refused = cross.by_name(&mount, top.as_fd()).map(|_| ());
+    assert_eq!(refused, Err(ImportError::Outside));
 }
 
 #[test]
@@ -171,13 +179,14 @@ fn any_bytes_at_all() {
     let dir = tempfile::tempdir().expect("directory");
     std::fs::write(dir.path().join("f"), "x").expect("file");
     let guest = Guest::new(dir.path(), options());
-    guest.lookup(ROOT, "f").expect("lookup");
-    let good = guest.memory.lock().expect("memory").recipes.values().next().expect("one").clone();
+    let known = guest.lookup(ROOT, "f").expect("lookup").nodeid;
+    let good = guest.memory.lock().expect("memory").recipes[&known].clone();
+    guest.forget(known, 1);
     let number = ino(&dir.path().join("f"));
     let mut lcg = Lcg(7);
-    for _ in 0..2_000 {
+    for _ in 0..5_000 {
         let mut recipe = good.clone();
-        for _ in 0..1 + lcg.below(3) {
+        for _ in 0..lcg.below(4) {
             match lcg.below(3) {
                 0 if !recipe.is_empty() => {
                     let at = lcg.below(recipe.len() as u64) as usize;
@@ -187,11 +196,15 @@ fn any_bytes_at_all() {
                 _ => recipe.extend((0..lcg.below(200)).map(|i| i as u8)),
             }
         }
-        let guest = Guest::new(dir.path(), options());
-        let _ = guest.fs.restore_node(2, 1, &recipe);
-        if let Ok(attr) = guest.getattr(2) {
-            assert_eq!(attr.ino, number, "{recipe:?}");
+        guest.fs.restore_node(2, 1, &recipe).expect("whatever it is");
+        match guest.getattr(2) {
+            Ok(attr) => assert_eq!(attr.ino, number, "{recipe:?}"),
+            Err(errno) => assert_eq!(errno, Errno::STALE, "{recipe:?}"),
         }
-        let _ = guest.lookup(ROOT, "f").expect("lookup");
+        let looked_up = guest.lookup(ROOT, "f").expect("lookup");
+        assert_eq!(looked_up.attr.ino, number);
+        guest.forget(looked_up.nodeid, 1);
+        guest.fs.forget([(2, 1)].into_iter());
+        assert_eq!(guest.fs.counts().nodes, 1);
     }
 }
