@@ -109,6 +109,8 @@ pub enum Mood {
     LosesReplies,
     /// The same for replies that give a node alone: LOOKUP's.
     LosesEntries,
+    /// The same for those to FORGETs.
+    LosesForgets,
     /// Half of the next reply leaves, then its connection is cut.
     CutsReply,
     /// The next connection that brings something is cut before that is looked at, most likely in
@@ -346,7 +348,11 @@ impl Shared {
         let header = RecordHeader { len: 0, kind, lane, slot, slot_seq, code: *errno };
         let mood = *self.mood.lock().expect("mood");
         match mood {
-            Mood::Fair | Mood::CutsRequest | Mood::CutsRestore | Mood::RefusesRestore => {
+            Mood::Fair
+            | Mood::LosesForgets
+            | Mood::CutsRequest
+            | Mood::CutsRestore
+            | Mood::RefusesRestore => {
                 conn.send(header, body, false);
             }
             Mood::LosesEntries if body.len() != size_of::<EntryOut>() => {
@@ -537,6 +543,8 @@ fn restore(shared: &Shared, conn: &Conn, body: &[u8]) -> Result<(), String> {
     match mood {
         Mood::CutsRestore => {
             conn.cut();
+            // What came behind it in the same batch or the next.
+            conn.is_silent.store(true, Ordering::SeqCst);
             return Ok(());
         }
         Mood::RefusesRestore => {
@@ -617,12 +625,20 @@ fn take(
                     for forget in forgets {
                         let count = seen.lookups.entry(forget.nodeid).or_default();
                         *count -= forget.nlookup as i64;
+                        if *count == 0 {
+                            shared.noted.lock().expect("noted").remove(&forget.nodeid);
+                        }
                         if *count < 0 {
                             seen.faults.push(format!("{forget:?} leaves {count}"));
                         }
                     }
                 });
+                let mood = *shared.mood.lock().expect("mood");
+                if mood == Mood::LosesForgets {
+                    *shared.mood.lock().expect("mood") = Mood::LosesReplies;
+                }
                 shared.finish(lane, at, (0, Vec::new()));
+                *shared.mood.lock().expect("mood") = mood;
             }
             Begun::Running => shared.note(|seen| seen.repeats_running += 1),
             Begun::Ended(errno, body) => {
@@ -655,6 +671,7 @@ fn take(
             }
             shared.note(|seen| seen.cancels += 1);
         }
+        Some(Kind::Restore) => restore(shared, conn, body)?,
         Some(Kind::Ping) => {
             let kind = Kind::Pong as u8;
             conn.send(RecordHeader { kind, ..Default::default() }, &[], false);
