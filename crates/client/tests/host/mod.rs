@@ -128,6 +128,8 @@ struct Slot {
     is_new: bool,
     /// It only counts (LOOKUP, FORGET): what it did went with the daemon that did it.
     counts: bool,
+    /// And so its last one does.
+    runs_again: bool,
     next: u32,
     busy: bool,
     reply: Option<(u32, Vec<u8>)>,
@@ -250,9 +252,7 @@ impl Host {
         for slot in slots.iter_mut().flatten() {
             // Its requests in work died with the old one.
             slot.busy = false;
-            if slot.counts && slot.reply.take().is_some() {
-                slot.next = slot.next.wrapping_sub(1);
-            }
+            slot.runs_again = slot.counts;
         }
         *self.shared.unknown.lock().expect("unknown") = Some(slots);
         self.shared.epoch.fetch_add(1, Ordering::SeqCst);
@@ -335,8 +335,8 @@ impl Shared {
         let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
         assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
         let next = at.seq.wrapping_add(1);
-        let counts = slot.counts;
-        *slot = Slot { is_new: false, counts, next, busy: false, reply: Some(reply.clone()) };
+        let (counts, reply_kept) = (slot.counts, Some(reply.clone()));
+        *slot = Slot { counts, next, reply: reply_kept, ..Slot::default() };
         drop(slots);
         self.reply(lane, at, &reply);
     }
@@ -528,8 +528,8 @@ fn begin(shared: &Shared, lane: u8, at: SlotUse, counts: bool) -> Result<Begun, 
     let is_last = slot.next.wrapping_sub(1) == at.seq;
     match (&slot.reply, slot.busy) {
         (_, true) if slot.next == at.seq => Ok(Begun::Running),
-        (_, false) if slot.next == at.seq || slot.is_new => {
-            (slot.busy, slot.is_new, slot.next, slot.counts) = (true, false, at.seq, counts);
+        (_, false) if slot.next == at.seq || slot.is_new || is_last && slot.runs_again => {
+            *slot = Slot { counts, next: at.seq, busy: true, ..Slot::default() };
             Ok(Begun::New)
         }
         (Some((errno, body)), false) if is_last => Ok(Begun::Ended(*errno, body.clone())),
