@@ -12,7 +12,7 @@
 //! [`Fs::execute`]: crate::fs::Fs::execute
 //! [`Request::noting`]: crate::dispatch::Request::noting
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -43,23 +43,28 @@ const _: () = {
 #[derive(Debug, Default)]
 pub struct Notes {
     body: RefCell<Vec<u8>>,
-    all: bool,
+    all: Cell<bool>,
 }
 
 impl Notes {
     /// Empty; it allocates with the first entry, and keeps its room when it is cleared.
     pub const fn new() -> Notes {
-        Notes { body: RefCell::new(Vec::new()), all: false }
+        Notes { body: RefCell::new(Vec::new()), all: Cell::new(false) }
     }
 
-    /// For a request that runs again because its reply was lost: what it gives may be known by
-    /// now, and have been noted in that reply alone. All that it gives is noted.
-    pub const fn of_rerun() -> Notes {
-        Notes { body: RefCell::new(Vec::new()), all: true }
+    /// What [`Notes::into_body`] gave on another thread.
+    pub fn of(body: Vec<u8>) -> Notes {
+        Notes { body: RefCell::new(body), all: Cell::new(false) }
     }
 
-    pub(crate) const fn wants(&self, news: bool) -> bool {
-        news || self.all
+    /// Whether the next request runs again because its reply was lost: what it gives may be known
+    /// by now, and have been noted in that reply alone. Then all that it gives is noted.
+    pub fn note_all(&self, all: bool) {
+        self.all.set(all);
+    }
+
+    pub(crate) fn wants(&self, news: bool) -> bool {
+        news || self.all.get()
     }
 
     /// Nothing is due.

@@ -28,6 +28,9 @@ pub enum TakeOverError {
     /// No RESTORE.
     #[error("malformed RESTORE: {0}")]
     Malformed(#[from] RestoreError),
+    /// Of a session that is not rebuilt.
+    #[error("a RESTORE that was not asked for")]
+    Uncalled,
     /// An id or a handle twice.
     #[error("RESTORE names {0} twice")]
     Twice(u64),

@@ -367,7 +367,9 @@ fn a_reply_that_is_sent_again_is_noted_again() {
     // What runs again notes what it gives, known or not.
     let body = guest.body(ROOT, &named(&[], b"b"), &[]);
     let request = Request::parse(Opcode::Lookup as u32, &body).expect("whole request");
-    for (notes, expected) in [(Notes::new(), 0), (Notes::of_rerun(), 1)] {
+    for (again, expected) in [(false, 0), (true, 1)] {
+        let notes = Notes::new();
+        notes.note_all(again);
         let mut out = [0; size_of::<abi::EntryOut>()];
         guest.fs.execute(&request.noting(&notes), &mut out).expect("lookup");
         assert_eq!(Nodes::new(&notes.body()).count(), expected);
