@@ -43,8 +43,20 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// One whose sessions end with their last connection.
     pub fn start(engine: &str) -> Daemon {
         Daemon::start_as(engine, |daemon, _| Command::new(daemon))
+    }
+
+    /// One that keeps sessions that were cut for so many seconds.
+    pub fn start_with_grace(engine: &str, seconds: u32) -> Daemon {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let grace = format!("--grace={seconds}");
+        Daemon::start_in(dir, engine, |daemon, _| {
+            let mut command = Command::new(daemon);
+            command.arg(grace);
+            command
+        })
     }
 
     /// One whose share lies in memory (tmpfs).
@@ -66,7 +78,11 @@ impl Daemon {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).expect("the share's directory");
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let child = command(env!("CARGO_BIN_EXE_ringfsd"), &share)
+        let mut command = command(env!("CARGO_BIN_EXE_ringfsd"), &share);
+        if !command.get_args().any(|arg| arg.to_string_lossy().starts_with("--grace")) {
+            command.arg("--grace=0");
+        }
+        let child = command
             .args(["--share", &format!("share={}", share.display())])
             .args(["--share", &format!("ro={},ro", share.display())])
             .args(["--listen", &format!("unix:{}", at("s"))])
