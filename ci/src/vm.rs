@@ -12,12 +12,14 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 
+use self::guest::Extras;
 use self::host::Host;
 use self::kernel::Series;
 use self::protocol::Outcome;
 use self::scenario::{Scenario, Step};
 use self::tools::Tools;
 
+pub mod bench;
 mod guest;
 mod host;
 mod initramfs;
@@ -119,19 +121,24 @@ fn run_one(
     plan: &[Step],
     run_dir: &Path,
 ) -> anyhow::Result<guest::Results> {
-    if run_dir.exists() {
-        std::fs::remove_dir_all(run_dir)?;
-    }
-    std::fs::create_dir_all(run_dir)?;
+    make_run_dir(run_dir)?;
     let daemon = tools.product.as_ref().map(|product| product.daemon.as_path());
     let mut host = Host::start(run_dir, daemon)?;
-    let results = guest::boot(kernel, tools, plan, &mut host, run_dir)?;
+    let results = guest::boot(kernel, tools, plan, &mut host, run_dir, &Extras::default())?;
     if results.iter().any(|(_, outcome, _)| matches!(outcome, Outcome::Failed(_)))
         && let Some(log) = host.daemon_log()
     {
         println!("  end of the daemon's log:\n{log}");
     }
     Ok(results)
+}
+
+/// Makes it, empty.
+fn make_run_dir(run_dir: &Path) -> anyhow::Result<()> {
+    if run_dir.exists() {
+        std::fs::remove_dir_all(run_dir)?;
+    }
+    Ok(std::fs::create_dir_all(run_dir)?)
 }
 
 fn series(args: &VmArgs) -> Vec<Series> {
