@@ -24,10 +24,53 @@ use crate::sandbox::Sandbox;
 
 /// The report's first words.
 const LABEL: &str = "emulated (QEMU TCG, no KVM): orders only, no claim about speed";
-const VIRTIOFS_SOCKET: &str = "virtiofs.sock";
+/// A contender, and the mount that makes and checks files behind all contenders' backs; the tag in
+/// the guest, the name of process and socket, and what the guest may remember.
+const VIRTIOFS: [Virtiofs; 2] = [
+    Virtiofs { tag: "bench", name: "virtiofsd", cache: "auto" },
+    Virtiofs { tag: "behind", name: "virtiofsd-behind", cache: "never" },
+];
 const LISTEN_LIMIT: Duration = Duration::from_secs(20);
 /// Of the guest's step without `--quick`.
 const LIMIT_S: u32 = 2400;
+
+struct Virtiofs {
+    tag: &'static str,
+    name: &'static str,
+    cache: &'static str,
+}
+
+impl Virtiofs {
+    /// In the run's directory.
+    fn socket(&self) -> String {
+        format!("{}.sock", self.name)
+    }
+
+    /// As ringfs serves it: extended attributes, O_DIRECT left to the guest. It has no sandbox here
+    /// because its guest is ours, and so it ends with one signal.
+    fn arguments(&self, share: &Path) -> Vec<String> {
+        let (share, socket) = (share.display().to_string(), self.socket());
+        let all = ["--shared-dir", &share, "--socket-path", &socket, "--cache", self.cache];
+        all.into_iter().chain(["--xattr", "--sandbox", "none"]).map(str::to_owned).collect()
+    }
+
+    fn start(&self, program: &Path, share: &Path, run_dir: &Path) -> anyhow::Result<Process> {
+        let arguments = self.arguments(share);
+        let mut process = Process::start(self.name, program, &arguments, run_dir, false)?;
+        process.wait_for(&run_dir.join(self.socket()), LISTEN_LIMIT)?;
+        Ok(process)
+    }
+
+    fn device(&self) -> [String; 4] {
+        let Virtiofs { tag, name, .. } = self;
+        [
+            "-chardev".into(),
+            format!("socket,id={name},path={}", self.socket()),
+            "-device".into(),
+            format!("vhost-user-fs-pci,queue-size=1024,chardev={name},tag={tag}"),
+        ]
+    }
+}
 
 /// What may be said beside `--vm`.
 #[derive(Debug, clap::Parser)]
@@ -77,10 +120,10 @@ pub fn run<'a>(args: impl Iterator<Item = &'a String>) -> anyhow::Result<()> {
     let tools = Tools::ready(&root, &plan)?;
     let kernel = kernel::fetch(Series::V6_12, &cache)?;
     let run_dir = cache.join(format!("run-{}", std::process::id()));
-    super::make_run_dir(&run_dir)?;
+    let made = super::make_run_dir(&run_dir)?;
     println!("bench --vm: {LABEL}");
     let outcome = measure(&args, &kernel, &tools, &plan, &run_dir);
-    super::tidy_run(&run_dir, args.keep || outcome.is_err())?;
+    super::tidy_run(&run_dir, made, args.keep || outcome.is_err())?;
     outcome
 }
 
@@ -96,10 +139,10 @@ fn measure(
     let bench = tools.bench.as_ref().context("the bench's programs were not built")?;
     let product = tools.product.as_ref().context("ringfs was not built")?;
     let mut host = Host::serve(run_dir, &product.daemon, &share)?;
-    let fs_arguments = virtiofsd_arguments(&share);
-    let mut virtiofsd =
-        Process::start("virtiofsd", &bench.virtiofsd, &fs_arguments, run_dir, false)?;
-    virtiofsd.wait_for(&run_dir.join(VIRTIOFS_SOCKET), LISTEN_LIMIT)?;
+    let mut virtiofsds = Vec::new();
+    for one in VIRTIOFS {
+        virtiofsds.push(one.start(&bench.virtiofsd, &share, run_dir)?);
+    }
     let mut extras = Extras { devices: devices(&share), files: Vec::new() };
     let about = about(kernel, tools, run_dir, &share, &extras)?;
     extras.files = vec![("bench-about", about), ("bench-arguments", args.for_guest())];
@@ -107,7 +150,9 @@ fn measure(
     let report = take_report(&share);
     for (_, outcome, _) in results {
         if let Outcome::Failed(why) | Outcome::Skipped(why) = outcome {
-            println!("  virtiofsd:\n{}", virtiofsd.log_tail(8));
+            for virtiofsd in &virtiofsds {
+                println!("  virtiofsd:\n{}", virtiofsd.log_tail(8));
+            }
             println!("  ringfsd:\n{}", host.daemon_log().unwrap_or_default());
             anyhow::bail!("the bench in the guest: {why}");
         }
@@ -115,32 +160,13 @@ fn measure(
     report
 }
 
-/// As ringfs serves it: extended attributes, names kept for a second, O_DIRECT left to the guest.
-/// It has no sandbox here because its guest is ours, and so it ends with one signal.
-fn virtiofsd_arguments(share: &Path) -> Vec<String> {
-    let share = share.display().to_string();
-    let all = ["--shared-dir", &share, "--socket-path", VIRTIOFS_SOCKET];
-    let more = ["--cache", "auto", "--xattr", "--sandbox", "none"];
-    all.into_iter().chain(more).map(str::to_owned).collect()
-}
-
-/// The two contenders that QEMU has a part in, and the way behind all backs.
+/// The contenders that QEMU has a part in, and the way behind their backs.
 fn devices(share: &Path) -> Vec<String> {
-    let nine = |tag: &str| {
-        let share = share.display();
-        format!("local,path={share},mount_tag={tag},security_model=passthrough,multidevs=remap")
-    };
-    [
-        "-chardev".into(),
-        format!("socket,id=fs,path={VIRTIOFS_SOCKET}"),
-        "-device".into(),
-        "vhost-user-fs-pci,queue-size=1024,chardev=fs,tag=bench".into(),
-        "-virtfs".into(),
-        nine("bench"),
-        "-virtfs".into(),
-        nine("behind"),
-    ]
-    .into()
+    let share = share.display();
+    let nine =
+        format!("local,path={share},mount_tag=bench,security_model=passthrough,multidevs=remap");
+    let devices = VIRTIOFS.iter().flat_map(Virtiofs::device);
+    devices.chain(["-virtfs".into(), nine]).collect()
 }
 
 /// The label, then versions and command lines of what runs on the host.
@@ -154,7 +180,8 @@ fn about(
     let bench = tools.bench.as_ref().context("the bench's programs were not built")?;
     let product = tools.product.as_ref().context("ringfs was not built")?;
     let programs = [
-        (&bench.virtiofsd, virtiofsd_arguments(share)),
+        (&bench.virtiofsd, VIRTIOFS[0].arguments(share)),
+        (&bench.virtiofsd, VIRTIOFS[1].arguments(share)),
         (&product.daemon, host::daemon_arguments(share)),
         (&tools.vhost_vsock, guest::vhost_arguments().into()),
         (&tools.qemu, guest::qemu_arguments(kernel, run_dir, extras)),
@@ -202,7 +229,11 @@ mod tests {
     #[test]
     fn all_serve_the_same_directory() {
         let share = Path::new("/dev/shm/x");
-        assert!(virtiofsd_arguments(share).contains(&"/dev/shm/x".to_owned()));
-        assert_eq!(devices(share).join(" ").matches("path=/dev/shm/x,").count(), 2);
+        for one in VIRTIOFS {
+            assert!(one.arguments(share).contains(&"/dev/shm/x".to_owned()));
+        }
+        let devices = devices(share).join(" ");
+        assert_eq!(devices.matches("path=/dev/shm/x,").count(), 1);
+        assert_eq!(devices.matches("vhost-user-fs-pci").count(), VIRTIOFS.len());
     }
 }

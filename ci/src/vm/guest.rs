@@ -17,6 +17,7 @@ use super::process::{Process, tail};
 use super::protocol::{Event, Outcome, parse};
 use super::scenario::{self, Step};
 use super::tools::Tools;
+use crate::guard;
 
 const VHOST_SOCKET: &str = "vhost.sock";
 const GUEST_CID: u32 = 3;
@@ -66,6 +67,7 @@ pub fn boot(
     let lines = read_lines(&mut qemu)?;
     let mut run = Run { plan, host, results: Vec::new(), running: None, started };
     let end = run.follow(&mut qemu, &lines);
+    guard::rest_if_ending();
     if end.is_ok() && !qemu.wait_end(POWEROFF_LIMIT) {
         println!("  the guest did not power off; it is killed");
     }
