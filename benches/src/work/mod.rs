@@ -71,7 +71,7 @@ impl Scale {
         nodes: 10_000,
         sessions: 4,
     };
-    /// The same two in an emulated guest, where all is some ten times slower.
+    /// The same two in an emulated guest, where all is many times slower.
     pub const EMULATED: Scale =
         Scale { runtime: Duration::from_millis(1500), names: 400, entries: 1_000, ..Scale::FULL };
     /// To see that it works.
