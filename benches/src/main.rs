@@ -129,7 +129,9 @@ fn start() -> Result<()> {
         ensure!(status.success(), "engine-ab ended with {status}");
         return Ok(());
     }
-    watchdog::start(|| drop(report()))?;
+    let emulated = !cli.mounted.is_empty();
+    let limit = if emulated { watchdog::LIMIT_EMULATED } else { watchdog::LIMIT };
+    watchdog::start(limit, || drop(report()))?;
     raise_files_limit();
     let (scratch, _guard) = temporary_dir(&std::env::temp_dir())?;
     let outcome = run(cli, &scratch);
