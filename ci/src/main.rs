@@ -67,6 +67,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = guard::on_signals().and_then(|()| dispatch(cli.command));
+    guard::rest_if_ending();
     guard::undo_all();
     match result {
         Ok(()) => ExitCode::SUCCESS,
