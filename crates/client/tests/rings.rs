@@ -358,6 +358,8 @@ fn killed_and_overdue_readers_get_out_while_it_is_cut() {
         assert!(bench.client()["abandoned"].as_u64() >= Some(1));
         drop(hidden);
         bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+        let path = bench.mountpoint.display().to_string();
+        assert!(bench.run(&["wait", "--resumed", &path]).status.success());
         let hello = bench.file("hello");
         within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
         wait_until("the slots", || bench.host.slots_in_use() == 0);
