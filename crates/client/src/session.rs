@@ -179,6 +179,8 @@ impl Session {
             return;
         }
         if !unmounted {
+            // It need not keep the session for a resume.
+            self.resume.say_goodbye(Reason::Unmounted);
             self.resume.shutdown(false);
             self.lanes.iter().for_each(|lane| lane.close(Errno::IO));
         }
@@ -202,11 +204,6 @@ impl Session {
         // It may have come before the old one was seen to be gone.
         lane.kick();
         self.notify();
-    }
-
-    /// Tells the daemon that the mount is gone for good.
-    pub fn say_goodbye(&self, reason: Reason) {
-        self.resume.say_goodbye(reason);
     }
 
     /// Has all threads end, after the mount is gone.
