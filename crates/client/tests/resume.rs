@@ -52,6 +52,11 @@ fn wait_resumes(host: &Host, at_least: u64) {
     host.wait_for("resumes", |seen| (seen.resumes >= at_least).then_some(()));
 }
 
+/// The request that hangs has come again: only then may a reply leave by the new connection.
+fn wait_repeats(host: &Host, at_least: u64) {
+    host.wait_for("the request again", |seen| (seen.repeats_running >= at_least).then_some(()));
+}
+
 /// The mount goes as any other does, and nothing is left.
 fn umount(bench: &Bench, client: Client) -> String {
     wait_until("the unmount", || bench.umount(&[]).status.success());
@@ -78,9 +83,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
         for round in 1..4 {
             fault(&bench.host);
             wait_resumes(&bench.host, round * lanes);
-            bench.host.wait_for("the request again", |seen| {
-                (seen.repeats_running == round).then_some(())
-            });
+            wait_repeats(&bench.host, round);
             use_mount(&bench);
         }
         bench.host.answer_hanging(lane, at, 13);
@@ -188,6 +191,7 @@ fn a_refused_reconnect_is_tried_until_it_is_accepted() {
     assert!(text.contains("RESUMING"), "{text}");
     bench.host.refuse(None);
     wait_resumes(&bench.host, 2);
+    wait_repeats(&bench.host, 1);
     bench.host.answer_hanging(lane, at, 13);
     assert!(!reader.wait().status.success());
     let stderr = umount(&bench, client);
@@ -280,6 +284,7 @@ fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
         assert!(waited.status.success(), "{waited:?}");
         wait_resumes(&bench.host, 2 * round);
         assert_eq!(status_of(&bench)["resumes"], 2 * round);
+        wait_repeats(&bench.host, round);
     }
     let hidden = bench.host.hide();
     assert!(bench.run(&["reconnect", &path]).status.success());
@@ -287,6 +292,7 @@ fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
     assert_eq!(waited.status.code(), Some(4), "{waited:?}");
     drop(hidden);
     assert!(bench.run(&["wait", "--resumed", &path]).status.success());
+    wait_repeats(&bench.host, 4);
     bench.host.answer_hanging(lane, at, 13);
     assert!(!reader.wait().status.success());
     let none = bench.run(&["wait", "--resumed", "/nonexistent"]);
@@ -329,6 +335,7 @@ fn a_silent_death_is_found_by_asking() {
     let found = begun.elapsed();
     // 2 s (heart.rs), and what a loaded machine takes to notice.
     assert!(found < Duration::from_secs(8), "after {found:?}");
+    wait_repeats(&bench.host, 1);
     bench.host.answer_hanging(lane, at, 13);
     assert!(!reader.wait().status.success());
     let stderr = umount(&bench, client);

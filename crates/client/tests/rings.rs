@@ -322,7 +322,9 @@ fn whoever_waits_goes_on_with_the_next_connection() {
     within("the write", move || writer.join()).expect("written");
     assert_eq!(bench.host.wait_for("writes", |seen| Some(seen.written)), 1 << 20);
     // By the connection that the lane has now.
-    bench.host.wait_for("repeats", |seen| (seen.repeats_ended > 0).then_some(()));
+    bench.host.wait_for("repeats", |seen| {
+        (seen.repeats_ended > 0 && seen.repeats_running >= 4).then_some(())
+    });
     bench.host.answer_hanging(lane, at, 13);
     let output = within("the reader", move || reader.wait_with_output()).expect("wait");
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
