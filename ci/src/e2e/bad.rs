@@ -303,10 +303,14 @@ fn false_daemon(rig: &Rig) -> Result<()> {
 }
 
 /// A mount whose client runs in the foreground, so that its process is at hand.
-fn foreground(rig: &Rig, name: &str) -> Result<(Process, std::path::PathBuf, Guard)> {
+fn foreground(
+    rig: &Rig,
+    daemon: &Daemon,
+    name: &str,
+) -> Result<(Process, std::path::PathBuf, Guard)> {
     let dir = rig.sandbox.make_dir(name)?;
     let guard = Guard::new(Undo::Mount(dir.clone()));
-    let client = rig.daemon.mount_cmd("d", &dir, "").arg("-f");
+    let client = daemon.mount_cmd("d", &dir, "").arg("-f");
     let client = client.spawn(&rig.sandbox.path(&format!("{name}.log")))?;
     let up = guard::poll_until(SETTLE, || Ok(!mounts::at(&dir)?.is_empty()))?;
     ensure!(up, "not mounted: {}", crate::proc::tail_of(&rig.sandbox.path(&format!("{name}.log"))));
@@ -315,7 +319,7 @@ fn foreground(rig: &Rig, name: &str) -> Result<(Process, std::path::PathBuf, Gua
 }
 
 fn stopped_guest(rig: &Rig) -> Result<()> {
-    let (client, dir, guard) = foreground(rig, "stopped")?;
+    let (client, dir, guard) = foreground(rig, &rig.daemon, "stopped")?;
     let reading = dir.join("stopped");
     client.signal(Signal::STOP)?;
     let waiting = Cmd::new("sh").args(["-c", "echo more >> \"$1\"", "sh"]).arg(&reading);
@@ -338,15 +342,20 @@ fn umount_foreground(rig: &Rig, mut client: Process, dir: &Path, guard: Guard) -
     Ok(())
 }
 
+/// Nobody tells the daemon that such a guest will not come back: its session stays for the grace
+/// time, and no longer.
 fn killed_guest(rig: &Rig) -> Result<()> {
-    let (mut client, dir, guard) = foreground(rig, "killed")?;
+    let shares = [rig::share("d", &rig.backing)];
+    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "patient", &shares, &["--grace=1"])?;
+    let (mut client, dir, guard) = foreground(rig, &daemon, "killed")?;
     client.signal(Signal::KILL)?;
     client.wait(SETTLE)?.context("it survives SIGKILL")?;
-    rig.daemon.counters_at_rest().context("the daemon keeps the session")?;
+    daemon.counters_at_rest().context("the daemon keeps the session")?;
     // The mount is dead: umount must not touch what is behind it.
     Cmd::new(&rig.bins.ringfs).arg("umount").arg(&dir).limit(SETTLE).run()?;
     wait_unmounted(&dir, SETTLE)?;
     guard.disarm();
+    daemon.stop()?;
     others_work(rig, "others")
 }
 
@@ -404,7 +413,7 @@ fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
 
 fn unmount_signals(rig: &Rig) -> Result<()> {
     for (name, signal) in [("term", Signal::TERM), ("int", Signal::INT), ("hup", Signal::HUP)] {
-        let (mut client, dir, guard) = foreground(rig, name)?;
+        let (mut client, dir, guard) = foreground(rig, &rig.daemon, name)?;
         client.signal(signal)?;
         let status = client.wait(SETTLE)?.with_context(|| format!("{name} does not end it"))?;
         ensure!(status.success(), "after {name} the client ended with {status}");
