@@ -221,8 +221,9 @@ impl Registry {
         Some(fresh.unwrap_or(ticket))
     }
 
-    /// A connection lost its socket, and its shard keeps what is needed to resume it. A session that
-    /// was never `used` ends with its last connection: a mount that failed has nothing to keep.
+    /// A connection lost its socket, and its shard keeps what is needed to resume it. A session
+    /// that was never `used` ends with its last connection: a mount that failed has nothing to
+    /// keep.
     pub fn cut(&self, session: &Session, conn: u16, used: bool) {
         let mut sessions = self.lock();
         let Some(live) = sessions.live.get_mut(&session.id) else { return };
