@@ -322,6 +322,11 @@ impl SlotTable {
         cell.is_some_and(|cell| cell.is_busy() && cell.seq == at.seq)
     }
 
+    /// Whether any slot has ever been used.
+    pub fn is_used(&self) -> bool {
+        self.cells.iter().any(|cell| cell.state() != Some(State::Fresh))
+    }
+
     /// Requests being executed.
     pub fn in_use(&self) -> usize {
         self.in_use
