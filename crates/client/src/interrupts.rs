@@ -102,8 +102,11 @@ fn still_waits(lanes: &[Lane], suspect: &Suspect) -> bool {
     if !is_dying(suspect.pid) {
         return true;
     }
-    if let Interrupted::Parked(parked) = lane.interrupt(suspect.unique) {
-        lane.answer_error(parked.unique, Errno::INTR);
+    match lane.interrupt(suspect.unique) {
+        Interrupted::Parked | Interrupted::Abandoned => {
+            lane.answer_error(suspect.unique, Errno::INTR);
+        }
+        Interrupted::Cancelled | Interrupted::Unknown => {}
     }
     false
 }

@@ -221,7 +221,7 @@ impl Greeter {
             ticket: session.ticket,
             epoch: self.registry.epoch,
             grace_s: 0,
-            reserved: 0,
+            flags: 0,
         };
         if !send(&accepted, &mut tx, Kind::Welcome, 0, welcome.as_bytes()) {
             return self.registry.detach(&session, hello.conn);

@@ -267,6 +267,27 @@ opcodes! {
     CopyFileRange64 = 53,
 }
 
+impl Opcode {
+    /// Whether such a request may run again when its reply was lost: it changes nothing, and gives
+    /// nothing that must be given back. READDIRPLUS may once its lookups are given back.
+    pub const fn may_rerun(self) -> bool {
+        matches!(
+            self,
+            Opcode::Getattr
+                | Opcode::Statx
+                | Opcode::Read
+                | Opcode::Readlink
+                | Opcode::Readdir
+                | Opcode::Readdirplus
+                | Opcode::Statfs
+                | Opcode::Getxattr
+                | Opcode::Listxattr
+                | Opcode::Lseek
+                | Opcode::Access
+        )
+    }
+}
+
 /// The u64 of an INIT's two flag words.
 pub const fn init_flags(flags: u32, flags2: u32) -> u64 {
     let low = flags as u64;

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `len` counts the header in both. `code` is a REQUEST's opcode, a REPLY's errno, a GOODBYE's
-//! reason. The record header is as long as `fuse_out_header` and as the first three fields of
+//! reason, a CANCEL's kind. The record header is as long as `fuse_out_header` and as the first three fields of
 //! `fuse_in_header`: it is written over them, so frames travel where the kernel wrote them.
 //!
 //! `head_crc` (CRC32C) covers the batch header without itself and the first
@@ -63,7 +63,7 @@ pub struct RecordHeader {
     pub slot: u16,
     /// How often the slot was used before, wrapping.
     pub slot_seq: u32,
-    /// Opcode, errno or reason; 0 for other kinds.
+    /// Opcode, errno, reason or kind of CANCEL; 0 for other records.
     pub code: u32,
 }
 
@@ -84,7 +84,7 @@ pub enum Kind {
     Reply = 4,
     /// Guest: node ids given back; answered by an empty REPLY.
     Forget = 5,
-    /// Guest: a FUSE_INTERRUPT of the request in that slot.
+    /// Guest: nobody waits for the request in that slot any more; `code` is one of [`cancel`].
     Cancel = 6,
     /// Host: what rebuilds a node elsewhere.
     Node = 7,
@@ -124,6 +124,14 @@ impl Kind {
     pub const fn is_optional(value: u8) -> bool {
         value >= 128
     }
+}
+
+/// The code of a CANCEL.
+pub mod cancel {
+    /// A FUSE_INTERRUPT: the reply is awaited all the same, and may be EINTR.
+    pub const INTERRUPT: u32 = 0;
+    /// ABANDON: nobody will take the reply. Answered by a REPLY with EINTR; docs/sessions.md.
+    pub const ABANDON: u32 = 1;
 }
 
 /// Why bytes are no batch. All of them end the connection.

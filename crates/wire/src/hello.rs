@@ -38,6 +38,16 @@ pub mod mount_flag {
     pub const KNOWN: u32 = READ_ONLY | WRITEBACK;
 }
 
+/// What a WELCOME to a HELLO with a ticket means; docs/sessions.md.
+pub mod welcome_flag {
+    /// The connection goes on where the one before it was cut.
+    pub const RESUMED: u32 = 1 << 0;
+    /// The daemon does not know the session: it is made anew from the guest's memory.
+    pub const REBUILD: u32 = 1 << 1;
+    /// All that this version knows.
+    pub const KNOWN: u32 = RESUMED | REBUILD;
+}
+
 /// How long the guest's kernel may believe names, attributes and data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
@@ -161,8 +171,8 @@ pub struct Welcome {
     pub epoch: u64,
     /// How long a cut session is kept, in seconds.
     pub grace_s: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Bits of [`welcome_flag`].
+    pub flags: u32,
 }
 const _: () = assert!(size_of::<Welcome>() == 48);
 
@@ -355,6 +365,9 @@ impl Welcome {
         }
         if welcome.features & !feature::KNOWN != 0 {
             return Err(bad("features that were not asked for"));
+        }
+        if welcome.flags & !welcome_flag::KNOWN != 0 || welcome.flags == welcome_flag::KNOWN {
+            return Err(bad("flags"));
         }
         Ok(welcome)
     }
