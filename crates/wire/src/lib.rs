@@ -9,6 +9,7 @@
 //! - [`deframe`]: a stream of bytes, cut into whole batches;
 //! - [`hello`]: the handshake's messages;
 //! - [`slot`]: the session table: what is in flight, and exactly once;
+//! - [`table`]: the daemon's half of it, which outlives connections;
 //! - [`session`]: one connection's sequence numbers and acknowledgements;
 //! - [`spin`]: how often either end looks again before it sleeps.
 #![forbid(unsafe_code)]
@@ -21,3 +22,4 @@ pub mod limits;
 pub mod session;
 pub mod slot;
 pub mod spin;
+pub mod table;
