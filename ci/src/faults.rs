@@ -42,6 +42,8 @@ use schedule::Schedule;
 
 const IMAGE_BYTES: u64 = 1 << 30;
 const PROGRESS: Duration = Duration::from_secs(5);
+/// A connection that is missing for so long is asked for.
+const HURRY: Duration = Duration::from_millis(40);
 /// What a run may take beyond its seconds: fsx and fio end when they are done.
 const SLACK: Duration = Duration::from_secs(300);
 /// Too few cuts after the seconds: the threads go on, at most as many times as long.
@@ -371,7 +373,14 @@ impl<'a> Under<'a> {
         let mount = lock(&self.daemon).mount_through(&self.proxy.socket, "x", &dir, &options)?;
         self.proxy.arm(true);
         let before = account.count.load(Relaxed);
-        let result = work(&mount, &name);
+        let result = thread::scope(|scope| {
+            let (done, over) = mpsc::channel::<()>();
+            let mount = &mount;
+            scope.spawn(move || self.hurry(mount, &over));
+            let result = work(mount, &name);
+            drop(done);
+            result
+        });
         self.proxy.arm(false);
         let gone = mounts::at(&dir)?.is_empty();
         let result = result.with_context(|| format!("under {options}"));
@@ -385,6 +394,23 @@ impl<'a> Under<'a> {
             lock(&self.daemon).assert_back_at(&self.start)?;
         }
         Ok(())
+    }
+
+    /// A guest that is cut often waits for up to a second before it comes again; one that is told
+    /// to comes at once, and so there is more to see.
+    fn hurry(&self, mount: &Mount, over: &mpsc::Receiver<()>) {
+        let all = self.proxy.live();
+        let mut missing = false;
+        while over.recv_timeout(HURRY) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let was_missing = std::mem::replace(&mut missing, self.proxy.live() < all);
+            if was_missing
+                && missing
+                && let Err(error) = mount.reconnect()
+            {
+                // A client that is too old, or a mount that has ended: that shows elsewhere.
+                return self.proxy.note(&format!("ringfs reconnect: {error:#}"));
+            }
+        }
     }
 
     /// The closing line, with what the daemon counted.

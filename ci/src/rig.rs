@@ -247,6 +247,11 @@ pub struct Mount {
 }
 
 impl Mount {
+    /// Asks the client to join its connections anew, at once.
+    pub fn reconnect(&self) -> Result<()> {
+        Cmd::new(&self.ringfs).arg("reconnect").arg(&self.dir).limit(SETTLE).run().map(drop)
+    }
+
     /// Unmounts in the orderly way, and sees it gone.
     pub fn umount(mut self) -> Result<()> {
         Cmd::new(&self.ringfs).arg("umount").arg(&self.dir).limit(SETTLE).run()?;

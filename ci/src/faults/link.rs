@@ -25,6 +25,8 @@ pub struct Link {
     /// To the daemon.
     pub daemon: UnixStream,
     dead: AtomicBool,
+    /// The guest is left in silence: it believes the connection to live.
+    muted: AtomicBool,
     /// Dropped when the pumps are to stop, which the other end shows to both.
     waker: Mutex<Option<UnixStream>>,
     woken: UnixStream,
@@ -41,8 +43,8 @@ impl Link {
         let (waker, woken) = UnixStream::pair()?;
         let (end_waker, ended) = UnixStream::pair()?;
         let (waker, end_waker) = (Mutex::new(Some(waker)), Mutex::new(Some(end_waker)));
-        let dead = AtomicBool::new(false);
-        Ok(Self { conn, guest, daemon, dead, waker, woken, end_waker, ended })
+        let (dead, muted) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { conn, guest, daemon, dead, muted, waker, woken, end_waker, ended })
     }
 
     /// Tells both pumps to stop, and leaves the sockets as they are.
@@ -54,6 +56,16 @@ impl Link {
     /// Whether the pumps were told to stop.
     pub fn stopped(&self) -> bool {
         self.dead.load(Relaxed)
+    }
+
+    /// Says whether the guest is left in silence.
+    pub fn mute(&self, muted: bool) {
+        self.muted.store(muted, Relaxed);
+    }
+
+    /// Whether the guest has reason to believe that the connection lives.
+    pub fn seems_live(&self) -> bool {
+        !self.stopped() || self.muted.load(Relaxed)
     }
 
     /// Both ends see EOF.

@@ -172,6 +172,12 @@ impl Proxy {
         &self.shared.tally
     }
 
+    /// Connections that the guest has reason to believe in.
+    pub fn live(&self) -> usize {
+        let links = lock(&self.shared.links);
+        links.iter().filter_map(Weak::upgrade).filter(|link| link.seems_live()).count()
+    }
+
     /// What the ends must not have done.
     pub fn findings(&self) -> Vec<String> {
         lock(&self.shared.findings).clone()

@@ -280,11 +280,13 @@ impl Pump {
             Fault::SilentToGuest => (&self.link.daemon, &self.link.guest),
             _ => (&self.link.guest, &self.link.daemon),
         };
+        self.link.mute(event.fault == Fault::SilentToGuest);
         self.link.stop();
         // It may have gone already.
         let _ = gone.shutdown(std::net::Shutdown::Both);
         if self.link.hold(kept, event.dice.is_multiple_of(2)) {
             self.shared.tally.silent_closed.fetch_add(1, Relaxed);
         }
+        self.link.mute(false);
     }
 }
