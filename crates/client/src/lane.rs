@@ -170,6 +170,15 @@ pub struct Lane {
 }
 
 impl Table {
+    fn waiting(&self) -> impl Iterator<Item = (u64, u32)> {
+        let parked = self.park.iter().map(|parked| (parked.unique, parked.pid));
+        let in_flight = self.slots.in_flight().filter_map(|(_, request)| match request {
+            InFlight::Request { unique, pid, .. } => Some((*unique, *pid)),
+            InFlight::Forget | InFlight::Abandoned => None,
+        });
+        parked.chain(in_flight)
+    }
+
     /// Has the requests that `choose` means answered here: their ids.
     fn abandon(&mut self, choose: impl Fn(&InFlight) -> bool) -> Vec<u64> {
         let chosen = self.slots.in_flight_mut().filter(|(_, request)| choose(request));
@@ -329,6 +338,11 @@ impl Lane {
         uniques.iter().for_each(|&unique| self.answer_error(unique, errno));
     }
 
+    /// There will be a connection at once: to wait makes sense again.
+    pub fn renew(&self) {
+        lock(&self.table).overdue = None;
+    }
+
     /// There is a connection: what has to be sent on it before all else.
     pub fn resend(&self) -> VecDeque<Resend> {
         let mut table = lock(&self.table);
@@ -374,12 +388,12 @@ impl Lane {
     /// The task that waits for the answer to `unique`, if that is parked or in flight here.
     pub fn waits(&self, unique: u64) -> Option<u32> {
         let table = lock(&self.table);
-        let parked = table.park.iter().map(|parked| (parked.unique, parked.pid));
-        let in_flight = table.slots.in_flight().filter_map(|(_, request)| match request {
-            InFlight::Request { unique, pid, .. } => Some((*unique, *pid)),
-            InFlight::Forget | InFlight::Abandoned => None,
-        });
-        parked.chain(in_flight).find(|(its, _)| *its == unique).map(|(_, pid)| pid)
+        table.waiting().find(|(its, _)| *its == unique).map(|(_, pid)| pid)
+    }
+
+    /// All that is parked or in flight here, with the tasks that wait.
+    pub fn waiting(&self) -> Vec<(u64, u32)> {
+        lock(&self.table).waiting().collect()
     }
 
     /// Nobody waits for `unique` any more: takes it from the park, or has the daemon told.

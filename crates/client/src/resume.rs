@@ -414,7 +414,10 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     // Whatever becomes of this connection: the daemon may know the new ticket alone by now.
     terms.welcome = welcome;
     match resume.end_try(port, Some(joined)) {
-        true => Ok(()),
+        true => {
+            session.lanes[usize::from(port)].renew();
+            Ok(())
+        }
         false => Err(ResumeError::Overtaken),
     }
 }

@@ -215,10 +215,11 @@ impl<'s> RingLane<'s> {
                 self.ring.arm(sockets.room, true)?;
             }
         }
-        Ok(match limit {
+        match limit {
             Some(limit) => self.ring.wait_for(limit)?,
             None => self.ring.wait()?,
-        })
+        }
+        Ok(())
     }
 
     /// Before a sleep: how long it may be.
@@ -289,6 +290,9 @@ impl<'s> RingLane<'s> {
         if let Err(errno) = taken {
             self.uniques[usize::from(id.0)] = None;
             return Ok(self.ring.reply(id, Err(errno.raw_os_error()))?);
+        }
+        if self.link.is_none() {
+            self.session.interrupts.add(self.lane.index, unique, pid);
         }
         // The interrupt may have come by the device before this.
         if self.session.take_early_interrupt(unique) {
@@ -427,6 +431,11 @@ impl<'s> RingLane<'s> {
         self.builder = BatchBuilder::new();
         self.overdue.begin(self.session.resume.soft);
         self.session.lost(self.lane, &link.conn, end);
+        // The kernel does not tell of a signal that comes while it hands a request to its entry, as
+        // with the FLUSH of a killed process; and while it is cut nothing else would answer.
+        for (unique, pid) in self.lane.waiting() {
+            self.session.interrupts.add(self.lane.index, unique, pid);
+        }
     }
 
     fn receive(&mut self) -> Result<(), End> {

@@ -259,6 +259,8 @@ fn a_soft_mount_fails_what_waits_too_long_and_works_again_later() {
     drop(hidden);
     wait_resumes(&bench.host, 2);
     bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+    let path = bench.mountpoint.display().to_string();
+    assert!(bench.run(&["wait", "--resumed", &path]).status.success());
     use_mount(&bench);
     wait_until("the slots", || bench.host.slots_in_use() == 0);
     let stderr = umount(&bench, client);

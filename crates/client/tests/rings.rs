@@ -285,6 +285,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
     let name = "whoever_waits_goes_on_with_the_next_connection";
     let Some(_on) = Switched::to("Y", name) else { return };
     let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let path = bench.mountpoint.display().to_string();
     let lanes = bench.host.wait_for("hellos", |seen| Some(seen.hellos.len() as u64));
     let reader = bench.cat("hang");
     let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
@@ -299,9 +300,9 @@ fn whoever_waits_goes_on_with_the_next_connection() {
             .host
             .wait_for("the request again", |seen| (seen.repeats_running == round).then_some(()));
         if round == 3 {
-            assert!(bench.run(&["reconnect"]).status.success(), "the idle lanes too");
+            assert!(bench.run(&["reconnect", &path]).status.success(), "the idle lanes too");
         }
-        let waited = bench.run(&["wait", "--resumed", "--timeout", "20"]);
+        let waited = bench.run(&["wait", "--resumed", "--timeout", "20", &path]);
         assert!(waited.status.success(), "{waited:?}");
         let hello = bench.file("hello");
         within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
@@ -357,6 +358,8 @@ fn killed_and_overdue_readers_get_out_while_it_is_cut() {
         assert!(bench.client()["abandoned"].as_u64() >= Some(1));
         drop(hidden);
         bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+        let path = bench.mountpoint.display().to_string();
+        assert!(bench.run(&["wait", "--resumed", &path]).status.success());
         let hello = bench.file("hello");
         within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
         wait_until("the slots", || bench.host.slots_in_use() == 0);

@@ -18,6 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 use thiserror::Error;
 
 /// How files and sockets are driven.
@@ -41,6 +42,8 @@ pub struct Config {
     pub engine: Engine,
     /// Looks for input before a thread sleeps; 0: none.
     pub spin: u32,
+    /// How long a session without connections is kept.
+    pub grace: Duration,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
 }
@@ -203,7 +206,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let cpus = choose_cpus(config.cpus)?;
     let listeners: Vec<Listener> =
         config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
-    let worker = Worker::start(shares, &cpus, config.engine, config.spin)?;
+    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace)?;
     let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
     for address in &config.listen {
         tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");

@@ -5,14 +5,14 @@
 //! may wait for a share's file system is on further ones, bounded for each share.
 
 use crate::accept::Accepted;
-use crate::connection::{Connection, Link};
 use crate::fs::{Fs, FsOptions, ShareRoot};
 use crate::limits::*;
-use crate::mailbox::{Mail, Mailbox};
-use crate::session::{Registry, Session, Terms};
+use crate::link::Numbers;
+use crate::mailbox::Mail;
+use crate::session::{Registry, Session, Terms, let_go};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{
-    Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, Welcome, common_version, feature, mount_flag,
+    Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, common_version, feature, mount_flag,
 };
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
-use zerocopy::IntoBytes;
 
 /// A directory that guests may mount.
 pub struct Share {
@@ -44,10 +43,26 @@ pub struct Greeter {
     pub shares: Vec<Share>,
     /// Sessions.
     pub registry: Arc<Registry>,
-    /// The shards.
-    pub shards: Vec<Arc<Mailbox>>,
     /// Of each share, how many sessions are being opened now.
     pub opening: Vec<AtomicUsize>,
+}
+
+/// A connection whose HELLO was read, on its way to the shard that welcomes it.
+pub struct Newcomer {
+    /// The stream; not blocking yet.
+    pub socket: OwnedFd,
+    /// The peer, for people.
+    pub peer: String,
+    /// The session that it names.
+    pub session: Arc<Session>,
+    /// Which of the session's connections it is.
+    pub conn: u16,
+    /// The version in force.
+    pub version: u16,
+    /// By which it came.
+    pub ticket: Ticket,
+    /// The HELLO was the first batch.
+    pub numbers: Numbers,
 }
 
 /// A HELLO that was read.
@@ -64,12 +79,15 @@ struct Greeting {
 }
 
 /// What a refused peer is told.
-struct Refusal {
-    reason: Reason,
-    text: String,
+pub struct Refusal {
+    /// Why.
+    pub reason: Reason,
+    /// For people.
+    pub text: String,
 }
 
-fn refuse(reason: Reason, text: impl Into<String>) -> Refusal {
+/// A refusal.
+pub fn refuse(reason: Reason, text: impl Into<String>) -> Refusal {
     Refusal { reason, text: text.into() }
 }
 
@@ -169,6 +187,7 @@ impl Greeter {
         if hailed.hello.ticket != Ticket::NONE {
             let text = "no such session here; mount again";
             let found = self.registry.find(hailed.hello.ticket);
+            let found = found.map(|session| (session, hailed.hello.ticket));
             return self.join(hailed, found.ok_or(refuse(Reason::UnknownSession, text)));
         }
         if let Err((accepted, refusal)) = self.begin_opening(hailed) {
@@ -204,42 +223,28 @@ impl Greeter {
         Ok(())
     }
 
-    /// Adds the connection to its session.
-    fn join(&self, hailed: Hailed, session: Result<Arc<Session>, Refusal>) {
+    /// Hands the connection to the shard that has it already, or will have it.
+    fn join(&self, hailed: Hailed, session: Result<(Arc<Session>, Ticket), Refusal>) {
         let Hailed { accepted, hello, rx } = hailed;
-        let session = match session.and_then(|session| self.attach(&hello, session)) {
-            Ok(session) => session,
+        let (session, ticket) = match session {
+            Ok(found) => found,
             Err(refusal) => return say_goodbye(&accepted, &refusal),
         };
-        let mut tx = LinkTx::new(true);
-        let welcome = Welcome {
-            version: hello.common_version().unwrap_or_default(),
-            lanes: session.lanes,
-            slots: session.slots,
-            conns: session.conns,
-            features: session.features,
-            ticket: session.ticket,
-            epoch: self.registry.epoch,
-            grace_s: 0,
-            flags: 0,
+        let shard = self.registry.shard(&session, hello.conn).cloned();
+        let Some(shard) = shard.filter(|_| hello.conns == session.conns) else {
+            let text = format!("this session has {} connections", session.conns);
+            say_goodbye(&accepted, &refuse(Reason::Protocol, text));
+            return let_go(session);
         };
-        if !send(&accepted, &mut tx, Kind::Welcome, 0, welcome.as_bytes()) {
-            return self.registry.detach(&session, hello.conn);
-        }
-        // The ring waits for readiness itself; a non-blocking socket would answer EAGAIN instead.
-        let _ = rustix::io::ioctl_fionbio(&accepted.socket, false);
-        let shard = (session.id as usize + hello.conn as usize) % self.shards.len();
-        let socket = Arc::new(accepted.socket);
-        let conn = Connection::new(socket, session, hello.conn, Link { tx, rx });
-        self.shards[shard].post(Mail::Connection(Box::new(conn)));
-    }
-
-    fn attach(&self, hello: &Hello, session: Arc<Session>) -> Result<Arc<Session>, Refusal> {
-        if hello.conns != session.conns || !self.registry.attach(&session, hello.conn) {
-            let text = format!("connection {} of this session is open already", hello.conn);
-            return Err(refuse(Reason::Protocol, text));
-        }
-        Ok(session)
+        shard.post(Mail::Join(Box::new(Newcomer {
+            socket: accepted.socket,
+            peer: accepted.peer,
+            session,
+            conn: hello.conn,
+            version: hello.common_version().unwrap_or_default(),
+            ticket,
+            numbers: Numbers { tx: LinkTx::new(true), rx },
+        })));
     }
 
     fn open(
@@ -247,7 +252,7 @@ impl Greeter {
         hello: &Hello,
         share: &Share,
         accepted: &Accepted,
-    ) -> Result<Arc<Session>, Refusal> {
+    ) -> Result<(Arc<Session>, Ticket), Refusal> {
         if !self.registry.has_room() {
             return Err(refuse(Reason::Limit, format!("{SESSIONS_MAX} sessions are open already")));
         }
@@ -273,12 +278,12 @@ impl Greeter {
             slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
             features: hello.features & feature::KNOWN,
         };
-        let session = self
+        let (session, ticket) = self
             .registry
             .open(terms, fs)
             .map_err(|reason| refuse(reason, "no further session can be opened"))?;
         tracing::info!(session = session.id, share = share.name, session.peer, "session opened");
-        Ok(session)
+        Ok((session, ticket))
     }
 }
 
@@ -319,22 +324,34 @@ fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
 }
 
 fn say_goodbye(accepted: &Accepted, refusal: &Refusal) {
+    say_no(&accepted.socket, &accepted.peer, refusal);
+}
+
+/// Refuses a peer that has not been welcomed.
+pub fn say_no(socket: &OwnedFd, peer: &str, refusal: &Refusal) {
     let Refusal { reason, text } = refusal;
-    tracing::warn!(peer = accepted.peer, ?reason, "refused: {text}");
+    tracing::warn!(peer, ?reason, "refused: {text}");
     let text = &text[..text.floor_char_boundary(GOODBYE_TEXT_BYTES_MAX)];
-    send(accepted, &mut LinkTx::new(true), Kind::Goodbye, *reason as u32, text.as_bytes());
+    let mut tx = LinkTx::new(true);
+    send(socket, &mut tx, 1, (Kind::Goodbye, *reason as u32), text.as_bytes());
 }
 
 /// Sends one record in a batch of its own. Small enough for any socket's empty buffer: a peer that
 /// cannot take it is given up.
-fn send(accepted: &Accepted, tx: &mut LinkTx, kind: Kind, code: u32, body: &[u8]) -> bool {
+pub fn send(
+    socket: &OwnedFd,
+    tx: &mut LinkTx,
+    received: u64,
+    (kind, code): (Kind, u32),
+    body: &[u8],
+) -> bool {
     let mut buffer = [0; HELLO_BYTES_MAX];
     let mut builder = BatchBuilder::new();
     let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
     builder.push(&mut buffer, header, body);
-    let bytes = tx.seal(&mut builder, &mut buffer, 1);
-    let flags = rustix::net::SendFlags::NOSIGNAL;
-    rustix::net::send(&accepted.socket, bytes, flags) == Ok(bytes.len())
+    let bytes = tx.seal(&mut builder, &mut buffer, received);
+    let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
+    rustix::net::send(socket, bytes, flags) == Ok(bytes.len())
 }
 
 fn timespec(duration: Duration) -> Timespec {

@@ -17,6 +17,7 @@ pub mod handles;
 pub mod history;
 pub mod import;
 pub mod limits;
+pub mod link;
 pub mod mailbox;
 pub mod nodes;
 pub mod op;

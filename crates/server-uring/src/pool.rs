@@ -5,10 +5,11 @@
 //! frozen file system hang for as long as it is frozen.
 
 use crate::buffers::Buf;
-use crate::connection::BODY_AT;
 use crate::dispatch::Request;
 use crate::fs::Fs;
+use crate::handles::Handle;
 use crate::limits::POOL_COPY_BYTES_MAX;
+use crate::link::BODY_AT;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
 use crate::op::RequestTag;
@@ -89,7 +90,7 @@ pub struct Done {
 enum Task {
     Request(Box<Job>),
     /// Files to close, nobody waits for it.
-    Release(Released),
+    Release(Released, Option<Handle>),
 }
 
 #[derive(Default)]
@@ -142,7 +143,14 @@ impl Pool {
 
     /// Closes files that a peer has given back. Bounded by the nodes that it may know.
     pub fn release(self: &Arc<Self>, owner: u64, released: Released) {
-        self.queue(owner, Task::Release(released));
+        self.queue(owner, Task::Release(released, None));
+    }
+
+    /// As [`Pool::release`], and closes a handle.
+    pub fn give_back(self: &Arc<Self>, owner: u64, (released, handle): (Released, Option<Handle>)) {
+        if !released.is_empty() || handle.is_some() {
+            self.queue(owner, Task::Release(released, handle));
+        }
     }
 
     fn queue(self: &Arc<Self>, owner: u64, task: Task) {
@@ -192,7 +200,7 @@ impl Pool {
                 (job.session, job.tag.conn, job.tag.lane, job.tag.at)
                     == (session, tag.conn, tag.lane, tag.at)
             }
-            Task::Release(_) => false,
+            Task::Release(..) => false,
         })?;
         let task = turn.waiting.remove(index);
         if turn.running == 0 && turn.waiting.is_empty() {
@@ -200,7 +208,7 @@ impl Pool {
         }
         match task {
             Some(Task::Request(job)) => Some(*job),
-            Some(Task::Release(_)) | None => None,
+            Some(Task::Release(..)) | None => None,
         }
     }
 
@@ -267,7 +275,7 @@ impl Queue {
 fn execute(task: Task) {
     match task {
         Task::Request(job) => execute_request(*job),
-        Task::Release(released) => drop(released),
+        Task::Release(released, handle) => drop((released, handle)),
     }
 }
 

@@ -5,7 +5,10 @@
 use super::*;
 use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
+use ringfs_wire::abi::Opcode;
 use ringfs_wire::limits::RECORD_ALIGN;
+use ringfs_wire::slot::SlotError;
+use ringfs_wire::table::Given;
 use rustix::net::SendFlags;
 use std::os::fd::AsFd;
 
@@ -41,14 +44,18 @@ impl<R: Ring> Shard<R> {
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
-        let mut tag = match conn.begin(&header) {
-            Ok(tag) => tag,
-            Err(error) => {
-                own.into_iter().for_each(|buf| self.buffers.give(buf));
-                return Err(self.protocol(key, error));
+        match conn.begin(&header, header.code) {
+            Ok(Begin::Execute) => {}
+            begun => {
+                let rerun = self.come_again(key, &header, begun);
+                if !matches!(rerun, Ok(true)) {
+                    self.conns[key].unreserve(reserved);
+                    own.into_iter().for_each(|buf| self.buffers.give(buf));
+                    return rerun.map(|_| Step::Taken);
+                }
             }
-        };
-        tag.conn = key;
+        }
+        let mut tag = RequestTag::of(key, &header);
         tag.reserved = reserved as u32;
         self.shared.stats.begin_op(header.code);
         match route {
@@ -76,7 +83,7 @@ impl<R: Ring> Shard<R> {
             }
             Route::Pool => {
                 let conn = &mut self.conns[key];
-                conn.in_flight += 1;
+                conn.running += 1;
                 self.shared.pool.submit(Job {
                     owner: conn.session.owner,
                     session: conn.session.id,
@@ -96,6 +103,40 @@ impl<R: Ring> Shard<R> {
         Ok(Step::Taken)
     }
 
+    /// A request that came before, or cannot be; whether it is to be executed.
+    fn come_again(
+        &mut self,
+        key: usize,
+        header: &RecordHeader,
+        begun: Result<Begin, SlotError>,
+    ) -> Result<bool, Reason> {
+        match begun {
+            Ok(Begin::Execute) => Ok(true),
+            // The answer comes when it ends.
+            Ok(Begin::Running) => Ok(false),
+            Ok(Begin::Replay) => {
+                self.conns[key].replay(header, &mut self.buffers);
+                add(&self.shared.stats.replayed, 1);
+                add(&self.shared.stats.records_out, 1);
+                Ok(false)
+            }
+            Ok(Begin::Rerun(given)) => {
+                add(&self.shared.stats.reruns, 1);
+                self.give_back(key, &given);
+                Ok(true)
+            }
+            Err(error) => Err(self.protocol(key, error)),
+        }
+    }
+
+    /// Takes back what a reply gave and nobody has taken.
+    fn give_back(&mut self, key: usize, given: &Given) {
+        let session = &self.conns[key].session;
+        if !given.is_empty() {
+            self.shared.pool.give_back(session.owner, session.fs.give_back(given));
+        }
+    }
+
     fn execute(
         &mut self,
         tag: RequestTag,
@@ -107,7 +148,7 @@ impl<R: Ring> Shard<R> {
         match own {
             None => {
                 let len = tag.reserved as usize;
-                let room = conn.reply_room(len, &mut self.buffers);
+                let room = conn.link.reply_room(len, &mut self.buffers);
                 match fs.execute(request, &mut room[..len]) {
                     Ok(len) => conn.reply_made(&tag, 0, len),
                     Err(errno) => {
@@ -115,7 +156,7 @@ impl<R: Ring> Shard<R> {
                         add(&self.shared.stats.errors, 1);
                     }
                 }
-                self.shared.stats.end_op();
+                self.shared.stats.end_op(true);
             }
             Some(mut buf) => match fs.execute(request, &mut buf[BODY_AT..]) {
                 Ok(len) => self.reply_from(tag, buf, len),
@@ -130,31 +171,58 @@ impl<R: Ring> Shard<R> {
 
     /// Answers from a buffer with the body at [`BODY_AT`]: as it is if large, else copied.
     fn reply_from(&mut self, tag: RequestTag, buf: Buf, len: usize) {
-        self.shared.stats.end_op();
-        let conn = &mut self.conns[tag.conn];
+        if !self.settle(&tag, 0, &buf[BODY_AT..BODY_AT + len]) {
+            return self.buffers.give(buf);
+        }
+        let link = &mut self.conns[tag.conn].link;
+        let header = reply_header(&tag, 0, len);
         if len > REPLY_INLINE_BYTES_MAX {
-            conn.reply_large(&tag, buf, len);
+            link.reply_large(header, buf);
         } else {
-            conn.reply(&tag, 0, &buf[BODY_AT..BODY_AT + len], &mut self.buffers);
+            link.reply(header, &buf[BODY_AT..BODY_AT + len], &mut self.buffers);
             self.buffers.give(buf);
         }
     }
 
     pub(super) fn answer(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
-        let conn = &mut self.conns[tag.conn];
         let (errno, body) = match result {
             Ok(body) => (0, body),
             Err(errno) => (errno.raw_os_error() as u32, &[][..]),
         };
         add(&self.shared.stats.errors, usize::from(errno != 0));
-        self.shared.stats.end_op();
-        conn.reply(&tag, errno, body, &mut self.buffers);
+        if self.settle(&tag, errno, body) {
+            let header = reply_header(&tag, errno, body.len());
+            self.conns[tag.conn].link.reply(header, body, &mut self.buffers);
+        }
         self.touched.push(tag.conn);
+    }
+
+    /// Writes the end of a request into the table; whether its reply is to be sent.
+    fn settle(&mut self, tag: &RequestTag, errno: u32, body: &[u8]) -> bool {
+        let fate = self.conns[tag.conn].settle(tag, errno, body);
+        self.shared.stats.end_op(fate == Fate::Send);
+        match fate {
+            Fate::Send => true,
+            Fate::Keep => false,
+            Fate::GiveBack { given, send } => {
+                self.give_back(tag.conn, &given);
+                if send {
+                    self.answer_abandoned(tag);
+                }
+                false
+            }
+        }
+    }
+
+    fn answer_abandoned(&mut self, tag: &RequestTag) {
+        let header = reply_header(tag, Errno::INTR.raw_os_error() as u32, 0);
+        self.conns[tag.conn].link.reply(header, &[], &mut self.buffers);
+        add(&self.shared.stats.records_out, 1);
     }
 
     /// Answers a request that was in flight.
     pub(super) fn finish(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
-        self.conns[tag.conn].in_flight -= 1;
+        self.conns[tag.conn].running -= 1;
         self.answer(tag, result);
     }
 
@@ -164,7 +232,7 @@ impl<R: Ring> Shard<R> {
         batch.into_iter().for_each(|batch| self.buffers.give_shared(batch));
         match (own, result) {
             (Some(buf), Ok(len)) => {
-                self.conns[tag.conn].in_flight -= 1;
+                self.conns[tag.conn].running -= 1;
                 self.reply_from(tag, buf, len);
                 self.touched.push(tag.conn);
             }
@@ -176,7 +244,7 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(super) fn begin(&mut self, tag: RequestTag, io: Io) {
-        self.conns[tag.conn].in_flight += 1;
+        self.conns[tag.conn].running += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
     }
 
@@ -202,12 +270,12 @@ impl<R: Ring> Shard<R> {
             Some(buf) => buf,
             None if !try_cache => self.buffers.small(),
             None => {
-                let room = conn.reply_room(len, &mut self.buffers);
+                let room = conn.link.reply_room(len, &mut self.buffers);
                 match read_cached(&file, &mut room[..len], offset) {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
                         add(&self.shared.stats.bytes_read, n);
-                        return self.shared.stats.end_op();
+                        return self.shared.stats.end_op(true);
                     }
                     Cached::Part(_) => {}
                     Cached::Failed(errno) => return self.answer(tag, Err(errno)),
@@ -228,7 +296,7 @@ impl<R: Ring> Shard<R> {
         offset: u64,
         result: IoResult,
     ) {
-        self.conns[tag.conn].in_flight -= 1;
+        self.conns[tag.conn].running -= 1;
         let n = match result {
             Ok(n) => n,
             Err(Errno::INTR | Errno::AGAIN) => {
@@ -269,11 +337,15 @@ impl<R: Ring> Shard<R> {
             self.splicer.discard();
             return Err(buf);
         }
-        let conn = &mut self.conns[tag.conn];
-        let batch = conn.reply_spliced(&tag, &mut buf, taken);
-        let socket = conn.socket.clone();
         add(&self.shared.stats.bytes_read, taken);
-        self.shared.stats.end_op();
+        let wanted = self.settle(&tag, 0, &[]);
+        let link = &mut self.conns[tag.conn].link;
+        let Some(socket) = link.socket.clone().filter(|_| wanted) else {
+            self.splicer.discard();
+            self.buffers.give(buf);
+            return Ok(());
+        };
+        let batch = link.reply_spliced(reply_header(&tag, 0, taken), &mut buf);
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | SendFlags::MORE;
         let sent = rustix::net::send(&socket, &buf[batch.start..head.end], flags).unwrap_or(0);
         let mut at = batch.start + sent;
@@ -292,21 +364,19 @@ impl<R: Ring> Shard<R> {
             self.buffers.give(buf);
             return Ok(());
         }
-        self.conns[tag.conn].queue_rest(buf, at..batch.end);
+        self.conns[tag.conn].link.queue_rest(buf, at..batch.end);
         self.touched.push(tag.conn);
         Ok(())
     }
 
     fn socket_takes(&mut self, key: usize, len: usize) -> bool {
-        let conn = &mut self.conns[key];
-        if !conn.can_splice() {
-            return false;
+        let link = &mut self.conns[key].link;
+        let Some(socket) = link.socket.as_ref().filter(|_| link.can_splice()) else { return false };
+        if link.send_buffer == SendBuffer::Unknown && self.large_sockets < SPLICE_SOCKETS_MAX {
+            link.send_buffer = SendBuffer::enlarge(socket.as_fd());
+            self.large_sockets += usize::from(matches!(link.send_buffer, SendBuffer::Bytes(_)));
         }
-        if conn.send_buffer == SendBuffer::Unknown && self.large_sockets < SPLICE_SOCKETS_MAX {
-            conn.send_buffer = SendBuffer::enlarge(conn.socket.as_fd());
-            self.large_sockets += usize::from(matches!(conn.send_buffer, SendBuffer::Bytes(_)));
-        }
-        conn.send_buffer.has_room(conn.socket.as_fd(), len)
+        link.send_buffer.has_room(socket.as_fd(), len)
     }
 
     pub(super) fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
@@ -348,7 +418,7 @@ impl<R: Ring> Shard<R> {
         offset: u64,
         result: IoResult,
     ) {
-        self.conns[tag.conn].in_flight -= 1;
+        self.conns[tag.conn].running -= 1;
         let result = match result {
             Err(Errno::INTR | Errno::AGAIN) => {
                 return self.begin(tag, Io::Write { file, buf, range, offset });
@@ -392,12 +462,16 @@ impl<R: Ring> Shard<R> {
         if !conn.reserve(0) {
             return Ok(Step::PeerFull);
         }
-        let mut tag = match conn.begin(&header) {
-            Ok(tag) => tag,
-            Err(error) => return Err(self.protocol(key, error)),
-        };
-        tag.conn = key;
-        let fs = conn.session.fs.clone();
+        let opcode = Opcode::Forget as u32;
+        match conn.begin(&header, opcode) {
+            Ok(Begin::Execute) => {}
+            begun => {
+                if !self.come_again(key, &header, begun)? {
+                    return Ok(Step::Taken);
+                }
+            }
+        }
+        let fs = self.conns[key].session.fs.clone();
         let released = match forgets {
             Some(forgets) => fs.forget_later(forgets.iter().map(|one| (one.nodeid, one.nlookup))),
             // Not aligned where it lies.
@@ -413,25 +487,47 @@ impl<R: Ring> Shard<R> {
         {
             self.shared.pool.release(self.conns[key].session.owner, released);
         }
-        self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);
-        self.answer(tag, Ok(&[]));
+        self.shared.stats.begin_op(opcode);
+        self.answer(RequestTag::of(key, &header), Ok(&[]));
         Ok(Step::Taken)
     }
 
+    /// Nobody waits for a request any more: it need not begin.
     pub(super) fn cancel(&mut self, key: usize, header: RecordHeader) {
         let conn = &mut self.conns[key];
         if !conn.is_running(&header) {
             return;
         }
-        let at = ringfs_wire::slot::SlotUse { slot: header.slot, seq: header.slot_seq };
-        let lane = header.lane;
-        let named = RequestTag { conn: key, lane, at, reserved: 0, stored: 0, pages: false };
+        let named = RequestTag::of(key, &header);
         let (owner, session) = (conn.session.owner, conn.session.id);
         if let Some(job) = self.shared.pool.cancel(owner, session, named) {
             job.body.into_batch().into_iter().for_each(|batch| self.buffers.give_shared(batch));
             job.own.into_iter().for_each(|buf| self.buffers.give(buf));
             self.finish(job.tag, Err(Errno::INTR));
         }
+    }
+
+    /// Nobody will take the reply to a request, whatever became of it.
+    pub(super) fn abandon(&mut self, key: usize, header: RecordHeader) -> Result<Step, Reason> {
+        let conn = &mut self.conns[key];
+        // Each costs an answer, and its slot is free before the guest has read it.
+        if !conn.reserve(0) {
+            return Ok(Step::PeerFull);
+        }
+        let abandon = conn.abandon(&header).map_err(|error| self.protocol(key, error))?;
+        add(&self.shared.stats.abandoned, usize::from(abandon != Abandon::Void));
+        match abandon {
+            Abandon::Over(given) => {
+                self.give_back(key, &given);
+                self.answer_abandoned(&RequestTag::of(key, &header));
+            }
+            Abandon::Running => {
+                self.drop_bulk_of(&RequestTag::of(key, &header));
+                self.cancel(key, header);
+            }
+            Abandon::Void => {}
+        }
+        Ok(Step::Taken)
     }
 }
 

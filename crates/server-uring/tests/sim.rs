@@ -1,27 +1,33 @@
 //! A whole shard on the simulated ring, with guests in the same thread: whatever the seed does to
 //! the operations, each request is answered once by its own reply, files hold what was written,
-//! nothing is left behind, and the same seed gives the same history.
+//! nothing is left behind, and the same seed gives the same history. Guests whose connection is cut
+//! at any point resume it: then too each request has happened once, and what a guest holds is what
+//! the daemon holds for it.
 
-use ringfs_server::connection::{Connection, Link};
 use ringfs_server::fs::{Fs, FsOptions};
+use ringfs_server::greet::Newcomer;
+use ringfs_server::link::Numbers;
 use ringfs_server::mailbox::{Mail, Mailbox};
 use ringfs_server::pool::Pool;
 use ringfs_server::ring_sim::{Faults, Rng, SimRing};
-use ringfs_server::session::{Registry, Terms};
+use ringfs_server::session::{Registry, Session, Terms};
 use ringfs_server::shard::{Shard, Shared};
 use ringfs_server::stats::ShardStats;
 use ringfs_wire::abi::{self, Opcode};
-use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
+use ringfs_wire::hello::{Reason, Ticket, Welcome, welcome_flag};
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
 use rustix::thread::{CpuSet, sched_getaffinity};
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
 const CELLS: usize = 24;
@@ -31,22 +37,52 @@ const CELL_BYTES: usize = (1 << 20) + 8192;
 #[derive(Clone, Debug)]
 enum Asked {
     Create,
-    Write { cell: usize, at: usize, data: Vec<u8> },
-    Read { cell: usize, at: usize, len: usize },
+    Write {
+        cell: usize,
+        at: usize,
+        data: Vec<u8>,
+    },
+    Read {
+        cell: usize,
+        at: usize,
+        len: usize,
+    },
     Fsync,
-    Lookup { there: bool },
+    Lookup {
+        there: bool,
+    },
     Forget,
     Getattr,
     Syncfs,
+    /// Fails if it runs twice.
+    Mkdir,
+    /// The same, with its answer left to the daemon.
+    Abandoned,
+}
+
+/// What is in flight: what for, and the record as it goes out, again after a cut.
+#[derive(Clone, Debug)]
+struct Frame {
+    asked: Asked,
+    kind: Kind,
+    code: u32,
+    body: Vec<u8>,
 }
 
 /// A guest with a file of its own, in cells with at most one request on each.
 struct Guest {
     id: usize,
+    session: Arc<Session>,
+    ticket: Ticket,
+    door: Arc<Mailbox>,
     stream: UnixStream,
+    welcomed: bool,
+    known: bool,
     tx: LinkTx,
     rx: LinkRx,
-    slots: ClientSlots<Asked>,
+    slots: ClientSlots<Frame>,
+    /// What is sent again on a new connection, before anything else.
+    again: VecDeque<SlotUse>,
     deframer: Deframer,
     builder: BatchBuilder,
     buffer: Vec<u8>,
@@ -56,7 +92,10 @@ struct Guest {
     to_forget: Vec<u64>,
     left: usize,
     pings: usize,
+    made: usize,
     pool: bool,
+    cuts: usize,
+    resumes: bool,
     ended: bool,
 }
 
@@ -67,18 +106,31 @@ struct Plan {
     requests: usize,
     /// With requests that run on the pool's threads, whose pace is nobody's.
     pool: bool,
+    /// Guests come back after a cut, and cut their connections themselves so often in a thousand
+    /// ticks.
+    cuts: Option<usize>,
     faults: Faults,
 }
 
 impl Guest {
-    fn new(id: usize, stream: UnixStream, plan: &Plan) -> Guest {
-        stream.set_nonblocking(true).expect("non-blocking");
-        Guest {
+    fn new(
+        id: usize,
+        (session, ticket): (Arc<Session>, Ticket),
+        door: &Arc<Mailbox>,
+        plan: &Plan,
+    ) -> Guest {
+        let mut guest = Guest {
             id,
-            stream,
+            session,
+            ticket,
+            door: Arc::clone(door),
+            stream: UnixStream::pair().expect("a pair").0,
+            welcomed: false,
+            known: false,
             tx: LinkTx::new(true),
             rx: LinkRx::new(true),
             slots: ClientSlots::new(16),
+            again: VecDeque::new(),
             deframer: Deframer::new(),
             builder: BatchBuilder::new(),
             buffer: vec![0; BATCH_BYTES_MAX],
@@ -88,9 +140,40 @@ impl Guest {
             to_forget: Vec::new(),
             left: plan.requests,
             pings: 0,
+            made: 0,
             pool: plan.pool,
+            cuts: plan.cuts.unwrap_or(0),
+            resumes: plan.cuts.is_some(),
             ended: false,
-        }
+        };
+        guest.connect();
+        guest
+    }
+
+    /// A new connection in place of the one there was.
+    fn connect(&mut self) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        ours.set_nonblocking(true).expect("non-blocking");
+        self.stream = ours;
+        (self.tx, self.rx) = (LinkTx::new(true), LinkRx::new(true));
+        // In place of a HELLO: both count one batch.
+        let hello = self.tx.seal(&mut BatchBuilder::new(), &mut self.buffer, 0);
+        let mut numbers = Numbers { tx: LinkTx::new(true), rx: LinkRx::new(true) };
+        numbers.rx.accept(hello, 0).expect("a good batch");
+        self.door.post(Mail::Join(Box::new(Newcomer {
+            socket: theirs.into(),
+            peer: "sim".into(),
+            session: Arc::clone(&self.session),
+            conn: 0,
+            version: 1,
+            ticket: self.ticket,
+            numbers,
+        })));
+        self.welcomed = false;
+        (self.deframer, self.builder) = (Deframer::new(), BatchBuilder::new());
+        self.out.clear();
+        self.pings = 0;
+        self.again = self.slots.in_flight().map(|(at, _)| at).collect();
     }
 
     fn is_done(&self) -> bool {
@@ -102,7 +185,15 @@ impl Guest {
         if self.ended {
             return;
         }
-        if self.left > 0 && self.slots.has_free() && rng.one_of(400) {
+        // Whoever has never been welcomed knows no ticket to come back with.
+        if self.known && self.left > 0 && rng.one_of(self.cuts) {
+            return self.end(history);
+        }
+        if self.welcomed {
+            self.send_again(rng);
+        }
+        let free = self.welcomed && self.again.is_empty() && self.slots.has_free();
+        if self.left > 0 && free && rng.one_of(400) {
             self.ask(rng);
         }
         if rng.one_of(300) && !self.builder.is_empty() {
@@ -134,8 +225,38 @@ impl Guest {
     }
 
     fn end(&mut self, history: &mut Vec<String>) {
-        self.ended = true;
         history.push(format!("{} cut", self.id));
+        match self.resumes {
+            true => self.connect(),
+            false => self.ended = true,
+        }
+    }
+
+    /// What was in flight at the cut, or ABANDON in its place.
+    fn send_again(&mut self, rng: &mut Rng) {
+        while !self.builder.is_due()
+            && let Some(at) = self.again.pop_front()
+        {
+            let mut frame = self.slots.unclaim(at).expect("in flight");
+            if matches!(frame.asked, Asked::Lookup { .. } | Asked::Mkdir) && rng.one_of(200) {
+                let (asked, code) = (Asked::Abandoned, cancel::ABANDON);
+                frame = Frame { asked, kind: Kind::Cancel, code, body: Vec::new() };
+            }
+            self.push(at, &frame);
+            // The slot that was freed last is taken first.
+            assert_eq!(self.slots.claim(frame).ok(), Some(at));
+        }
+    }
+
+    fn push(&mut self, at: SlotUse, frame: &Frame) {
+        let header = RecordHeader {
+            kind: frame.kind as u8,
+            slot: at.slot,
+            slot_seq: at.seq,
+            code: frame.code,
+            ..Default::default()
+        };
+        assert!(self.builder.push(&mut self.buffer, header, &frame.body));
     }
 
     fn take_in(&mut self, history: &mut Vec<String>) {
@@ -148,6 +269,19 @@ impl Guest {
             }
         }
         for (record, body) in records {
+            if record.kind == Kind::Welcome as u8 {
+                let welcome = Welcome::decode(&body).expect("a good WELCOME");
+                self.ticket = welcome.ticket;
+                if welcome.flags & welcome_flag::RESUMED != 0 {
+                    history.push(format!("{} resumed", self.id));
+                }
+                (self.welcomed, self.known) = (true, true);
+                continue;
+            }
+            if record.kind == Kind::Goodbye as u8 {
+                let text = String::from_utf8_lossy(&body);
+                panic!("guest {}: {:?} {text}", self.id, Reason::from_u32(record.code));
+            }
             if record.kind == Kind::Pong as u8 {
                 self.pings -= 1;
                 history.push(format!("{} pong", self.id));
@@ -155,8 +289,8 @@ impl Guest {
             }
             assert_eq!(record.kind, Kind::Reply as u8);
             let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-            let asked = self.slots.complete(at).expect("the reply of something in flight");
-            let line = self.check(asked, record.code, &body);
+            let frame = self.slots.complete(at).expect("the reply of something in flight");
+            let line = self.check(frame.asked, record.code, &body);
             history.push(format!("{} {at:?} {line}", self.id));
         }
     }
@@ -188,6 +322,7 @@ impl Guest {
             6 => Asked::Fsync,
             7 => Asked::Lookup { there: rng.below(2) == 0 },
             9 => Asked::Syncfs,
+            8 if self.resumes => Asked::Mkdir,
             _ if !self.to_forget.is_empty() => Asked::Forget,
             _ if rng.below(4) == 0 => {
                 let ping = RecordHeader { kind: Kind::Ping as u8, ..Default::default() };
@@ -199,7 +334,13 @@ impl Guest {
         };
         let place = |cell: usize, at: usize| (cell * CELL_BYTES + at) as u64;
         let (opcode, nodeid, args) = match &asked {
-            Asked::Create => return,
+            Asked::Create | Asked::Abandoned => return,
+            Asked::Mkdir => {
+                self.made += 1;
+                let name = format!("made-{}-{}\0", self.id, self.made);
+                let mkdir = abi::MkdirIn { mode: 0o755, umask: 0 };
+                (Opcode::Mkdir, 1, [mkdir.as_bytes(), name.as_bytes()].concat())
+            }
             Asked::Write { cell, at, data } => {
                 let (offset, size) = (place(*cell, *at), data.len() as u32);
                 let head = abi::WriteIn { fh, offset, size, ..Default::default() };
@@ -229,7 +370,7 @@ impl Guest {
     }
 
     fn create(&mut self) {
-        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+        let flags = (libc::O_RDWR | libc::O_CREAT | libc::O_EXCL) as u32;
         let create = abi::CreateIn { flags, mode: 0o100_600, umask: 0, open_flags: 0 };
         let name = format!("guest-{}\0", self.id);
         let args = [create.as_bytes(), name.as_bytes()].concat();
@@ -238,7 +379,6 @@ impl Guest {
 
     fn send(&mut self, opcode: Opcode, nodeid: u64, args: &[u8], asked: Asked) {
         let forget = matches!(asked, Asked::Forget);
-        let at = self.slots.claim(asked).expect("a free slot");
         let (kind, body) = if forget {
             let ids = std::mem::take(&mut self.to_forget).into_iter();
             let ones: Vec<_> = ids.map(|nodeid| abi::ForgetOne { nodeid, nlookup: 1 }).collect();
@@ -247,14 +387,9 @@ impl Guest {
             let head = [&nodeid.to_le_bytes()[..], &[0; 16]].concat();
             (Kind::Request, [&head[..], args].concat())
         };
-        let header = RecordHeader {
-            kind: kind as u8,
-            slot: at.slot,
-            slot_seq: at.seq,
-            code: opcode as u32,
-            ..Default::default()
-        };
-        assert!(self.builder.push(&mut self.buffer, header, &body));
+        let frame = Frame { asked, kind, code: opcode as u32, body };
+        let at = self.slots.claim(frame.clone()).expect("a free slot");
+        self.push(at, &frame);
     }
 
     /// The reply must be the one to this request; gives a line for the history.
@@ -313,6 +448,16 @@ impl Guest {
                 assert_eq!((code, body.len()), (0, size_of::<abi::AttrOut>()));
                 "getattr".into()
             }
+            Asked::Mkdir => {
+                assert_eq!(code, 0, "made twice");
+                let entry = abi::EntryOut::read_from_bytes(body).expect("an entry");
+                self.to_forget.push(entry.nodeid);
+                "made".into()
+            }
+            Asked::Abandoned => {
+                assert_eq!((code, body.len()), (libc::EINTR as u32, 0));
+                "abandoned".into()
+            }
             Asked::Forget | Asked::Syncfs => {
                 assert_eq!((code, body.len()), (0, 0));
                 "empty".into()
@@ -334,13 +479,14 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
     std::fs::write(share.join("known"), b"x").expect("a file");
     let mailbox = Mailbox::new().expect("a mailbox");
     let stats = Arc::new(ShardStats::default());
-    let registry = Arc::new(Registry::default());
+    let grace = Duration::from_secs(if plan.cuts.is_some() { 600 } else { 0 });
+    let registry = Arc::new(Registry::new(grace));
+    registry.set_shards(vec![mailbox.clone()]);
     let cpus: CpuSet = sched_getaffinity(None).expect("CPUs");
     let pool = Pool::new(2, cpus);
     let mut guests = Vec::new();
     let mut sessions = Vec::new();
     for id in 0..plan.guests {
-        let (ours, theirs) = UnixStream::pair().expect("a pair");
         let terms = Terms {
             share: "share".into(),
             peer: "sim".into(),
@@ -352,12 +498,8 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
         };
         let fs = Fs::new(&share, FsOptions::default()).expect("a file system");
         let session = registry.open(terms, fs).expect("a session");
-        assert!(registry.attach(&session, 0));
-        sessions.push(session.clone());
-        let link = Link { tx: LinkTx::new(true), rx: LinkRx::new(true) };
-        let conn = Connection::new(Arc::new(ours.into()), session, 0, link);
-        mailbox.post(Mail::Connection(Box::new(conn)));
-        guests.push(Guest::new(id, theirs, &plan));
+        sessions.push(session.0.clone());
+        guests.push(Guest::new(id, session, &mailbox, &plan));
     }
     let mut history = Vec::new();
     let mut stopping = false;
@@ -396,8 +538,18 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
             let found = kept.get(cell * CELL_BYTES..).unwrap_or_default();
             assert!(!busy && found.starts_with(bytes), "seed {seed}: cell {cell} differs");
         }
-        // Known: the root, the file, and what was looked up and not given back ("known").
-        assert!(session.fs.counts().nodes <= 3 && session.fs.counts().overdrawn == 0);
+        // Known: the root, the file, and what was looked up and not given back.
+        let (known, lookups) = (guest.to_forget.iter(), guest.file.iter().map(|(node, _)| node));
+        if guest.slots.in_use() == 0 {
+            session.fs.forget(known.chain(lookups).map(|&id| (id, 1)));
+            let counts = session.fs.counts();
+            assert_eq!(
+                (counts.nodes, counts.handles),
+                (1, 1),
+                "seed {seed}: more than it knows of"
+            );
+        }
+        assert_eq!(session.fs.counts().overdrawn, 0, "seed {seed}");
     }
     std::fs::remove_dir_all(&share).expect("clean up");
     history
@@ -422,7 +574,7 @@ fn every_request_is_answered_once_by_its_own_reply() {
     let place = place();
     for seed in seeds() {
         for (guests, faults) in [(1, GENTLE), (1, ROUGH), (4, ROUGH)] {
-            let plan = Plan { guests, requests: 120, pool: false, faults };
+            let plan = Plan { guests, requests: 120, pool: false, cuts: None, faults };
             let history = run(seed, plan, place.path());
             let answers = history.iter().filter(|line| !line.contains("cut")).count();
             assert_eq!(answers, guests * 121, "seed {seed}");
@@ -434,7 +586,7 @@ fn every_request_is_answered_once_by_its_own_reply() {
 fn the_same_seed_is_the_same_history() {
     let place = place();
     for seed in seeds().take(4) {
-        let plan = Plan { guests: 3, requests: 80, pool: false, faults: ROUGH };
+        let plan = Plan { guests: 3, requests: 80, pool: false, cuts: None, faults: ROUGH };
         let first = run(seed, plan, place.path());
         assert!(first == run(seed, plan, place.path()), "seed {seed} has two histories");
         assert!(first != run(seed + 1000, plan, place.path()), "the seed is not used");
@@ -445,7 +597,7 @@ fn the_same_seed_is_the_same_history() {
 fn jobs_of_the_pool_are_answered_too() {
     let place = place();
     for seed in seeds() {
-        let plan = Plan { guests: 3, requests: 60, pool: true, faults: ROUGH };
+        let plan = Plan { guests: 3, requests: 60, pool: true, cuts: None, faults: ROUGH };
         assert_eq!(run(seed, plan, place.path()).len(), 183, "seed {seed}");
     }
 }
@@ -456,9 +608,27 @@ fn connections_that_are_reset_leave_nothing() {
     let faults = Faults { reset: 4, ..ROUGH };
     let mut cut = 0;
     for seed in seeds() {
-        let plan = Plan { guests: 4, requests: 100, pool: seed % 2 == 0, faults };
+        let plan = Plan { guests: 4, requests: 100, pool: seed % 2 == 0, cuts: None, faults };
         let history = run(seed, plan, place.path());
         cut += history.iter().filter(|line| line.ends_with("cut")).count();
     }
     assert!(cut > 0, "no connection was cut");
+}
+
+#[test]
+fn cut_sessions_go_on_and_each_request_has_happened_once() {
+    let place = place();
+    let (mut cut, mut resumed, mut abandoned) = (0, 0, 0);
+    for seed in seeds() {
+        for (guests, reset) in [(1, 0), (3, 4)] {
+            let faults = Faults { reset, ..ROUGH };
+            let plan = Plan { guests, requests: 150, pool: seed % 2 == 0, cuts: Some(3), faults };
+            let history = run(seed, plan, place.path());
+            let count = |what: &str| history.iter().filter(|line| line.ends_with(what)).count();
+            cut += count("cut");
+            resumed += count("resumed");
+            abandoned += count("abandoned");
+        }
+    }
+    assert!(cut > 20 && resumed > 20 && abandoned > 0, "{cut} cut, {resumed}, {abandoned}");
 }
