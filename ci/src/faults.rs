@@ -370,7 +370,9 @@ impl<'a> Under<'a> {
             options += &format!(",{}", self.args.options);
         }
         self.proxy.note(&format!("mount -o {options}"));
-        let mount = lock(&self.daemon).mount_through(&self.proxy.socket, "x", &dir, &options)?;
+        let log = self.sandbox.path(&format!("{name}.log"));
+        let through = &self.proxy.socket;
+        let mount = lock(&self.daemon).mount_through(through, "x", &dir, &options, &log)?;
         self.proxy.arm(true);
         let before = account.count.load(Relaxed);
         let result = thread::scope(|scope| {

@@ -206,19 +206,26 @@ impl Daemon {
 
     /// Mounts `share` on the existing directory `dir`.
     pub fn mount_on(&self, share: &str, dir: &Path, options: &str) -> Result<Mount> {
-        self.mount_through(&self.socket, share, dir, options)
+        self.mounted(self.mount_cmd(share, dir, options), dir)
     }
 
-    /// The same by the way of `socket`, where somebody passes on to the daemon.
+    /// The same by the way of `socket`, where somebody passes on to the daemon; the client writes
+    /// what it has to say into `log`.
     pub fn mount_through(
         &self,
         socket: &Path,
         share: &str,
         dir: &Path,
         options: &str,
+        log: &Path,
     ) -> Result<Mount> {
+        let cmd = mount_cmd(&self.ringfs, socket, share, dir, options);
+        self.mounted(cmd.arg("--log").arg(log), dir)
+    }
+
+    fn mounted(&self, cmd: Cmd, dir: &Path) -> Result<Mount> {
         let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
-        mount_cmd(&self.ringfs, socket, share, dir, options).run()?;
+        cmd.run()?;
         ensure!(!mounts::at(dir)?.is_empty(), "`ringfs mount` ended with 0 and mounted nothing");
         Ok(Mount { dir: dir.to_path_buf(), ringfs: self.ringfs.clone(), guard: Some(guard) })
     }

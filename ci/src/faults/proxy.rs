@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
@@ -71,6 +72,7 @@ pub struct Shared {
     /// What was done.
     pub tally: Tally,
     log: Mutex<File>,
+    begun: Instant,
     findings: Mutex<Vec<String>>,
     links: Mutex<Vec<Weak<Link>>>,
 }
@@ -88,7 +90,7 @@ impl Shared {
     /// One line for the log of decisions.
     pub fn log(&self, line: &str) {
         // A log that cannot be written must not change what happens to the connections.
-        let _ = writeln!(lock(&self.log), "{line}");
+        let _ = writeln!(lock(&self.log), "{:>9.3?} {line}", self.begun.elapsed());
     }
 
     /// Something that an end must not have done.
@@ -142,6 +144,7 @@ impl Proxy {
             stop: AtomicBool::new(false),
             tally: Tally::default(),
             log: Mutex::new(log),
+            begun: Instant::now(),
             findings: Mutex::default(),
             links: Mutex::default(),
         });
@@ -278,7 +281,9 @@ mod tests {
             let again = pass(schedule, &sent);
             let decision = |log: &str| {
                 let lines = log.lines().filter(|line| line.contains(" > record "));
-                lines.take(1).map(str::to_owned).collect::<Vec<_>>()
+                // All but the time.
+                let decisions = lines.filter_map(|line| line.split_once("conn"));
+                decisions.take(1).map(|(_, what)| what.to_owned()).collect::<Vec<_>>()
             };
             assert_eq!(decision(&first.4), decision(&again.4), "seed {seed}");
             harmed += usize::from(first.0 != sent && first.1 > 0);
