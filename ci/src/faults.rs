@@ -402,9 +402,13 @@ impl<'a> Under<'a> {
     /// to comes at once, and so there is more to see.
     fn hurry(&self, mount: &Mount, over: &mpsc::Receiver<()>) {
         let all = self.proxy.live();
+        self.proxy.note(&format!("{all} connections"));
         let mut missing = false;
         while over.recv_timeout(HURRY) == Err(mpsc::RecvTimeoutError::Timeout) {
             let was_missing = std::mem::replace(&mut missing, self.proxy.live() < all);
+            if was_missing && missing {
+                self.proxy.note("ringfs reconnect");
+            }
             if was_missing
                 && missing
                 && let Err(error) = mount.reconnect()
