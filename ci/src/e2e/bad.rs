@@ -350,8 +350,9 @@ fn killed_guest(rig: &Rig) -> Result<()> {
     others_work(rig, "others")
 }
 
-/// No resume yet: what the daemon held is lost with an error, at once, and the mount can be taken
-/// off. Nothing may hang.
+/// A daemon that comes no more, and one that comes back without its memory: while it is away the
+/// mount waits, and whoever is killed gets out; the next one does not know the session, so what
+/// waits has an error and the mount ends, until sessions can be rebuilt.
 fn killed_daemon(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;
@@ -359,10 +360,16 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
     fs::write(mount.dir.join("f"), "x")?;
     daemon.process().signal(Signal::KILL)?;
     drop(daemon);
-    let read = Cmd::new("cat").arg(mount.dir.join("f")).limit(REFUSAL_LIMIT).output()?;
-    ensure!(!read.status.success(), "reads from a dead daemon: {}", read.text);
-    // Without its daemon the mount ends by itself, until sessions can be resumed.
-    wait_unmounted(&mount.dir, SETTLE)
+    let mut killed = Cmd::new("cat").arg(mount.dir.join("f")).spawn(&rig.sandbox.path("killed"))?;
+    let mut waits = Cmd::new("cat").arg(mount.dir.join("f")).spawn(&rig.sandbox.path("waits"))?;
+    ensure!(waits.wait(Duration::from_secs(1))?.is_none(), "it does not wait for the daemon");
+    killed.signal(Signal::KILL)?;
+    killed.wait(REFUSAL_LIMIT)?.context("a killed program waits for a dead daemon")?;
+    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;
+    let status = waits.wait(REFUSAL_LIMIT)?.context("it waits for a daemon that is there")?;
+    ensure!(!status.success(), "it reads from a daemon that does not know it");
+    wait_unmounted(&mount.dir, SETTLE)?;
+    daemon.stop()
 }
 
 /// A share on a mount whose own daemon is stopped: whoever wants it waits and gives up, and guests

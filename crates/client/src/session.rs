@@ -190,8 +190,8 @@ impl Session {
         self.end.get().cloned()
     }
 
-    /// A lane's connection is over. Once the mount is ready that may be no more than a cut: then the
-    /// lane gets another one, and a kick when it has come.
+    /// A lane's connection is over. Once the mount is ready that may be no more than a cut: then
+    /// the lane gets another one, and a kick when it has come.
     pub fn lost(&self, lane: &Lane, conn: &Arc<Conn>, end: End) {
         conn.shutdown();
         if !self.resume.is_on() || !end.is_cut() || self.end.get().is_some() {

@@ -1,5 +1,5 @@
-//! Connections that are lost come again, by `/dev/fuse` (rings.rs has the same by rings): nobody who
-//! uses the mount sees it, nothing runs twice, and what waits can be let go. Needs root and FUSE.
+//! Connections that are lost come again, by `/dev/fuse` (rings.rs has the same by rings): nobody
+//! who uses the mount sees it, nothing runs twice, and what waits can be let go. Needs root and FUSE.
 
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod bench;

@@ -1,8 +1,8 @@
 //! A small daemon for tests: the wire over real Unix sockets, a tree in memory, faults on demand.
 //!
 //! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ is answered only when it is
-//! cancelled). It checks what a daemon may rely on: slots and their sequence, whole batches, tickets.
-//! Its table of slots outlives connections, with every reply; a request runs once.
+//! cancelled). It checks what a daemon may rely on: slots and their sequence, whole batches,
+//! tickets. Its table of slots outlives connections, with every reply; a request runs once.
 
 use ringfs_wire::abi::*;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
