@@ -313,7 +313,9 @@ impl<'a> Under<'a> {
             let kills = account.kills.fetch_add(1, Relaxed) + 1;
             self.proxy.note(&format!("kill {kills} of the daemon"));
             if let Err(error) = lock(&self.daemon).kill_and_start_again() {
-                return account.problem(format!("the daemon after kill {kills}: {error:#}"));
+                account.problem(format!("the daemon after kill {kills}: {error:#}"));
+                // Nobody will answer what waits for it.
+                return guard::abort_mounts();
             }
         }
     }
