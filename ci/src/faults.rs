@@ -179,6 +179,11 @@ pub fn run(args: &Args) -> Result<String> {
         return run_short();
     }
     let seed = args.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000_000);
+    if args.kill_every.is_some() && matches!(args.work, Work::Checker | Work::All) {
+        // A child closes at its exec the files on the mount that it inherits from the checker's
+        // threads; each close is a FLUSH, which waits for the daemon that the child is to become.
+        bail!("--kill-every with the checker needs a starter without its files: use fsx or fio");
+    }
     println!("faults: seed {seed}: {}", args.line(seed));
     match args.work {
         Work::Checker | Work::Fio => deps::debian(deps::TEST_PACKAGES)?,
