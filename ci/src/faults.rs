@@ -44,6 +44,8 @@ const IMAGE_BYTES: u64 = 1 << 30;
 const PROGRESS: Duration = Duration::from_secs(5);
 /// A connection that is missing for so long is asked for.
 const HURRY: Duration = Duration::from_millis(40);
+/// Daemons that are made ready to take over from a killed one.
+const SPARES_MAX: u64 = 60;
 /// What a run may take beyond its seconds: fsx and fio end when they are done.
 const SLACK: Duration = Duration::from_secs(300);
 /// Too few cuts after the seconds: the threads go on, at most as many times as long.
@@ -179,11 +181,6 @@ pub fn run(args: &Args) -> Result<String> {
         return run_short();
     }
     let seed = args.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000_000);
-    if args.kill_every.is_some() && matches!(args.work, Work::Checker | Work::All) {
-        // A child closes at its exec the files on the mount that it inherits from the checker's
-        // threads; each close is a FLUSH, which waits for the daemon that the child is to become.
-        bail!("--kill-every with the checker needs a starter without its files: use fsx or fio");
-    }
     println!("faults: seed {seed}: {}", args.line(seed));
     match args.work {
         Work::Checker | Work::Fio => deps::debian(deps::TEST_PACKAGES)?,
@@ -271,7 +268,11 @@ impl<'a> Under<'a> {
         if help.contains("--state-dir") {
             extra.extend(["--state-dir", &state]);
         }
-        let daemon = Daemon::start(sandbox, bins, "d", &[rig::share("x", backing)], &extra)?;
+        let mut daemon = Daemon::start(sandbox, bins, "d", &[rig::share("x", backing)], &extra)?;
+        if let Some(ms) = args.kill_every {
+            let kills = args.seconds.saturating_mul(4000) / ms.max(1);
+            daemon.make_spares(kills.clamp(8, SPARES_MAX) as u32)?;
+        }
         let start = daemon.counters_at_rest()?;
         let schedule = Schedule { seed, gap_max: args.gap, calm: args.calm };
         let log = File::create(sandbox.path("decisions.log"))?;

@@ -4,7 +4,7 @@
 //! us. They are driven by their command lines alone, as a user drives them; nothing of theirs is
 //! linked in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs;
 use std::io::Read;
@@ -14,6 +14,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::process::Signal;
 use serde::Deserialize;
 
@@ -85,6 +86,8 @@ pub struct Daemon {
     arguments: Vec<OsString>,
     /// How often it was killed and started again.
     restarts: u32,
+    /// Those that take over, each with the FIFO that lets it go and its log.
+    spares: VecDeque<(PathBuf, Process, PathBuf)>,
 }
 
 impl Daemon {
@@ -109,8 +112,17 @@ impl Daemon {
         arguments.extend(extra.iter().map(OsString::from));
         let process = launch(&bins.ringfsd, &arguments, &log)?;
         let (ringfs, ringfsd) = (bins.ringfs.clone(), bins.ringfsd.clone());
-        let mut daemon =
-            Self { process, socket, control, log, ringfs, ringfsd, arguments, restarts: 0 };
+        let mut daemon = Self {
+            process,
+            socket,
+            control,
+            log,
+            ringfs,
+            ringfsd,
+            arguments,
+            restarts: 0,
+            spares: VecDeque::new(),
+        };
         daemon.wait_ready()?;
         Ok(daemon)
     }
@@ -121,9 +133,30 @@ impl Daemon {
         self.process.signal(Signal::KILL)?;
         ensure!(self.process.wait(SETTLE)?.is_some(), "ringfsd survives SIGKILL for {SETTLE:?}");
         self.restarts += 1;
-        self.log.set_extension(format!("{}.log", self.restarts));
-        self.process = launch(&self.ringfsd, &self.arguments, &self.log)?;
+        if let Some((go, process, log)) = self.spares.pop_front() {
+            (self.process, self.log) = (process, log);
+            fs::write(&go, "\n").with_context(|| format!("write {}", go.display()))?;
+        } else {
+            self.log.set_extension(format!("{}.log", self.restarts));
+            self.process = launch(&self.ringfsd, &self.arguments, &self.log)?;
+        }
         self.wait_ready()
+    }
+
+    /// Makes processes ready for that many restarts. One that is forked later inherits the files
+    /// that we hold on a mount, and closes them at its exec: a FLUSH, which waits for the daemon
+    /// that it is to become.
+    pub fn make_spares(&mut self, count: u32) -> Result<()> {
+        for n in 1..=count {
+            let go = self.socket.with_extension(format!("{n}.go"));
+            mkfifoat(CWD, &go, Mode::from_raw_mode(0o600)).context("make a FIFO")?;
+            let log = self.socket.with_extension(format!("{n}.log"));
+            let wait = Cmd::new("sh").env("NO_COLOR", "1");
+            let wait = wait.args(["-c", "read -r _ <\"$0\"; exec \"$@\""]).arg(&go);
+            let process = wait.arg(&self.ringfsd).args(&self.arguments).spawn(&log)?;
+            self.spares.push_back((go, process, log));
+        }
+        Ok(())
     }
 
     fn wait_ready(&mut self) -> Result<()> {
