@@ -247,7 +247,8 @@ pub fn with_limit<T>(limit: Duration, work: impl FnOnce() -> Result<T>) -> Resul
     }
 }
 
-fn abort_mounts() {
+/// Ends all our FUSE mounts: what waits in them fails.
+pub fn abort_mounts() {
     let paths: Vec<PathBuf> = {
         let list = list();
         let paths = list.entries.iter().filter_map(|(_, undo)| match undo {
