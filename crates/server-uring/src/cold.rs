@@ -16,8 +16,10 @@ pub(crate) type FileKey = (u64, u64);
 /// All of a session's.
 #[derive(Default)]
 pub(crate) struct Cold {
-    /// So that nobody takes the lock where there is nothing.
+    /// So that nobody takes the lock where there is nothing: nodes, and files that a name may lead
+    /// to.
     count: AtomicUsize,
+    files: AtomicUsize,
     maps: Mutex<Maps>,
 }
 
@@ -42,6 +44,16 @@ impl Cold {
         self.count.load(Ordering::Acquire)
     }
 
+    /// Whether any file may be met by its name.
+    pub(crate) fn has_files(&self) -> bool {
+        self.files.load(Ordering::Acquire) > 0
+    }
+
+    /// All that a file is known of.
+    pub(crate) fn findable(&self) -> Vec<u64> {
+        self.lock().by_file.values().copied().collect()
+    }
+
     pub(crate) fn contains(&self, id: u64) -> bool {
         self.count() > 0 && self.lock().by_id.contains_key(&id)
     }
@@ -57,7 +69,7 @@ impl Cold {
 
     /// The node of a file.
     pub(crate) fn id_of(&self, file: FileKey) -> Option<u64> {
-        if self.count() == 0 {
+        if !self.has_files() {
             return None;
         }
         self.lock().by_file.get(&file).copied()
@@ -65,14 +77,27 @@ impl Cold {
 
     /// The number belongs to another file now: the node is stale, and stays so.
     pub(crate) fn disown(&self, file: FileKey) {
-        self.lock().by_file.remove(&file);
+        let mut maps = self.lock();
+        maps.by_file.remove(&file);
+        self.count_again(&maps);
     }
 
     pub(crate) fn insert(&self, id: u64, given: u64, recipe: &Recipe) {
+        self.put(id, given, Some(key_of(recipe)), recipe.pack());
+    }
+
+    /// A node that nothing leads to: it is known, and stale.
+    pub(crate) fn insert_lost(&self, id: u64, given: u64) {
+        self.put(id, given, None, Box::default());
+    }
+
+    fn put(&self, id: u64, given: u64, key: Option<FileKey>, recipe: Box<[u8]>) {
         let mut maps = self.lock();
-        maps.by_file.insert(key_of(recipe), id);
-        maps.by_id.insert(id, Entry { given, recipe: recipe.pack() });
-        self.count.store(maps.by_id.len(), Ordering::Release);
+        if let Some(key) = key {
+            maps.by_file.insert(key, id);
+        }
+        maps.by_id.insert(id, Entry { given, recipe });
+        self.count_again(&maps);
     }
 
     /// Takes a node out; how many lookups the guest has of it.
@@ -111,8 +136,13 @@ impl Cold {
             maps.by_id.shrink_to(room);
             maps.by_file.shrink_to(room);
         }
-        self.count.store(maps.by_id.len(), Ordering::Release);
+        self.count_again(maps);
         Some(entry.given)
+    }
+
+    fn count_again(&self, maps: &Maps) {
+        self.count.store(maps.by_id.len(), Ordering::Release);
+        self.files.store(maps.by_file.len(), Ordering::Release);
     }
 
     fn lock(&self) -> MutexGuard<'_, Maps> {

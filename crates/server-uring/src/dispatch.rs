@@ -16,6 +16,7 @@ use zerocopy::{FromBytes, KnownLayout};
 use crate::fdops;
 use crate::fs::Fs;
 use crate::handles::{OpenFile, Waits};
+use crate::notes::Notes;
 use crate::ops::{attrs, dirs, init, io, names, xattrs};
 use crate::passthrough::Caller;
 
@@ -46,6 +47,8 @@ pub struct Request<'a> {
     pub args: &'a [u8],
     /// Extensions behind the arguments.
     pub ext: &'a [u8],
+    /// Where nodes that are new to the guest are noted.
+    pub notes: Option<&'a Notes>,
 }
 
 impl<'a> Request<'a> {
@@ -58,7 +61,13 @@ impl<'a> Request<'a> {
         let ext_bytes = usize::from(u16::from_le_bytes([head[20], head[21]])) * 8;
         let (args, ext) = rest.split_at(rest.len().checked_sub(ext_bytes)?);
         let nodeid = u64::from(word(0)) | u64::from(word(4)) << 32;
-        Some(Request { opcode, nodeid, uid: word(8), gid: word(12), pid: word(16), args, ext })
+        let (uid, gid, pid) = (word(8), word(12), word(16));
+        Some(Request { opcode, nodeid, uid, gid, pid, args, ext, notes: None })
+    }
+
+    /// The same, for a guest that wants recipes: see notes.rs.
+    pub const fn noting(self, notes: &'a Notes) -> Request<'a> {
+        Request { notes: Some(notes), ..self }
     }
 
     /// The arguments' leading structure.
@@ -241,6 +250,9 @@ impl Fs {
         if rule.changes && self.options.read_only {
             return Route::Refuse(Errno::ROFS);
         }
+        if self.names_unopened(opcode, request) {
+            return Route::Pool;
+        }
         // To take a node in may need a search of the disk, and what changes names may take several
         // in. What changes a file system waits for
         // its journal at times, and as long as somebody has it frozen.
@@ -291,6 +303,7 @@ impl Fs {
         }
         let bytes_max = self.reply_bytes_max(request);
         let out = out.get_mut(..bytes_max).ok_or(Errno::OVERFLOW)?;
+        self.open_named(opcode, request)?;
         let begun = matches!(rule.place, Place::Frees).then(Instant::now);
         let result = (rule.run)(self, request, out);
         if let Some(begun) = begun {

@@ -22,6 +22,9 @@ use crate::passthrough::{Found, ROOT_INODE, Stat};
 
 /// Directories above a node that may be cold too. A path has fewer, a tree may have more.
 const DEPTH_MAX: usize = 65_536;
+/// After so many of them that are gone the node is looked for by itself: a guest may have made up
+/// a chain of directories each of which takes the host long to not find.
+const LOST_MAX: usize = 32;
 /// After so many of them it is asked whether there are fds.
 const CHECK_EVERY: usize = 16;
 
@@ -176,7 +179,11 @@ impl Nodes {
         let chain = self.cold_above(id);
         let top = chain.last().and_then(|&top| self.cold.recipe(top));
         let mut last = top.and_then(|top| self.find_resident(top.parent)).ok_or(Errno::STALE);
+        let mut lost = 0;
         for (n, &id) in chain.iter().rev().enumerate() {
+            if lost >= LOST_MAX && n + 1 < chain.len() {
+                continue;
+            }
             if n % CHECK_EVERY == CHECK_EVERY - 1 {
                 self.check_fds()?;
             }
@@ -188,9 +195,20 @@ impl Nodes {
             if matches!(loaded, Err(errno) if errno != Errno::STALE) {
                 return loaded;
             }
+            lost += usize::from(loaded.is_err());
             last = loaded;
         }
         last
+    }
+
+    /// Takes in some of the nodes named, from the end, as long as there are plenty of fds; `false`
+    /// when that is over. What cannot be found is left as it is.
+    pub(crate) fn load_some(&self, ids: &mut Vec<u64>, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(id) = ids.pop().filter(|_| self.fds.has_plenty()) else { return false };
+            let _ = self.load(id);
+        }
+        true
     }
 
     /// A node, and the cold directories above it. Moves of directories may have left parents that

@@ -60,6 +60,11 @@ impl Fds {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// Whether half of them are free: some may be held for speed alone.
+    pub fn has_plenty(&self) -> bool {
+        self.used() < self.most / 2
+    }
+
     /// The most open files that one session may hold: each has an fd, and pins its node's.
     pub fn handles_max(&self) -> usize {
         self.most / 8 * 3

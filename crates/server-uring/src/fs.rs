@@ -18,12 +18,14 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
 
+use crate::dispatch::Request;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::fds::Fds;
 use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::history::History;
 use crate::import::{self, ImportError};
-use crate::nodes::{Node, Nodes, Released};
+use crate::nodes::{Node, NodeGiven, Nodes, Released};
+use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
 
 /// How long names and attributes are good for in the guest, in seconds.
@@ -66,6 +68,8 @@ pub struct FsOptions {
     pub nodes_max: usize,
     /// Files and directories that one session may hold open.
     pub handles_max: usize,
+    /// Note what finds each node again (notes.rs): the guest can rebuild the session elsewhere.
+    pub recipes: bool,
     /// The daemon's fds; sessions of one process share it.
     pub fds: Arc<Fds>,
 }
@@ -82,6 +86,7 @@ impl Default for FsOptions {
             device_nodes: false,
             nodes_max: 2_000_000,
             handles_max: 131_072,
+            recipes: false,
             fds: Fds::of_process(),
         }
     }
@@ -226,7 +231,10 @@ impl Fs {
         let backend = Arc::new(backend);
         self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
         let imports = import::Root::new(root.as_fd(), merged || !hidden);
-        let imports = imports.map_err(|error| FsError::Root(ImportError::errno(error)))?;
+        let mut imports = imports.map_err(|error| FsError::Root(ImportError::errno(error)))?;
+        if !hidden {
+            imports = imports.stay_on_device();
+        }
         Ok(Fs {
             nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, options.nodes_max),
             handles: Handles::new(options.handles_max, &options.fds),
@@ -296,6 +304,7 @@ impl Fs {
     /// Gives what the crate found as `name` in `parent` to the guest: one count.
     pub(crate) fn give(
         &self,
+        request: &Request<'_>,
         found: &Found,
         parent: &Node,
         name: &CStr,
@@ -304,9 +313,31 @@ impl Fs {
             self.backend.forget(found.inode, 1);
             return Err(Errno::XDEV);
         }
-        let node = self.nodes.give(found, parent, name)?;
-        let entry = self.entry(node.id, &found.stat);
-        Ok((node, entry))
+        let given = self.nodes.give(found, parent, name)?;
+        self.note(request, &given, found, parent, name);
+        let entry = self.entry(given.node.id, &found.stat);
+        Ok((given.node, entry))
+    }
+
+    /// Where a guest that wants recipes has none of this node, or an old one.
+    pub(crate) fn note(
+        &self,
+        request: &Request<'_>,
+        given: &NodeGiven,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+    ) {
+        if let Some(notes) = self.notes_of(request)
+            && notes.wants(given.news)
+        {
+            self.nodes.note(&given.node, found, parent, name, notes);
+        }
+    }
+
+    /// Where this session's requests note nodes.
+    pub(crate) fn notes_of<'a>(&self, request: &Request<'a>) -> Option<&'a Notes> {
+        request.notes.filter(|_| self.options.recipes)
     }
 
     /// The entry of a node whose count was given already.
@@ -366,8 +397,11 @@ impl Fs {
 
     /// Numbers an opened file.
     pub(crate) fn insert_file(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> u64 {
-        let file = OpenFile::new(node, fd, flags, self.waits);
-        self.handles.insert(Handle::File(Arc::new(file)))
+        self.handles.insert(self.file_handle(node, fd, flags))
+    }
+
+    pub(crate) fn file_handle(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> Handle {
+        Handle::File(Arc::new(OpenFile::new(node, fd, flags, self.waits)))
     }
 
     /// The caller of a creating call. Where the daemon cannot change its ids, nobody is asked for.

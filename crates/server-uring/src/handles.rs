@@ -122,6 +122,42 @@ pub enum Handle {
     File(Arc<OpenFile>),
     /// From OPENDIR.
     Dir(Arc<OpenDir>),
+    /// Open on a daemon before this one; not used here yet.
+    Unopened(Unopened),
+    /// Such a handle whose file could not be opened.
+    Lost(Unopened),
+}
+
+/// How a handle was opened on another daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unopened {
+    /// Whose.
+    pub node: u64,
+    /// Flags of open(2), the guest's.
+    pub flags: u32,
+    /// From OPENDIR.
+    pub directory: bool,
+}
+
+impl Handle {
+    /// Whose it is, and whether it is a directory's.
+    fn owner(&self) -> (u64, bool) {
+        match self {
+            Handle::File(file) => (file.node.id, false),
+            Handle::Dir(dir) => (dir.node.id, true),
+            Handle::Unopened(was) | Handle::Lost(was) => (was.node, was.directory),
+        }
+    }
+
+    /// Why an operation that wants another kind fails. An unopened one is opened before.
+    fn refusal(&self, nodeid: u64, directory: bool) -> Errno {
+        match self {
+            Handle::Unopened(_) | Handle::Lost(_) if self.owner() == (nodeid, directory) => {
+                Errno::STALE
+            }
+            _ => Errno::BADF,
+        }
+    }
 }
 
 /// All handles of a session.
@@ -129,6 +165,8 @@ pub struct Handles {
     shards: Vec<RwLock<HashMap<u64, Handle>>>,
     next: AtomicU64,
     count: AtomicUsize,
+    /// Those of [`Handle::Unopened`]: where there is none, nobody looks for them.
+    unopened: AtomicUsize,
     count_max: usize,
     fds: Arc<Fds>,
 }
@@ -141,6 +179,7 @@ impl Handles {
             shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
             next: AtomicU64::new(first_id()),
             count: AtomicUsize::new(0),
+            unopened: AtomicUsize::new(0),
             count_max: count_max.min(fds.handles_max()),
         }
     }
@@ -166,14 +205,63 @@ impl Handles {
         fh
     }
 
+    /// Puts a handle down that was open on another daemon. No number that is given from now on
+    /// meets it.
+    ///
+    /// # Errors
+    /// `ENFILE`: too many. `EEXIST`.
+    pub fn restore(&self, fh: u64, was: Unopened) -> Result<(), Errno> {
+        if self.count.load(Ordering::Relaxed) >= self.count_max {
+            return Err(Errno::NFILE);
+        }
+        let mut shard = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner);
+        if shard.contains_key(&fh) {
+            return Err(Errno::EXIST);
+        }
+        shard.insert(fh, Handle::Unopened(was));
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.unopened.fetch_add(1, Ordering::Relaxed);
+        self.count_on_from(fh);
+        Ok(())
+    }
+
+    /// Handles given from now on are beyond `fh`.
+    pub fn count_on_from(&self, fh: u64) {
+        self.next.fetch_max(fh.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// Whether there are any to be opened.
+    pub fn has_unopened(&self) -> bool {
+        self.unopened.load(Ordering::Relaxed) > 0
+    }
+
+    /// How to open this one, if it is still to be.
+    pub fn unopened(&self, fh: u64) -> Option<Unopened> {
+        match self.shard(fh).read().unwrap_or_else(PoisonError::into_inner).get(&fh)? {
+            Handle::Unopened(was) => Some(*was),
+            Handle::File(_) | Handle::Dir(_) | Handle::Lost(_) => None,
+        }
+    }
+
+    /// It was opened, or is lost. Whoever was faster has the better one.
+    pub fn opened(&self, fh: u64, handle: Handle) {
+        let mut shard = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(unopened @ Handle::Unopened(_)) = shard.get_mut(&fh) {
+            let was = std::mem::replace(unopened, handle);
+            self.unopened.fetch_sub(1, Ordering::Relaxed);
+            drop((shard, was));
+        }
+    }
+
     /// An open file of the node `nodeid`.
     ///
     /// # Errors
-    /// `EBADF`: no such handle, a directory's, or another node's.
+    /// `EBADF`: no such handle, a directory's, or another node's. `ESTALE`: lost with a daemon.
     pub fn file(&self, fh: u64, nodeid: u64) -> Result<Arc<OpenFile>, Errno> {
         match self.shard(fh).read().unwrap_or_else(PoisonError::into_inner).get(&fh) {
             Some(Handle::File(file)) if file.node.id == nodeid => Ok(Arc::clone(file)),
-            Some(Handle::File(_) | Handle::Dir(_)) | None => Err(Errno::BADF),
+            Some(other) => Err(other.refusal(nodeid, false)),
+            None => Err(Errno::BADF),
         }
     }
 
@@ -181,23 +269,26 @@ impl Handles {
     pub fn dir(&self, fh: u64, nodeid: u64) -> Result<Arc<OpenDir>, Errno> {
         match self.shard(fh).read().unwrap_or_else(PoisonError::into_inner).get(&fh) {
             Some(Handle::Dir(dir)) if dir.node.id == nodeid => Ok(Arc::clone(dir)),
-            Some(Handle::File(_) | Handle::Dir(_)) | None => Err(Errno::BADF),
+            Some(other) => Err(other.refusal(nodeid, true)),
+            None => Err(Errno::BADF),
         }
     }
 
-    /// Takes a handle out; it closes when the last operation on it ends.
-    pub fn remove(&self, fh: u64, nodeid: u64) -> Result<Handle, Errno> {
+    /// Takes a handle out, a directory's or a file's; it closes when the last operation on it ends.
+    ///
+    /// # Errors
+    /// `EBADF`: no such handle, of another kind, or another node's.
+    pub fn remove(&self, fh: u64, nodeid: u64, directory: bool) -> Result<Handle, Errno> {
         let mut shard = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner);
-        let owner = match shard.get(&fh) {
-            Some(Handle::File(file)) => file.node.id,
-            Some(Handle::Dir(dir)) => dir.node.id,
-            None => return Err(Errno::BADF),
-        };
-        if owner != nodeid {
+        if shard.get(&fh).map(Handle::owner) != Some((nodeid, directory)) {
             return Err(Errno::BADF);
         }
+        let handle = shard.remove(&fh).ok_or(Errno::BADF)?;
         self.count.fetch_sub(1, Ordering::Relaxed);
-        shard.remove(&fh).ok_or(Errno::BADF)
+        if let Handle::Unopened(_) = handle {
+            self.unopened.fetch_sub(1, Ordering::Relaxed);
+        }
+        Ok(handle)
     }
 
     /// Takes a handle out that nobody will use: the guest never learned of it.

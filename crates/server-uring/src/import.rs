@@ -24,7 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use zerocopy::little_endian::{I32, I64, U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::fdops::{self, ProcPath};
 
@@ -147,6 +147,22 @@ impl Handle {
     fn nameless(fd: BorrowedFd<'_>) -> Option<Handle> {
         use HandleKind::{IdentityOnly, Plain};
         [Plain, IdentityOnly].into_iter().find_map(|kind| Handle::of_kind(kind, fd, c"", fd))
+    }
+
+    /// The bytes of one that does not depend on the name, of `name` in `dir`: its type and length.
+    pub(crate) fn read(
+        kind: HandleKind,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        into: &mut [u8; HANDLE_BYTES_MAX],
+    ) -> Result<(i32, usize), Errno> {
+        let flags = match kind {
+            HandleKind::Connectable => 0x2,
+            HandleKind::Plain => 0,
+            HandleKind::IdentityOnly => 0x200,
+        };
+        let (raw_type, len, _mount_id) = sys::name_to_handle(dir, name, flags, into)?;
+        Ok((raw_type, len))
     }
 
     fn of_kind(
@@ -285,6 +301,10 @@ impl Recipe {
             // Inode number, generation and birth time: enough on whatever device it is now.
             (Some(handle), Some(now)) => Ok(handle.same_file(&now) && self.resembles(&seen)),
             (Some(_) | None, _) => {
+                // Where a handle cannot be had now, it proves nothing.
+                if self.btime.is_none() && self.generation.is_none() {
+                    return Ok(false);
+                }
                 let same_generation =
                     self.generation.is_none() || self.generation == generation(fd, seen.kind);
                 Ok(self.resembles(&seen) && same_generation && fs_id(fd)? == self.mount.fs_id)
@@ -295,33 +315,21 @@ impl Recipe {
     /// In few bytes: [`Packed`], the handle, the name.
     pub fn pack(&self) -> Box<[u8]> {
         let handle = self.handle.as_ref();
-        let bytes = handle.map_or(&[][..], |handle| &handle.bytes);
-        let (btime_sec, btime_nsec) = self.btime.unwrap_or_default();
-        let head = Packed {
-            ino: self.ino.into(),
-            fs_id: self.mount.fs_id.into(),
-            device: [self.mount.device.0.into(), self.mount.device.1.into()],
-            btime_sec: btime_sec.into(),
-            btime_nsec: btime_nsec.into(),
-            generation: self.generation.unwrap_or_default().into(),
-            parent: self.parent.into(),
-            handle_type: handle.map_or(0, |handle| handle.raw_type).into(),
-            kind: self.kind.into(),
-            handle_kind: match handle.map(|handle| handle.kind) {
-                None => 0,
-                Some(HandleKind::Connectable) => 1,
-                Some(HandleKind::Plain) => 2,
-                Some(HandleKind::IdentityOnly) => 3,
-            },
-            has: u8::from(self.btime.is_some()) | u8::from(self.generation.is_some()) << 1,
-            handle_bytes: bytes.len() as u8,
-        };
-        [head.as_bytes(), bytes, self.name.to_bytes()].concat().into()
+        let handle = handle.map(|handle| (handle.kind, handle.raw_type, &*handle.bytes));
+        let mut packed = Vec::with_capacity(size_of::<Packed>() + 32 + self.name.count_bytes());
+        Packed::new(self.mount, self.ino, self.kind, self.parent)
+            .born(self.btime)
+            .generation(self.generation)
+            .write(handle, &self.name, &mut packed);
+        packed.into()
     }
 
     /// The opposite of [`Recipe::pack`]; `None` for what it did not make.
     pub fn unpack(bytes: &[u8]) -> Option<Recipe> {
         let (head, rest) = Packed::read_from_prefix(bytes).ok()?;
+        if head.form != FORM {
+            return None;
+        }
         let (handle, name) = rest.split_at_checked(head.handle_bytes.into())?;
         let handle_kind = match head.handle_kind {
             1 => Some(HandleKind::Connectable),
@@ -346,14 +354,18 @@ impl Recipe {
     }
 
     fn resembles(&self, seen: &Seen) -> bool {
-        seen.links > 0 && (self.ino, self.kind, self.btime) == (seen.ino, seen.kind, seen.btime)
+        let same_birth = self.btime.is_none() || self.btime == seen.btime;
+        seen.links > 0 && (self.ino, self.kind) == (seen.ino, seen.kind) && same_birth
     }
 }
 
-/// The head of a packed recipe; see [`Recipe`] for the fields.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+/// Which layout of [`Packed`] this is: recipes outlive the daemon that made them.
+const FORM: u8 = 1;
+
+/// The head of a packed recipe, before the handle and the name; see [`Recipe`] for the fields.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct Packed {
+pub(crate) struct Packed {
     ino: U64,
     fs_id: U64,
     device: [U32; 2],
@@ -368,6 +380,60 @@ struct Packed {
     /// Bit 0: a birth time; bit 1: a generation.
     has: u8,
     handle_bytes: u8,
+    /// [`FORM`].
+    form: u8,
+}
+
+/// The longest that [`Packed::write`] makes fits a NODE.
+const _: () = assert!(
+    size_of::<Packed>() + HANDLE_BYTES_MAX + fdops::NAME_BYTES_MAX
+        <= ringfs_wire::limits::RECIPE_BYTES_MAX
+);
+
+impl Packed {
+    pub(crate) fn new(mount: MountIdentity, ino: u64, kind: u16, parent: u64) -> Packed {
+        Packed {
+            ino: ino.into(),
+            fs_id: mount.fs_id.into(),
+            device: [mount.device.0.into(), mount.device.1.into()],
+            parent: parent.into(),
+            kind: kind.into(),
+            form: FORM,
+            ..Packed::new_zeroed()
+        }
+    }
+
+    pub(crate) fn born(self, btime: Option<(i64, u32)>) -> Packed {
+        let Some((sec, nsec)) = btime else { return self };
+        Packed { btime_sec: sec.into(), btime_nsec: nsec.into(), has: self.has | 1, ..self }
+    }
+
+    fn generation(self, generation: Option<u32>) -> Packed {
+        let Some(generation) = generation else { return self };
+        Packed { generation: generation.into(), has: self.has | 2, ..self }
+    }
+
+    pub(crate) fn write(
+        mut self,
+        handle: Option<(HandleKind, i32, &[u8])>,
+        name: &CStr,
+        out: &mut Vec<u8>,
+    ) {
+        let mut bytes = &[][..];
+        if let Some((kind, raw_type, handle)) = handle {
+            self.handle_type = raw_type.into();
+            self.handle_bytes = handle.len() as u8;
+            self.handle_kind = match kind {
+                HandleKind::Connectable => 1,
+                HandleKind::Plain => 2,
+                HandleKind::IdentityOnly => 3,
+            };
+            bytes = handle;
+        }
+        out.extend_from_slice(self.as_bytes());
+        out.extend_from_slice(bytes);
+        out.extend_from_slice(name.to_bytes());
+    }
 }
 
 /// What one statx tells.
@@ -417,6 +483,8 @@ struct Mount {
 pub struct Root {
     dir: OwnedFd,
     cross_mounts: bool,
+    /// Nothing on another device than this one is part of the share.
+    only_device: Option<(u32, u32)>,
     mounts: Vec<Mount>,
 }
 
@@ -447,9 +515,31 @@ impl Root {
     pub fn new(dir: BorrowedFd<'_>, cross_mounts: bool) -> Result<Root, ImportError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let real = fdops::reopen(dir, flags).map_err(ImportError::Host)?;
-        let mut root = Root { dir: real, cross_mounts, mounts: Vec::new() };
+        let mut root = Root { dir: real, cross_mounts, only_device: None, mounts: Vec::new() };
         root.add_mount(dir)?;
         Ok(root)
+    }
+
+    /// Refuses what lies on another device than the root: for a share whose mounts below could
+    /// not be hidden.
+    pub fn stay_on_device(mut self) -> Root {
+        self.only_device = self.mounts.first().map(|mount| mount.identity.device);
+        self
+    }
+
+    /// The root itself.
+    pub(crate) fn dir(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// The root's file system.
+    pub(crate) fn identity(&self) -> Option<MountIdentity> {
+        self.mounts.first().map(|mount| mount.identity)
+    }
+
+    /// The same file system as it is mounted now: device numbers change over a reboot.
+    pub(crate) fn identity_now(&self, then: MountIdentity) -> MountIdentity {
+        self.mount_of(&then).map_or(then, |mount| mount.identity)
     }
 
     /// Makes handles of the file system of `dir` resolvable. For the root of each mount below the
@@ -499,6 +589,7 @@ impl Root {
     pub fn by_name(&self, recipe: &Recipe, parent: BorrowedFd<'_>) -> Result<Found, ImportError> {
         fdops::check_name(&recipe.name).map_err(|_| ImportError::Stale)?;
         let fd = self.walk(parent, &recipe.name)?;
+        self.check_device(fd.as_fd())?;
         let same = recipe.describes(parent, fd.as_fd()).map_err(ImportError::Host)?;
         if same { Ok(Found::ByName(fd)) } else { Err(ImportError::Stale) }
     }
@@ -530,6 +621,7 @@ impl Root {
         }
         let components = self.path_below(opened.as_fd())?;
         let fd = self.walk(self.dir.as_fd(), &joined(&components)?)?;
+        self.check_device(fd.as_fd())?;
         let walked = Seen::of(fd.as_fd()).map_err(ImportError::Host)?;
         // Both are open, so equal numbers are one file.
         if (walked.device, walked.ino) != (seen.device, seen.ino) {
@@ -548,6 +640,12 @@ impl Root {
         });
         let only = alike.next()?;
         alike.next().is_none().then_some(only)
+    }
+
+    fn check_device(&self, fd: BorrowedFd<'_>) -> Result<(), ImportError> {
+        let Some(only) = self.only_device else { return Ok(()) };
+        let seen = Seen::of(fd).map_err(ImportError::Host)?;
+        if seen.device == only { Ok(()) } else { Err(ImportError::Outside) }
     }
 
     /// The components that the kernel names, as a proposal: a walk decides.

@@ -20,11 +20,13 @@ pub mod limits;
 pub mod link;
 pub mod mailbox;
 pub mod nodes;
+pub mod notes;
 pub mod op;
 pub mod ops;
 pub mod passthrough;
 pub mod pool;
 pub mod reply;
+pub mod restore;
 pub mod ring;
 #[doc(hidden)]
 pub mod ring_sim;

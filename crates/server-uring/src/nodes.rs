@@ -17,7 +17,9 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::abi::FUSE_ROOT_ID;
@@ -27,6 +29,7 @@ use rustix::io::Errno;
 use crate::cold::Cold;
 use crate::fds::{Counted, Fds};
 use crate::import::{self, Recipe};
+use crate::notes::{HandleKinds, Notes};
 use crate::passthrough::{Backend, Found, ROOT_INODE, Stat};
 
 pub(crate) const SHARDS: usize = 64;
@@ -50,8 +53,18 @@ pub struct Node {
     used: AtomicBool,
     /// Where it was seen last.
     place: Mutex<Place>,
+    /// A directory's, for notes.rs.
+    pub(crate) dir: OnceLock<(OwnedFd, Counted)>,
     backend: Arc<Backend>,
     counted: Counted,
+}
+
+/// A node that was given to the guest.
+pub struct NodeGiven {
+    /// Its count went up by one.
+    pub node: Arc<Node>,
+    /// The guest has no recipe of it, or one of another place: it is to be noted.
+    pub news: bool,
 }
 
 /// A directory, by its node id, and a name in it.
@@ -100,11 +113,14 @@ impl Node {
         self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn seen_at(&self, parent: u64, name: &CStr) {
+    /// Whether it was seen elsewhere before.
+    fn seen_at(&self, parent: u64, name: &CStr) -> bool {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if place.parent != parent || *place.name != *name {
+        let news = place.parent != parent || *place.name != *name;
+        if news {
             *place = Place { parent, name: name.into() };
         }
+        news
     }
 
     /// May its fd be closed? Not the root's, and not that of a file that no name leads to.
@@ -172,7 +188,8 @@ pub struct Nodes {
     overdrawn: AtomicU64,
     pub(crate) backend: Arc<Backend>,
     pub(crate) root: import::Root,
-    fds: Arc<Fds>,
+    pub(crate) fds: Arc<Fds>,
+    pub(crate) handle_kinds: HandleKinds,
     /// Read while the guest changes names, written while nodes are evicted by their names.
     names: RwLock<()>,
     /// Which shard by id evict.rs looks at next.
@@ -201,6 +218,7 @@ impl Nodes {
             backend,
             root,
             fds: Arc::clone(fds),
+            handle_kinds: HandleKinds::default(),
             names: RwLock::new(()),
             hand: AtomicUsize::new(0),
         });
@@ -239,18 +257,23 @@ impl Nodes {
         self.cold.contains(id)
     }
 
-    /// Whether any node is cold.
+    /// Whether a name may lead to a cold node.
     pub fn has_cold(&self) -> bool {
-        self.cold.count() > 0
+        self.cold.has_files()
     }
 
-    /// The guest has moved a node to this name: what no open file leads to is found by it alone.
-    pub fn moved(&self, parent: &Node, name: &CStr) {
+    /// The guest has moved a node to this name: what no open file leads to is found by it alone,
+    /// and by another daemon everything.
+    pub fn moved(&self, parent: &Node, name: &CStr, notes: Option<&Notes>) {
         let Ok(found) = parent.inode().and_then(|dir| self.backend.lookup(dir, name)) else {
             return;
         };
-        if let Some(node) = self.inode_shard(found.inode).get(&found.inode) {
+        let node = self.inode_shard(found.inode).get(&found.inode).cloned();
+        if let Some(node) = node {
             node.seen_at(parent.id, name);
+            if let Some(notes) = notes {
+                self.note(&node, &found, parent, name, notes);
+            }
         }
         self.backend.forget(found.inode, 1);
     }
@@ -270,19 +293,19 @@ impl Nodes {
         self.fds.make_room(self.resident())
     }
 
-    fn check_count(&self) -> Result<(), Errno> {
+    pub(crate) fn check_count(&self) -> Result<(), Errno> {
         if self.count() < self.count_max { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// Gives a lookup of the crate to the guest: the count passes from `found`, which was seen as
     /// `name` in the directory `parent`, into the node.
-    pub fn give(&self, found: &Found, parent: &Node, name: &CStr) -> Result<Arc<Node>, Errno> {
+    pub fn give(&self, found: &Found, parent: &Node, name: &CStr) -> Result<NodeGiven, Errno> {
         let mut shard = self.inode_shard(found.inode);
         if let Some(node) = shard.get(&found.inode) {
             node.given.fetch_add(1, Ordering::Relaxed);
             node.owed.fetch_add(1, Ordering::Relaxed);
-            node.seen_at(parent.id, name);
-            return Ok(Arc::clone(node));
+            let news = node.seen_at(parent.id, name);
+            return Ok(NodeGiven { node: Arc::clone(node), news });
         }
         let place = Place { parent: parent.id, name: name.into() };
         let node = match self.cold_twin(found, parent, name) {
@@ -296,7 +319,8 @@ impl Nodes {
         if node.is_err() {
             self.backend.forget(found.inode, 1);
         }
-        node
+        // A cold one has a recipe, but its place may be another by now.
+        node.map(|node| NodeGiven { node, news: true })
     }
 
     fn give_new(&self, shard: &mut Shard, found: &Found, place: Place) -> Result<Arc<Node>, Errno> {
@@ -341,7 +365,7 @@ impl Nodes {
         place: Place,
     ) -> Option<Arc<Node>> {
         let mut ids = self.lock_id(id);
-        let given = self.cold.remove(id)? + more;
+        let given = self.cold.remove(id)?.saturating_add(more);
         let kind = found.stat.mode & libc::S_IFMT;
         let node = Arc::new(self.node(id, kind, (found.inode, 1), given, place));
         shard.insert(found.inode, Arc::clone(&node));
@@ -388,7 +412,7 @@ impl Nodes {
         found: &Found,
         parent: &Node,
         name: &CStr,
-    ) -> Result<Arc<Node>, Errno> {
+    ) -> Result<NodeGiven, Errno> {
         {
             let mut shard = self.inode_shard(found.inode);
             if !shard.contains_key(&found.inode) {
@@ -404,7 +428,8 @@ impl Nodes {
                 node.given.fetch_add(1, Ordering::Relaxed);
                 node.owed.fetch_add(1, Ordering::Relaxed);
                 shard.insert(found.inode, Arc::clone(node));
-                return Ok(Arc::clone(node));
+                node.seen_at(parent.id, name);
+                return Ok(NodeGiven { node: Arc::clone(node), news: true });
             }
         }
         self.give(found, parent, name)
@@ -451,6 +476,11 @@ impl Nodes {
             self.overdrawn.fetch_add(1, Ordering::Relaxed);
         }
         None
+    }
+
+    /// Ids given from now on are beyond `id`.
+    pub(crate) fn count_on_from(&self, id: u64) {
+        self.next_id.fetch_max(id.saturating_add(1), Ordering::Relaxed);
     }
 
     /// Nodes known now, the root among them.
@@ -519,6 +549,7 @@ impl Nodes {
             owed: AtomicU64::new(owed),
             used: AtomicBool::new(true),
             place: Mutex::new(place),
+            dir: OnceLock::new(),
             backend: Arc::clone(&self.backend),
             counted: Counted::new(&self.fds),
         }

@@ -6,6 +6,7 @@ use ringfs_wire::batch::{BatchBuilder, BatchError, Cursor, Kind, RecordHeader, p
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::{Hello, Welcome};
 use ringfs_wire::limits::*;
+use ringfs_wire::restore::{End, Nodes, Restore, Restores, push_node, push_restore};
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
 use ringfs_wire::slot::SlotUse;
 use ringfs_wire::table::{Abandon, Begin, Fate, Given, SlotTable};
@@ -93,6 +94,7 @@ pub fn records(data: &[u8]) {
 
 /// A whole session from its first byte, as the daemon takes it: HELLO, then records on slots.
 pub fn handshake(data: &[u8]) {
+    restore(data);
     let _ = Hello::decode(data);
     if let Ok(welcome) = Welcome::decode(data) {
         assert!(usize::from(welcome.lanes) <= LANES_MAX && welcome.conns <= welcome.lanes);
@@ -114,6 +116,7 @@ pub fn handshake(data: &[u8]) {
         let mut cursor = Cursor::new(&header);
         while let Some((record, span)) = cursor.next(bytes) {
             let body = &bytes[span][RECORD_HEADER_BYTES..];
+            restore(body);
             match &mut session {
                 None => {
                     if Kind::from_u8(record.kind) != Some(Kind::Hello) {
@@ -131,6 +134,21 @@ pub fn handshake(data: &[u8]) {
             }
         }
     }
+}
+
+/// Bodies of NODE and RESTORE: what is accepted is written again as it was.
+pub fn restore(data: &[u8]) {
+    let mut again = Vec::new();
+    for node in Nodes::new(data).map_while(Result::ok) {
+        assert!(node.id > 1 && node.recipe.len() <= RECIPE_BYTES_MAX);
+        assert!(push_node(&mut again, node.id, |out| out.extend_from_slice(node.recipe)));
+    }
+    assert!(data.starts_with(&again));
+    again.clear();
+    for entry in Restores::new(data).map_while(Result::ok) {
+        assert!(push_restore(&mut again, &entry));
+    }
+    assert!(data.starts_with(&again));
 }
 
 fn request(slots: &mut SlotTable, record: &RecordHeader, body: &[u8]) {
@@ -178,7 +196,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         subdir: b"a/b".to_vec(),
         init: None,
     };
-    let mut samples = vec![hello.encode(), vec![0; 48]];
+    let mut samples = vec![hello.encode(), vec![0; 48], nodes(), restores()];
     for bodies in [&[][..], &[0], &[24, 40, 300], &[70_000], &[5, 1 << 20], &[16; 600]] {
         let mut tx = LinkTx::new(true);
         let mut stream = Vec::new();
@@ -205,6 +223,26 @@ pub fn samples() -> Vec<Vec<u8>> {
         samples.extend([last, stream]);
     }
     samples
+}
+
+fn nodes() -> Vec<u8> {
+    let mut body = Vec::new();
+    for id in 2..40 {
+        assert!(push_node(&mut body, id, |out| out.resize(out.len() + id as usize * 5, 7)));
+    }
+    body
+}
+
+fn restores() -> Vec<u8> {
+    let mut body = Vec::new();
+    let end = End { nodes: 12, handles: 12, node_id_max: 13, fh_max: 13 };
+    for id in 2..14 {
+        let node = Restore::Node { id, count: id * id, recipe: &[7; 100][..id as usize * 3] };
+        let handle = Restore::Handle { fh: id, node: id, flags: 2, directory: id % 2 == 0 };
+        assert!(push_restore(&mut body, &node) && push_restore(&mut body, &handle));
+    }
+    assert!(push_restore(&mut body, &Restore::End(end)));
+    body
 }
 
 /// Makes the checksums and numbers of a stream good again, so that what was changed inside it is

@@ -24,6 +24,8 @@ pub const VERSION_MAX: u16 = 1;
 pub mod feature {
     /// Payload checksums in both directions.
     pub const PAYLOAD_CRC: u64 = 1 << 0;
+    /// NODE and RESTORE. Not granted before both ends send them.
+    pub const RESTORE: u64 = 1 << 1;
     /// All that this version knows.
     pub const KNOWN: u64 = PAYLOAD_CRC;
 }

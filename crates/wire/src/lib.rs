@@ -8,6 +8,7 @@
 //! - [`batch`]: what one send carries; a checked view of it, and a writer into a lent buffer;
 //! - [`deframe`]: a stream of bytes, cut into whole batches;
 //! - [`hello`]: the handshake's messages;
+//! - [`restore`]: what rebuilds a session on a daemon that does not know it;
 //! - [`slot`]: the session table: what is in flight, and exactly once;
 //! - [`table`]: the daemon's half of it, which outlives connections;
 //! - [`session`]: one connection's sequence numbers and acknowledgements;
@@ -19,6 +20,7 @@ pub mod batch;
 pub mod deframe;
 pub mod hello;
 pub mod limits;
+pub mod restore;
 pub mod session;
 pub mod slot;
 pub mod spin;

@@ -24,6 +24,12 @@ pub const BATCH_RECORDS_MAX: usize = 4096;
 pub const RECORD_HEAD_BYTES: usize = 256;
 /// Node ids that one FORGET record gives back.
 pub const FORGETS_PER_RECORD_MAX: usize = 2048;
+/// What finds one node again.
+pub const RECIPE_BYTES_MAX: usize = 512;
+/// Body of one NODE record.
+pub const NODE_BODY_BYTES_MAX: usize = 96 << 10;
+/// Body of one RESTORE record.
+pub const RESTORE_BODY_BYTES_MAX: usize = 32 << 10;
 /// A connection's first batch, in either direction.
 pub const HELLO_BYTES_MAX: usize = 4096;
 /// Bytes of a share's name (UTF-8).
@@ -47,6 +53,8 @@ const _: () = {
     assert!(BATCH_TARGET_BYTES.is_multiple_of(RECORD_ALIGN));
     assert!(BATCH_RECORDS_MAX * RECORD_HEADER_BYTES >= BATCH_TARGET_BYTES);
     assert!(FORGETS_PER_RECORD_MAX * 16 + RECORD_HEADER_BYTES < BATCH_TARGET_BYTES);
+    assert!(NODE_BODY_BYTES_MAX + RECORD_HEADER_BYTES < RECORD_BYTES_MAX);
+    assert!(RESTORE_BODY_BYTES_MAX + RECORD_HEADER_BYTES < BATCH_TARGET_BYTES);
     assert!(
         HELLO_BYTES_MAX
             >= BATCH_HEADER_BYTES

@@ -30,7 +30,17 @@ const PLUS_INLINE_BYTES_MAX: u32 = 16 << 10;
 pub fn opendir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let _: abi::OpenIn = request.head()?;
     fs.handles.check_room()?;
-    let node = fs.nodes.find(request.nodeid)?;
+    let fh = fs.handles.insert(open_dir(fs, request.nodeid)?);
+    let open_flags = match fs.options.cache {
+        CacheMode::Never | CacheMode::Auto => 0,
+        CacheMode::Metadata | CacheMode::Always => fopen::KEEP_CACHE | fopen::CACHE_DIR,
+    };
+    put(out, &abi::OpenOut { fh, open_flags, backing_id: 0 })
+}
+
+/// A directory's fd at its start.
+pub(crate) fn open_dir(fs: &Fs, nodeid: u64) -> Result<Handle, Errno> {
+    let node = fs.nodes.find(nodeid)?;
     if !node.is_dir() {
         return Err(Errno::NOTDIR);
     }
@@ -39,19 +49,13 @@ pub fn opendir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let dev = Stat::of(&fd)?.dev;
     let dir =
         OpenDir { counted: Counted::new(node.fds()), node, fd, dev, position: Mutex::new(Some(0)) };
-    let fh = fs.handles.insert(Handle::Dir(Arc::new(dir)));
-    let open_flags = match fs.options.cache {
-        CacheMode::Never | CacheMode::Auto => 0,
-        CacheMode::Metadata | CacheMode::Always => fopen::KEEP_CACHE | fopen::CACHE_DIR,
-    };
-    put(out, &abi::OpenOut { fh, open_flags, backing_id: 0 })
+    Ok(Handle::Dir(Arc::new(dir)))
 }
 
 /// RELEASEDIR.
 pub fn releasedir(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let release: abi::ReleaseIn = request.head()?;
-    fs.handles.dir(release.fh, request.nodeid)?;
-    fs.handles.remove(release.fh, request.nodeid)?;
+    fs.handles.remove(release.fh, request.nodeid, true)?;
     Ok(0)
 }
 
@@ -100,7 +104,7 @@ pub fn readdirplus(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usi
             let found = fs.nodes.check_room();
             let found = found
                 .and_then(|()| fs.backend.lookup(parent, entry.name))
-                .and_then(|found| fs.give(&found, &dir.node, entry.name));
+                .and_then(|found| fs.give(request, &found, &dir.node, entry.name));
             if let Ok((_, given)) = found {
                 ino = given.attr.ino;
                 entry_out = given;

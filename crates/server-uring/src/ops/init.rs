@@ -12,6 +12,8 @@ use crate::reply::put;
 
 /// Pages of a request, as many as [`IO_BYTES_MAX`] has.
 const MAX_PAGES: u16 = 256;
+/// The least that a guest's page has.
+const PAGE_BYTES: u32 = 4096;
 const READAHEAD_BYTES_MAX: u32 = 1 << 20;
 /// RELEASE, readahead and writeback are background requests: a low bound makes closes pile up.
 const MAX_BACKGROUND: u16 = 512;
@@ -71,6 +73,32 @@ pub fn init(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
     }
     fs.negotiated.store(flags, Ordering::Relaxed);
     put(out, &reply)
+}
+
+/// An INIT answer that another daemon gave, and that this session is to go by.
+///
+/// # Errors
+/// The first field that this share cannot be served by, as it is now.
+pub(crate) fn serve(fs: &Fs, init: &abi::InitOut) -> Result<(), &'static str> {
+    let flags = abi::init_flags(init.flags, init.flags2);
+    let minors = abi::FUSE_KERNEL_MINOR_VERSION_MIN..=abi::FUSE_KERNEL_MINOR_VERSION;
+    let pages = u32::from(init.max_pages) * PAGE_BYTES;
+    let wrong = [
+        ("major", init.major != abi::FUSE_KERNEL_VERSION),
+        ("minor", !minors.contains(&init.minor)),
+        // One by one: a file system that changed its cache mode must not keep the old one's.
+        ("flags", flags & !(wanted(fs) | flag::INIT_EXT) != 0),
+        ("max_write", !(PAGE_BYTES..=IO_BYTES_MAX as u32).contains(&init.max_write)),
+        ("max_pages", pages > IO_BYTES_MAX as u32),
+        ("time_gran", init.time_gran != 1),
+        ("map_alignment", init.map_alignment != 0),
+        ("max_stack_depth", init.max_stack_depth != 0),
+    ];
+    if let Some((field, _)) = wrong.into_iter().find(|&(_, wrong)| wrong) {
+        return Err(field);
+    }
+    fs.negotiated.store(flags, Ordering::Relaxed);
+    Ok(())
 }
 
 fn wanted(fs: &Fs) -> u64 {

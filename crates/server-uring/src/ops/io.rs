@@ -13,7 +13,7 @@ use crate::creds::{CredsError, EffectiveIds};
 use crate::dispatch::{IO_BYTES_MAX, Request, Route, name_alone};
 use crate::fdops;
 use crate::fs::{CacheMode, Fs};
-use crate::handles::OpenFile;
+use crate::handles::{Handle, OpenFile};
 use crate::nodes::{Backing, Node};
 use crate::ops::names::{groups, parent_for_new};
 use crate::ops::no_fsetid;
@@ -115,6 +115,15 @@ pub fn open(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
     put(out, &abi::OpenOut { fh, open_flags: fopen_flags(fs, open.flags), backing_id: 0 })
 }
 
+/// The file of a handle that was open before: nothing is made, cut off or asked anew.
+pub(crate) fn open_again(fs: &Fs, nodeid: u64, flags: u32) -> Result<Handle, Errno> {
+    let flags = host_flags(fs, flags & !(O_CREAT | O_EXCL | O_TRUNC | TMPFILE_BIT))?;
+    let node = fs.nodes.find(nodeid)?;
+    check_regular(&node)?;
+    let fd = fs.backend.open(node.inode()?, flags, false)?;
+    Ok(fs.file_handle(node, fd, flags))
+}
+
 fn check_regular(node: &Node) -> Result<(), Errno> {
     match node.kind {
         libc::S_IFREG => Ok(()),
@@ -138,12 +147,12 @@ pub fn create(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
     let made = fs.backend.create(caller, parent.inode()?, name, flags | O_CREAT, mode);
     let (node, entry, fd) = match made {
         Ok((found, fd)) => {
-            let (node, entry) = fs.give(&found, &parent, name)?;
+            let (node, entry) = fs.give(request, &found, &parent, name)?;
             (node, entry, fd)
         }
         Err(Errno::EXIST) if create.flags & O_EXCL == 0 => {
             let found = fs.backend.lookup(parent.inode()?, name)?;
-            let (node, entry) = fs.give(&found, &parent, name)?;
+            let (node, entry) = fs.give(request, &found, &parent, name)?;
             let kill = create.open_flags & abi::FUSE_OPEN_KILL_SUIDGID != 0;
             let opened = check_regular(&node).and_then(|()| {
                 // The guest's kernel checked the directory only, so the host checks the file.
@@ -341,8 +350,7 @@ pub fn flush(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errn
 /// RELEASE: the fd closes when the last operation on it ends.
 pub fn release(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let release: abi::ReleaseIn = request.head()?;
-    fs.handles.file(release.fh, request.nodeid)?;
-    fs.handles.remove(release.fh, request.nodeid)?;
+    fs.handles.remove(release.fh, request.nodeid, false)?;
     Ok(0)
 }
 

@@ -26,7 +26,7 @@ pub fn lookup(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
     let parent = fs.nodes.find(request.nodeid)?;
     fs.nodes.check_fds()?;
     match fs.backend.lookup(parent.inode()?, name) {
-        Ok(found) => reply_entry(fs, &found, (&parent, name), out),
+        Ok(found) => reply_entry(fs, request, &found, (&parent, name), out),
         // Node id 0: "there is no such name, and you may remember that".
         Err(Errno::NOENT) if fs.options.cache == CacheMode::Always => {
             let entry_valid = crate::fs::valid_secs(fs.options.cache);
@@ -74,7 +74,7 @@ pub fn symlink(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
     let found = fs.backend.symlink(request.caller(fs), target, parent.inode()?, name)?;
-    reply_entry(fs, &found, (&parent, name), out)
+    reply_entry(fs, request, &found, (&parent, name), out)
 }
 
 /// Makes a node that is no directory.
@@ -92,7 +92,7 @@ pub fn mknod(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
     let found = fs.backend.mknod(request.caller(fs), parent.inode()?, name, mode, mknod.rdev)?;
-    reply_entry(fs, &found, (&parent, name), out)
+    reply_entry(fs, request, &found, (&parent, name), out)
 }
 
 /// Makes a directory.
@@ -103,7 +103,7 @@ pub fn mkdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
     let found = fs.backend.mkdir(request.caller(fs), parent.inode()?, name, mode)?;
-    reply_entry(fs, &found, (&parent, name), out)
+    reply_entry(fs, request, &found, (&parent, name), out)
 }
 
 /// Removes a file's name.
@@ -151,9 +151,10 @@ fn rename_to(
     let to = fs.nodes.find(newdir)?;
     let _held = fs.nodes.hold(&[(&from, old), (&to, new)])?;
     fs.backend.rename((from.inode()?, old), (to.inode()?, new), flags)?;
-    fs.nodes.moved(&to, new);
+    let notes = fs.notes_of(request);
+    fs.nodes.moved(&to, new, notes);
     if flags & libc::RENAME_EXCHANGE != 0 {
-        fs.nodes.moved(&from, old);
+        fs.nodes.moved(&from, old, notes);
     }
     Ok(0)
 }
@@ -168,7 +169,7 @@ pub fn link(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
     match node.backing()? {
         Backing::Crate(inode) => {
             let found = fs.backend.link(inode, directory, name)?;
-            reply_entry(fs, &found, (&parent, name), out)
+            reply_entry(fs, request, &found, (&parent, name), out)
         }
         Backing::Fd(fd) => {
             fdops::link_fd(fd, fs.backend.path_fd(directory)?.as_fd(), name)?;
@@ -179,8 +180,9 @@ pub fn link(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
                 fs.backend.forget(found.inode, 1);
                 return Err(Errno::STALE);
             }
-            let node = fs.nodes.give_named(&node, &found, &parent, name)?;
-            put(out, &fs.entry(node.id, &found.stat))
+            let given = fs.nodes.give_named(&node, &found, &parent, name)?;
+            fs.note(request, &given, &found, &parent, name);
+            put(out, &fs.entry(given.node.id, &found.stat))
         }
     }
 }
@@ -194,11 +196,12 @@ pub(crate) fn parent_for_new(fs: &Fs, request: &Request<'_>) -> Result<Arc<Node>
 
 fn reply_entry(
     fs: &Fs,
+    request: &Request<'_>,
     found: &Found,
     (parent, name): (&Node, &CStr),
     out: &mut [u8],
 ) -> Result<usize, Errno> {
-    let (_, entry) = fs.give(found, parent, name)?;
+    let (_, entry) = fs.give(request, found, parent, name)?;
     put(out, &entry)
 }
 

@@ -5,5 +5,7 @@ mod hostile;
 mod life;
 mod pressure;
 mod random;
+mod restore;
+mod restore_hostile;
 mod rights;
 mod support;

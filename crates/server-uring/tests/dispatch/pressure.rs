@@ -17,7 +17,8 @@ const FILES: usize = 1_000;
 
 fn options() -> (Arc<Fds>, FsOptions) {
     let fds = Fds::new(FDS);
-    (Arc::clone(&fds), FsOptions { fds, ..FsOptions::default() })
+    // With recipes directories have a second fd.
+    (Arc::clone(&fds), FsOptions { fds, recipes: true, ..FsOptions::default() })
 }
 
 fn files(dir: &Path, count: usize) {

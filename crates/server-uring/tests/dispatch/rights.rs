@@ -230,7 +230,7 @@ fn mounts_below_a_share() {
     let root = ShareRoot::open(dir.path(), Submounts::Hide).expect("root");
     let second = root.try_clone().expect("clone");
     drop(Fs::on(root, FsOptions::default()).expect("a session that ends"));
-    let hide = Guest { fs: Fs::on(second, FsOptions::default()).expect("fs"), uid: 0, gid: 0 };
+    let hide = Guest::of(Fs::on(second, FsOptions::default()).expect("fs"));
     hide.init();
     let _late = Mounted::tmpfs(dir.path().join("late"));
     std::fs::write(dir.path().join("late/over"), b"").expect("host");

@@ -1,11 +1,16 @@
 //! A guest's kernel in a few lines: builds requests as bytes and reads the replies.
 
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
 
 use ringfs_server::dispatch::{Request, Route};
 use ringfs_server::fs::{Fs, FsOptions};
+use ringfs_server::notes::Notes;
 use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::restore::Nodes;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -33,13 +38,58 @@ pub struct Guest {
     pub fs: Fs,
     pub uid: u32,
     pub gid: u32,
+    /// What it would keep for another daemon.
+    pub memory: Mutex<Memory>,
+}
+
+/// Nodes with the lookups that the guest has, and what NODE said of them last.
+#[derive(Clone, Default)]
+pub struct Memory {
+    pub counts: HashMap<u64, u64>,
+    pub recipes: HashMap<u64, Vec<u8>>,
+}
+
+impl Memory {
+    fn keep(&mut self, opcode: Opcode, reply: &[u8], notes: Notes) {
+        let mut given = Vec::new();
+        match opcode {
+            Opcode::Lookup
+            | Opcode::Mknod
+            | Opcode::Mkdir
+            | Opcode::Symlink
+            | Opcode::Link
+            | Opcode::Create
+            | Opcode::Tmpfile => {
+                given.extend(abi::EntryOut::read_from_prefix(reply).map(|(entry, _)| entry.nodeid));
+            }
+            Opcode::Readdirplus => {
+                given.extend(listed(reply, true).into_iter().map(|entry| entry.nodeid));
+            }
+            _ => {}
+        }
+        for id in given.into_iter().filter(|&id| id > ROOT) {
+            *self.counts.entry(id).or_default() += 1;
+        }
+        for node in Nodes::new(&notes.body()) {
+            let node = node.expect("a NODE of ours");
+            self.recipes.insert(node.id, node.recipe.to_vec());
+        }
+    }
 }
 
 impl Guest {
     pub fn new(root: &Path, options: FsOptions) -> Guest {
-        let guest = Guest { fs: Fs::new(root, options).expect("fs"), uid: 0, gid: 0 };
+        let guest = Guest::uninitialised(root, options);
         guest.init();
         guest
+    }
+
+    pub fn uninitialised(root: &Path, options: FsOptions) -> Guest {
+        Guest::of(Fs::new(root, options).expect("fs"))
+    }
+
+    pub fn of(fs: Fs) -> Guest {
+        Guest { fs, uid: 0, gid: 0, memory: Mutex::default() }
     }
 
     pub fn init(&self) -> abi::InitOut {
@@ -79,10 +129,12 @@ impl Guest {
         ext: &[u8],
     ) -> Result<Vec<u8>, Errno> {
         let body = self.body(nodeid, args, ext);
-        let request = Request::parse(opcode as u32, &body).expect("whole request");
+        let notes = Notes::new();
+        let request = Request::parse(opcode as u32, &body).expect("whole request").noting(&notes);
         let mut out = vec![0xee; self.fs.reply_bytes_max(&request)];
         let used = self.fs.execute(&request, &mut out)?;
         out.truncate(used);
+        self.memory.lock().expect("memory").keep(opcode, &out, notes);
         Ok(out)
     }
 
@@ -117,6 +169,15 @@ impl Guest {
 
     pub fn forget(&self, nodeid: u64, count: u64) {
         self.fs.forget([(nodeid, count)].into_iter());
+        let mut memory = self.memory.lock().expect("memory");
+        let left = memory.counts.get_mut(&nodeid).map(|left| {
+            *left = left.saturating_sub(count);
+            *left
+        });
+        if left == Some(0) {
+            memory.counts.remove(&nodeid);
+            memory.recipes.remove(&nodeid);
+        }
     }
 
     pub fn getattr(&self, nodeid: u64) -> Result<abi::Attr, Errno> {
@@ -331,6 +392,21 @@ impl Mounted {
         )
         .expect("mount");
         Mounted(path)
+    }
+
+    /// An ext4 of its own at `path`, on a loop device that detaches itself with its mount. `None`,
+    /// with a line that says why, where there is no loop device.
+    pub fn ext4(image: &Path, path: PathBuf) -> Option<Mounted> {
+        if !is_root() || !Path::new("/dev/loop-control").exists() {
+            println!("SKIPPED: loop devices need root and /dev/loop-control");
+            return None;
+        }
+        let file = std::fs::File::create(image).expect("image");
+        file.set_len(64 << 20).expect("length of the image");
+        let run = |command: &mut Command| assert!(command.status().expect("run").success());
+        run(Command::new("mkfs.ext4").args(["-q", "-F", "-I", "256", "-N", "16384"]).arg(image));
+        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&path));
+        Some(Mounted(path))
     }
 }
 

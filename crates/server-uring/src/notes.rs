@@ -1,0 +1,198 @@
+//! NODE entries that a request makes due: what finds its nodes again, on another daemon too.
+//!
+//! The caller of [`Fs::execute`] lends a [`Notes`] with the request ([`Request::noting`]) and
+//! sends what is in it afterwards, with the reply or before. A session whose options do not ask
+//! for recipes never writes into one.
+//!
+//! A recipe here is made by one system call and no open: a file handle by directory and name,
+//! which tells the file from any later one with its inode number; where there is none, the time of
+//! birth. The name may lead to another file by now: then handle and inode number disagree, and the
+//! import ends in ESTALE.
+//!
+//! [`Fs::execute`]: crate::fs::Fs::execute
+//! [`Request::noting`]: crate::dispatch::Request::noting
+
+use std::cell::RefCell;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use ringfs_wire::abi::{self, FUSE_ROOT_ID};
+use ringfs_wire::limits::NODE_BODY_BYTES_MAX;
+use ringfs_wire::restore::push_node;
+use rustix::fs::{AtFlags, StatxFlags};
+use rustix::io::Errno;
+
+use crate::dispatch::READDIRPLUS_BYTES_MAX;
+use crate::fds::Counted;
+use crate::import::{Handle, HandleKind, MountIdentity, Packed};
+use crate::nodes::{Node, Nodes};
+use crate::passthrough::Found;
+
+/// Handles up to this are taken; the file systems that we know have at most 40 bytes (btrfs).
+const HANDLE_BYTES_NOTED_MAX: usize = 64;
+
+// The request that gives most is a listing: the note of an entry is never longer than the entry.
+const _: () = {
+    assert!(READDIRPLUS_BYTES_MAX <= NODE_BODY_BYTES_MAX);
+    assert!(16 + size_of::<Packed>() + HANDLE_BYTES_NOTED_MAX + 7 <= size_of::<abi::DirentPlus>());
+};
+
+/// The body of a NODE record that grows while a request is executed. At most
+/// [`NODE_BODY_BYTES_MAX`]; nodes beyond (none, by the bounds of replies) would be lost alone.
+#[derive(Debug, Default)]
+pub struct Notes {
+    body: RefCell<Vec<u8>>,
+    all: bool,
+}
+
+impl Notes {
+    /// Empty; it allocates with the first entry, and keeps its room when it is cleared.
+    pub const fn new() -> Notes {
+        Notes { body: RefCell::new(Vec::new()), all: false }
+    }
+
+    /// For a request that runs again because its reply was lost: what it gives may be known by
+    /// now, and have been noted in that reply alone. All that it gives is noted.
+    pub const fn of_rerun() -> Notes {
+        Notes { body: RefCell::new(Vec::new()), all: true }
+    }
+
+    pub(crate) const fn wants(&self, news: bool) -> bool {
+        news || self.all
+    }
+
+    /// Nothing is due.
+    pub fn is_empty(&self) -> bool {
+        self.body.borrow().is_empty()
+    }
+
+    /// The body of the NODE record that is due. It stays until [`Notes::clear`].
+    pub fn body(&self) -> std::cell::Ref<'_, [u8]> {
+        std::cell::Ref::map(self.body.borrow(), Vec::as_slice)
+    }
+
+    /// It was sent.
+    pub fn clear(&self) {
+        self.body.borrow_mut().clear();
+    }
+
+    /// To be sent by another thread.
+    pub fn into_body(self) -> Vec<u8> {
+        self.body.into_inner()
+    }
+
+    fn push(&self, id: u64, write: impl FnOnce(&mut Vec<u8>)) -> bool {
+        push_node(&mut self.body.borrow_mut(), id, write)
+    }
+}
+
+/// Which kind of handle the root's file system gives: asked for once.
+#[derive(Debug, Default)]
+pub(crate) struct HandleKinds(AtomicU8);
+
+const KINDS: [HandleKind; 2] = [HandleKind::Plain, HandleKind::IdentityOnly];
+
+impl HandleKinds {
+    fn read(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        into: &mut [u8; crate::import::HANDLE_BYTES_MAX],
+    ) -> Option<(HandleKind, i32, usize)> {
+        loop {
+            let tried = self.0.load(Ordering::Relaxed);
+            let kind = *KINDS.get(usize::from(tried))?;
+            match Handle::read(kind, dir, name, into) {
+                Ok((raw_type, len)) if len <= HANDLE_BYTES_NOTED_MAX => {
+                    return Some((kind, raw_type, len));
+                }
+                // Not here, or not by this kernel.
+                Ok(_) | Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::OVERFLOW) => {
+                    self.0.fetch_max(tried + 1, Ordering::Relaxed);
+                }
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
+impl Nodes {
+    /// Notes what finds `node` again: `found` is what the crate has just seen as `name` in
+    /// `parent`. Nothing is noted where nothing would prove the file to be the same.
+    pub(crate) fn note(
+        &self,
+        node: &Node,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+        notes: &Notes,
+    ) {
+        // A node without a recipe is lost with this daemon, and only then.
+        let _ = self.with_dir(parent, |dir| self.note_in(dir, node, found, parent, name, notes));
+    }
+
+    fn note_in(
+        &self,
+        dir: BorrowedFd<'_>,
+        node: &Node,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+        notes: &Notes,
+    ) -> bool {
+        let Some(mount) = self.mount_of(found) else { return false };
+        let kind = (found.stat.mode & libc::S_IFMT) as u16;
+        let packed = Packed::new(mount, found.stat.ino, kind, parent.id);
+        let mut bytes = [0; crate::import::HANDLE_BYTES_MAX];
+        let own = HandleKinds::default();
+        let kinds = if self.is_on_roots_device(mount) { &self.handle_kinds } else { &own };
+        if let Some((kind, raw_type, len)) = kinds.read(dir, name, &mut bytes) {
+            let handle = Some((kind, raw_type, &bytes[..len]));
+            return notes.push(node.id, |out| packed.write(handle, name, out));
+        }
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        let Ok(seen) = rustix::fs::statx(dir, name, flags, StatxFlags::INO | StatxFlags::BTIME)
+        else {
+            return false;
+        };
+        let has_birth = seen.stx_mask & StatxFlags::BTIME.bits() != 0;
+        if !has_birth || seen.stx_ino != found.stat.ino {
+            return false;
+        }
+        let birth = Some((seen.stx_btime.tv_sec, seen.stx_btime.tv_nsec));
+        notes.push(node.id, |out| packed.born(birth).write(None, name, out))
+    }
+
+    fn mount_of(&self, found: &Found) -> Option<MountIdentity> {
+        let dev = found.stat.dev;
+        let device = (rustix::fs::major(dev), rustix::fs::minor(dev));
+        let root = self.root.identity()?;
+        if root.device == device {
+            return Some(root);
+        }
+        let fs_id = self.backend.statfs(found.inode).ok()?.f_fsid;
+        Some(MountIdentity { fs_id, device })
+    }
+
+    fn is_on_roots_device(&self, mount: MountIdentity) -> bool {
+        self.root.identity().is_some_and(|root| root.device == mount.device)
+    }
+
+    /// A directory's fd, kept with the node while there are plenty: what a directory holds is
+    /// mostly looked up together.
+    fn with_dir<T>(&self, dir: &Node, then: impl FnOnce(BorrowedFd<'_>) -> T) -> Result<T, Errno> {
+        if dir.id == FUSE_ROOT_ID {
+            return Ok(then(self.root.dir()));
+        }
+        if let Some((fd, _)) = dir.dir.get() {
+            return Ok(then(fd.as_fd()));
+        }
+        let fd = self.backend.path_fd(dir.inode()?)?;
+        if !self.fds.has_plenty() {
+            return Ok(then(fd.as_fd()));
+        }
+        let (fd, _) = dir.dir.get_or_init(|| (fd, Counted::new(&self.fds)));
+        Ok(then(fd.as_fd()))
+    }
+}

@@ -1,0 +1,210 @@
+//! A guest that makes up what another daemon is said to have given it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::Instant;
+
+use ringfs_server::fs::FsOptions;
+use ringfs_server::handles::Unopened;
+use ringfs_server::import::{ImportError, Recipe, Root};
+use ringfs_server::restore::{Restoring, TakeOverError};
+use ringfs_wire::abi::Opcode;
+use ringfs_wire::restore::{End, NUMBER_MAX, Restore, RestoreError, push_restore};
+use rustix::io::Errno;
+
+use crate::restore::{Open, ino, on_each, options, result, taken_over};
+use crate::support::{Guest, Lcg, Memory, Mounted, O_RDWR, ROOT, is_root};
+
+/// A memory that a hostile guest has made up: (id, recipe) each.
+pub(crate) fn forged(recipes: impl IntoIterator<Item = (u64, Vec<u8>)>) -> Memory {
+    let recipes: std::collections::HashMap<u64, Vec<u8>> = recipes.into_iter().collect();
+    Memory { counts: recipes.keys().map(|&id| (id, 1)).collect(), recipes }
+}
+
+#[test]
+fn no_recipe_leads_out_of_the_share() {
+    on_each(|base| {
+        let share = base.join("share");
+        let inside = share.join("sub");
+        std::fs::create_dir_all(&inside).expect("directories");
+        std::fs::write(base.join("secret"), "secret").expect("file");
+        std::fs::create_dir(base.join("outside")).expect("directory");
+        std::fs::write(base.join("outside/file"), "secret").expect("file");
+        std::fs::write(inside.join("file"), "public").expect("file");
+        std::os::unix::fs::symlink(base.join("outside"), share.join("way")).expect("symlink");
+        let at = |path: &Path| OwnedFd::from(std::fs::File::open(path).expect("directory"));
+        let (base_fd, outside) = (at(base), at(&base.join("outside")));
+        let mut recipes = Vec::new();
+        // True recipes of what lies outside, full and brief, under every parent and name.
+        for (dir, name) in [(&base_fd, c"secret"), (&base_fd, c"outside"), (&outside, c"file")] {
+            let true_ones = [
+                Recipe::of(dir.as_fd(), name, ROOT).expect("recipe"),
+                Recipe::brief(dir.as_fd(), name, ROOT).expect("recipe"),
+            ];
+            for recipe in true_ones {
+                for parent in [ROOT, 2, 3, 100, u64::MAX] {
+                    for name in [name, c"..", c".", c"", c"way", c"way/file", c"../secret", c"sub"]
+                    {
+                        let (handle, name) = (recipe.handle.clone(), name.to_owned());
+                        let whole = Recipe { parent, name, ..recipe.clone() };
+                        recipes.push(Recipe { handle: None, ..whole.clone() }.pack().to_vec());
+                        recipes
+                            .push(Recipe { handle, btime: None, ..whole.clone() }.pack().to_vec());
+                        recipes.push(whole.pack().to_vec());
+                    }
+                }
+            }
+        }
+        let count = recipes.len();
+        let memory = forged((0..).map(|i| i + 2).zip(recipes));
+        let open: Vec<Open> = (0..count as u64)
+            .map(|i| Open { fh: 1 + i, node: i + 2, flags: O_RDWR, directory: i % 2 == 0 })
+            .collect();
+        let guest = taken_over(&share, options(), &memory, &open);
+        for Open { fh, node, directory, .. } in open {
+            assert_eq!(result(guest.getattr(node)), Err(Errno::STALE));
+            let used = match directory {
+                true => result(guest.readdir(Opcode::Readdir, (node, fh), 0, 4096)),
+                false => result(guest.read(node, fh, 0, 16)),
+            };
+            assert_eq!(used, Err(Errno::STALE));
+            assert_eq!(result(guest.lookup(node, "file")), Err(Errno::STALE));
+        }
+        // What lies inside is found by the very same means.
+        let own = Recipe::of(at(&inside).as_fd(), c"file", 12345).expect("recipe");
+        let by_handle = own.handle.is_some() && is_root();
+        let guest = taken_over(&share, options(), &forged([(9, own.pack().to_vec())]), &[]);
+        if by_handle && let Ok(attr) = guest.getattr(9) {
+            assert_eq!(attr.ino, ino(&inside.join("file")));
+        }
+        assert_eq!(std::fs::read(base.join("secret")).expect("host"), b"secret");
+    });
+}
+
+#[test]
+fn a_mount_below_is_no_way_out() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    std::fs::create_dir(dir.path().join("below")).expect("directory");
+    let below = Mounted::tmpfs(dir.path().join("below"));
+    std::fs::write(below.0.join("secret"), "secret").expect("file");
+    let at = |path: &Path| OwnedFd::from(std::fs::File::open(path).expect("directory"));
+    let mount = Recipe::of(at(dir.path()).as_fd(), c"below", ROOT).expect("recipe");
+    let file = Recipe::of(at(&below.0).as_fd(), c"secret", 2).expect("recipe");
+    let memory = forged([(2, mount.pack().to_vec()), (3, file.pack().to_vec())]);
+    let guest = taken_over(dir.path(), options(), &memory, &[]);
+    assert_eq!(result(guest.getattr(2)), Err(Errno::STALE));
+    assert_eq!(result(guest.getattr(3)), Err(Errno::STALE));
+
+    // Where mounts could not be hidden, the device decides.
+    let top = at(dir.path());
+    let cross = Root::new(top.as_fd(), true).expect("a root");
+    assert!(cross.by_name(&mount, top.as_fd()).is_ok());
+    let cross = cross.stay_on_device();
+    let refused = cross.by_name(&mount, top.as_fd()).map(|_| ());
+    assert_eq!(refused, Err(ImportError::Outside));
+}
+
+#[test]
+fn what_a_guest_makes_up_ends_in_an_errno() {
+    let dir = tempfile::tempdir().expect("directory");
+    let options = FsOptions { nodes_max: 1_000, handles_max: 100, ..FsOptions::default() };
+    let check = |entries: &[Restore<'_>], expected: Result<bool, TakeOverError>| {
+        let guest = Guest::new(dir.path(), options.clone());
+        let mut body = Vec::new();
+        assert!(entries.iter().all(|entry| push_restore(&mut body, entry)));
+        assert_eq!(Restoring::default().record(&guest.fs, &body), expected);
+    };
+    let node = |id| Restore::Node { id, count: NUMBER_MAX, recipe: b"nonsense" };
+    let handle = |fh| Restore::Handle { fh, node: 77, flags: u32::MAX, directory: false };
+    let end = |nodes, handles| {
+        Restore::End(End { nodes, handles, node_id_max: NUMBER_MAX, fh_max: NUMBER_MAX })
+    };
+    let number = |number| Err(TakeOverError::Malformed(RestoreError::Number(number)));
+    check(&[node(1)], number(1));
+    check(&[Restore::Node { id: 2, count: u64::MAX, recipe: &[] }], number(u64::MAX));
+    check(&[node(2), node(2)], Err(TakeOverError::Twice(2)));
+    check(&[handle(2), handle(2)], Err(TakeOverError::Twice(2)));
+    check(&[node(2), handle(5), end(1, 1)], Ok(true));
+    let totals = |came, said| Err(TakeOverError::Totals { came, said });
+    check(&[node(2), end(2, 0)], totals((1, 0), (2, 0)));
+    check(&[end(0, 0), node(2)], totals((0, 0), (0, 0)));
+    check(&[end(0, 0), end(0, 0)], totals((0, 0), (0, 0)));
+    let many: Vec<_> = (2..1_002).map(node).collect();
+    check(&many, Err(TakeOverError::TooMany));
+    let many: Vec<_> = (2..103).map(handle).collect();
+    check(&many, Err(TakeOverError::TooMany));
+
+    // Ids go on where it says, and nothing wraps.
+    let guest = Guest::new(dir.path(), options.clone());
+    let mut body = Vec::new();
+    let entries = [node(NUMBER_MAX), handle(NUMBER_MAX), end(1, 1)];
+    assert!(entries.iter().all(|entry| push_restore(&mut body, entry)));
+    assert_eq!(Restoring::default().record(&guest.fs, &body), Ok(true));
+    let (entry, fh) = guest.create(ROOT, "file", O_RDWR).expect("create");
+    assert!(entry.nodeid > NUMBER_MAX && fh > NUMBER_MAX);
+    assert_eq!(result(guest.getattr(NUMBER_MAX)), Err(Errno::STALE));
+    assert_eq!(result(guest.read(77, NUMBER_MAX, 0, 1)), Err(Errno::STALE));
+    guest.forget(NUMBER_MAX, u64::MAX);
+    assert_eq!(guest.fs.counts().nodes, 2);
+    // A count that is high stays one.
+    let was = Unopened { node: ROOT, flags: 0, directory: true };
+    assert_eq!(guest.fs.restore_handle(7, was), Ok(()));
+    assert_eq!(guest.fs.restore_node(ROOT, 1, &[]), Err(Errno::EXIST));
+    assert_eq!(guest.fs.restore_node(entry.nodeid, 1, &[]), Err(Errno::EXIST));
+    assert!(guest.readdir(Opcode::Readdir, (ROOT, 7), 0, 4096).is_ok());
+}
+
+#[test]
+fn long_chains_and_circles_of_lost_directories_end_soon() {
+    let dir = tempfile::tempdir().expect("directory");
+    std::fs::create_dir(dir.path().join("d")).expect("directory");
+    let at = OwnedFd::from(std::fs::File::open(dir.path()).expect("directory"));
+    let good = Recipe::of(at.as_fd(), c"d", ROOT).expect("recipe");
+    let recipe = |parent, ino| Recipe { parent, ino, ..good.clone() }.pack().to_vec();
+    let chain = (2..60_000).map(|id| (id, recipe(id + 1, 1)));
+    let circle = (70_000..70_100).map(|id| (id, recipe(70_000 + (id + 1) % 100, 1)));
+    let memory = forged(chain.chain(circle));
+    let guest = taken_over(dir.path(), options(), &memory, &[]);
+    let start = Instant::now();
+    assert_eq!(result(guest.getattr(2)), Err(Errno::STALE));
+    assert_eq!(result(guest.getattr(70_000)), Err(Errno::STALE));
+    println!("a chain of 60,000 lost directories: {:?}", start.elapsed());
+}
+
+#[test]
+fn any_bytes_at_all() {
+    let dir = tempfile::tempdir().expect("directory");
+    std::fs::write(dir.path().join("f"), "x").expect("file");
+    let guest = Guest::new(dir.path(), options());
+    let known = guest.lookup(ROOT, "f").expect("lookup").nodeid;
+    let good = guest.memory.lock().expect("memory").recipes[&known].clone();
+    guest.forget(known, 1);
+    let number = ino(&dir.path().join("f"));
+    let mut lcg = Lcg(7);
+    for _ in 0..5_000 {
+        let mut recipe = good.clone();
+        for _ in 0..lcg.below(4) {
+            match lcg.below(3) {
+                0 if !recipe.is_empty() => {
+                    let at = lcg.below(recipe.len() as u64) as usize;
+                    recipe[at] = lcg.next() as u8;
+                }
+                1 => recipe.truncate(lcg.below(1 + recipe.len() as u64) as usize),
+                _ => recipe.extend((0..lcg.below(200)).map(|i| i as u8)),
+            }
+        }
+        guest.fs.restore_node(2, 1, &recipe).expect("whatever it is");
+        match guest.getattr(2) {
+            Ok(attr) => assert_eq!(attr.ino, number, "{recipe:?}"),
+            Err(errno) => assert_eq!(errno, Errno::STALE, "{recipe:?}"),
+        }
+        let looked_up = guest.lookup(ROOT, "f").expect("lookup");
+        assert_eq!(looked_up.attr.ino, number);
+        guest.forget(looked_up.nodeid, 1);
+        guest.fs.forget([(2, 1)].into_iter());
+        assert_eq!(guest.fs.counts().nodes, 1);
+    }
+}
