@@ -337,3 +337,19 @@ pub(crate) fn text_first(bytes: &[u8]) -> Result<(&CStr, &[u8]), Errno> {
     let text = CStr::from_bytes_until_nul(bytes).map_err(|_| Errno::INVAL)?;
     Ok((text, &bytes[text.count_bytes() + 1..]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfs_wire::table::REPLY_KEPT_BYTES_MAX;
+
+    #[test]
+    fn a_reply_that_must_be_kept_fits_its_cell() {
+        for &opcode in Opcode::ALL.iter().filter(|opcode| !opcode.may_rerun()) {
+            match rule(opcode).bound {
+                Bound::Fixed(bytes) => assert!(bytes <= REPLY_KEPT_BYTES_MAX, "{opcode:?}"),
+                Bound::Asked { .. } => panic!("{opcode:?} has no bound that is small"),
+            }
+        }
+    }
+}

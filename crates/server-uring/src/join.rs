@@ -18,18 +18,18 @@ impl<R: Ring> Shard<R> {
     /// Somebody said HELLO.
     pub(super) fn join(&mut self, newcomer: Box<Newcomer>) {
         if self.ending.is_some() {
-            return self.turn_away(newcomer, refuse(Reason::Shutdown, "the daemon is stopping"));
+            return self.turn_away(*newcomer, refuse(Reason::Shutdown, "the daemon is stopping"));
         }
         let (session, index) = (newcomer.session.id, newcomer.conn);
         if let Some(key) = self.key_of(session, index) {
             return self.meet(key, newcomer);
         }
         if self.conns.len() >= CONNS_PER_SHARD_MAX {
-            return self.turn_away(newcomer, refuse(Reason::Limit, "too many connections"));
+            return self.turn_away(*newcomer, refuse(Reason::Limit, "too many connections"));
         }
         let conn = Connection::new(newcomer.session.clone(), newcomer.conn);
         let key = self.conns.insert(conn);
-        if !self.welcome(key, newcomer, false) {
+        if !self.welcome(key, *newcomer, false) {
             // Nothing was ever done on it.
             self.conns[key].ended = true;
             self.drop_if_over(key);
@@ -46,7 +46,7 @@ impl<R: Ring> Shard<R> {
     /// is asked whether it lives; the newest one of those who wait is the one that may go on.
     fn meet(&mut self, key: usize, newcomer: Box<Newcomer>) {
         if !self.shared.registry.knows(newcomer.ticket) {
-            return self.turn_away(newcomer, refuse(Reason::UnknownSession, ENDED));
+            return self.turn_away(*newcomer, refuse(Reason::UnknownSession, ENDED));
         }
         let conn = &mut self.conns[key];
         let link = &mut conn.link;
@@ -63,7 +63,7 @@ impl<R: Ring> Shard<R> {
         conn.waiting = Some(Waiting { newcomer, until, heard });
         if let Some(Waiting { newcomer: older, .. }) = older {
             let text = "another connection came in its place";
-            self.turn_away(older, refuse(Reason::Timeout, text));
+            self.turn_away(*older, refuse(Reason::Timeout, text));
         }
         self.plan_sweep_at(until);
         self.flush(key);
@@ -76,24 +76,24 @@ impl<R: Ring> Shard<R> {
         tracing::warn!(session = conn.session.id, conn = conn.index, "a clone was refused");
         add(&self.shared.stats.clones_refused, 1);
         let text = "this session is in use by another guest; mount again";
-        self.turn_away(newcomer, refuse(Reason::UnknownSession, text));
+        self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
     }
 
-    fn turn_away(&self, newcomer: Box<Newcomer>, refusal: Refusal) {
+    fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
         say_no(&newcomer.socket, &newcomer.peer, &refusal);
         let_go(newcomer.session);
     }
 
     /// Gives the connection, which has no socket, this one. False: the newcomer is gone or was
     /// turned away.
-    fn welcome(&mut self, key: usize, newcomer: Box<Newcomer>, resumes: bool) -> bool {
+    fn welcome(&mut self, key: usize, newcomer: Newcomer, resumes: bool) -> bool {
         let registry = self.shared.registry.clone();
         let (index, presented) = (newcomer.conn, newcomer.ticket);
         let Some(ticket) = registry.join(&newcomer.session, index, presented, resumes) else {
             self.turn_away(newcomer, refuse(Reason::UnknownSession, ENDED));
             return false;
         };
-        let Newcomer { socket, session, version, numbers, .. } = *newcomer;
+        let Newcomer { socket, session, version, numbers, .. } = newcomer;
         let Numbers { mut tx, rx } = numbers;
         let welcome = Welcome {
             version,
@@ -186,7 +186,7 @@ impl<R: Ring> Shard<R> {
         let conn = &mut self.conns[key];
         if !conn.ended {
             if let Some(Waiting { newcomer, .. }) = conn.waiting.take() {
-                self.welcome(key, newcomer, true);
+                self.welcome(key, *newcomer, true);
             }
             return;
         }

@@ -7,8 +7,6 @@ use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::limits::RECORD_ALIGN;
-use ringfs_wire::slot::SlotError;
-use ringfs_wire::table::Given;
 use rustix::net::SendFlags;
 use std::os::fd::AsFd;
 
@@ -103,40 +101,6 @@ impl<R: Ring> Shard<R> {
         Ok(Step::Taken)
     }
 
-    /// A request that came before, or cannot be; whether it is to be executed.
-    fn come_again(
-        &mut self,
-        key: usize,
-        header: &RecordHeader,
-        begun: Result<Begin, SlotError>,
-    ) -> Result<bool, Reason> {
-        match begun {
-            Ok(Begin::Execute) => Ok(true),
-            // The answer comes when it ends.
-            Ok(Begin::Running) => Ok(false),
-            Ok(Begin::Replay) => {
-                self.conns[key].replay(header, &mut self.buffers);
-                add(&self.shared.stats.replayed, 1);
-                add(&self.shared.stats.records_out, 1);
-                Ok(false)
-            }
-            Ok(Begin::Rerun(given)) => {
-                add(&self.shared.stats.reruns, 1);
-                self.give_back(key, &given);
-                Ok(true)
-            }
-            Err(error) => Err(self.protocol(key, error)),
-        }
-    }
-
-    /// Takes back what a reply gave and nobody has taken.
-    fn give_back(&mut self, key: usize, given: &Given) {
-        let session = &self.conns[key].session;
-        if !given.is_empty() {
-            self.shared.pool.give_back(session.owner, session.fs.give_back(given));
-        }
-    }
-
     fn execute(
         &mut self,
         tag: RequestTag,
@@ -195,29 +159,6 @@ impl<R: Ring> Shard<R> {
             self.conns[tag.conn].link.reply(header, body, &mut self.buffers);
         }
         self.touched.push(tag.conn);
-    }
-
-    /// Writes the end of a request into the table; whether its reply is to be sent.
-    fn settle(&mut self, tag: &RequestTag, errno: u32, body: &[u8]) -> bool {
-        let fate = self.conns[tag.conn].settle(tag, errno, body);
-        self.shared.stats.end_op(fate == Fate::Send);
-        match fate {
-            Fate::Send => true,
-            Fate::Keep => false,
-            Fate::GiveBack { given, send } => {
-                self.give_back(tag.conn, &given);
-                if send {
-                    self.answer_abandoned(tag);
-                }
-                false
-            }
-        }
-    }
-
-    fn answer_abandoned(&mut self, tag: &RequestTag) {
-        let header = reply_header(tag, Errno::INTR.raw_os_error() as u32, 0);
-        self.conns[tag.conn].link.reply(header, &[], &mut self.buffers);
-        add(&self.shared.stats.records_out, 1);
     }
 
     /// Answers a request that was in flight.
@@ -489,44 +430,6 @@ impl<R: Ring> Shard<R> {
         }
         self.shared.stats.begin_op(opcode);
         self.answer(RequestTag::of(key, &header), Ok(&[]));
-        Ok(Step::Taken)
-    }
-
-    /// Nobody waits for a request any more: it need not begin.
-    pub(super) fn cancel(&mut self, key: usize, header: RecordHeader) {
-        let conn = &mut self.conns[key];
-        if !conn.is_running(&header) {
-            return;
-        }
-        let named = RequestTag::of(key, &header);
-        let (owner, session) = (conn.session.owner, conn.session.id);
-        if let Some(job) = self.shared.pool.cancel(owner, session, named) {
-            job.body.into_batch().into_iter().for_each(|batch| self.buffers.give_shared(batch));
-            job.own.into_iter().for_each(|buf| self.buffers.give(buf));
-            self.finish(job.tag, Err(Errno::INTR));
-        }
-    }
-
-    /// Nobody will take the reply to a request, whatever became of it.
-    pub(super) fn abandon(&mut self, key: usize, header: RecordHeader) -> Result<Step, Reason> {
-        let conn = &mut self.conns[key];
-        // Each costs an answer, and its slot is free before the guest has read it.
-        if !conn.reserve(0) {
-            return Ok(Step::PeerFull);
-        }
-        let abandon = conn.abandon(&header).map_err(|error| self.protocol(key, error))?;
-        add(&self.shared.stats.abandoned, usize::from(abandon != Abandon::Void));
-        match abandon {
-            Abandon::Over(given) => {
-                self.give_back(key, &given);
-                self.answer_abandoned(&RequestTag::of(key, &header));
-            }
-            Abandon::Running => {
-                self.drop_bulk_of(&RequestTag::of(key, &header));
-                self.cancel(key, header);
-            }
-            Abandon::Void => {}
-        }
         Ok(Step::Taken)
     }
 }

@@ -180,8 +180,8 @@ impl Registry {
         self.lock().tickets.contains_key(&ticket)
     }
 
-    /// A connection joins by a ticket, or resumes, and then has a new one for the next time. `None`:
-    /// the session has ended, or the ticket was used up meanwhile.
+    /// A connection joins by a ticket, or resumes, and then has a new one for the next time.
+    /// `None`: the session has ended, or the ticket was used up meanwhile.
     pub fn join(
         &self,
         session: &Session,

@@ -38,6 +38,8 @@ use zerocopy::{FromBytes, IntoBytes};
 mod bulk;
 #[path = "join.rs"]
 mod join;
+#[path = "once.rs"]
+mod once;
 #[path = "serve.rs"]
 mod serve;
 #[path = "stream.rs"]

@@ -72,7 +72,7 @@ impl Cell {
     }
 
     fn keep(&mut self, errno: u32, body: &[u8]) {
-        // None that is kept is longer (the daemon asserts it). Better an error than half a reply.
+        // None that is kept is longer (a test of dispatch.rs says so). Better an error than half.
         let (errno, body) =
             if body.len() > REPLY_KEPT_BYTES_MAX { (EIO, &[][..]) } else { (errno, body) };
         self.reply[..body.len()].copy_from_slice(body);
