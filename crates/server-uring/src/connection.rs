@@ -6,9 +6,11 @@
 //! the table says that its request came by that link.
 
 use crate::buffers::BufferPool;
+use crate::dispatch::Request;
 use crate::greet::Newcomer;
 use crate::limits::*;
 use crate::link::Link;
+use crate::notes::Notes;
 use crate::op::RequestTag;
 use crate::session::Session;
 use ringfs_wire::batch::{Kind, RecordHeader};
@@ -51,10 +53,14 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection without a socket, all slots at their first use.
+    /// A connection without a socket, no slot in use.
     pub fn new(session: Arc<Session>, index: u16) -> Connection {
         let lanes = (index..session.lanes).step_by(usize::from(session.conns.max(1)));
-        let lanes = lanes.map(|_| SlotTable::new(session.slots)).collect();
+        let table = match session.rebuilt {
+            Some(_) => SlotTable::rebuilt,
+            None => SlotTable::new,
+        };
+        let lanes = lanes.map(|_| table(session.slots)).collect();
         Connection {
             session,
             index,
@@ -158,14 +164,25 @@ impl Connection {
         self.link.commit(reply_header(tag, errno, len));
     }
 
-    /// Sends the kept reply of a request that came again.
-    pub fn replay(&mut self, record: &RecordHeader, buffers: &mut BufferPool) {
+    /// Sends the kept reply of a request that came again, and what finds the nodes that it gives.
+    pub fn replay(
+        &mut self,
+        record: &RecordHeader,
+        request: Option<&Request<'_>>,
+        notes: &Notes,
+        buffers: &mut BufferPool,
+    ) {
         let conns = self.session.conns;
         let Some(slots) = self.lanes.get(usize::from(u16::from(record.lane) / conns)) else {
             return;
         };
         let at = SlotUse { slot: record.slot, seq: record.slot_seq };
         if let Some((errno, body)) = slots.kept(at) {
+            if let Some(request) = request.filter(|_| errno == 0) {
+                self.session.fs.note_again(request, body, notes);
+                self.link.push_nodes(&notes.body(), buffers);
+                notes.clear();
+            }
             let tag = RequestTag::of(0, record);
             self.link.reply(reply_header(&tag, errno, body.len()), body, buffers);
         }

@@ -304,10 +304,15 @@ impl Fs {
         let bytes_max = self.reply_bytes_max(request);
         let out = out.get_mut(..bytes_max).ok_or(Errno::OVERFLOW)?;
         self.open_named(opcode, request)?;
+        let noted = request.notes.map_or(0, Notes::len);
         let begun = matches!(rule.place, Place::Frees).then(Instant::now);
         let result = (rule.run)(self, request, out);
         if let Some(begun) = begun {
             self.history.done(begun, Instant::now());
+        }
+        if let (Err(_), Some(notes)) = (&result, request.notes) {
+            // What it would have given was taken back.
+            notes.truncate(noted);
         }
         result
     }

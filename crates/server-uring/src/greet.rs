@@ -184,11 +184,13 @@ impl Greeter {
             Err(refusal) => return say_goodbye(&accepted, &refusal),
         };
         let hailed = Hailed { accepted, hello, rx };
-        if hailed.hello.ticket != Ticket::NONE {
+        let ticket = hailed.hello.ticket;
+        if let Some(session) = self.registry.find(ticket) {
+            return self.join(hailed, Ok((session, ticket)));
+        }
+        if ticket != Ticket::NONE && !is_rebuild(&hailed.hello) {
             let text = "no such session here; mount again";
-            let found = self.registry.find(hailed.hello.ticket);
-            let found = found.map(|session| (session, hailed.hello.ticket));
-            return self.join(hailed, found.ok_or(refuse(Reason::UnknownSession, text)));
+            return say_goodbye(&hailed.accepted, &refuse(Reason::UnknownSession, text));
         }
         if let Err((accepted, refusal)) = self.begin_opening(hailed) {
             say_goodbye(&accepted, &refusal);
@@ -265,10 +267,15 @@ impl Greeter {
         options.cache = hello.cache;
         options.writeback = hello.mount_flags & mount_flag::WRITEBACK != 0;
         options.read_only |= hello.mount_flags & mount_flag::READ_ONLY != 0;
+        options.recipes = hello.features & feature::RESTORE != 0;
+        let rebuilt = is_rebuild(hello);
         let fs = Fs::on(root, options).map_err(|error| {
             tracing::error!(share = share.name, dir = %share.dir.display(), %error, "cannot serve");
             refuse(Reason::Internal, "the share cannot be served; the daemon's log says why")
         })?;
+        if let Some(init) = &hello.init {
+            fs.serve_init(init).map_err(|field| refuse(Reason::Incompatible, field))?;
+        }
         let terms = Terms {
             share: share.name.clone(),
             peer: accepted.peer.clone(),
@@ -277,6 +284,7 @@ impl Greeter {
             conns: hello.conns,
             slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
             features: hello.features & feature::KNOWN,
+            rebuilt,
         };
         let (session, ticket) = self
             .registry
@@ -285,6 +293,12 @@ impl Greeter {
         tracing::info!(session = session.id, share = share.name, session.peer, "session opened");
         Ok((session, ticket))
     }
+}
+
+/// Whether the guest will tell what its session was: another daemon's, or another guest's too.
+fn is_rebuild(hello: &Hello) -> bool {
+    let had_one = hello.ticket != Ticket::NONE || hello.init.is_some();
+    had_one && hello.features & feature::RESTORE != 0
 }
 
 /// Whether the bytes are one whole batch; more than one, or none that can be, is refused.

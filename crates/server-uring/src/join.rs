@@ -9,6 +9,7 @@ use super::*;
 use crate::connection::Waiting;
 use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
 use crate::link::{Link, Numbers};
+use crate::restore::TakeOverError;
 use crate::session::let_go;
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
 
@@ -104,7 +105,11 @@ impl<R: Ring> Shard<R> {
             ticket,
             epoch: registry.epoch,
             grace_s: u32::try_from(registry.grace.as_secs()).unwrap_or(u32::MAX),
-            flags: if resumes { welcome_flag::RESUMED } else { 0 },
+            flags: match (&session.rebuilt, resumes) {
+                (_, true) => welcome_flag::RESUMED,
+                (Some(_), false) => welcome_flag::REBUILD,
+                (None, false) => 0,
+            },
         };
         if !send(&socket, &mut tx, rx.received(), (Kind::Welcome, 0), welcome.as_bytes()) {
             tracing::info!(session = session.id, conn = index, "gone before the WELCOME");
@@ -175,6 +180,12 @@ impl<R: Ring> Shard<R> {
         }
         let registry = &self.shared.registry;
         conn.ended |= registry.grace.is_zero();
+        if !conn.ended && !conn.session.is_ready() {
+            // The guest tells all of it again, to a new one.
+            tracing::info!(session = conn.session.id, "cut before it was rebuilt");
+            conn.ended = true;
+            registry.end(conn.session.id, Reason::UnknownSession);
+        }
         if !conn.ended {
             tracing::info!(session = conn.session.id, conn = conn.index, "connection detached");
             registry.cut(&conn.session, conn.index);
@@ -200,6 +211,33 @@ impl<R: Ring> Shard<R> {
         if let Some(Waiting { newcomer, .. }) = conn.waiting {
             self.join(newcomer);
         }
+    }
+
+    /// The guest tells what its session was.
+    pub(super) fn restore(&mut self, key: usize, body: &[u8]) -> Result<Step, Reason> {
+        let session = self.conns[key].session.clone();
+        match session.restore(body) {
+            Ok(false) => {}
+            Ok(true) => {
+                let counts = session.fs.counts();
+                let (nodes, handles) = (counts.nodes, counts.handles);
+                tracing::info!(session = session.id, nodes, handles, "session rebuilt");
+                add(&self.shared.stats.rebuilds, 1);
+                self.shared.registry.tell_restored(&session);
+                self.shared.pool.warm(session.owner, session.fs.clone());
+            }
+            Err(error @ TakeOverError::TooMany) => {
+                tracing::warn!(session = session.id, %error, "cannot rebuild a session");
+                return Err(Reason::Limit);
+            }
+            Err(error) => return Err(self.protocol(key, error)),
+        }
+        Ok(Step::Taken)
+    }
+
+    /// Requests that have waited for a rebuild may run.
+    pub(super) fn restored(&mut self, session: u64, index: u16) {
+        self.touched.extend(self.key_of(session, index));
     }
 
     /// Ends a connection and its session, with a GOODBYE.

@@ -56,6 +56,8 @@ pub const POOL_THREADS_MAX: usize = 16;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer
 /// that it came in.
 pub const POOL_COPY_BYTES_MAX: usize = 8 << 10;
+/// Nodes of a rebuilt session that a pool thread takes in before others have their turn.
+pub const WARMED_A_TURN_MAX: usize = 64;
 /// Sessions of one share that are being opened at once; with more, its file system is stuck.
 pub const OPENINGS_PER_SHARE_MAX: usize = 64;
 /// Entries of a shard's submission queue.

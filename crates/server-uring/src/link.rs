@@ -13,6 +13,7 @@ use crate::splice::SendBuffer;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::limits::*;
+use ringfs_wire::restore::split_nodes;
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -361,6 +362,13 @@ impl Link {
             let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
             let pushed = self.builder.push(buf, header, body);
             debug_assert!(pushed, "reply_room made the room");
+        }
+    }
+
+    /// What finds nodes again: it leaves before the reply that gives them.
+    pub fn push_nodes(&mut self, body: &[u8], buffers: &mut BufferPool) {
+        for part in split_nodes(body, REPLY_INLINE_BYTES_MAX) {
+            self.push(Kind::Node, 0, part, buffers);
         }
     }
 

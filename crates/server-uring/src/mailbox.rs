@@ -21,6 +21,13 @@ pub enum Mail {
         /// Why.
         reason: Reason,
     },
+    /// A session that is rebuilt has all that its requests need.
+    Restored {
+        /// Which session.
+        session: u64,
+        /// Which of its connections.
+        conn: u16,
+    },
     /// A pool job is done.
     Done(Done),
     /// Say goodbye to everybody and end.

@@ -14,6 +14,7 @@ impl<R: Ring> Shard<R> {
         &mut self,
         key: usize,
         header: &RecordHeader,
+        request: Option<&Request<'_>>,
         begun: Result<Begin, SlotError>,
     ) -> Result<bool, Reason> {
         match begun {
@@ -21,7 +22,7 @@ impl<R: Ring> Shard<R> {
             // The answer comes when it ends.
             Ok(Begin::Running) => Ok(false),
             Ok(Begin::Replay) => {
-                self.conns[key].replay(header, &mut self.buffers);
+                self.conns[key].replay(header, request, &self.notes, &mut self.buffers);
                 add(&self.shared.stats.replayed, 1);
                 add(&self.shared.stats.records_out, 1);
                 Ok(false)

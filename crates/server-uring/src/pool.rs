@@ -8,10 +8,11 @@ use crate::buffers::Buf;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::handles::Handle;
-use crate::limits::POOL_COPY_BYTES_MAX;
+use crate::limits::{POOL_COPY_BYTES_MAX, WARMED_A_TURN_MAX};
 use crate::link::BODY_AT;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
+use crate::notes::Notes;
 use crate::op::RequestTag;
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -68,6 +69,8 @@ pub struct Job {
     pub tag: RequestTag,
     /// For the body of a large reply, at [`BODY_AT`].
     pub own: Option<Buf>,
+    /// It runs again: its reply was lost.
+    pub again: bool,
     /// The shard that waits.
     pub mailbox: Arc<Mailbox>,
 }
@@ -82,6 +85,8 @@ pub struct Done {
     pub small: Vec<u8>,
     /// The job's, with the body at [`BODY_AT`].
     pub own: Option<Buf>,
+    /// What finds the nodes again that the reply gives; see notes.rs.
+    pub notes: Vec<u8>,
     /// The job's batch, so that its memory returns to the shard.
     pub batch: Option<Arc<Buf>>,
 }
@@ -91,6 +96,8 @@ enum Task {
     Request(Box<Job>),
     /// Files to close, nobody waits for it.
     Release(Released, Option<Handle>),
+    /// Nodes to take in before they are used, nobody waits for it.
+    Warm(Arc<Fs>, Vec<u64>),
 }
 
 #[derive(Default)]
@@ -153,6 +160,15 @@ impl Pool {
         }
     }
 
+    /// Takes in what a rebuilt session knows, a few nodes a turn: while any is cold, what changes
+    /// names has to look for it.
+    pub fn warm(self: &Arc<Self>, owner: u64, fs: Arc<Fs>) {
+        let cold = fs.cold_nodes();
+        if !cold.is_empty() {
+            self.queue(owner, Task::Warm(fs, cold));
+        }
+    }
+
     fn queue(self: &Arc<Self>, owner: u64, task: Task) {
         let mut queue = self.lock();
         match queue.turns.iter_mut().find(|turn| turn.owner == owner) {
@@ -180,7 +196,8 @@ impl Pool {
                     drop(handles);
                     let next = self.lock().take_next(self.share);
                     if let Some((owner, task)) = next {
-                        execute(task);
+                        // What is left of it may be left: nobody waits.
+                        let _ = execute(task);
                         self.lock().finished(owner);
                     }
                 }
@@ -200,7 +217,7 @@ impl Pool {
                 (job.session, job.tag.conn, job.tag.lane, job.tag.at)
                     == (session, tag.conn, tag.lane, tag.at)
             }
-            Task::Release(..) => false,
+            Task::Release(..) | Task::Warm(..) => false,
         })?;
         let task = turn.waiting.remove(index);
         if turn.running == 0 && turn.waiting.is_empty() {
@@ -208,11 +225,11 @@ impl Pool {
         }
         match task {
             Some(Task::Request(job)) => Some(*job),
-            Some(Task::Release(..)) | None => None,
+            Some(Task::Release(..) | Task::Warm(..)) | None => None,
         }
     }
 
-    fn run(&self) {
+    fn run(self: &Arc<Self>) {
         if let Err(error) = sched_setaffinity(None, &self.cpus) {
             tracing::debug!(%error, "cannot let a pool thread run on all CPUs");
         }
@@ -228,8 +245,11 @@ impl Pool {
                 queue = self.work.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner());
             };
             drop(queue);
-            execute(task);
+            let rest = execute(task);
             self.lock().finished(owner);
+            if let Some(rest) = rest.filter(|_| !self.lock().closed) {
+                self.queue(owner, rest);
+            }
             // A peer that was at its share may go on.
             self.work.notify_one();
         }
@@ -272,16 +292,26 @@ impl Queue {
     }
 }
 
-fn execute(task: Task) {
+/// What is left to do of it.
+fn execute(task: Task) -> Option<Task> {
     match task {
         Task::Request(job) => execute_request(*job),
         Task::Release(released, handle) => drop((released, handle)),
+        Task::Warm(fs, mut cold) => {
+            // A session that has ended is not kept for it.
+            if Arc::strong_count(&fs) > 1 && fs.warm(&mut cold, WARMED_A_TURN_MAX) {
+                return Some(Task::Warm(fs, cold));
+            }
+        }
     }
+    None
 }
 
 fn execute_request(job: Job) {
-    let Job { fs, opcode, body, tag, mut own, mailbox, owner: _, session: _ } = job;
+    let Job { fs, opcode, body, tag, mut own, again, mailbox, owner: _, session: _ } = job;
     let mut small = Vec::new();
+    let notes = Notes::new();
+    notes.note_all(again);
     let result = match Request::parse(opcode, body.bytes()) {
         Some(request) => {
             let out = match &mut own {
@@ -291,9 +321,16 @@ fn execute_request(job: Job) {
                     &mut small[..]
                 }
             };
-            fs.execute(&request, out)
+            fs.execute(&request.noting(&notes), out)
         }
         None => Err(Errno::INVAL),
     };
-    mailbox.post(Mail::Done(Done { tag, result, small, own, batch: body.into_batch() }));
+    mailbox.post(Mail::Done(Done {
+        tag,
+        result,
+        small,
+        own,
+        notes: notes.into_body(),
+        batch: body.into_batch(),
+    }));
 }

@@ -42,10 +42,12 @@ impl<R: Ring> Shard<R> {
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
+        let mut again = false;
         match conn.begin(&header, header.code) {
             Ok(Begin::Execute) => {}
             begun => {
-                let rerun = self.come_again(key, &header, begun);
+                again = true;
+                let rerun = self.come_again(key, &header, Some(&request), begun);
                 if !matches!(rerun, Ok(true)) {
                     self.conns[key].unreserve(reserved);
                     own.into_iter().for_each(|buf| self.buffers.give(buf));
@@ -57,7 +59,10 @@ impl<R: Ring> Shard<R> {
         tag.reserved = reserved as u32;
         self.shared.stats.begin_op(header.code);
         match route {
-            Route::Inline => return Ok(self.execute(tag, &fs, &request, own)),
+            Route::Inline => {
+                self.notes.note_all(again);
+                return Ok(self.execute(tag, &fs, &request, own));
+            }
             Route::Read { file, offset, len } => {
                 self.begin_read(tag, file, offset, reserved.min(len as usize), own.take());
             }
@@ -90,6 +95,7 @@ impl<R: Ring> Shard<R> {
                     body: Body::of(batch, body),
                     tag,
                     own: own.take(),
+                    again,
                     mailbox: self.shared.mailbox.clone(),
                 });
             }
@@ -109,12 +115,22 @@ impl<R: Ring> Shard<R> {
         own: Option<Buf>,
     ) -> Step {
         let conn = &mut self.conns[tag.conn];
+        let request = &request.noting(&self.notes);
         match own {
             None => {
                 let len = tag.reserved as usize;
                 let room = conn.link.reply_room(len, &mut self.buffers);
                 match fs.execute(request, &mut room[..len]) {
-                    Ok(len) => conn.reply_made(&tag, 0, len),
+                    Ok(len) if self.notes.is_empty() => conn.reply_made(&tag, 0, len),
+                    Ok(len) => {
+                        self.scratch.clear();
+                        self.scratch.extend_from_slice(&room[..len]);
+                        conn.link.push_nodes(&self.notes.body(), &mut self.buffers);
+                        self.notes.clear();
+                        let room = conn.link.reply_room(len, &mut self.buffers);
+                        room[..len].copy_from_slice(&self.scratch);
+                        conn.reply_made(&tag, 0, len);
+                    }
                     Err(errno) => {
                         conn.reply_made(&tag, errno.raw_os_error() as u32, 0);
                         add(&self.shared.stats.errors, 1);
@@ -136,8 +152,10 @@ impl<R: Ring> Shard<R> {
     /// Answers from a buffer with the body at [`BODY_AT`]: as it is if large, else copied.
     fn reply_from(&mut self, tag: RequestTag, buf: Buf, len: usize) {
         if !self.settle(&tag, 0, &buf[BODY_AT..BODY_AT + len]) {
+            self.notes.clear();
             return self.buffers.give(buf);
         }
+        self.send_notes(tag.conn);
         let link = &mut self.conns[tag.conn].link;
         let header = reply_header(&tag, 0, len);
         if len > REPLY_INLINE_BYTES_MAX {
@@ -155,10 +173,20 @@ impl<R: Ring> Shard<R> {
         };
         add(&self.shared.stats.errors, usize::from(errno != 0));
         if self.settle(&tag, errno, body) {
+            self.send_notes(tag.conn);
             let header = reply_header(&tag, errno, body.len());
             self.conns[tag.conn].link.reply(header, body, &mut self.buffers);
         }
+        self.notes.clear();
         self.touched.push(tag.conn);
+    }
+
+    /// What finds the nodes again that the next reply gives.
+    fn send_notes(&mut self, key: usize) {
+        if !self.notes.is_empty() {
+            self.conns[key].link.push_nodes(&self.notes.body(), &mut self.buffers);
+            self.notes.clear();
+        }
     }
 
     /// Answers a request that was in flight.
@@ -169,8 +197,11 @@ impl<R: Ring> Shard<R> {
 
     /// Answers a request that the pool has executed.
     pub(super) fn executed(&mut self, done: Done) {
-        let Done { tag, result, small, own, batch } = done;
+        let Done { tag, result, small, own, notes, batch } = done;
         batch.into_iter().for_each(|batch| self.buffers.give_shared(batch));
+        if !notes.is_empty() {
+            self.notes = Notes::of(notes);
+        }
         match (own, result) {
             (Some(buf), Ok(len)) => {
                 self.conns[tag.conn].running -= 1;
@@ -407,7 +438,7 @@ impl<R: Ring> Shard<R> {
         match conn.begin(&header, opcode) {
             Ok(Begin::Execute) => {}
             begun => {
-                if !self.come_again(key, &header, begun)? {
+                if !self.come_again(key, &header, None, begun)? {
                     return Ok(Step::Taken);
                 }
             }

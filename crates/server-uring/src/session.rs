@@ -8,9 +8,10 @@
 use crate::fs::Fs;
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
+use crate::restore::{Restoring, TakeOverError};
 use ringfs_wire::hello::{Reason, Ticket};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -36,6 +37,34 @@ pub struct Session {
     pub slots: u16,
     /// Features in force.
     pub features: u64,
+    /// Another daemon had it, and the guest tells what it was.
+    pub rebuilt: Option<Rebuild>,
+}
+
+/// How far a rebuild is.
+#[derive(Default)]
+pub struct Rebuild {
+    restoring: Mutex<Restoring>,
+    complete: AtomicBool,
+}
+
+impl Session {
+    /// Whether requests may run: all that is to be restored is there.
+    pub fn is_ready(&self) -> bool {
+        self.rebuilt.as_ref().is_none_or(|rebuild| rebuild.complete.load(Ordering::Acquire))
+    }
+
+    /// Takes the body of a RESTORE; `true` with the last one.
+    ///
+    /// # Errors
+    /// See [`TakeOverError`]; the session is of no use then.
+    pub fn restore(&self, body: &[u8]) -> Result<bool, TakeOverError> {
+        let Some(rebuild) = &self.rebuilt else { return Err(TakeOverError::Uncalled) };
+        let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        let complete = restoring.record(&self.fs, body)?;
+        rebuild.complete.store(complete, Ordering::Release);
+        Ok(complete)
+    }
 }
 
 /// What a new session is made of.
@@ -54,6 +83,8 @@ pub struct Terms {
     pub slots: u16,
     /// Features in force.
     pub features: u64,
+    /// See [`Session::rebuilt`].
+    pub rebuilt: bool,
 }
 
 /// Lets go of a session. The last one closes its files, which takes long: not on this thread.
@@ -146,6 +177,7 @@ impl Registry {
             conns: terms.conns,
             slots: terms.slots,
             features: terms.features,
+            rebuilt: terms.rebuilt.then(Rebuild::default),
         });
         let mut sessions = self.lock();
         let mut ended = None;
@@ -251,6 +283,15 @@ impl Registry {
     pub fn end(&self, id: u64, reason: Reason) {
         let ended = self.lock().remove(id);
         ended.into_iter().for_each(|ended| self.bury(ended, reason));
+    }
+
+    /// All that a rebuilt session needs is there: its connections may go on.
+    pub fn tell_restored(&self, session: &Session) {
+        for conn in 0..session.conns {
+            if let Some(shard) = self.shard(session, conn) {
+                shard.post(Mail::Restored { session: session.id, conn });
+            }
+        }
     }
 
     fn bury(&self, ended: Live, reason: Reason) {
@@ -369,6 +410,7 @@ mod tests {
             conns: 2,
             slots: 1,
             features: 0,
+            rebuilt: false,
         };
         let fs = Fs::new(dir.path(), FsOptions::default()).expect("a file system");
         registry.open(terms, fs).expect("a session")

@@ -12,6 +12,7 @@ use crate::handles::OpenFile;
 use crate::limits::*;
 use crate::link::{BODY_AT, Next, SPLICE_HEAD_BYTES};
 use crate::mailbox::{Mail, Mailbox};
+use crate::notes::Notes;
 use crate::op::{Io, Op, RequestTag, Tag};
 use crate::pool::{Body, Done, Job, Pool};
 use crate::ring::{IoResult, Ring};
@@ -84,6 +85,10 @@ pub struct Shard<R: Ring> {
     large_returned: u64,
     /// When to look for peers that hold up others.
     sweep_at: Option<Instant>,
+    /// What finds the nodes again that a request has given.
+    notes: Notes,
+    /// A reply that lies where its NODE goes.
+    scratch: Vec<u8>,
     /// Operations that the ring had no room for.
     refused: Vec<Op>,
     ending: Option<Instant>,
@@ -97,6 +102,8 @@ enum Step {
     PeerFull,
     /// It must wait until a large buffer is free.
     Starved,
+    /// It must wait until the guest has told all of what its session was.
+    Unready,
 }
 
 impl<R: Ring> Shard<R> {
@@ -117,6 +124,8 @@ impl<R: Ring> Shard<R> {
             starved: Vec::new(),
             large_returned: 0,
             sweep_at: None,
+            notes: Notes::new(),
+            scratch: Vec::new(),
             refused: Vec::new(),
             ending: None,
         }
@@ -219,6 +228,7 @@ impl<R: Ring> Shard<R> {
         match mail {
             Mail::Join(newcomer) => self.join(newcomer),
             Mail::End { session, conn, reason } => self.session_ended(session, conn, reason),
+            Mail::Restored { session, conn } => self.restored(session, conn),
             Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
@@ -357,12 +367,12 @@ impl<R: Ring> Shard<R> {
                     }
                     Ok(wait) => {
                         self.buffers.give_shared(buf);
-                        let starved = matches!(wait, Step::Starved);
-                        if starved {
+                        if matches!(wait, Step::Starved) {
                             self.starve(key);
                         }
                         // A peer that was full has taken something: there may be room again.
-                        return self.flush(key) && !starved && self.conns.contains(key);
+                        let full = matches!(wait, Step::PeerFull);
+                        return self.flush(key) && full && self.conns.contains(key);
                     }
                     Err(reason) => {
                         self.buffers.give_shared(buf);
@@ -424,6 +434,12 @@ impl<R: Ring> Shard<R> {
         body: Range<usize>,
     ) -> Result<Step, Reason> {
         match Kind::from_u8(header.kind) {
+            Some(Kind::Request | Kind::Forget | Kind::Cancel)
+                if !self.conns[key].session.is_ready() =>
+            {
+                Ok(Step::Unready)
+            }
+            Some(Kind::Restore) => self.restore(key, &buf[body]),
             Some(Kind::Request) => self.request(key, header, buf, body),
             Some(Kind::Forget) => self.forget(key, header, &buf[body]),
             Some(Kind::Cancel) if header.code == cancel::INTERRUPT => {
@@ -445,7 +461,7 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Goodbye) => Err(Reason::Unmounted),
-            Some(Kind::Hello | Kind::Welcome | Kind::Reply | Kind::Node | Kind::Restore) => {
+            Some(Kind::Hello | Kind::Welcome | Kind::Reply | Kind::Node) => {
                 Err(self.protocol(key, "a record that guests do not send"))
             }
             Some(Kind::Notify) => Err(self.protocol(key, "a record that guests do not send")),

@@ -24,6 +24,8 @@ pub struct ShardStats {
     pub protocol_errors: AtomicU64,
     /// Connections that went on where another one was cut.
     pub resumes: AtomicU64,
+    /// Sessions that another daemon had, rebuilt as their guests told.
+    pub rebuilds: AtomicU64,
     /// Requests that came again and were answered by the reply that was kept.
     pub replayed: AtomicU64,
     /// Requests that came again and ran again.
@@ -54,6 +56,7 @@ impl Default for ShardStats {
             records_out: AtomicU64::new(0),
             protocol_errors: AtomicU64::new(0),
             resumes: AtomicU64::new(0),
+            rebuilds: AtomicU64::new(0),
             replayed: AtomicU64::new(0),
             reruns: AtomicU64::new(0),
             abandoned: AtomicU64::new(0),
@@ -112,6 +115,7 @@ impl Totals {
             ("batches_out", sum(|s| &s.batches_out)),
             ("records_out", sum(|s| &s.records_out)),
             ("resumes", sum(|s| &s.resumes)),
+            ("rebuilds", sum(|s| &s.rebuilds)),
             ("replayed", sum(|s| &s.replayed)),
             ("reruns", sum(|s| &s.reruns)),
             ("abandoned", sum(|s| &s.abandoned)),

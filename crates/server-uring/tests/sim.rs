@@ -495,6 +495,7 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
             conns: 1,
             slots: 16,
             features: 1,
+            rebuilt: false,
         };
         let fs = Fs::new(&share, FsOptions::default()).expect("a file system");
         let session = registry.open(terms, fs).expect("a session");

@@ -24,10 +24,10 @@ pub const VERSION_MAX: u16 = 1;
 pub mod feature {
     /// Payload checksums in both directions.
     pub const PAYLOAD_CRC: u64 = 1 << 0;
-    /// NODE and RESTORE. Not granted before both ends send them.
+    /// NODE and RESTORE: the guest keeps what rebuilds the session elsewhere.
     pub const RESTORE: u64 = 1 << 1;
     /// All that this version knows.
-    pub const KNOWN: u64 = PAYLOAD_CRC;
+    pub const KNOWN: u64 = PAYLOAD_CRC | RESTORE;
 }
 
 /// Mount options that the daemon acts on.

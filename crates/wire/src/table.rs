@@ -58,13 +58,17 @@ enum State {
     Kept = 3,
     /// Its request is over, and may run again.
     Rerun = 4,
+    /// Not used since the session was rebuilt; the guest knows how often it was before.
+    Rebuilt = 5,
 }
 
 impl Cell {
     /// A number that none has can only come from a damaged file: nothing may run on such a slot.
     fn state(&self) -> Option<State> {
         use State::*;
-        [Fresh, Running, Abandoned, Kept, Rerun].into_iter().find(|&s| s as u8 == self.state)
+        [Fresh, Running, Abandoned, Kept, Rerun, Rebuilt]
+            .into_iter()
+            .find(|&s| s as u8 == self.state)
     }
 
     fn is_busy(&self) -> bool {
@@ -188,6 +192,14 @@ impl SlotTable {
         SlotTable { cells: cells.into(), link: 0, in_use: 0, given: HashMap::new() }
     }
 
+    /// `granted` slots of a session that is rebuilt without what another daemon kept of them:
+    /// whichever use of a slot comes first is the next.
+    pub fn rebuilt(granted: u16) -> SlotTable {
+        let mut table = SlotTable::new(granted);
+        table.cells.iter_mut().for_each(|cell| cell.state = State::Rebuilt as u8);
+        table
+    }
+
     /// The connection is gone: what is asked for from now on is asked for by another one.
     pub fn cut(&mut self) {
         self.link = self.link.wrapping_add(1);
@@ -199,6 +211,7 @@ impl SlotTable {
         let (seen, asked) = (cell.link == link, cell.seq);
         let next = SlotUse { seq: cell.seq.wrapping_add(1), ..at };
         match cell.state().ok_or(SlotError::Busy { slot: at.slot })? {
+            State::Rebuilt => {}
             State::Fresh if at.seq == asked => {}
             State::Fresh => return Err(wrong(at, asked)),
             State::Running if at.seq == asked && !seen => {
@@ -278,6 +291,7 @@ impl SlotTable {
         let state = cell.state().ok_or(SlotError::Busy { slot: at.slot })?;
         let mut given = Given::default();
         match state {
+            State::Rebuilt => {}
             State::Fresh if at.seq == asked => {}
             State::Fresh => return Err(wrong(at, asked)),
             State::Running | State::Abandoned if at.seq == asked => {
