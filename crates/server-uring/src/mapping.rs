@@ -6,6 +6,8 @@
 //! would be a SIGBUS), and nobody else may write to it. This is the only `unsafe` of the state
 //! directory.
 
+#![allow(unsafe_code, reason = "memory that is a file's: mmap")]
+
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;

@@ -172,10 +172,11 @@ impl Header {
     fn terms(&mut self) -> Option<StateTerms> {
         let layout = (self.magic, self.version, usize::from(self.header_bytes));
         let sizes = (usize::from(self.cell_bytes), usize::from(self.intent_bytes));
+        let proof = self.prove();
         let ours = layout == (MAGIC, VERSION, HEADER_BYTES)
             && sizes == (size_of::<Cell>(), size_of::<IntentCell>())
             && self.boot == boot()
-            && self.proof == self.prove();
+            && self.proof == proof;
         let terms = StateTerms {
             share: String::from_utf8(self.share.get(..self.share_bytes.into())?.to_vec()).ok()?,
             subdir: self.subdir.get(..self.subdir_bytes.into())?.to_vec(),
@@ -560,9 +561,10 @@ impl StateFile {
         let is_used = |words: &[AtomicU64; 4]| {
             words.iter().zip(used).all(|(word, used)| word.load(Ordering::Relaxed) == used)
         };
+        let kept = header.tickets.iter().position(is_used);
+        debug_assert!(kept.is_some(), "a ticket that was not given");
+        let Some(kept) = kept else { return };
         // One of the two is good at any instruction.
-        let kept = usize::from(!is_used(&header.tickets[0]));
-        debug_assert!(is_used(&header.tickets[kept]), "a ticket that was not given");
         header.good.store(1 << kept, Ordering::Release);
         let Some(unused) = unused else { return };
         for (word, hash) in header.tickets[1 - kept].iter().zip(hash_of(unused)) {
@@ -592,6 +594,16 @@ pub struct IntentPlace {
 }
 
 impl IntentPlace {
+    /// What a daemon before this one had written there.
+    pub fn read(&self) -> Option<Intent> {
+        self.file.intended(self.lane, self.at)
+    }
+
+    /// The session's.
+    pub fn claims(&self) -> &Claims {
+        &self.file.claims
+    }
+
     /// To be written before the request runs, by whoever runs it.
     pub fn write(&self, intent: &Intent) {
         self.file.intend(self.lane, self.at, intent);

@@ -150,6 +150,15 @@ pub fn rebuild(cells: &mut [Cell]) {
     }
 }
 
+/// The replies in cells of requests that succeeded, with their opcodes.
+pub fn replies(cells: &[Cell]) -> impl Iterator<Item = (u32, &[u8])> {
+    cells.iter().filter_map(|cell| {
+        let mark = cell.mark()?;
+        let over = matches!(mark.state, State::Kept | State::Lost | State::Again);
+        (over && mark.errno == 0).then(|| (mark.opcode, cell.reply(mark)))
+    })
+}
+
 /// What became of a request whose daemon died; see [`Begin::Decide`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Past<'a> {
@@ -373,15 +382,6 @@ impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
             State::Running => Some(Past::Running),
             _ => None,
         }
-    }
-
-    /// The replies that are here of requests that succeeded, with their opcodes.
-    pub fn replies(&self) -> impl Iterator<Item = (u32, &[u8])> {
-        self.cells.as_ref().iter().filter_map(|cell| {
-            let mark = cell.mark()?;
-            let whole = matches!(mark.state, State::Kept | State::Lost | State::Again);
-            (whole && mark.errno == 0).then(|| (mark.opcode, cell.reply(mark)))
-        })
     }
 
     /// The request is over; `body` may be left out where the opcode may run again, but for
