@@ -48,6 +48,7 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/fdops.rs", "system calls on an open fd that rustix lacks"),
     ("crates/server-uring/src/creds.rs", "credentials of one thread, which rustix refuses"),
     ("crates/server-uring/src/import.rs", "file handles: name_to_handle_at, open_by_handle_at"),
+    ("crates/server-uring/src/mapping.rs", "a session's file as memory, which mmap gives"),
     ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
     ("fuser-fork/src/sys.rs", "/dev/fuse: the clone ioctl, and queue entries lent to the kernel"),
 ];
