@@ -424,6 +424,13 @@ impl StateDir {
         Some(StateFile::new(Arc::clone(&self.shared), name, opened, terms, true))
     }
 
+    /// Takes back a file whose session was not rebuilt after all: the guest will ask for it again.
+    pub fn give_back(&self, file: &StateFile) {
+        let Some(header) = file.header.as_ref().first() else { return };
+        let tickets = header.tickets().collect();
+        self.lock().push(Left { name: file.name.clone(), at: now_secs(), tickets });
+    }
+
     /// A file that is wholly one of ours, and what it says that it is of.
     fn map(&self, name: &CStr) -> Option<(Opened, StateTerms)> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
