@@ -81,6 +81,13 @@ impl<T> ClientSlots<T> {
         })
     }
 
+    /// The same, to change what is kept.
+    pub fn in_flight_mut(&mut self) -> impl Iterator<Item = (SlotUse, &mut T)> {
+        self.slots.iter_mut().enumerate().filter_map(|(slot, (seq, request))| {
+            Some((SlotUse { slot: slot as u16, seq: *seq }, request.as_mut()?))
+        })
+    }
+
     /// Slots in use.
     pub fn in_use(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -468,6 +468,11 @@ impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
         mark.is_some_and(|mark| mark.is_busy() && mark.seq == at.seq)
     }
 
+    /// Whether any slot has ever been used.
+    pub fn is_used(&self) -> bool {
+        self.cells.iter().any(|cell| cell.state() != Some(State::Fresh))
+    }
+
     /// Requests being executed.
     pub fn in_use(&self) -> usize {
         self.in_use
