@@ -28,6 +28,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
+use crate::accept::Address;
 use crate::decide::Claims;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::intent::{Intent, IntentCell};
@@ -73,6 +74,72 @@ pub enum StateError {
     /// A session's file cannot be made.
     #[error("cannot make a session's file in the state directory")]
     Create(#[source] Errno),
+}
+
+/// Which directory, as `--state-dir` says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum StateOption {
+    /// One of this daemon's listeners below /run, if it can be made.
+    #[default]
+    Default,
+    /// None: what ran when the daemon is killed nobody knows.
+    None,
+    /// This one.
+    At(PathBuf),
+}
+
+const DEFAULT_ABOVE: &str = "/run/ringfsd";
+
+impl std::str::FromStr for StateOption {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<StateOption, &'static str> {
+        match text {
+            "" => Err("a directory, or none"),
+            "none" => Ok(StateOption::None),
+            path => Ok(StateOption::At(path.into())),
+        }
+    }
+}
+
+impl StateOption {
+    /// Opens it. By default the daemon that listens where this one does, after it, has the same,
+    /// and others have another. Without a default one it goes on, and says so.
+    ///
+    /// # Errors
+    /// See [`StateError`]: a directory that was asked for.
+    pub fn open(
+        &self,
+        listen: &[Address],
+        grace: Duration,
+    ) -> Result<Option<StateDir>, StateError> {
+        let path = match self {
+            StateOption::None => return Ok(None),
+            StateOption::At(path) => return StateDir::open(path, grace).map(Some),
+            StateOption::Default => default_below(Path::new(DEFAULT_ABOVE), listen),
+        };
+        match path.and_then(|path| StateDir::open(&path, grace)) {
+            Ok(state) => Ok(Some(state)),
+            Err(error) => {
+                let why = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, why, "no state directory: were this daemon killed, requests \
+                    that were running then would run again");
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Named by the listeners, which no two daemons share.
+fn default_below(above: &Path, listen: &[Address]) -> Result<PathBuf, StateError> {
+    let mut names: Vec<_> = listen.iter().map(ToString::to_string).collect();
+    names.sort();
+    let hash = sha256(names.join("\n").as_bytes());
+    let name: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    match rustix::fs::mkdir(above, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => Ok(above.join(name)),
+        Err(source) => Err(StateError::Open { path: above.to_owned(), source }),
+    }
 }
 
 /// What a session is, and must be again where another daemon goes on with it.
@@ -422,6 +489,13 @@ impl StateDir {
             header.left_at.store(0, Ordering::Relaxed);
         }
         Some(StateFile::new(Arc::clone(&self.shared), name, opened, terms, true))
+    }
+
+    /// Takes back a file whose session was not rebuilt after all: the guest will ask for it again.
+    pub fn give_back(&self, file: &StateFile) {
+        let Some(header) = file.header.as_ref().first() else { return };
+        let tickets = header.tickets().collect();
+        self.lock().push(Left { name: file.name.clone(), at: now_secs(), tickets });
     }
 
     /// A file that is wholly one of ours, and what it says that it is of.
@@ -785,6 +859,26 @@ mod tests {
         check(&[(1, Some(2)), (1, Some(3))], &[1, 3]);
         check(&[(1, Some(2)), (2, None)], &[2]);
         check(&[(1, Some(2)), (2, Some(3)), (3, Some(4)), (3, Some(5))], &[3, 5]);
+    }
+
+    #[test]
+    fn each_set_of_listeners_has_its_own_directory() {
+        let (_dir, path) = place();
+        let listen = |texts: &[&str]| -> Vec<Address> {
+            texts.iter().map(|text| text.parse().expect("an address")).collect()
+        };
+        let below = |texts: &[&str]| default_below(&path, &listen(texts)).expect("a path");
+        let both = below(&["unix:/run/a", "vsock:5640"]);
+        assert_eq!(both, below(&["vsock:5640", "unix:/run/a"]));
+        assert!(both != below(&["unix:/run/a"]) && both.starts_with(&path));
+        assert_eq!(open(&both).left(), 0);
+        let at = StateOption::At(both.clone());
+        assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
+        assert_eq!(("none".parse(), "".parse::<StateOption>().ok()), (Ok(StateOption::None), None));
+        assert!(StateOption::None.open(&[], GRACE).expect("none").is_none());
+        let held = open(&both);
+        assert!(at.open(&[], GRACE).is_err(), "in use");
+        drop(held);
     }
 
     #[test]

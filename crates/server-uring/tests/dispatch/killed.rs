@@ -485,7 +485,7 @@ fn all_cases(root: &Path) {
 
 #[test]
 fn whenever_its_daemon_was_killed_a_request_has_happened_once() {
-    on_each(|root| all_cases(root));
+    on_each(all_cases);
 }
 
 /// Inode numbers are all that there is.
