@@ -9,8 +9,7 @@ use crate::control::Control;
 use crate::fds::Fds;
 use crate::fs::{Fs, FsOptions, ShareRoot, Submounts};
 use crate::greet::Share;
-use crate::sha256::sha256;
-use crate::state_dir::{StateDir, StateError};
+use crate::state_dir::{StateError, StateOption};
 use crate::worker::Worker;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -22,9 +21,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
-
-/// Where state directories are made that nobody has named.
-const STATE_PARENT: &str = "/run/ringfsd";
 
 /// How files and sockets are driven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,21 +45,10 @@ pub struct Config {
     pub spin: u32,
     /// How long a session without connections is kept.
     pub grace: Duration,
-    /// Where what outlives the daemon is kept.
-    pub state: StateChoice,
+    /// Where what is known of sessions outlives this daemon.
+    pub state_dir: StateOption,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
-}
-
-/// Where what the daemon after this one must know is kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StateChoice {
-    /// Below /run, by where the daemon listens; without, if that cannot be made.
-    Default,
-    /// There; the daemon fails without.
-    At(PathBuf),
-    /// Nowhere: a guest whose daemon dies gets errors for what was in flight.
-    Nowhere,
 }
 
 /// `NAME=DIR[,OPTION...]`.
@@ -87,7 +72,7 @@ pub enum DaemonError {
     Serve { name: String, source: crate::fs::FsError },
     #[error(transparent)]
     Listen(#[from] ListenError),
-    #[error("no state directory; `--state-dir none` does without")]
+    #[error(transparent)]
     State(#[from] StateError),
     #[error("cannot make the control socket")]
     Control(#[source] ListenError),
@@ -206,37 +191,6 @@ fn become_root_group() -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// The state directory of a daemon that listens there: the next one with the same addresses finds
-/// it.
-fn open_state(config: &Config) -> Result<Option<StateDir>, DaemonError> {
-    if config.grace.is_zero() {
-        return Ok(None);
-    }
-    match &config.state {
-        StateChoice::Nowhere => Ok(None),
-        StateChoice::At(path) => Ok(Some(StateDir::open(path, config.grace)?)),
-        StateChoice::Default => {
-            let mut addresses: Vec<String> =
-                config.listen.iter().map(|address| address.to_string()).collect();
-            addresses.sort_unstable();
-            let hash = sha256(addresses.join("\n").as_bytes());
-            let name: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-            let parent = PathBuf::from(STATE_PARENT);
-            // One that is there is looked at below, or cannot be used.
-            let _ = rustix::fs::mkdir(&parent, rustix::fs::Mode::RWXU);
-            match StateDir::open(&parent.join(name), config.grace) {
-                Ok(state) => Ok(Some(state)),
-                Err(error @ StateError::InUse { .. }) => Err(error.into()),
-                Err(error) => {
-                    tracing::warn!(%error, "guests get errors for what is in flight, should this \
-                        daemon die: give it a --state-dir of its own");
-                    Ok(None)
-                }
-            }
-        }
-    }
-}
-
 /// Serves until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Result<(), DaemonError> {
     let (stop, signalled) = UnixStream::pair()?;
@@ -247,17 +201,21 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     become_root_group()?;
     let mut shares = Vec::new();
     let fds = Fds::of_process();
-    for mut share in config.shares.clone() {
+    for mut share in config.shares {
         share.options.fds = Arc::clone(&fds);
         if shares.iter().any(|known: &Share| known.name == share.name) {
             return Err(DaemonError::Twice(share.name));
         }
         shares.push(open_share(share)?);
     }
-    let state = open_state(&config)?;
     let cpus = choose_cpus(config.cpus)?;
     let listeners: Vec<Listener> =
         config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
+    // Without a grace time nobody comes back.
+    let state = match config.grace.is_zero() {
+        true => None,
+        false => config.state_dir.open(&config.listen, config.grace)?,
+    };
     let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
     let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
     for address in &config.listen {

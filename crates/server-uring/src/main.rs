@@ -3,8 +3,9 @@
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringfs_server::accept::Address;
-use ringfs_server::daemon::{self, Config, Engine, ShareConfig, StateChoice};
+use ringfs_server::daemon::{self, Config, Engine, ShareConfig};
 use ringfs_server::limits::GRACE_SECS_DEFAULT;
+use ringfs_server::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -64,12 +65,12 @@ struct Serve {
     /// connection.
     #[arg(long, value_name = "SECONDS", default_value_t = GRACE_SECS_DEFAULT)]
     grace: u32,
-    /// Directory for what the next daemon must know of sessions, should this one be killed: which
-    /// requests were running, and replies that may be lost. In memory (tmpfs), for this daemon
-    /// alone. By default one below /run/ringfsd, named after the addresses; `none`: nothing is
-    /// kept, and requests in flight fail with the daemon.
+    /// Directory in memory (a tmpfs) that tells the next daemon which requests were running if this
+    /// one is killed, so that none is lost or done twice. Of this daemon alone: it is made with
+    /// mode 0700, and another daemon that names it ends at once. none: there is none. [default: one
+    /// below /run/ringfsd, by the listeners]
     #[arg(long, value_name = "DIR|none")]
-    state_dir: Option<PathBuf>,
+    state_dir: Option<StateOption>,
     /// Unix socket that gives whoever connects one JSON object of counters.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -148,11 +149,7 @@ fn serve(args: Serve) -> Result<()> {
         },
         spin: args.spin,
         grace: Duration::from_secs(u64::from(args.grace)),
-        state: match args.state_dir {
-            None => StateChoice::Default,
-            Some(path) if path.as_os_str() == "none" => StateChoice::Nowhere,
-            Some(path) => StateChoice::At(path),
-        },
+        state_dir: args.state_dir.unwrap_or_default(),
         control: args.control,
     };
     daemon::run(config)?;
