@@ -389,8 +389,10 @@ impl Terms {
         Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false, unknown: 0 }
     }
 
-    fn can_rebuild(&self) -> bool {
-        self.welcome.features & feature::RESTORE != 0 && !self.is_strict
+    /// Whether it makes sense to ask for a session of our own instead.
+    fn can_begin_anew(&self) -> bool {
+        let restores = self.welcome.features & feature::RESTORE != 0;
+        restores && !self.is_strict && self.welcome.ticket != Ticket::NONE
     }
 }
 
@@ -469,7 +471,7 @@ pub fn run(session: &Session, mut terms: Terms) {
                 has_told &= session.resume.outlook().missing > 0;
             }
             Err(ResumeError::Overtaken) => {}
-            Err(error) if error.is_unknown_session() && terms.can_rebuild() => {
+            Err(error) if error.is_unknown_session() && terms.can_begin_anew() => {
                 terms.unknown += 1;
                 if terms.unknown == UNKNOWN_MAX {
                     tracing::warn!("the session is another guest's: asking for one of our own");
