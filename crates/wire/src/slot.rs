@@ -30,7 +30,7 @@ pub enum SlotError {
 }
 
 /// The guest's side: what it keeps of each request until the reply.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ClientSlots<T> {
     slots: Vec<(u32, Option<T>)>,
     free: Vec<u16>,
@@ -78,6 +78,13 @@ impl<T> ClientSlots<T> {
     pub fn in_flight(&self) -> impl Iterator<Item = (SlotUse, &T)> {
         self.slots.iter().enumerate().filter_map(|(slot, (seq, request))| {
             Some((SlotUse { slot: slot as u16, seq: *seq }, request.as_ref()?))
+        })
+    }
+
+    /// The same, to change what is kept.
+    pub fn in_flight_mut(&mut self) -> impl Iterator<Item = (SlotUse, &mut T)> {
+        self.slots.iter_mut().enumerate().filter_map(|(slot, (seq, request))| {
+            Some((SlotUse { slot: slot as u16, seq: *seq }, request.as_mut()?))
         })
     }
 

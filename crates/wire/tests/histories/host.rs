@@ -1,0 +1,718 @@
+//! A daemon without sockets: registry, connections and operations by the rules of docs/sessions.md,
+//! over the real `SlotTable`. Each step that a daemon can die between is a call of its own.
+
+use crate::link::{End, Fault, Over, Record, Way};
+use crate::world::{Net, Plant};
+use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::batch::{Kind, RecordHeader, cancel};
+use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, welcome_flag};
+use ringfs_wire::restore::{Restore, Restores};
+use ringfs_wire::slot::SlotUse;
+use ringfs_wire::table::{Abandon, Begin, Fate, Given, SlotTable};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use zerocopy::IntoBytes;
+
+pub const EINTR: u32 = 4;
+pub const EEXIST: u32 = 17;
+pub const SLOTS: u16 = 4;
+
+/// What outlives daemons: what was done, by whose session.
+#[derive(Default)]
+pub struct Truth {
+    ran: BTreeMap<(u64, u32), u32>,
+    made: BTreeSet<u64>,
+}
+
+impl Truth {
+    fn runs(&mut self, session: u32, tag: u64) -> Result<(), Fault> {
+        let ran = self.ran.entry((tag, session)).or_default();
+        *ran += 1;
+        match *ran {
+            1 => Ok(()),
+            n => Err(format!("{tag:x} ran {n} times in session {session}")),
+        }
+    }
+
+    /// In how many sessions it has run.
+    pub fn runs_of(&self, tag: u64) -> usize {
+        self.ran.range((tag, 0)..=(tag, u32::MAX)).count()
+    }
+}
+
+struct Newcomer {
+    pipe: usize,
+    end: End,
+    ticket: Ticket,
+    guest: u32,
+    conn: u16,
+}
+
+struct Link {
+    pipe: usize,
+    end: End,
+    /// Of batches that were accepted, and not worked through.
+    accepted: VecDeque<Record>,
+    ticket: Ticket,
+    is_proven: bool,
+    heard: bool,
+}
+
+struct Running {
+    lane: u8,
+    at: SlotUse,
+    request: Record,
+    result: Option<(u32, Vec<u8>)>,
+}
+
+struct Conn {
+    lanes: Vec<SlotTable>,
+    known: bool,
+    link: Option<Link>,
+    running: Vec<Running>,
+    waiting: Option<Newcomer>,
+    half: VecDeque<Record>,
+}
+
+pub struct Session {
+    id: u32,
+    pub guest: u32,
+    ticket: Ticket,
+    /// The next one, until something shows that it has arrived, and the connection that was told.
+    unused: Option<(Ticket, u16)>,
+    /// Connections that have been joined once.
+    joined: BTreeSet<u16>,
+    is_rebuilt: bool,
+    is_ready: bool,
+    came: (u64, u64),
+    pub nodes: BTreeMap<u64, u64>,
+    pub handles: BTreeSet<u64>,
+    fh_max: u64,
+    conns: Vec<Conn>,
+    ended: bool,
+}
+
+#[derive(Default)]
+pub struct Daemon {
+    sessions: Vec<Session>,
+    greeting: Vec<(usize, End)>,
+}
+
+impl Daemon {
+    /// A connection comes in.
+    pub fn accept(&mut self, pipe: usize, end: End) {
+        self.greeting.push((pipe, end));
+    }
+
+    /// It dies: whatever it had is gone, but what it wrote.
+    pub fn kill(&mut self, net: &mut Net) {
+        for at in 0..self.sessions.len() {
+            self.end_session(at, net);
+        }
+        for (pipe, end) in std::mem::take(&mut self.greeting) {
+            net.close(pipe, end, Way::Up);
+        }
+        self.sessions.clear();
+    }
+
+    pub fn session_of(&self, ticket: Ticket) -> Option<&Session> {
+        self.sessions.iter().find(|s| !s.ended && s.has(ticket))
+    }
+
+    /// A session that has no connection is over.
+    pub fn reap(&mut self, net: &mut Net) -> bool {
+        let cut = |s: &Session| !s.ended && s.conns.iter().all(|c| c.link.is_none());
+        let at = self.sessions.iter().position(cut);
+        at.is_some_and(|at| {
+            self.end_session(at, net);
+            true
+        })
+    }
+
+    /// For people.
+    pub fn state(&self, net: &Net) -> String {
+        let conns = self
+            .sessions
+            .iter()
+            .flat_map(|session| session.conns.iter().map(move |conn| (session, conn)));
+        let lines = conns.map(|(session, conn)| {
+            let link = conn.link.as_ref().map(|link| {
+                let pipe = &net.pipes[link.pipe];
+                (pipe.is_cut, pipe.is_silent, link.accepted.len(), link.end.has_output())
+            });
+            let (ended, ready) = (session.ended, session.is_ready);
+            let waiting = conn.waiting.is_some();
+            format!("{} {ended} {ready}: {link:?} {} {waiting}", session.id, conn.running.len())
+        });
+        format!("{} greeting, {:?}", self.greeting.len(), lines.collect::<Vec<_>>())
+    }
+
+    /// Nothing is to be done, but for guests that are gone without a word.
+    pub fn is_quiet(&self, net: &Net) -> bool {
+        let idle = |c: &Conn| {
+            let there = c.link.as_ref().filter(|link| !net.pipes[link.pipe].is_silent);
+            let said = there.is_none_or(|l| l.accepted.is_empty() && !l.end.has_output());
+            c.running.is_empty() && c.waiting.is_none() && said
+        };
+        self.greeting.is_empty() && self.sessions.iter().all(|s| s.conns.iter().all(idle))
+    }
+
+    fn end_session(&mut self, at: usize, net: &mut Net) {
+        let session = &mut self.sessions[at];
+        session.ended = true;
+        for conn in &mut session.conns {
+            conn.running.clear();
+            if let Some(link) = conn.link.take() {
+                net.close(link.pipe, link.end, Way::Up);
+            }
+            if let Some(newcomer) = conn.waiting.take() {
+                net.close(newcomer.pipe, newcomer.end, Way::Up);
+            }
+        }
+    }
+
+    /// One of all that a daemon may do next.
+    pub fn step(&mut self, net: &mut Net, truth: &mut Truth) -> Result<(), Fault> {
+        if !self.greeting.is_empty() && net.rng.one_of(200) {
+            return self.greet(net);
+        }
+        if self.sessions.is_empty() {
+            return Ok(());
+        }
+        let at = net.rng.below(self.sessions.len());
+        let session = &self.sessions[at];
+        if session.ended {
+            return Ok(());
+        }
+        let c = net.rng.below(session.conns.len());
+        match net.rng.below(8) {
+            0 | 1 => self.receive(at, c, net)?,
+            2 | 3 => self.work(at, c, net)?,
+            4 => self.execute(at, c, net, truth)?,
+            5 => self.finish(at, c, net)?,
+            6 => {
+                if let Some(link) = &mut self.sessions[at].conns[c].link {
+                    link.end.flush(&mut net.pipes[link.pipe], Way::Down);
+                }
+            }
+            _ => self.probe(at, c, net),
+        }
+        Ok(())
+    }
+
+    fn greet(&mut self, net: &mut Net) -> Result<(), Fault> {
+        let at = net.rng.below(self.greeting.len());
+        let (pipe, mut end) = self.greeting.swap_remove(at);
+        let mut records = VecDeque::new();
+        let most = 1 + net.rng.below(200);
+        let got = end.receive(&mut net.pipes[pipe], Way::Up, most, &mut records);
+        if got.is_err() {
+            net.close(pipe, end, Way::Up);
+            return Ok(());
+        }
+        let Some(record) = records.pop_front() else {
+            self.greeting.push((pipe, end));
+            return Ok(());
+        };
+        let hello = Hello::decode(&record.body).map_err(|error| error.to_string())?;
+        let guest = u32::from_str_radix(&hello.share, 16).map_err(|_| "no guest")?;
+        let (ticket, conn) = (hello.ticket, hello.conn);
+        let newcomer = Newcomer { pipe, end, ticket, guest, conn };
+        let known = self.sessions.iter().position(|s| !s.ended && s.has(ticket));
+        match known {
+            None => self.open(newcomer, (hello.lanes, hello.conns), net),
+            Some(at) => self.meet(at, newcomer, net),
+        }
+        Ok(())
+    }
+
+    /// A session of its own, made anew from the guest's memory if it had one.
+    fn open(&mut self, newcomer: Newcomer, (lanes, conns): (u16, u16), net: &mut Net) {
+        let is_rebuilt = newcomer.ticket != Ticket::NONE;
+        let table = if is_rebuilt { SlotTable::rebuilt } else { SlotTable::new };
+        let conn = |c: u16| Conn {
+            lanes: (c..lanes).step_by(usize::from(conns)).map(|_| table(SLOTS)).collect(),
+            known: false,
+            link: None,
+            running: Vec::new(),
+            waiting: None,
+            half: VecDeque::new(),
+        };
+        self.sessions.push(Session {
+            id: net.number() as u32,
+            guest: newcomer.guest,
+            ticket: net.ticket(),
+            unused: None,
+            joined: BTreeSet::new(),
+            is_rebuilt,
+            is_ready: !is_rebuilt,
+            came: (0, 0),
+            nodes: BTreeMap::new(),
+            handles: BTreeSet::new(),
+            fh_max: 0,
+            conns: (0..conns).map(conn).collect(),
+            ended: false,
+        });
+        let at = self.sessions.len() - 1;
+        let ticket = self.sessions[at].ticket;
+        self.welcome(at, Newcomer { ticket, ..newcomer }, false, net);
+    }
+
+    fn meet(&mut self, at: usize, newcomer: Newcomer, net: &mut Net) {
+        let session = &mut self.sessions[at];
+        let conn = &mut session.conns[usize::from(newcomer.conn)];
+        if !conn.known {
+            return self.welcome(at, newcomer, false, net);
+        }
+        if conn.link.is_none() {
+            return self.welcome(at, newcomer, true, net);
+        }
+        if let Some(link) = &mut conn.link
+            && conn.waiting.is_none()
+        {
+            link.heard = false;
+            link.tell(Kind::Ping, net);
+        }
+        if let Some(mut older) = conn.waiting.replace(newcomer) {
+            older.end.tell(Kind::Goodbye, Reason::Timeout as u32, b"");
+            older.end.flush(&mut net.pipes[older.pipe], Way::Down);
+            net.close(older.pipe, older.end, Way::Up);
+        }
+    }
+
+    /// Who waits for a connection that is there is a clone, if the other end of that lives.
+    fn probe(&mut self, at: usize, c: usize, net: &mut Net) {
+        let conn = &mut self.sessions[at].conns[c];
+        let (Some(link), true) = (&conn.link, conn.waiting.is_some()) else { return };
+        let pipe = &net.pipes[link.pipe];
+        if link.heard && !pipe.is_cut {
+            let Some(newcomer) = conn.waiting.take() else { return };
+            let session = &self.sessions[at];
+            let lanes = session.conns.iter().map(|conn| conn.lanes.len() as u16).sum();
+            let conns = session.conns.len() as u16;
+            net.say(|| format!("host: guest {} is a clone", newcomer.guest));
+            self.open(newcomer, (lanes, conns), net);
+        } else if pipe.is_cut && pipe.is_silent || net.rng.one_of(2) {
+            net.say(|| format!("host: connection {at}.{c} is silent"));
+            self.hang_up(at, c, net);
+        }
+    }
+
+    /// As `Registry::join`.
+    fn join(&mut self, at: usize, newcomer: &Newcomer, resumes: bool, net: &mut Net) -> bool {
+        let session = &mut self.sessions[at];
+        let (ticket, conn) = (newcomer.ticket, newcomer.conn);
+        let other = |told: u16| told != conn && !net.is_planted(Plant::OldTicketAnywhere);
+        match session.unused {
+            Some((unused, _)) if unused == ticket => session.prove(ticket),
+            // Who has not got the new one comes again for the same connection.
+            Some((_, told)) if other(told) => return false,
+            Some(_) | None if session.ticket != ticket => return false,
+            Some(_) | None => {}
+        }
+        session.joined.insert(conn);
+        if resumes {
+            session.unused = Some((net.ticket(), conn));
+            session.guest = newcomer.guest;
+        }
+        true
+    }
+
+    fn welcome(&mut self, at: usize, newcomer: Newcomer, resumes: bool, net: &mut Net) {
+        // A ticket for somebody who has given up would void the one that he has got since.
+        if net.pipes[newcomer.pipe].is_cut && !net.is_planted(Plant::LateHellosCount) {
+            return net.close(newcomer.pipe, newcomer.end, Way::Up);
+        }
+        if !self.join(at, &newcomer, resumes, net) {
+            let conns = self.sessions[at].conns.len() as u16;
+            let lanes = self.sessions[at].conns.iter().map(|conn| conn.lanes.len() as u16).sum();
+            return self.open(newcomer, (lanes, conns), net);
+        }
+        let session = &mut self.sessions[at];
+        let Newcomer { pipe, mut end, ticket, conn, guest } = newcomer;
+        let fresh = session.unused.filter(|_| resumes).map_or(ticket, |(fresh, _)| fresh);
+        let welcome = Welcome {
+            version: 1,
+            lanes: session.conns.iter().map(|conn| conn.lanes.len() as u16).sum(),
+            slots: SLOTS,
+            conns: session.conns.len() as u16,
+            ticket: fresh,
+            flags: match (resumes, session.is_rebuilt) {
+                (true, _) => welcome_flag::RESUMED,
+                (false, true) => welcome_flag::REBUILD,
+                (false, false) => 0,
+            },
+            ..Welcome::default()
+        };
+        net.say(|| format!("host: guest {guest:x} conn {conn}: {:?}", welcome.flags));
+        end.tell(Kind::Welcome, 0, welcome.as_bytes());
+        end.flush(&mut net.pipes[pipe], Way::Down);
+        let conn = &mut session.conns[usize::from(conn)];
+        let accepted = std::mem::take(&mut conn.half);
+        conn.known = true;
+        let (is_proven, heard) = (false, false);
+        conn.link = Some(Link { pipe, end, accepted, ticket: fresh, is_proven, heard });
+    }
+
+    fn receive(&mut self, at: usize, c: usize, net: &mut Net) -> Result<(), Fault> {
+        let session = &mut self.sessions[at];
+        let Some(link) = &mut session.conns[c].link else { return Ok(()) };
+        let pipe = &mut net.pipes[link.pipe];
+        if pipe.is_silent {
+            return Ok(());
+        }
+        let most = 1 + [20, 400, 4000][net.rng.below(3)];
+        let before = link.accepted.len();
+        match link.end.receive(pipe, Way::Up, most, &mut link.accepted) {
+            Ok(n) => link.heard |= n > 0,
+            Err(Over::End | Over::Damaged) => {
+                self.hang_up(at, c, net);
+                return Ok(());
+            }
+        }
+        // Whoever has sent something has the WELCOME.
+        if link.accepted.len() > before && !std::mem::replace(&mut link.is_proven, true) {
+            let ticket = link.ticket;
+            if !net.is_planted(Plant::OldTicketStays) {
+                session.prove(ticket);
+            }
+        }
+        Ok(())
+    }
+
+    fn hang_up(&mut self, at: usize, c: usize, net: &mut Net) {
+        let conn = &mut self.sessions[at].conns[c];
+        let Some(link) = conn.link.take() else { return };
+        if net.is_planted(Plant::HalfBatchStays) {
+            conn.half = link.accepted;
+        }
+        net.close(link.pipe, link.end, Way::Up);
+        if !net.is_planted(Plant::TableNotCut) {
+            conn.lanes.iter_mut().for_each(SlotTable::cut);
+        }
+        net.say(|| format!("host: connection {at}.{c} is detached"));
+        let waiting = conn.waiting.take();
+        if !self.sessions[at].is_ready {
+            if let Some(newcomer) = waiting {
+                net.close(newcomer.pipe, newcomer.end, Way::Up);
+            }
+            return self.end_session(at, net);
+        }
+        if let Some(newcomer) = waiting {
+            self.welcome(at, newcomer, true, net);
+        }
+    }
+
+    /// Works on one record.
+    fn work(&mut self, at: usize, c: usize, net: &mut Net) -> Result<(), Fault> {
+        let session = &mut self.sessions[at];
+        let conns = session.conns.len();
+        let Session { conns: all, .. } = session;
+        let conn = &mut all[c];
+        let Some(link) = &mut conn.link else { return Ok(()) };
+        let Some(front) = link.accepted.front() else { return Ok(()) };
+        let kind = Kind::from_u8(front.header.kind).ok_or("an unknown kind")?;
+        let asks = !matches!(kind, Kind::Restore | Kind::Ping | Kind::Pong);
+        if asks && !session.is_ready && !net.is_planted(Plant::NotHeldUntilRestored) {
+            return Ok(());
+        }
+        let Some(record) = link.accepted.pop_front() else { return Ok(()) };
+        let (header, use_of) = (record.header, record.at());
+        if asks && usize::from(header.lane) % conns != c {
+            return Err(format!("lane {} on connection {c}", header.lane));
+        }
+        let table = &mut conn.lanes[usize::from(header.lane) / conns];
+        let refused = |error| format!("protocol error between honest ends: {error}");
+        match kind {
+            Kind::Request | Kind::Forget => {
+                let opcode = if kind == Kind::Forget { Opcode::Forget as u32 } else { header.code };
+                let begun = table.begin(use_of, opcode).map_err(refused)?;
+                net.say(|| format!("host: {at}.{c} {use_of:?} {begun:?}"));
+                let run = match begun {
+                    Begin::Execute => true,
+                    Begin::Running => false,
+                    Begin::Replay => {
+                        let (errno, body) = table.kept(use_of).ok_or("nothing is kept")?;
+                        reply(link, &header, errno, body, net);
+                        false
+                    }
+                    Begin::Rerun(given) => {
+                        let plant = net.is_planted(Plant::RerunKeepsLookups);
+                        session.give_back(given, plant)?;
+                        true
+                    }
+                };
+                if run {
+                    let lane = header.lane;
+                    let running = Running { lane, at: use_of, request: record, result: None };
+                    session.conns[c].running.push(running);
+                }
+            }
+            Kind::Cancel if header.code == cancel::ABANDON => {
+                let abandoned = table.abandon(use_of).map_err(refused)?;
+                net.say(|| format!("host: {at}.{c} {use_of:?} abandon: {abandoned:?}"));
+                match abandoned {
+                    Abandon::Over(given) => {
+                        reply(link, &header, EINTR, &[], net);
+                        session.give_back(given, net.is_planted(Plant::AbandonedKeepsLookups))?;
+                    }
+                    Abandon::Running => interrupt(conn, &header),
+                    Abandon::Void => {}
+                }
+            }
+            Kind::Cancel => {
+                if table.is_running(use_of) {
+                    interrupt(conn, &header);
+                }
+            }
+            Kind::Ping => link.tell(Kind::Pong, net),
+            Kind::Pong => {}
+            Kind::Restore => session.restore(&record.body)?,
+            _ => return Err(format!("{kind:?} from a guest")),
+        }
+        Ok(())
+    }
+
+    /// An operation runs; its end is not written down yet.
+    fn execute(
+        &mut self,
+        at: usize,
+        c: usize,
+        net: &mut Net,
+        truth: &mut Truth,
+    ) -> Result<(), Fault> {
+        let session = &mut self.sessions[at];
+        let count = session.conns[c].running.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let n = net.rng.below(count);
+        if session.conns[c].running[n].result.is_some() {
+            return Ok(());
+        }
+        let request = session.conns[c].running[n].request.clone();
+        let result = session.perform(&request, truth)?;
+        net.say(|| format!("host: {at}.{c} {:?} ran: {}", request.at(), result.0));
+        session.conns[c].running[n].result = Some(result);
+        Ok(())
+    }
+
+    fn finish(&mut self, at: usize, c: usize, net: &mut Net) -> Result<(), Fault> {
+        let session = &mut self.sessions[at];
+        let conns = session.conns.len();
+        let conn = &mut session.conns[c];
+        if conn.running.is_empty() {
+            return Ok(());
+        }
+        let n = net.rng.below(conn.running.len());
+        if conn.running[n].result.is_none() {
+            return Ok(());
+        }
+        let Running { lane, at: use_of, request, result } = conn.running.swap_remove(n);
+        let (errno, body) = result.unwrap_or_default();
+        let table = &mut conn.lanes[usize::from(lane) / conns];
+        let fate = table.finish(use_of, errno, &body).map_err(|error| error.to_string())?;
+        net.say(|| format!("host: {at}.{c} {use_of:?} ends: {fate:?}"));
+        let late = net.is_planted(Plant::RepliesUnasked) && conn.link.is_some();
+        match (fate, &mut conn.link) {
+            (Fate::Send, Some(link)) => reply(link, &request.header, errno, &body, net),
+            (Fate::Send, None) => return Err("a reply for nobody".into()),
+            (Fate::Keep, Some(link)) if late => reply(link, &request.header, errno, &body, net),
+            (Fate::Keep, _) => {}
+            (Fate::GiveBack { given, send }, link) => {
+                if send {
+                    let link = link.as_mut().ok_or("an EINTR for nobody")?;
+                    reply(link, &request.header, EINTR, &[], net);
+                }
+                session.give_back(given, net.is_planted(Plant::AbandonedKeepsLookups))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds what is kept against its bounds.
+    pub fn check(&self) -> Result<(), Fault> {
+        for conn in self.sessions.iter().flat_map(|session| &session.conns) {
+            let slots = conn.lanes.len() * usize::from(SLOTS);
+            let in_use: usize = conn.lanes.iter().map(SlotTable::in_use).sum();
+            if in_use > slots || conn.running.len() > slots {
+                return Err(format!("{in_use} slots in use of {slots}"));
+            }
+            let accepted = conn.link.as_ref().map_or(0, |link| link.accepted.len());
+            // Requests, an ABANDON and a CANCEL of each, RESTOREs and PINGs.
+            if accepted > 4 * slots + 8 {
+                return Err(format!("{accepted} records wait"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Link {
+    fn tell(&mut self, kind: Kind, net: &mut Net) {
+        if self.end.is_due() {
+            self.end.flush(&mut net.pipes[self.pipe], Way::Down);
+        }
+        self.end.tell(kind, 0, &[]);
+    }
+}
+
+fn reply(link: &mut Link, header: &RecordHeader, errno: u32, body: &[u8], net: &mut Net) {
+    if link.end.is_due() {
+        link.end.flush(&mut net.pipes[link.pipe], Way::Down);
+    }
+    let at = SlotUse { slot: header.slot, seq: header.slot_seq };
+    link.end.push(Kind::Reply, header.lane, at, errno, if errno == 0 { body } else { &[] });
+}
+
+/// What has not begun need not run.
+fn interrupt(conn: &mut Conn, header: &RecordHeader) {
+    let at = SlotUse { slot: header.slot, seq: header.slot_seq };
+    let running = conn.running.iter_mut().find(|r| r.at == at && r.lane == header.lane);
+    // FORGET and RELEASE cannot be refused.
+    let may = |r: &&mut Running| {
+        r.request.header.kind == Kind::Request as u8
+            && r.request.header.code != Opcode::Release as u32
+    };
+    if let Some(running) = running.filter(may) {
+        running.result.get_or_insert((EINTR, Vec::new()));
+    }
+}
+
+pub fn word(body: &[u8], n: usize) -> u64 {
+    let bytes = body.get(n * 8..n * 8 + 8).and_then(|bytes| bytes.try_into().ok());
+    u64::from_le_bytes(bytes.unwrap_or_default())
+}
+
+impl Session {
+    fn has(&self, ticket: Ticket) -> bool {
+        self.ticket == ticket || self.unused.is_some_and(|(unused, _)| unused == ticket)
+    }
+
+    /// A ticket has arrived: all others are a clone's.
+    fn prove(&mut self, ticket: Ticket) {
+        if self.unused.is_some_and(|(unused, _)| unused == ticket) {
+            (self.ticket, self.unused) = (ticket, None);
+        }
+    }
+
+    /// Whether each of its connections has been joined.
+    pub fn is_whole(&self) -> bool {
+        self.joined.len() == self.conns.len()
+    }
+
+    fn give_back(&mut self, given: Given, planted: bool) -> Result<(), Fault> {
+        if planted {
+            return Ok(());
+        }
+        for id in given.nodes {
+            self.forget(id, 1)?;
+        }
+        match given.handle {
+            Some(fh) if !self.handles.remove(&fh) => {
+                Err(format!("handle {fh} is given back twice"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn forget(&mut self, id: u64, n: u64) -> Result<(), Fault> {
+        let left = self.nodes.get(&id).and_then(|count| count.checked_sub(n));
+        match left.ok_or_else(|| format!("node {id} is given back once too often"))? {
+            0 => self.nodes.remove(&id),
+            left => self.nodes.insert(id, left),
+        };
+        Ok(())
+    }
+
+    fn restore(&mut self, body: &[u8]) -> Result<(), Fault> {
+        for entry in Restores::new(body) {
+            if self.is_ready {
+                return Err("RESTORE behind its end".into());
+            }
+            match entry.map_err(|error| error.to_string())? {
+                Restore::Node { id, count, .. } => {
+                    self.came.0 += 1;
+                    if self.nodes.insert(id, count).is_some() {
+                        return Err(format!("node {id} is restored twice"));
+                    }
+                }
+                Restore::Handle { fh, .. } => {
+                    self.came.1 += 1;
+                    if !self.handles.insert(fh) {
+                        return Err(format!("handle {fh} is restored twice"));
+                    }
+                }
+                Restore::End(end) => {
+                    if (end.nodes, end.handles) != self.came {
+                        return Err("RESTORE has other totals".into());
+                    }
+                    (self.fh_max, self.is_ready) = (end.fh_max, true);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, nodeid: u64, tag: u64) -> abi::EntryOut {
+        *self.nodes.entry(nodeid).or_default() += 1;
+        let mut entry = abi::EntryOut { nodeid, ..Default::default() };
+        entry.attr.ino = tag;
+        entry
+    }
+
+    fn open(&mut self, tag: u64) -> abi::OpenOut {
+        self.fh_max += 1;
+        self.handles.insert(self.fh_max);
+        abi::OpenOut { fh: self.fh_max, open_flags: tag as u32, ..Default::default() }
+    }
+
+    fn perform(&mut self, request: &Record, truth: &mut Truth) -> Result<(u32, Vec<u8>), Fault> {
+        let (tag, arg) = (word(&request.body, 0), word(&request.body, 1));
+        if request.header.kind == Kind::Forget as u8 {
+            truth.runs(self.id, tag)?;
+            for n in 1..request.body.len() / 16 + 1 {
+                let (id, count) = (word(&request.body, 2 * n - 1), word(&request.body, 2 * n));
+                if id != 0 {
+                    self.forget(id, count)?;
+                }
+            }
+            return Ok((0, Vec::new()));
+        }
+        let opcode = Opcode::from_u32(request.header.code).ok_or("an unknown opcode")?;
+        if !opcode.may_rerun() {
+            truth.runs(self.id, tag)?;
+        }
+        let made = 1000 + (tag >> 32) * 100_000 + (tag & 0xffff);
+        let mut body = Vec::new();
+        match opcode {
+            Opcode::Getattr | Opcode::Write => body.extend_from_slice(&tag.to_le_bytes()),
+            Opcode::Mkdir | Opcode::Create => {
+                if !truth.made.insert(tag) {
+                    return Ok((EEXIST, body));
+                }
+                body.extend_from_slice(self.entry(made, tag).as_bytes());
+                if opcode == Opcode::Create {
+                    body.extend_from_slice(self.open(tag).as_bytes());
+                }
+            }
+            Opcode::Lookup => body.extend_from_slice(self.entry(2 + arg % 6, tag).as_bytes()),
+            Opcode::Open => body.extend_from_slice(self.open(tag).as_bytes()),
+            Opcode::Readdirplus => {
+                for n in 0..arg % 4 {
+                    let entry_out = self.entry(2 + (arg + n * n) % 6, tag);
+                    let dirent = abi::Dirent { namelen: 1, ..Default::default() };
+                    let plus = abi::DirentPlus { entry_out, dirent };
+                    body.extend_from_slice(plus.as_bytes());
+                    body.extend_from_slice(b"x\0\0\0\0\0\0\0");
+                }
+            }
+            Opcode::Release => {
+                if !self.handles.remove(&arg) {
+                    return Err(format!("handle {arg} is not open"));
+                }
+            }
+            other => return Err(format!("{other:?} is not of this test")),
+        }
+        Ok((0, body))
+    }
+}
