@@ -11,6 +11,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rustix::io::Errno;
@@ -142,6 +143,15 @@ pub(crate) struct CommandRing {
     watched: Vec<OwnedFd>,
 }
 
+/// EBUSY: completions wait to be taken first, and what was not submitted stays pushed. ETIME: the
+/// time is over.
+fn harmless(error: &io::Error) -> Result<(), Errno> {
+    match Errno::from_io_error(error).unwrap_or(Errno::IO) {
+        Errno::INTR | Errno::BUSY | Errno::TIME => Ok(()),
+        errno => Err(errno),
+    }
+}
+
 impl CommandRing {
     /// A ring with room for so many commands between two submissions.
     pub(crate) fn new(commands: u32) -> io::Result<CommandRing> {
@@ -220,6 +230,13 @@ impl CommandRing {
         (self.watched.len() - 1) as u32
     }
 
+    /// Another fd in the place of a watched one, whose last watch must be over.
+    pub(crate) fn replace_watched(&mut self, token: u32, fd: OwnedFd) {
+        if let Some(watched) = self.watched.get_mut(token as usize) {
+            *watched = fd;
+        }
+    }
+
     /// Watches an fd once, for input or for room to write.
     pub(crate) fn push_watch(&mut self, token: u32, for_write: bool) -> Result<(), Errno> {
         // poll(2)'s POLLIN and POLLOUT; errors and hang-ups always count.
@@ -236,11 +253,18 @@ impl CommandRing {
     pub(crate) fn submit_and_wait(&mut self, want: usize) -> Result<(), Errno> {
         match self.ring.submit_and_wait(want) {
             Ok(_) => Ok(()),
-            // EBUSY: completions wait to be taken first; what was not submitted stays pushed.
-            Err(error) => match Errno::from_io_error(&error).unwrap_or(Errno::IO) {
-                Errno::INTR | Errno::BUSY => Ok(()),
-                errno => Err(errno),
-            },
+            Err(error) => harmless(&error),
+        }
+    }
+
+    /// As [`CommandRing::submit_and_wait`] for one completion, but no longer than `limit`; it is
+    /// the same system call.
+    pub(crate) fn submit_and_wait_for(&mut self, limit: Duration) -> Result<(), Errno> {
+        let limit = types::Timespec::from(limit);
+        let args = types::SubmitArgs::new().timespec(&limit);
+        match self.ring.submitter().submit_with_args(1, &args) {
+            Ok(_) => Ok(()),
+            Err(error) => harmless(&error),
         }
     }
 

@@ -23,6 +23,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -292,6 +293,22 @@ impl Ring {
         Ok(WatchId(self.commands.add_watched(own)))
     }
 
+    /// Whether an [`Event::Ready`] of that watch is still to come.
+    pub fn is_armed(&self, watch: WatchId) -> bool {
+        self.armed[watch.0 as usize]
+    }
+
+    /// Has a watch that is not armed watch another fd from now on.
+    ///
+    /// # Panics
+    /// When it is armed: the kernel still looks at the old fd.
+    pub fn rewatch(&mut self, watch: WatchId, fd: impl AsFd) -> io::Result<()> {
+        assert!(!self.is_armed(watch), "{watch:?} is armed");
+        let own = fd.as_fd().try_clone_to_owned()?;
+        self.commands.replace_watched(watch.0, own);
+        Ok(())
+    }
+
     /// Tells once when the fd is readable (or writable); it must not be a `/dev/fuse`.
     pub fn arm(&mut self, watch: WatchId, for_write: bool) -> Result<(), UringError> {
         if std::mem::replace(&mut self.armed[watch.0 as usize], true) {
@@ -307,6 +324,16 @@ impl Ring {
         self.enter(want)
     }
 
+    /// As [`Ring::wait`], but no longer than `limit`.
+    pub fn wait_for(&mut self, limit: Duration) -> Result<(), UringError> {
+        if !self.pending.is_empty() {
+            return self.enter(0);
+        }
+        let done = self.commands.submit_and_wait_for(limit);
+        self.take_done();
+        done.map_err(|errno| UringError::Enter(errno.into()))
+    }
+
     /// As [`Ring::wait`] without waiting.
     pub fn submit(&mut self) -> Result<(), UringError> {
         self.enter(0)
@@ -319,6 +346,11 @@ impl Ring {
 
     fn enter(&mut self, want: usize) -> Result<(), UringError> {
         let done = self.commands.submit_and_wait(want);
+        self.take_done();
+        done.map_err(|errno| UringError::Enter(errno.into()))
+    }
+
+    fn take_done(&mut self) {
         while let Some(done) = self.commands.next_done() {
             match done {
                 Done::Watched { token } => {
@@ -328,7 +360,6 @@ impl Ring {
                 Done::Entry { entry, result } => self.take_entry(entry, result),
             }
         }
-        done.map_err(|errno| UringError::Enter(errno.into()))
     }
 
     fn take_entry(&mut self, at: usize, result: i32) {
@@ -478,6 +509,27 @@ mod tests {
         // Level, not edge: what is there is told again.
         ring.arm(watch, false).expect("arm");
         ring.wait().expect("wait");
+        assert_eq!(ring.next_event(), Some(Event::Ready(watch)));
+    }
+
+    #[test]
+    fn waits_end_and_watches_move() {
+        let mut ring = Ring::new().expect("io_uring");
+        let ends = [(); 2].map(|()| rustix::pipe::pipe().expect("pipe"));
+        let watch = ring.watch(&ends[0].0).expect("watch");
+        ring.arm(watch, false).expect("arm");
+        ring.wait_for(Duration::from_millis(1)).expect("the time is over");
+        assert!(ring.next_event().is_none() && ring.is_armed(watch));
+        rustix::io::write(&ends[0].1, b"x").expect("write");
+        ring.wait_for(Duration::from_secs(30)).expect("wait");
+        assert_eq!(ring.next_event(), Some(Event::Ready(watch)));
+        assert!(!ring.is_armed(watch));
+        ring.rewatch(watch, &ends[1].0).expect("the other pipe");
+        ring.arm(watch, false).expect("arm");
+        ring.wait_for(Duration::from_millis(1)).expect("the time is over");
+        assert_eq!(ring.next_event(), None);
+        rustix::io::write(&ends[1].1, b"x").expect("write");
+        ring.wait_for(Duration::from_secs(30)).expect("wait");
         assert_eq!(ring.next_event(), Some(Event::Ready(watch)));
     }
 }

@@ -4,9 +4,11 @@
 //! `fuse_out_header`. Invariant: a batch is acknowledged after its last record was acted on, and a
 //! reply leaves by the device of the lane whose slot it names.
 
+use crate::conn::{Conn, ConnRx};
 use crate::handshake::goodbye_text;
-use crate::lane::{InFlight, Lane, LaneCounters};
-use crate::session::{Conn, ConnRx, End, Session};
+use crate::kept::Kept;
+use crate::lane::{Control, InFlight, Lane, LaneCounters};
+use crate::session::{End, Session};
 use fuser_fork::frame::{error_reply, out_header};
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::{Cursor, Kind, RecordHeader};
@@ -26,27 +28,31 @@ pub fn take_batches(
     lane: &Lane,
     conn: &Conn,
     half: &mut ConnRx,
+    kept: &mut Kept,
 ) -> Result<(), End> {
     while let Some(bytes) = half.deframer.next_batch().map_err(LinkError::from)? {
         let header = half.rx.accept(bytes, conn.sent())?;
         let mut cursor = Cursor::new(&header);
         while let Some((record, span)) = cursor.next(bytes) {
-            take_record(session, lane, record, &mut bytes[span])?;
+            if record.kind == Kind::Reply as u8 {
+                take_reply(session, lane, kept, record, &mut bytes[span])?;
+            } else {
+                take_record(session, lane, record, &bytes[span])?;
+            }
         }
         conn.set_received(half.rx.received());
     }
     Ok(())
 }
 
-/// Acts on one record of a batch, which `bytes` hold.
+/// Acts on one record of a batch, which `bytes` hold, and which is no reply.
 pub fn take_record(
     session: &Session,
     lane: &Lane,
     record: RecordHeader,
-    bytes: &mut [u8],
+    bytes: &[u8],
 ) -> Result<(), End> {
     match Kind::from_u8(record.kind) {
-        Some(Kind::Reply) => take_reply(session, lane, record, bytes),
         Some(Kind::Node) => {
             session.nodes_seen.fetch_add(1, Ordering::Relaxed);
             Ok(())
@@ -57,7 +63,7 @@ pub fn take_record(
             Ok(())
         }
         Some(Kind::Ping) => {
-            lane.queue_pong();
+            lane.queue(Control::Pong);
             Ok(())
         }
         Some(Kind::Pong) => Ok(()),
@@ -68,6 +74,7 @@ pub fn take_record(
         Some(
             Kind::Hello
             | Kind::Welcome
+            | Kind::Reply
             | Kind::Request
             | Kind::Forget
             | Kind::Cancel
@@ -84,6 +91,7 @@ pub fn take_record(
 fn take_reply(
     session: &Session,
     lane: &Lane,
+    kept: &mut Kept,
     record: RecordHeader,
     bytes: &mut [u8],
 ) -> Result<(), End> {
@@ -91,7 +99,9 @@ fn take_reply(
         return Err(End::Protocol("a reply for a lane of another connection"));
     }
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-    let InFlight::Request { unique, opcode, .. } = lane.complete(at)? else { return Ok(()) };
+    let request = lane.complete(at)?;
+    kept.release(at.slot);
+    let InFlight::Request { unique, opcode, .. } = request else { return Ok(()) };
     LaneCounters::add(&lane.counters.replies, 1);
     LaneCounters::add(&lane.counters.bytes_down, bytes.len());
     if opcode == Opcode::Init as u32 {
@@ -105,6 +115,14 @@ fn take_reply(
         lane.answer_error(unique, errno_of(record.code));
     }
     Ok(())
+}
+
+/// A reply's body, or its errno.
+pub fn outcome_of(record: RecordHeader, bytes: &[u8]) -> Result<&[u8], i32> {
+    match record.code {
+        0 => Ok(&bytes[RECORD_HEADER_BYTES..]),
+        code => Err(errno_of(code).raw_os_error()),
+    }
 }
 
 /// The daemon's errno, if the kernel would take it.

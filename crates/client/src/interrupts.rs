@@ -39,8 +39,8 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// The kernel interrupts `unique`, which the lane has in flight or parked for the task `pid`.
-    /// It does so once a request: what lanes hold bounds this.
+    /// The kernel interrupts `unique`, which the lane has in flight or parked for the task `pid`,
+    /// or might without telling. Once a request and cut: what lanes hold bounds this.
     pub fn add(&self, lane: u8, unique: u64, pid: u32) {
         lock(&self.fresh).push(Suspect { lane: usize::from(lane), unique, pid });
         self.bell.notify_one();
@@ -102,8 +102,11 @@ fn still_waits(lanes: &[Lane], suspect: &Suspect) -> bool {
     if !is_dying(suspect.pid) {
         return true;
     }
-    if let Interrupted::Parked(parked) = lane.interrupt(suspect.unique) {
-        lane.answer_error(parked.unique, Errno::INTR);
+    match lane.interrupt(suspect.unique) {
+        Interrupted::Parked | Interrupted::Abandoned => {
+            lane.answer_error(suspect.unique, Errno::INTR);
+        }
+        Interrupted::Cancelled | Interrupted::Unknown => {}
     }
     false
 }

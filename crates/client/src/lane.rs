@@ -2,12 +2,16 @@
 //! thread.
 //!
 //! Invariant: every request that the lane's device has read is in its table, in its park, or
-//! answered; whoever takes it out of there owes the kernel the answer, by this lane's device. No
+//! answered; whoever takes it out of there owes the kernel the answer, by this lane's device. A
+//! slot is in use until the daemon has said what became of its request, answered here or not. No
 //! lane's lock is taken while another's is held. It must not touch sockets or batches.
 
+use crate::resume::{Resend, resends};
 use fuser_fork::device::{Device, DeviceError, ReplyOutcome};
 use fuser_fork::frame::error_reply;
+use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::{Kind, RecordHeader};
+use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::slot::{ClientSlots, SlotError, SlotUse};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -24,7 +28,7 @@ pub const PARK_BYTES_MAX: usize = 4 << 20;
 /// Cancels and pongs that wait for the thread.
 pub const CONTROLS_MAX: usize = 2048;
 
-/// What is kept of a request until its reply. A resume will find here what to send again.
+/// What others may see of a request until its reply; its frame is the thread's (`kept`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InFlight {
     /// A request of the kernel's.
@@ -35,9 +39,20 @@ pub enum InFlight {
         opcode: u32,
         /// The task that waits for it; 0 where it cannot be named here.
         pid: u32,
+        /// That task is dying, and the daemon has been told.
+        cancelled: bool,
     },
     /// Node ids given back: the kernel waits for nothing.
     Forget,
+    /// Answered here: it is never sent again, and what the daemon says of it is for the slot alone.
+    Abandoned,
+}
+
+impl InFlight {
+    /// A request that nobody has interrupted.
+    pub fn request(unique: u64, opcode: u32, pid: u32) -> InFlight {
+        InFlight::Request { unique, opcode, pid, cancelled: false }
+    }
 }
 
 /// What the thread sends besides requests.
@@ -45,6 +60,8 @@ pub enum InFlight {
 pub enum Control {
     /// The task of the request in that slot is dying.
     Cancel(SlotUse),
+    /// We ask whether the daemon is there.
+    Ping,
     /// The daemon asked whether we are there.
     Pong,
 }
@@ -67,19 +84,21 @@ pub struct Parked {
 pub enum Claim {
     /// It is yours.
     Slot(SlotUse),
-    /// None is free: park. The lane is kicked when one is.
+    /// None is free, or there is no connection: park. The lane is kicked when that changes.
     Full,
     /// The session is over: answer locally.
     Closed,
 }
 
 /// What an interrupt came to.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interrupted {
     /// The target is in flight: a CANCEL will go out.
     Cancelled,
     /// It had not been sent: answer it now.
-    Parked(Parked),
+    Parked,
+    /// It may have been sent, and the connection is gone: answer it now.
+    Abandoned,
     /// Not of this lane.
     Unknown,
 }
@@ -98,6 +117,7 @@ pub struct LaneCounters {
     pub bytes_down: AtomicU64,
     pub parked_total: AtomicU64,
     pub refused_replies: AtomicU64,
+    pub abandoned_total: AtomicU64,
 }
 
 impl LaneCounters {
@@ -107,8 +127,21 @@ impl LaneCounters {
     }
 }
 
+/// Whether requests can leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// The connection is gone.
+    Cut,
+    /// There is a new one, and what was in flight goes first.
+    Resending,
+}
+
 #[derive(Debug)]
 struct Table {
+    phase: Phase,
+    /// What waits for a connection any longer fails with this.
+    overdue: Option<Errno>,
     slots: ClientSlots<InFlight>,
     park: VecDeque<Parked>,
     park_bytes: usize,
@@ -136,6 +169,34 @@ pub struct Lane {
     local_answers: Mutex<Vec<(u64, Errno)>>,
 }
 
+impl Table {
+    fn waiting(&self) -> impl Iterator<Item = (u64, u32)> {
+        let parked = self.park.iter().map(|parked| (parked.unique, parked.pid));
+        let in_flight = self.slots.in_flight().filter_map(|(_, request)| match request {
+            InFlight::Request { unique, pid, .. } => Some((*unique, *pid)),
+            InFlight::Forget | InFlight::Abandoned => None,
+        });
+        parked.chain(in_flight)
+    }
+
+    /// Has the requests that `choose` means answered here: their ids.
+    fn abandon(&mut self, choose: impl Fn(&InFlight) -> bool) -> Vec<u64> {
+        let chosen = self.slots.in_flight_mut().filter(|(_, request)| choose(request));
+        let ids = chosen.filter_map(|(_, request)| {
+            match std::mem::replace(request, InFlight::Abandoned) {
+                InFlight::Request { unique, .. } => Some(unique),
+                InFlight::Forget | InFlight::Abandoned => None,
+            }
+        });
+        ids.collect()
+    }
+}
+
+/// Whether a task waits for that request.
+fn is_waited_for(opcode: u32) -> bool {
+    !matches!(Opcode::from_u32(opcode), Some(Opcode::Release | Opcode::Releasedir))
+}
+
 /// A lock whose holder panicked is taken over: the process is about to end anyway.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -149,6 +210,8 @@ impl Lane {
             device,
             counters: LaneCounters::default(),
             table: Mutex::new(Table {
+                phase: Phase::Open,
+                overdue: None,
                 slots: ClientSlots::new(slots),
                 park: VecDeque::new(),
                 park_bytes: 0,
@@ -172,6 +235,7 @@ impl Lane {
             return Claim::Closed;
         }
         if table.park.is_empty()
+            && table.phase == Phase::Open
             && let Ok(at) = table.slots.claim(request)
         {
             return Claim::Slot(at);
@@ -180,11 +244,16 @@ impl Lane {
         Claim::Full
     }
 
-    /// Keeps a request for which [`Lane::claim`] had no slot; gives it back if the session is over.
-    pub fn park(&self, parked: Parked) -> Result<(), Parked> {
+    /// Keeps a request for which [`Lane::claim`] had no slot; an error is its answer.
+    pub fn park(&self, parked: Parked) -> Result<(), Errno> {
         let mut table = lock(&self.table);
         if table.closed {
-            return Err(parked);
+            return Err(Errno::NOTCONN);
+        }
+        if let Some(errno) = table.overdue
+            && is_waited_for(parked.opcode)
+        {
+            return Err(errno);
         }
         table.park_bytes += parked.frame.len();
         table.park.push_back(parked);
@@ -197,8 +266,9 @@ impl Lane {
     pub fn unpark(&self) -> Option<(SlotUse, Parked)> {
         let mut table = lock(&self.table);
         let front = table.park.front()?;
-        let (unique, opcode, pid) = (front.unique, front.opcode, front.pid);
-        let Ok(at) = table.slots.claim(InFlight::Request { unique, opcode, pid }) else {
+        let request = InFlight::request(front.unique, front.opcode, front.pid);
+        let at = (table.phase == Phase::Open).then(|| table.slots.claim(request).ok()).flatten();
+        let Some(at) = at else {
             table.starved = true;
             return None;
         };
@@ -207,15 +277,84 @@ impl Lane {
         Some((at, parked))
     }
 
+    /// What is parked waits for something else than a slot, which the next reply may bring.
+    pub fn starve(&self) {
+        lock(&self.table).starved = true;
+    }
+
     /// Requests and bytes parked.
     pub fn parked(&self) -> (usize, usize) {
         let table = lock(&self.table);
         (table.park.len(), table.park_bytes)
     }
 
-    /// Requests in flight.
+    /// Requests in flight, those that are abandoned included.
     pub fn in_flight(&self) -> usize {
         lock(&self.table).slots.in_use()
+    }
+
+    /// Those of them that were answered here.
+    pub fn abandoned(&self) -> usize {
+        let table = lock(&self.table);
+        table.slots.in_flight().filter(|(_, request)| **request == InFlight::Abandoned).count()
+    }
+
+    /// The connection is gone: nothing gets a slot until [`Lane::reopen`], and the tasks that are
+    /// known to be dying get out.
+    pub fn cut(&self) {
+        let mut table = lock(&self.table);
+        table.phase = Phase::Cut;
+        table.controls.clear();
+        let dying =
+            |request: &InFlight| matches!(request, InFlight::Request { cancelled: true, .. });
+        let out = table.abandon(dying);
+        drop(table);
+        self.answer_abandoned(&out, Errno::INTR);
+    }
+
+    /// The cut has lasted too long: all that waits is answered `errno`, and what comes before the
+    /// next connection too. Nobody waits for a RELEASE, and not to send it would leak a handle.
+    pub fn fail_overdue(&self, errno: Errno) {
+        let mut table = lock(&self.table);
+        if table.phase != Phase::Cut || table.closed {
+            return;
+        }
+        table.overdue = Some(errno);
+        let out = table.abandon(
+            |request| matches!(request, InFlight::Request { opcode, .. } if is_waited_for(*opcode)),
+        );
+        let all = std::mem::take(&mut table.park);
+        let (parked, stay) = all.into_iter().partition(|parked| is_waited_for(parked.opcode));
+        table.park = stay;
+        table.park_bytes = table.park.iter().map(|parked| parked.frame.len()).sum();
+        drop(table);
+        self.answer_abandoned(&out, errno);
+        let parked: VecDeque<Parked> = parked;
+        parked.iter().for_each(|parked| self.answer_error(parked.unique, errno));
+    }
+
+    fn answer_abandoned(&self, uniques: &[u64], errno: Errno) {
+        LaneCounters::add(&self.counters.abandoned_total, uniques.len());
+        uniques.iter().for_each(|&unique| self.answer_error(unique, errno));
+    }
+
+    /// There will be a connection at once: to wait makes sense again.
+    pub fn renew(&self) {
+        lock(&self.table).overdue = None;
+    }
+
+    /// There is a connection: what has to be sent on it before all else.
+    pub fn resend(&self) -> VecDeque<Resend> {
+        let mut table = lock(&self.table);
+        table.phase = Phase::Resending;
+        table.overdue = None;
+        resends(table.slots.in_flight())
+    }
+
+    /// All of that is in batches: requests get slots again.
+    pub fn reopen(&self) {
+        lock(&self.table).phase = Phase::Open;
+        self.kicked.store(true, Ordering::Release);
     }
 
     /// The reply to a request is here, as the lane's own thread finds.
@@ -249,12 +388,12 @@ impl Lane {
     /// The task that waits for the answer to `unique`, if that is parked or in flight here.
     pub fn waits(&self, unique: u64) -> Option<u32> {
         let table = lock(&self.table);
-        let parked = table.park.iter().map(|parked| (parked.unique, parked.pid));
-        let in_flight = table.slots.in_flight().filter_map(|(_, request)| match request {
-            InFlight::Request { unique, pid, .. } => Some((*unique, *pid)),
-            InFlight::Forget => None,
-        });
-        parked.chain(in_flight).find(|(its, _)| *its == unique).map(|(_, pid)| pid)
+        table.waiting().find(|(its, _)| *its == unique).map(|(_, pid)| pid)
+    }
+
+    /// All that is parked or in flight here, with the tasks that wait.
+    pub fn waiting(&self) -> Vec<(u64, u32)> {
+        lock(&self.table).waiting().collect()
     }
 
     /// Nobody waits for `unique` any more: takes it from the park, or has the daemon told.
@@ -264,14 +403,24 @@ impl Lane {
             && let Some(parked) = table.park.remove(at)
         {
             table.park_bytes -= parked.frame.len();
-            return Interrupted::Parked(parked);
+            return Interrupted::Parked;
         }
-        let is_target = |request: &InFlight| match request {
-            InFlight::Request { unique: its, .. } => *its == unique,
-            InFlight::Forget => false,
-        };
-        let found = table.slots.in_flight().find(|(_, request)| is_target(request));
-        let Some((at, _)) = found else { return Interrupted::Unknown };
+        let is_cut = table.phase == Phase::Cut;
+        let target = table.slots.in_flight_mut().find_map(|(at, request)| match request {
+            InFlight::Request { unique: its, cancelled, .. } if *its == unique => {
+                *cancelled = true;
+                if is_cut {
+                    *request = InFlight::Abandoned;
+                }
+                Some(at)
+            }
+            InFlight::Request { .. } | InFlight::Forget | InFlight::Abandoned => None,
+        });
+        let Some(at) = target else { return Interrupted::Unknown };
+        if is_cut {
+            LaneCounters::add(&self.counters.abandoned_total, 1);
+            return Interrupted::Abandoned;
+        }
         let cancel = Control::Cancel(at);
         if table.controls.len() < CONTROLS_MAX && !table.controls.contains(&cancel) {
             table.controls.push_back(cancel);
@@ -281,19 +430,29 @@ impl Lane {
         Interrupted::Cancelled
     }
 
-    /// Has the thread answer a PING. A peer that asks faster than we answer is not heard.
-    pub fn queue_pong(&self) {
+    /// Has the thread send a PING or a PONG. A peer that asks faster than we answer is not heard.
+    pub fn queue(&self, control: Control) {
         let mut table = lock(&self.table);
-        if !table.controls.contains(&Control::Pong) && table.controls.len() < CONTROLS_MAX {
-            table.controls.push_back(Control::Pong);
+        if !table.controls.contains(&control) && table.controls.len() < CONTROLS_MAX {
+            table.controls.push_back(control);
         }
         drop(table);
         self.kick();
     }
 
-    /// The next of what [`Lane::interrupt`] and [`Lane::queue_pong`] left.
-    pub fn next_control(&self) -> Option<Control> {
-        lock(&self.table).controls.pop_front()
+    /// The record of the next that [`Lane::interrupt`] and [`Lane::queue`] left.
+    pub fn next_control(&self) -> Option<RecordHeader> {
+        let control = lock(&self.table).controls.pop_front()?;
+        let nobody = SlotUse { slot: 0, seq: 0 };
+        let (kind, at) = match control {
+            Control::Cancel(at) => {
+                LaneCounters::add(&self.counters.cancels, 1);
+                (Kind::Cancel, at)
+            }
+            Control::Ping => (Kind::Ping, nobody),
+            Control::Pong => (Kind::Pong, nobody),
+        };
+        Some(self.record(kind, at, 0, RECORD_HEADER_BYTES))
     }
 
     /// The session is over: nothing gets a slot any more, and all that waits is answered `errno`.
@@ -423,7 +582,7 @@ mod tests {
     }
 
     fn request(unique: u64) -> InFlight {
-        InFlight::Request { unique, opcode: 1, pid: 0 }
+        InFlight::request(unique, 1, 0)
     }
 
     fn parked(unique: u64) -> Parked {
@@ -469,9 +628,9 @@ mod tests {
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
         assert!(readable(&lane));
-        assert_eq!(lane.next_control(), Some(Control::Cancel(at)));
+        assert_eq!(lane.next_control(), Some(lane.record(Kind::Cancel, at, 0, 16)));
         assert_eq!(lane.next_control(), None);
-        assert!(matches!(lane.interrupt(4), Interrupted::Parked(Parked { unique: 4, .. })));
+        assert!(matches!(lane.interrupt(4), Interrupted::Parked));
         assert_eq!(lane.parked(), (0, 0));
         assert_eq!(lane.waits(4), None);
         assert!(matches!(lane.interrupt(4), Interrupted::Unknown));
@@ -482,15 +641,15 @@ mod tests {
         let lane = lane(1);
         let Claim::Slot(at) = lane.claim(request(2)) else { panic!("no slot") };
         lane.park(parked(4)).expect("open");
-        lane.queue_pong();
+        lane.queue(Control::Pong);
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
         assert!(lane.take_kick());
-        assert_eq!(lane.unclaim(at), Ok(request(2)));
+        assert!(matches!(lane.unclaim(at), Ok(InFlight::Request { unique: 2, .. })));
         assert!(lane.take_kick(), "a parked request can have the slot");
         let (next, parked) = lane.unpark().expect("a slot and a request");
         assert_eq!((next, parked.unique), (at, 4));
         // The cancel named this use of the slot, and meant another request.
-        assert_eq!(lane.next_control(), Some(Control::Pong));
+        assert_eq!(lane.next_control().map(|record| record.kind), Some(Kind::Pong as u8));
         assert_eq!(lane.next_control(), None);
     }
 
@@ -498,9 +657,9 @@ mod tests {
     fn pings_do_not_pile_up() {
         let lane = lane(1);
         for _ in 0..CONTROLS_MAX * 2 {
-            lane.queue_pong();
+            lane.queue(Control::Pong);
         }
-        assert_eq!(lane.next_control(), Some(Control::Pong));
+        assert_eq!(lane.next_control().map(|record| record.kind), Some(Kind::Pong as u8));
         assert_eq!(lane.next_control(), None);
     }
 
@@ -515,5 +674,57 @@ mod tests {
         assert_eq!(lane.in_flight(), 0);
         assert!(lane.complete(at).is_err());
         assert!(lane.take_kick());
+    }
+
+    #[test]
+    fn while_cut_all_is_parked_and_the_dying_get_out() {
+        let lane = lane(3);
+        let Claim::Slot(dying) = lane.claim(request(2)) else { panic!("no slot") };
+        let Claim::Slot(living) = lane.claim(request(4)) else { panic!("no slot") };
+        let Claim::Slot(forget) = lane.claim(InFlight::Forget) else { panic!("no slot") };
+        assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
+        lane.cut();
+        // It was answered; its slot stays, and its CANCEL was for the old connection.
+        assert_eq!((lane.in_flight(), lane.abandoned(), lane.waits(2)), (3, 1, None));
+        assert_eq!(lane.next_control(), None);
+        assert!(matches!(lane.interrupt(2), Interrupted::Unknown));
+        assert_eq!(lane.claim(request(6)), Claim::Full);
+        lane.park(parked(6)).expect("open");
+        assert!(lane.unpark().is_none());
+        assert_eq!(
+            lane.resend(),
+            [Resend::Abandon(dying), Resend::Frame(living), Resend::Frame(forget)]
+        );
+        assert!(lane.unpark().is_none() && lane.claim(request(8)) == Claim::Full);
+        lane.take_kick();
+        lane.reopen();
+        assert!(lane.take_kick(), "what is parked can go");
+        assert_eq!(lane.complete(dying), Ok(InFlight::Abandoned));
+        assert_eq!(lane.unpark().map(|(at, parked)| (at.slot, parked.unique)), Some((0, 6)));
+        // In flight, and cut again: a task that dies meanwhile is let go at once.
+        lane.cut();
+        assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
+        assert_eq!(lane.abandoned(), 1);
+    }
+
+    #[test]
+    fn a_cut_that_lasts_too_long_fails_what_somebody_waits_for() {
+        let lane = lane(3);
+        let release = Opcode::Release as u32;
+        for request in [request(2), InFlight::request(4, release, 0), InFlight::Forget] {
+            assert!(matches!(lane.claim(request), Claim::Slot(_)));
+        }
+        lane.park(parked(6)).expect("open");
+        lane.fail_overdue(Errno::IO);
+        assert_eq!((lane.abandoned(), lane.parked().0), (0, 1), "it is not cut");
+        lane.cut();
+        lane.park(Parked { opcode: release, ..parked(8) }).expect("open");
+        lane.fail_overdue(Errno::IO);
+        assert_eq!((lane.abandoned(), lane.parked()), (1, (1, 48)));
+        assert_eq!(lane.park(parked(10)), Err(Errno::IO));
+        lane.park(Parked { opcode: release, ..parked(12) }).expect("nobody waits for it");
+        assert_eq!(lane.resend().len(), 3);
+        lane.reopen();
+        lane.park(parked(14)).expect("a new connection");
     }
 }

@@ -6,17 +6,22 @@
 //! mount's life from [`handshake`] to unmount. Here stand the command line and the exit codes
 //! alone.
 
+mod ask;
 mod background;
 mod batcher;
+mod conn;
 mod down;
 mod groups;
 mod handshake;
+mod heart;
 mod helper;
 mod interrupts;
+mod kept;
 mod lane;
 mod mount_cmd;
 mod options;
 mod pump;
+mod resume;
 mod rings;
 mod session;
 mod status;
@@ -32,12 +37,14 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use transport::Target;
 
 const EXIT_FAILED: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 const EXIT_LOST: u8 = 3;
+const EXIT_TIMEOUT: u8 = 4;
 /// mount(8)'s "mount failure".
 const EXIT_MOUNT_HELPER: u8 = 32;
 
@@ -49,10 +56,26 @@ Examples:
   mount -t ringfs data@vsock:2:5640 /mnt         with this program linked as /sbin/mount.ringfs
   data@vsock:2:5640 /mnt ringfs _netdev 0 0      the same in /etc/fstab
   ringfs status; ringfs umount /mnt
+  ringfs reconnect && ringfs wait --resumed --timeout 10   after a VM's snapshot was restored
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the mount was ready and was lost later
-(--foreground); as mount.ringfs 0, or 32 for a failed mount. RUST_LOG=debug logs more (to standard
-error or --log).";
+(--foreground); 4 `wait` ran out of time; as mount.ringfs 0, or 32 for a failed mount.
+RUST_LOG=debug logs more (to standard error or --log).";
+
+const RECONNECT_HELP: &str = "\
+A mount survives the loss of its connections by itself: requests wait, and go on with the next
+connection. But a restored snapshot does not always tell the guest that its connections are gone.
+Call this after a restore: it drops them even if they look alive, and joins new ones at once.
+It returns before they are there; `ringfs wait --resumed` waits for that.
+
+Exit codes: 0 all mounts that were meant have been asked; 1 there is no such mount, or its client
+does not answer.";
+
+const WAIT_HELP: &str = "\
+Returns once every lane of the mount has its connection; at once if that is so already.
+
+Exit codes: 0 connected; 1 there is no such mount, or it ended meanwhile; 4 the time is over (the
+mount goes on trying).";
 
 const MOUNT_HELP: &str = "\
 Options of -o (comma-separated, may be repeated):
@@ -62,6 +85,9 @@ Options of -o (comma-separated, may be repeated):
                            metadata  names and attributes, not data
                            auto      both for a second, data until a file changes (default)
                            always    for a day: for shares that nobody else changes
+  hard                   requests wait for a lost connection as long as it takes (default); killed
+                         processes get out at once
+  soft,timeout=SECONDS   after so long without a connection requests fail (EIO), until there is one
   writeback              the kernel keeps dirty pages: faster writes, unseen by others until later
   lanes=N                readers of the FUSE device, each with a thread and a connection (default:
                          CPUs, at most 8)
@@ -101,6 +127,24 @@ enum Cmd {
         /// Detach it at once, even if it is in use
         #[arg(short, long)]
         lazy: bool,
+    },
+    /// Drop a mount's connections and join new ones: the hook after a snapshot's restore
+    #[command(after_help = RECONNECT_HELP)]
+    Reconnect {
+        /// The mount point (default: all ringfs mounts)
+        dir: Option<PathBuf>,
+    },
+    /// Wait until a mount has its connections
+    #[command(after_help = WAIT_HELP)]
+    Wait {
+        /// Until all lanes are connected (the only thing to wait for so far)
+        #[arg(long, required = true)]
+        resumed: bool,
+        /// Give up after so many seconds (default: never)
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+        /// The mount point (default: all ringfs mounts)
+        dir: Option<PathBuf>,
     },
     /// Show the ringfs mounts and what they do
     Status {
@@ -150,9 +194,21 @@ fn main() -> ExitCode {
             let path = std::path::absolute(&dir).unwrap_or(dir);
             mount_cmd::unmount(&path, lazy).map_err(anyhow::Error::from)
         }
+        Cmd::Reconnect { dir } => tell_none(ask::reconnect(dir.as_deref())),
+        Cmd::Wait { resumed: _, timeout, dir } => {
+            tell_none(ask::wait_resumed(dir.as_deref(), timeout.map(Duration::from_secs)))
+        }
         Cmd::Status { json } => run_status(json),
     };
     report(done, EXIT_FAILED)
+}
+
+/// No mount is no failure: a hook need not know whether there are any.
+fn tell_none(asked: Result<usize, ask::AskError>) -> anyhow::Result<()> {
+    if asked? == 0 {
+        eprintln!("ringfs: no ringfs mounts");
+    }
+    Ok(())
 }
 
 /// Usage errors that only our own parsers find.
@@ -167,9 +223,11 @@ fn report(done: anyhow::Result<()>, failed: u8) -> ExitCode {
         eprintln!("ringfs: {error:#}");
     }
     let late = error.downcast_ref::<Failure>().is_some_and(Failure::is_late);
+    let timed_out = error.downcast_ref::<ask::AskError>().is_some_and(ask::AskError::is_timeout);
     ExitCode::from(match failed {
         EXIT_FAILED if error.is::<Usage>() => EXIT_USAGE,
         EXIT_FAILED if late => EXIT_LOST,
+        EXIT_FAILED if timed_out => EXIT_TIMEOUT,
         failed => failed,
     })
 }
@@ -237,9 +295,7 @@ fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
 }
 
 fn run_status(json: bool) -> anyhow::Result<()> {
-    let mut dirs = vec![PathBuf::from("/run/ringfs"), status::own_dir()];
-    dirs.dedup();
-    let entries = status::collect(&dirs).context("/proc/self/mountinfo")?;
+    let entries = status::collect(&status::dirs()).context("/proc/self/mountinfo")?;
     let text = match json {
         true => serde_json::to_string_pretty(&entries)? + "\n",
         false => status::render(&entries, status::unix_now_s()),

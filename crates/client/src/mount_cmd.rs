@@ -4,12 +4,14 @@
 //! when this returns or fails. The main thread never waits without a limit for anything but a
 //! signal or the session's events, and never touches the mount point itself.
 
+use crate::conn::{Conn, ConnRx};
 use crate::handshake::{HandshakeError, join};
 use crate::lane::Lane;
 use crate::options::{Options, cache_word};
+use crate::resume::{self, Resume, Terms};
 use crate::rings::{Rings, place_of, with_causes};
-use crate::session::{Conn, ConnRx, End, Session};
-use crate::status::{Facts, Granted, Publisher, Report, own_dir, unix_now_s};
+use crate::session::{End, Session};
+use crate::status::{Ask, Facts, Granted, Publisher, Report, own_dir, unix_now_s};
 use crate::transport::{Address, ConnectError, Socket, Target};
 use crate::{handshake, interrupts, pump, status, uring_lane};
 use fuser_fork::init::Limits;
@@ -119,7 +121,9 @@ struct Life {
     signals: UnixStream,
     threads: Vec<JoinHandle<()>>,
     /// The lanes that have no thread yet.
-    waiting: VecDeque<(usize, ConnRx)>,
+    waiting: VecDeque<usize>,
+    /// For the connector, until it runs.
+    terms: Option<Terms>,
     spin: u32,
     rings: Rings,
     facts: Facts,
@@ -138,19 +142,20 @@ impl Life {
         let hello = hello(request, rings.extra_lanes(request.options.lanes()));
         let address = &request.target.address;
         let (first, first_rx, welcome) = connect(address, &hello)?;
+        let mut conns = Joined(vec![(first, first_rx)]);
         let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
         // From here on a failure drops `mount`, which unmounts.
         // A lane has a clone and a connection of its own.
         let wanted = welcome.lanes.min(welcome.conns);
         let clones = Clones::open(device, usize::from(wanted));
         let lanes_got = clones.devices().len();
-        let (mut conns, mut halves) = (vec![first], vec![first_rx]);
+        let mut newest = welcome;
         for conn in 1..lanes_got as u16 {
             let hello =
-                Hello { ticket: welcome.ticket, epoch_seen: welcome.epoch, conn, ..hello.clone() };
-            let (conn, half, _) = connect(address, &hello)?;
-            conns.push(conn);
-            halves.push(half);
+                Hello { ticket: newest.ticket, epoch_seen: newest.epoch, conn, ..hello.clone() };
+            let (conn, half, welcome) = connect(address, &hello)?;
+            conns.0.push((conn, half));
+            newest = welcome;
         }
         let lanes = clones.devices().iter().enumerate().map(|(index, device)| {
             device.set_nonblocking(true).map_err(io::Error::other)?;
@@ -162,13 +167,15 @@ impl Life {
             let (got, asked) = (facts.lanes.got, facts.lanes.asked);
             tracing::warn!(got, asked, why, "fewer lanes than asked for");
         }
-        let session = Session::new(lanes, conns, limits(&request.options))
+        let resume = Resume::new(std::mem::take(&mut conns.0), request.options.soft);
+        let session = Session::new(lanes, resume, limits(&request.options))
             .map_err(system("set up the session"))?;
         let mut life = Life {
             session: Arc::new(session),
             signals,
             threads: Vec::new(),
-            waiting: halves.into_iter().enumerate().collect(),
+            waiting: (0..lanes_got).collect(),
+            terms: Some(Terms { address: address.clone(), hello, welcome: newest }),
             spin: request.options.spin,
             rings,
             facts,
@@ -185,16 +192,16 @@ impl Life {
     }
 
     fn spawn_first(&mut self) -> Result<(), Failure> {
-        let rings = self.rings.choose(self.session.lanes.len(), self.session.conns.len());
+        let rings = self.rings.choose(self.session.lanes.len());
         let spin = self.spin;
-        for (lane, half) in std::mem::take(&mut self.waiting) {
+        for lane in std::mem::take(&mut self.waiting) {
             let Some(place) = place_of(lane, rings) else {
-                self.waiting.push_back((lane, half));
+                self.waiting.push_back(lane);
                 continue;
             };
             let (orders, done) = self.rings.add();
             self.spawn(format!("ring{lane}"), move |session| {
-                uring_lane::run(session, place, half, spin, &orders, &done);
+                uring_lane::run(session, place, spin, &orders, &done);
             })?;
         }
         if self.rings.are_made() {
@@ -206,9 +213,18 @@ impl Life {
 
     /// Starts the next lane's thread.
     fn spawn_lane(&mut self) -> Result<(), Failure> {
-        let Some((lane, half)) = self.waiting.pop_front() else { return Ok(()) };
+        let Some(lane) = self.waiting.pop_front() else { return Ok(()) };
         let spin = self.spin;
-        self.spawn(format!("lane{lane}"), move |session| pump::run(session, lane, half, spin))
+        self.spawn(format!("lane{lane}"), move |session| pump::run(session, lane, spin))
+    }
+
+    /// Nobody waits for its end: it may sit in a connect(2) for seconds, and holds nothing.
+    fn spawn_connector(&mut self) -> Result<(), Failure> {
+        let Some(terms) = self.terms.take() else { return Ok(()) };
+        let session = Arc::clone(&self.session);
+        let thread = std::thread::Builder::new().name("connector".to_owned());
+        let spawned = thread.spawn(move || resume::run(&session, terms));
+        spawned.map(drop).map_err(system("start a thread"))
     }
 
     fn spawn(
@@ -251,6 +267,8 @@ impl Life {
         {
             return Err(Failure::Root(errno));
         }
+        self.session.resume.begin();
+        self.spawn_connector()?;
         match Publisher::bind(&own_dir()) {
             Ok(publisher) => self.publisher = Some(publisher),
             Err(error) => {
@@ -307,14 +325,27 @@ impl Life {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(system("wait")(errno.into())),
         }
-        if fds.get(2).is_some_and(|fd| !fd.revents().is_empty())
-            && let Some(publisher) = &self.publisher
-        {
-            publisher.answer(|| Report::of(&self.facts, &self.session));
-        }
+        let is_asked = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
         self.session.drain_events();
+        self.answer_askers(is_asked);
         let mut bytes = [0; 16];
         Ok((&self.signals).read(&mut bytes).is_ok_and(|n| n > 0))
+    }
+
+    fn answer_askers(&mut self, is_asked: bool) {
+        let (facts, session) = (&self.facts, &self.session);
+        let Some(publisher) = &mut self.publisher else { return };
+        if is_asked {
+            publisher.hear(|ask| {
+                if ask == Ask::Reconnect {
+                    session.resume.reconnect();
+                }
+                Report::of(facts, session)
+            });
+        }
+        if publisher.has_waiters() && session.resume.outlook().missing == 0 {
+            publisher.tell_waiters(&Report::of(facts, session));
+        }
     }
 
     fn wait_for_end(&mut self) -> Result<(), Failure> {
@@ -377,12 +408,10 @@ impl Life {
         // A mount that is still in the table although the kernel let go was aborted.
         let aborted = outcome.is_ok()
             && self.mount.as_ref().is_some_and(|m| m.dev_minor().is_some() && m.is_mounted());
-        if matches!(outcome, Ok(()) | Err(Failure::Interrupted | Failure::Root(_))) {
-            self.session.say_goodbye(Reason::Unmounted);
-        }
-        if outcome.is_err() {
+        match outcome {
+            Ok(()) => self.session.resume.say_goodbye(Reason::Unmounted),
             // Whatever waits gets an answer, so that the unmount cannot hang.
-            self.session.end(End::Aborted);
+            Err(_) => self.session.end(End::Aborted),
         }
         self.begin_unmount();
         if let Some(unmounting) = self.unmounting.take() {
@@ -412,6 +441,15 @@ impl Life {
         if let Err(error) = unmount_path(&self.mountpoint, true) {
             tracing::debug!(%error, "nothing left to unmount");
         }
+    }
+}
+
+/// Connections that no session of ours has yet: if it comes to nothing, the daemon is told.
+struct Joined(Vec<(Conn, ConnRx)>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(conn, _)| conn.say_goodbye(Reason::Unmounted));
     }
 }
 

@@ -8,6 +8,7 @@ use ringfs_wire::hello::CacheMode;
 use ringfs_wire::limits::{LANES_MAX, SLOTS_PER_LANE_DEFAULT, SLOTS_PER_LANE_MAX};
 use ringfs_wire::spin::{SPIN_TRIES_DEFAULT, SPIN_TRIES_MAX};
 use std::ffi::OsString;
+use std::time::Duration;
 use thiserror::Error;
 
 /// The words that help shows; also what misspelt ones are compared with.
@@ -20,6 +21,9 @@ const KNOWN: &[&str] = &[
     "cache=",
     "uring=",
     "writeback",
+    "hard",
+    "soft",
+    "timeout=",
     "checksum=",
     "max_read=",
     "allow_other",
@@ -37,6 +41,9 @@ const KNOWN: &[&str] = &[
     "_netdev",
     "defaults",
 ];
+
+/// The longest `timeout=`: half a day.
+const TIMEOUT_S_MAX: usize = 43_200;
 
 /// Taken and without an effect here, beside those that fuser-fork ignores.
 const IGNORED: &[&str] = &[
@@ -68,6 +75,10 @@ pub struct Options {
     pub writeback: bool,
     /// Whether frames come by FUSE-over-io_uring.
     pub uring: Uring,
+    /// How long requests wait for a lost connection; `None`: as long as it takes.
+    pub soft: Option<Duration>,
+    is_soft: bool,
+    timeout_s: Option<u64>,
     /// Payload checksums; `None`: over vsock only.
     pub checksum: Option<bool>,
 }
@@ -97,6 +108,8 @@ pub enum OptionError {
     Value { word: String, expected: String },
     #[error("mount option `{0}` is not granted: ringfs always mounts nosuid and nodev")]
     Denied(String),
+    #[error("timeout=SECONDS says how long `soft` waits: use them together, as soft,timeout=60")]
+    Soft,
     #[error("writeback needs a data cache: use it with cache=auto or cache=always")]
     Writeback,
 }
@@ -112,6 +125,9 @@ impl Options {
             cache: CacheMode::Auto,
             writeback: false,
             uring: Uring::Off,
+            soft: None,
+            is_soft: false,
+            timeout_s: None,
             checksum: None,
         }
     }
@@ -137,6 +153,12 @@ impl Options {
         if options.writeback && !has_data_cache {
             return Err(OptionError::Writeback);
         }
+        options.soft = match (options.is_soft, options.timeout_s) {
+            (true, Some(seconds)) => Some(Duration::from_secs(seconds)),
+            (true, None) => return Err(OptionError::Soft),
+            // A list that was overruled by a later `hard` may have left its timeout.
+            (false, _) => None,
+        };
         Ok(options)
     }
 
@@ -162,6 +184,10 @@ impl Options {
             ("checksum", Some("on")) => self.checksum = Some(true),
             ("checksum", Some("off")) => self.checksum = Some(false),
             ("checksum", _) => return Err(bad_value(word, "checksum=on or checksum=off")),
+            ("hard", None) => self.is_soft = false,
+            ("soft", None) => self.is_soft = true,
+            ("timeout", Some(_)) => self.timeout_s = Some(number(word, TIMEOUT_S_MAX)?.into()),
+            ("timeout", None) => return Err(OptionError::Soft),
             ("writeback", None) => self.writeback = true,
             ("nowriteback", None) => self.writeback = false,
             ("suid" | "dev", None) => return Err(OptionError::Denied(word.to_owned())),
@@ -258,6 +284,10 @@ mod tests {
             assert_eq!(parse(&format!("uring={word}")).expect("a mode").uring, expected);
         }
         assert_eq!(parse("").expect("empty").uring, Uring::Off);
+        assert_eq!(parse("hard").expect("the default").soft, None);
+        let soft = parse("soft,timeout=90").expect("soft").soft;
+        assert_eq!(soft, Some(Duration::from_secs(90)));
+        assert_eq!(parse("soft,timeout=90,hard").expect("the last counts").soft, None);
         let options = Options::parse("s@unix:/s", &["ro", "rw,max_read=65536"], false);
         let options = options.expect("two lists");
         assert!(!options.mount.read_only && options.mount.max_read == Some(65536));
@@ -281,6 +311,9 @@ mod tests {
         check("cache=all", "never, metadata, auto or always");
         check("checksum=yes", "checksum=on or checksum=off");
         check("checksum", "checksum=on or checksum=off");
+        check("soft", "soft,timeout=60");
+        check("timeout", "soft,timeout=60");
+        check("soft,timeout=0", "a number of 1 to 43200");
         check("max_read=x", "a number of bytes");
         check("suid", "always mounts nosuid");
         check("spin=-1", "a number of 0 to");

@@ -3,24 +3,26 @@
 //! One thread for both directions, so that a request wakes each end once. Invariant: the thread
 //! sleeps only when the device and the connection have nothing, and never in a send alone: while
 //! the daemon takes no more, its replies are taken, or both ends could wait for each other for
-//! ever.
+//! ever. Without a connection it goes on: frames go to the park, and a kick brings the next one.
 
 use crate::batcher::{Step, View, next_step};
+use crate::conn::{Conn, ConnRx, coarse_now};
 use crate::down;
-use crate::lane::{Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX};
-use crate::session::{Conn, ConnRx, End, Session};
+use crate::heart::{Beat, Heart, IDLE_PING_AFTER};
+use crate::lane::{Control, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX};
+use crate::session::{End, Session};
 use crate::up::{FORGETS_WAITING_MAX, Intake};
 use fuser_fork::device::ReadOutcome;
 use ringfs_wire::limits::{BATCH_TARGET_BYTES, FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX};
 use ringfs_wire::spin::{Look, Spin, YIELD_LIMIT};
 use rustix::event::epoll;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::thread::sched_yield;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const DEVICE: u64 = 0;
 const KICK: u64 = 1;
@@ -30,14 +32,70 @@ const SOCKET: u64 = 2;
 /// from those who ask, and makes batches smaller.
 const FRAMES_FOR_TWO: usize = 8;
 
+/// A batch that the daemon takes nothing of for so long, while it says nothing, is stuck for good.
+/// A disk that is slow under large writes is no such thing.
+const STUCK_AFTER: Duration = IDLE_PING_AFTER;
+
+/// A connection, as its lane's thread holds it.
+pub struct Link {
+    /// What others share.
+    pub conn: Arc<Conn>,
+    /// The receiving half.
+    pub half: ConnRx,
+    /// Whether the peer is still there.
+    pub heart: Heart,
+    /// Bytes came since the heart was asked.
+    pub heard: bool,
+}
+
+impl Link {
+    /// The connection that the lane is to have, if there is one that it does not have yet.
+    pub fn take(session: &Session, lane: &Lane) -> Option<Link> {
+        let (conn, half) = session.resume.take(lane.index)?;
+        Some(Link { conn, half, heart: Heart::new(coarse_now()), heard: false })
+    }
+}
+
+/// When a cut becomes overdue (`-o soft`), as one lane counts it.
+#[derive(Debug, Default)]
+pub struct Overdue {
+    due: Option<Duration>,
+}
+
+impl Overdue {
+    /// The connection is lost now.
+    pub fn begin(&mut self, soft: Option<Duration>) {
+        self.due = soft.map(|soft| coarse_now() + soft);
+    }
+
+    /// How long a sleep without a connection may take; fails what waits when the time is over.
+    pub fn patience(&mut self, lane: &Lane) -> Option<Duration> {
+        let left = self.due?.saturating_sub(coarse_now());
+        if !left.is_zero() {
+            return Some(left);
+        }
+        self.due = None;
+        tracing::warn!(lane = lane.index, "no connection in time: requests fail (soft)");
+        lane.fail_overdue(Errno::IO);
+        None
+    }
+}
+
+/// How long a sleep may take.
+pub enum Rest {
+    /// There is something to do first.
+    None,
+    /// At most so long.
+    For(Option<Duration>),
+}
+
 /// The state of one lane's thread.
 struct Pump<'s> {
     session: &'s Session,
     lane: &'s Lane,
-    conn: &'s Conn,
-    half: ConnRx,
-    /// The connection may still bring something.
-    is_open: bool,
+    /// `None` while it is cut.
+    link: Option<Link>,
+    overdue: Overdue,
     intake: Intake<'s>,
     /// The kick and the connection.
     few: OwnedFd,
@@ -50,10 +108,10 @@ struct Pump<'s> {
 }
 
 /// Serves the lane until the mount is gone or the session stops.
-pub fn run(session: &Arc<Session>, lane: usize, half: ConnRx, spin: u32) {
+pub fn run(session: &Arc<Session>, lane: usize, spin: u32) {
     session.watch.wake();
     let done =
-        Pump::new(session, lane, half, spin).map_err(End::Thread).and_then(|mut pump| pump.serve());
+        Pump::new(session, lane, spin).map_err(End::Thread).and_then(|mut pump| pump.serve());
     if !session.watch.sleep() {
         session.watch.call_help(&session.lanes);
     }
@@ -63,14 +121,12 @@ pub fn run(session: &Arc<Session>, lane: usize, half: ConnRx, spin: u32) {
 }
 
 impl<'s> Pump<'s> {
-    fn new(session: &'s Session, lane: usize, half: ConnRx, spin: u32) -> io::Result<Pump<'s>> {
-        let (lane, conn) = (&session.lanes[lane], &session.conns[lane]);
+    fn new(session: &'s Session, lane: usize, spin: u32) -> io::Result<Pump<'s>> {
+        let lane = &session.lanes[lane];
         let watch = || -> io::Result<OwnedFd> {
             let fd = epoll::create(epoll::CreateFlags::CLOEXEC)?;
             let kick = epoll::EventData::new_u64(KICK);
             epoll::add(&fd, lane.kick_fd(), kick, epoll::EventFlags::IN)?;
-            let socket = epoll::EventData::new_u64(SOCKET);
-            epoll::add(&fd, conn.socket(), socket, epoll::EventFlags::IN)?;
             Ok(fd)
         };
         let (few, all) = (watch()?, watch()?);
@@ -80,9 +136,8 @@ impl<'s> Pump<'s> {
         Ok(Pump {
             session,
             lane,
-            conn,
-            half,
-            is_open: true,
+            link: None,
+            overdue: Overdue::default(),
             intake: Intake::new(session, lane),
             few,
             all,
@@ -93,11 +148,13 @@ impl<'s> Pump<'s> {
     }
 
     fn serve(&mut self) -> Result<(), End> {
-        // What came behind the WELCOME.
-        self.take_batches();
+        self.take_link()?;
         while !self.session.is_stopping() {
             if self.lane.take_kick() {
                 self.intake.kicked();
+                if self.link.is_none() {
+                    self.take_link()?;
+                }
             }
             match next_step(self.view()) {
                 Step::Backlog => self.intake.put_backlog(),
@@ -107,6 +164,21 @@ impl<'s> Pump<'s> {
                 Step::WaitForSlot => self.wait_for_slot()?,
             }
         }
+        Ok(())
+    }
+
+    /// Takes the next connection, if it is there.
+    fn take_link(&mut self) -> Result<(), End> {
+        let Some(link) = Link::take(self.session, self.lane) else { return Ok(()) };
+        for fd in [&self.few, &self.all] {
+            let socket = epoll::EventData::new_u64(SOCKET);
+            let added = epoll::add(fd, link.conn.socket(), socket, epoll::EventFlags::IN);
+            added.map_err(|errno| End::Thread(errno.into()))?;
+        }
+        self.link = Some(link);
+        self.intake.resume();
+        // What came behind the WELCOME.
+        self.take_batches();
         Ok(())
     }
 
@@ -153,17 +225,16 @@ impl<'s> Pump<'s> {
 
     /// Receives what is there; whether there was something, the connection's end included.
     fn receive(&mut self) -> bool {
-        if !self.is_open {
-            return false;
-        }
-        match self.conn.try_receive(self.half.deframer.spare()) {
+        let Some(link) = &mut self.link else { return false };
+        match link.conn.try_receive(link.half.deframer.spare()) {
             Ok(0) => self.lose(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
-                self.half.deframer.filled(bytes);
-                let held = self.half.deframer.pending();
-                self.take_batches();
+                link.heard = true;
+                link.half.deframer.filled(bytes);
+                let held = link.half.deframer.pending();
+                let left = self.take_batches();
                 // While large replies come on and on, what is asked must not wait for the last one.
-                let large = held - self.half.deframer.pending() >= BATCH_TARGET_BYTES;
+                let large = held - left >= BATCH_TARGET_BYTES;
                 self.dry &= !large || self.lane.in_flight() == 0;
             }
             Err(Errno::AGAIN | Errno::INTR) => return false,
@@ -172,58 +243,82 @@ impl<'s> Pump<'s> {
         true
     }
 
-    fn take_batches(&mut self) {
-        if let Err(end) = down::take_batches(self.session, self.lane, self.conn, &mut self.half) {
-            self.lose(end);
+    /// Acts on whole batches; how many bytes wait for the rest of theirs.
+    fn take_batches(&mut self) -> usize {
+        let Some(link) = &mut self.link else { return 0 };
+        let kept = &mut self.intake.kept;
+        match down::take_batches(self.session, self.lane, &link.conn, &mut link.half, kept) {
+            Ok(()) => link.half.deframer.pending(),
+            Err(end) => {
+                self.lose(end);
+                0
+            }
         }
     }
 
-    /// The connection is over. The lane goes on: it has to answer what the kernel still asks.
+    /// The connection is over. The lane goes on: there may be another one, and at the mount's end
+    /// it has to answer what the kernel still asks.
     fn lose(&mut self, end: End) {
-        if std::mem::replace(&mut self.is_open, false) {
-            // An error would say that it is not in there.
-            let _ = epoll::delete(&self.few, self.conn.socket());
-            let _ = epoll::delete(&self.all, self.conn.socket());
-        }
-        self.session.end(end);
+        let Some(link) = self.link.take() else { return };
+        // An error would say that it is not in there.
+        let _ = epoll::delete(&self.few, link.conn.socket());
+        let _ = epoll::delete(&self.all, link.conn.socket());
+        self.intake.cut();
+        self.overdue.begin(self.session.resume.soft);
+        self.session.lost(self.lane, &link.conn, end);
     }
 
     fn send(&mut self) {
         if std::mem::take(&mut self.frames) >= FRAMES_FOR_TWO || self.intake.builder.is_due() {
             self.session.watch.call_help(&self.session.lanes);
         }
-        let (sending, bytes) = self.intake.seal(self.conn);
+        let Some(link) = &self.link else {
+            // The session has ended meanwhile, which has answered what is in it.
+            return self.intake.cut();
+        };
+        let conn = Arc::clone(&link.conn);
+        let bytes = self.intake.seal(&conn);
         let mut at = 0;
         let mut tries = 0;
+        let mut stuck_at = None;
         while at < bytes {
-            match self.conn.try_send(self.intake.sealed(at..bytes)) {
-                Ok(n) => (at, tries) = (at + n, 0),
+            match conn.try_send(self.intake.sealed(at..bytes)) {
+                Ok(n) => (at, tries, stuck_at) = (at + n, 0, None),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if self.is_open => {
-                    if !self.receive() {
-                        self.wait_for_room(&mut tries);
+                Err(Errno::AGAIN) => {
+                    if self.receive() {
+                        stuck_at = None;
+                    } else {
+                        self.wait_for_room(&conn, &mut tries, &mut stuck_at);
+                    }
+                    if self.link.is_none() {
+                        return;
                     }
                 }
                 Err(errno) => {
-                    // What was in the batch has slots, so the end answers it.
-                    drop(sending);
                     return self.lose(End::Lost { conn: self.lane.index.into(), errno });
                 }
             }
         }
+        conn.has_sent();
+        self.intake.retire();
         LaneCounters::add(&self.lane.counters.batches, 1);
         LaneCounters::add(&self.lane.counters.bytes_up, bytes);
     }
 
-    fn wait_for_room(&self, tries: &mut u32) {
+    fn wait_for_room(&mut self, conn: &Conn, tries: &mut u32, stuck_at: &mut Option<Duration>) {
         if *tries < self.spin.tries_max() {
             *tries += 1;
             return sched_yield();
         }
-        let mut fds = [PollFd::new(self.conn.socket(), PollFlags::IN | PollFlags::OUT)];
+        let now = coarse_now();
+        if now - *stuck_at.get_or_insert(now) >= STUCK_AFTER {
+            return self.lose(End::Silent { conn: self.lane.index.into() });
+        }
+        let mut fds = [PollFd::new(conn.socket(), PollFlags::IN | PollFlags::OUT)];
         self.leave_device();
         // Whatever it says, the send is tried again.
-        let _ = poll(&mut fds, None);
+        let _ = poll(&mut fds, Some(&timespec(STUCK_AFTER)));
         self.session.watch.wake();
     }
 
@@ -262,30 +357,40 @@ impl<'s> Pump<'s> {
     }
 
     fn expects_bytes(&self) -> bool {
-        self.half.deframer.pending() > 0 || self.lane.in_flight() > 0
+        let Some(link) = &self.link else { return false };
+        link.half.deframer.pending() > 0 || self.lane.in_flight() > 0
+    }
+
+    /// Before a sleep: how long it may be.
+    fn rest(&mut self) -> Rest {
+        let Some(link) = &mut self.link else {
+            return Rest::For(self.overdue.patience(self.lane));
+        };
+        let is_expected = self.lane.in_flight() > 0;
+        match link.heart.beat(coarse_now(), std::mem::take(&mut link.heard), is_expected) {
+            Beat::Wait(limit) => Rest::For(Some(limit)),
+            Beat::Ping => {
+                if !is_expected {
+                    self.intake.kept.shrink();
+                }
+                self.lane.queue(Control::Ping);
+                Rest::None
+            }
+            Beat::Dead => {
+                self.lose(End::Silent { conn: self.lane.index.into() });
+                Rest::None
+            }
+        }
     }
 
     fn sleep(&mut self) -> Result<(), End> {
-        let empty =
-            epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
-        let mut events = [empty; 3];
+        let Rest::For(limit) = self.rest() else { return Ok(()) };
         self.lane.set_spare(true);
-        let epoll = if self.session.watch.sleep() { &self.few } else { &self.all };
-        let woken = epoll::wait(epoll, &mut events, None);
+        let some_watch = self.session.watch.sleep();
+        let woken = self.doze(!some_watch, limit);
         self.session.watch.wake();
         self.lane.set_spare(false);
-        let n = match woken {
-            Ok(n) => n,
-            Err(Errno::INTR) => 0,
-            Err(errno) => return Err(End::Thread(errno.into())),
-        };
-        for event in &events[..n] {
-            match event.data.u64() {
-                KICK => self.lane.drain_kick(),
-                SOCKET => drop(self.receive()),
-                _ => self.dry = false,
-            }
-        }
+        self.act_on(&woken?);
         Ok(())
     }
 
@@ -296,26 +401,44 @@ impl<'s> Pump<'s> {
         }
     }
 
-    /// No frame could be taken in: only a reply helps.
+    /// No frame could be taken in: only a reply helps, or a kick.
     fn wait_for_slot(&mut self) -> Result<(), End> {
-        let kick = PollFd::from_borrowed_fd(self.lane.kick_fd(), PollFlags::IN);
-        let mut fds = [kick, PollFd::new(self.conn.socket(), PollFlags::IN)];
-        let fds = if self.is_open { &mut fds[..] } else { &mut fds[..1] };
+        let Rest::For(limit) = self.rest() else { return Ok(()) };
         self.leave_device();
-        let woken = poll(fds, None);
+        let woken = self.doze(false, limit);
         self.session.watch.wake();
-        match woken {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(End::Thread(errno.into())),
-        }
-        let readable = |fd: &PollFd<'_>| !fd.revents().is_empty();
-        let (kicked, received) = (readable(&fds[0]), fds.get(1).is_some_and(readable));
-        if kicked {
-            self.lane.drain_kick();
-        }
-        if received {
-            self.receive();
-        }
+        self.act_on(&woken?);
         Ok(())
     }
+
+    /// Waits for the kick and the connection, or the device as well.
+    fn doze(&self, with_device: bool, limit: Option<Duration>) -> Result<Woken, End> {
+        let empty =
+            epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        let mut events = [empty; 3];
+        let epoll = if with_device { &self.all } else { &self.few };
+        let n = match epoll::wait(epoll, &mut events, limit.map(timespec).as_ref()) {
+            Ok(n) => n,
+            Err(Errno::INTR) => 0,
+            Err(errno) => return Err(End::Thread(errno.into())),
+        };
+        Ok((events.map(|event| event.data.u64()), n))
+    }
+
+    fn act_on(&mut self, (events, n): &Woken) {
+        for &event in &events[..*n] {
+            match event {
+                KICK => self.lane.drain_kick(),
+                SOCKET => drop(self.receive()),
+                _ => self.dry = false,
+            }
+        }
+    }
+}
+
+/// What woke a lane: so many of them.
+type Woken = ([u64; 3], usize);
+
+fn timespec(limit: Duration) -> Timespec {
+    Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() }
 }

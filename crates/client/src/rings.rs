@@ -62,11 +62,10 @@ impl Rings {
         u16::from(self.queues.is_some() && usize::from(lanes) < LANES_MAX)
     }
 
-    /// How many lanes get queues: lane 0 reads the device whatever comes, and a lane with queues
-    /// needs its connection for itself.
-    pub fn choose(&mut self, lanes: usize, conns: usize) -> u16 {
+    /// How many lanes get queues: lane 0 reads the device whatever comes.
+    pub fn choose(&mut self, lanes: usize) -> u16 {
         let Some(queues) = self.queues else { return 0 };
-        let free = if lanes == conns { lanes.saturating_sub(1) as u16 } else { 0 };
+        let free = lanes.saturating_sub(1) as u16;
         if free == 0 {
             self.give_up("they need two lanes or more, each with a connection of its own");
         }
@@ -205,17 +204,16 @@ mod tests {
 
     #[test]
     fn lanes_that_get_queues() {
-        let check = |queues: Option<u16>, lanes: usize, conns: usize, expected: u16| {
+        let check = |queues: Option<u16>, lanes: usize, expected: u16| {
             let mut rings = Rings { queues, ..Rings::default() };
-            assert_eq!(rings.choose(lanes, conns), expected, "{queues:?} {lanes} {conns}");
+            assert_eq!(rings.choose(lanes), expected, "{queues:?} {lanes}");
             assert_eq!(rings.facts.why.is_some(), queues.is_some() && expected == 0);
         };
-        check(None, 3, 3, 0);
-        check(Some(2), 3, 3, 2);
-        check(Some(2), 8, 8, 2);
-        check(Some(64), 8, 8, 7);
-        check(Some(2), 1, 1, 0);
-        check(Some(2), 3, 2, 0);
+        check(None, 3, 0);
+        check(Some(2), 3, 2);
+        check(Some(2), 8, 2);
+        check(Some(64), 8, 7);
+        check(Some(2), 1, 0);
         let places: Vec<_> =
             (0..4).map(|conn| place_of(conn, 2).map(|p| (p.lane, p.ring))).collect();
         assert_eq!(places, [None, Some((1, 0)), Some((2, 1)), None]);

@@ -1,20 +1,19 @@
-//! What the lanes of a mount share: connections, INIT, and how it ends.
+//! What the lanes of a mount share: INIT, interrupts, what is lost, and how it ends.
 //!
 //! Invariant: the first reason to end wins and is kept; from then on no request waits for the
-//! daemon. Nothing here is locked on the way of a frame but the sending half of a connection.
+//! daemon. Nothing here is locked on the way of a frame.
 
-use crate::handshake::{Joined, refusal};
+use crate::conn::Conn;
+use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
 use crate::lane::{Lane, LaneCounters, lock};
-use crate::transport::Socket;
+use crate::resume::{Resume, ResumeError};
 use fuser_fork::device::DeviceError;
 use fuser_fork::init::{self, InitError, Limits, Negotiated};
 use fuser_fork::uring::UringError;
 use ringfs_wire::abi::{self, InitIn};
-use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader};
-use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::Reason;
-use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
+use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::SlotError;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -22,12 +21,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
 use thiserror::Error;
-
-/// How long a farewell may take.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How far the kernel's numbers may have run ahead of a kept interrupt's.
 const EARLY_INTERRUPT_AGE_MAX: u64 = 1 << 20;
@@ -46,6 +41,10 @@ pub enum End {
     Lost { conn: usize, errno: Errno },
     #[error("the daemon closed connection {conn}: what was in flight has failed")]
     Closed { conn: usize },
+    #[error("the daemon is silent on connection {conn}: what was in flight has failed")]
+    Silent { conn: usize },
+    #[error("the session cannot go on: what was in flight has failed")]
+    NotResumed(#[source] ResumeError),
     #[error("the daemon ended the session: {}", refusal(*.reason, .text))]
     Goodbye { reason: Option<Reason>, text: String },
     #[error("the daemon broke the protocol")]
@@ -66,102 +65,24 @@ pub enum End {
     Thread(#[source] io::Error),
 }
 
-/// One connection: what its lane's thread and the main thread share.
-#[derive(Debug)]
-pub struct Conn {
-    socket: Socket,
-    tx: Mutex<LinkTx>,
-    sent: AtomicU64,
-    received: AtomicU64,
-}
-
-/// What only a connection's thread holds.
-#[derive(Debug)]
-pub struct ConnRx {
-    /// Checks sequence numbers and sums.
-    pub rx: LinkRx,
-    /// The bytes that came and are not a whole batch yet.
-    pub deframer: Deframer,
-}
-
-impl Conn {
-    /// Takes a connection apart after its handshake.
-    pub fn new(joined: Joined) -> (Conn, ConnRx) {
-        let conn = Conn {
-            sent: AtomicU64::new(joined.tx.sent()),
-            received: AtomicU64::new(joined.rx.received()),
-            socket: joined.socket,
-            tx: Mutex::new(joined.tx),
-        };
-        (conn, ConnRx { rx: joined.rx, deframer: joined.deframer })
-    }
-
-    /// Completes a batch in `buffer`: its length, and the lock under which it must be sent.
-    pub fn seal(
-        &self,
-        builder: &mut BatchBuilder,
-        buffer: &mut [u8],
-    ) -> (MutexGuard<'_, LinkTx>, usize) {
-        let mut tx = lock(&self.tx);
-        let bytes = self.seal_locked(&mut tx, builder, buffer).len();
-        (tx, bytes)
-    }
-
-    fn seal_locked<'b>(
-        &self,
-        tx: &mut LinkTx,
-        builder: &mut BatchBuilder,
-        buffer: &'b mut [u8],
-    ) -> &'b [u8] {
-        let bytes = tx.seal(builder, buffer, self.received.load(Ordering::Acquire));
-        // Before the bytes leave: the answer may acknowledge them at once.
-        self.sent.store(tx.sent(), Ordering::Release);
-        bytes
-    }
-
-    /// Sends what the transport takes now; `EAGAIN`: nothing.
-    pub fn try_send(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        self.socket.try_send(bytes)
-    }
-
-    /// Receives what is there; `EAGAIN`: nothing. 0: the peer has closed.
-    pub fn try_receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        self.socket.try_receive(buffer)
-    }
-
-    /// What is polled for input and room.
-    pub fn socket(&self) -> &Socket {
-        &self.socket
-    }
-
-    /// Batches sent so far.
-    pub fn sent(&self) -> u64 {
-        self.sent.load(Ordering::Acquire)
-    }
-
-    /// Batches accepted so far: acknowledged by the next batch that goes out.
-    pub fn set_received(&self, batches: u64) {
-        self.received.store(batches, Ordering::Release);
-    }
-
-    /// Ends it: its thread wakes.
-    pub fn shutdown(&self) {
-        self.socket.shutdown();
-    }
-
-    /// A GOODBYE, if nobody is stuck in a send.
-    fn say_goodbye(&self, reason: Reason) {
-        let Ok(mut tx) = self.tx.try_lock() else { return };
-        let mut buffer = [0; 64];
-        let mut builder = BatchBuilder::new();
-        let header =
-            RecordHeader { kind: Kind::Goodbye as u8, code: reason as u32, ..Default::default() };
-        if builder.push(&mut buffer, header, &[])
-            && self.socket.set_limit(Some(GOODBYE_LIMIT)).is_ok()
-        {
-            // The daemon learns it by the closed connection otherwise.
-            let bytes = self.seal_locked(&mut tx, &mut builder, &mut buffer);
-            let _ = self.socket.send_all(bytes);
+impl End {
+    /// Whether another connection helps.
+    pub fn is_cut(&self) -> bool {
+        match self {
+            // Numbers that cannot be are the daemon's own fault; all else the transport's.
+            End::Link(error) => !matches!(error, LinkError::Ack { .. }),
+            End::Lost { .. } | End::Closed { .. } | End::Silent { .. } => true,
+            End::Goodbye { reason, .. } => reason.is_some_and(|reason| reason.is_passing()),
+            End::Unmounted
+            | End::Aborted
+            | End::NotResumed(_)
+            | End::Slot(_)
+            | End::Protocol(_)
+            | End::InitRefused(_)
+            | End::Init(_)
+            | End::Device(_)
+            | End::Uring(_)
+            | End::Thread(_) => false,
         }
     }
 }
@@ -205,8 +126,8 @@ struct InitState {
 pub struct Session {
     /// The lanes; a record's `lane` is an index into them.
     pub lanes: Vec<Lane>,
-    /// The connections: one a lane.
-    pub conns: Vec<Conn>,
+    /// The connections, one a lane, and how they come again.
+    pub resume: Resume,
     /// Which lanes look at the device.
     pub watch: Watch,
     /// NODE records seen: what they say is for the resume.
@@ -229,10 +150,10 @@ pub struct Session {
 
 impl Session {
     /// Lanes and connections, nothing running yet.
-    pub fn new(lanes: Vec<Lane>, conns: Vec<Conn>, limits: Limits) -> io::Result<Session> {
+    pub fn new(lanes: Vec<Lane>, resume: Resume, limits: Limits) -> io::Result<Session> {
         Ok(Session {
             lanes,
-            conns,
+            resume,
             watch: Watch::default(),
             nodes_seen: AtomicU64::new(0),
             records_skipped: AtomicU64::new(0),
@@ -258,7 +179,9 @@ impl Session {
             return;
         }
         if !unmounted {
-            self.conns.iter().for_each(Conn::shutdown);
+            // It need not keep the session for a resume.
+            self.resume.say_goodbye(Reason::Unmounted);
+            self.resume.shutdown(false);
             self.lanes.iter().for_each(|lane| lane.close(Errno::IO));
         }
         self.notify();
@@ -269,15 +192,24 @@ impl Session {
         self.end.get().cloned()
     }
 
-    /// Tells the daemon that the mount is gone for good.
-    pub fn say_goodbye(&self, reason: Reason) {
-        self.conns.iter().for_each(|conn| conn.say_goodbye(reason));
+    /// A lane's connection is over. Once the mount is ready that may be no more than a cut: then
+    /// the lane gets another one, and a kick when it has come.
+    pub fn lost(&self, lane: &Lane, conn: &Arc<Conn>, end: End) {
+        conn.shutdown();
+        if !self.resume.is_on() || !end.is_cut() || self.end.get().is_some() {
+            return self.end(end);
+        }
+        lane.cut();
+        self.resume.lost(lane.index, conn, &end);
+        // It may have come before the old one was seen to be gone.
+        lane.kick();
+        self.notify();
     }
 
     /// Has all threads end, after the mount is gone.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.conns.iter().for_each(Conn::shutdown);
+        self.resume.shutdown(true);
         self.lanes.iter().for_each(Lane::kick);
         self.interrupts.ring();
     }

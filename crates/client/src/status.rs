@@ -1,10 +1,11 @@
 //! What a mount tells about itself, and `ringfs status`, which asks.
 //!
-//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`) and
-//! writes one JSON document to whoever connects. Invariant: a mount point is never touched, since
-//! the mount may be dead; what is mounted comes from the mount table.
+//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`), reads
+//! one line ([`Ask`]) and writes one JSON document. Invariant: a mount point is never touched,
+//! since the mount may be dead; what is mounted comes from the mount table.
 
 use crate::lane::LaneCounters;
+use crate::resume::Outlook;
 use crate::session::Session;
 use fuser_fork::mountinfo::find_mounts;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,34 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Clients that are asked.
 const CLIENTS_MAX: usize = 4096;
+
+/// How long an asker may take to say what it wants; one that says nothing wants the status.
+const WORD_LIMIT: Duration = Duration::from_millis(200);
+/// Askers that wait for connections at the same time.
+const WAITERS_MAX: usize = 64;
+
+/// What a client is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Its state.
+    Status,
+    /// To join all its connections anew; it answers before they are.
+    Reconnect,
+    /// To answer once all its lanes have their connections.
+    WaitResumed,
+}
+
+impl Ask {
+    const ALL: [Ask; 3] = [Ask::Status, Ask::Reconnect, Ask::WaitResumed];
+
+    fn word(self) -> &'static str {
+        match self {
+            Ask::Status => "status\n",
+            Ask::Reconnect => "reconnect\n",
+            Ask::WaitResumed => "wait-resumed\n",
+        }
+    }
+}
 
 /// How many were asked for and granted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +120,18 @@ pub struct Report {
     pub bytes_down: u64,
     pub nodes_seen: u64,
     pub records_skipped: u64,
+    /// All lanes have their connections (else `resuming`), and since when it is as it is.
+    pub connected: bool,
+    pub resuming: bool,
+    pub state_since_unix_s: u64,
+    pub lanes_without_connection: u64,
+    /// Connections lost and joined anew.
+    pub cuts: u64,
     pub resumes: u64,
+    pub last_cut: Option<String>,
+    /// Requests answered here whose end the daemon has not told yet; and all so far.
+    pub abandoned: u64,
+    pub abandoned_total: u64,
 }
 
 /// A mount as `ringfs status` shows it.
@@ -103,13 +143,24 @@ pub struct Entry {
     pub source: String,
     /// What its client says; `null` if none answers.
     pub client: Option<Report>,
+    /// Where that listens.
+    #[serde(skip)]
+    pub socket: Option<PathBuf>,
 }
 
 impl Report {
     /// The state of now.
     pub fn of(facts: &Facts, session: &Session) -> Report {
+        let Outlook { missing, since_unix_s, last_cut } = session.resume.outlook();
         let mut report = Report {
             facts: facts.clone(),
+            connected: missing == 0,
+            resuming: missing > 0,
+            state_since_unix_s: since_unix_s,
+            lanes_without_connection: missing as u64,
+            cuts: session.resume.cuts.load(Ordering::Relaxed),
+            resumes: session.resume.resumes.load(Ordering::Relaxed),
+            last_cut,
             nodes_seen: session.nodes_seen.load(Ordering::Relaxed),
             records_skipped: session.records_skipped.load(Ordering::Relaxed),
             ..Report::default()
@@ -118,6 +169,7 @@ impl Report {
         for lane in &session.lanes {
             let (parked, parked_bytes) = lane.parked();
             report.in_flight += lane.in_flight() as u64;
+            report.abandoned += lane.abandoned() as u64;
             report.parked += parked as u64;
             report.parked_bytes += parked_bytes as u64;
             let counters: &LaneCounters = &lane.counters;
@@ -128,6 +180,7 @@ impl Report {
             report.forgets += read(&counters.forgets);
             report.interrupts += read(&counters.interrupts);
             report.cancels += read(&counters.cancels);
+            report.abandoned_total += read(&counters.abandoned_total);
             report.batches_up += read(&counters.batches);
             report.bytes_up += read(&counters.bytes_up);
             report.bytes_down += read(&counters.bytes_down);
@@ -141,6 +194,8 @@ impl Report {
 pub struct Publisher {
     listener: UnixListener,
     path: PathBuf,
+    /// They asked [`Ask::WaitResumed`].
+    waiters: Vec<UnixStream>,
 }
 
 impl Publisher {
@@ -151,22 +206,57 @@ impl Publisher {
         // Of a process that had our number and died.
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
-        let publisher = Publisher { listener, path };
+        let publisher = Publisher { listener, path, waiters: Vec::new() };
         std::fs::set_permissions(&publisher.path, PermissionsExt::from_mode(0o600))?;
         publisher.listener.set_nonblocking(true)?;
         Ok(publisher)
     }
 
-    /// Answers who waits. Errors are the asker's.
-    pub fn answer(&self, report: impl FnOnce() -> Report) {
-        let Ok((mut stream, _)) = self.listener.accept() else { return };
-        let done = stream
-            .set_nonblocking(false)
-            .and_then(|()| stream.set_write_timeout(Some(ANSWER_LIMIT)))
-            .and_then(|()| stream.write_all(&serde_json::to_vec(&report())?));
-        if let Err(error) = done {
-            tracing::debug!(%error, "somebody asked for the status and did not listen");
+    /// Hears who has come; `act` does what was asked and gives the answer. Errors are the asker's.
+    pub fn hear(&mut self, act: impl FnOnce(Ask) -> Report) {
+        let Ok((stream, _)) = self.listener.accept() else { return };
+        match hear(&stream) {
+            Ask::WaitResumed if self.waiters.len() < WAITERS_MAX => self.waiters.push(stream),
+            // One too many: it is answered nothing.
+            Ask::WaitResumed => {}
+            ask @ (Ask::Status | Ask::Reconnect) => tell(stream, &act(ask)),
         }
+    }
+
+    /// Whether somebody waits for connections.
+    pub fn has_waiters(&self) -> bool {
+        !self.waiters.is_empty()
+    }
+
+    /// All lanes have their connections.
+    pub fn tell_waiters(&mut self, report: &Report) {
+        self.waiters.drain(..).for_each(|stream| tell(stream, report));
+    }
+}
+
+fn hear(mut stream: &UnixStream) -> Ask {
+    let mut line = [0; 16];
+    let mut len = 0;
+    let limited = stream.set_nonblocking(false);
+    if limited.and_then(|()| stream.set_read_timeout(Some(WORD_LIMIT))).is_err() {
+        return Ask::Status;
+    }
+    while len < line.len() && !line[..len].ends_with(b"\n") {
+        match stream.read(&mut line[len..]) {
+            Ok(n) if n > 0 => len += n,
+            _ => break,
+        }
+    }
+    let found = Ask::ALL.into_iter().find(|ask| ask.word().as_bytes() == &line[..len]);
+    found.unwrap_or(Ask::Status)
+}
+
+fn tell(mut stream: UnixStream, report: &Report) {
+    let done = stream
+        .set_write_timeout(Some(ANSWER_LIMIT))
+        .and_then(|()| stream.write_all(&serde_json::to_vec(report)?));
+    if let Err(error) = done {
+        tracing::debug!(%error, "somebody asked and did not listen");
     }
 }
 
@@ -192,6 +282,13 @@ pub fn own_dir() -> PathBuf {
     }
 }
 
+/// Where clients that may be asked listen.
+pub fn dirs() -> Vec<PathBuf> {
+    let mut dirs = vec![PathBuf::from("/run/ringfs"), own_dir()];
+    dirs.dedup();
+    dirs
+}
+
 /// Seconds since 1970.
 pub fn unix_now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -199,43 +296,45 @@ pub fn unix_now_s() -> u64 {
 
 /// The ringfs mounts of this mount namespace, each with what its client says.
 pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
-    let mut reports: Vec<Report> = dirs.iter().flat_map(|dir| ask_all(dir)).collect();
+    let mut reports = ask_all(dirs);
     let entries = find_mounts()?.into_iter().map(|mount| {
         let source = mount.source.to_string_lossy().into_owned();
-        let is_its =
-            |r: &Report| r.facts.mountpoint == mount.mount_point && r.facts.source == source;
-        let at = reports.iter().position(is_its);
-        Entry {
-            client: at.map(|at| reports.swap_remove(at)),
-            source,
-            mountpoint: mount.mount_point,
-        }
+        let is_its = |(_, r): &(PathBuf, Report)| {
+            r.facts.mountpoint == mount.mount_point && r.facts.source == source
+        };
+        let found = reports.iter().position(is_its).map(|at| reports.swap_remove(at));
+        let (socket, client) = found.unzip();
+        Entry { mountpoint: mount.mount_point, source, client, socket }
     });
     Ok(entries.collect())
 }
 
-fn ask_all(dir: &Path) -> Vec<Report> {
-    let Ok(files) = std::fs::read_dir(dir) else { return Vec::new() };
+fn ask_all(dirs: &[PathBuf]) -> Vec<(PathBuf, Report)> {
+    let files = dirs.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
     let sockets = files
         .filter_map(|file| Some(file.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|extension| extension == "sock"));
-    sockets.take(CLIENTS_MAX).filter_map(|path| ask(&path)).collect()
+    let asked = sockets.take(CLIENTS_MAX).map(|path| {
+        let report = ask(&path, Ask::Status, Some(ANSWER_LIMIT));
+        (path, report)
+    });
+    asked.filter_map(|(path, report)| Some((path, report.ok()?))).collect()
 }
 
-fn ask(path: &Path) -> Option<Report> {
-    let mut stream = match UnixStream::connect(path) {
-        Ok(stream) => stream,
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+/// Asks one client; `None`: for as long as it takes.
+pub fn ask(socket: &Path, what: Ask, limit: Option<Duration>) -> io::Result<Report> {
+    let mut stream = UnixStream::connect(socket).inspect_err(|error| {
+        if error.kind() == io::ErrorKind::ConnectionRefused {
             // Its process is dead; if the file is not ours, it stays.
-            let _ = std::fs::remove_file(path);
-            return None;
+            let _ = std::fs::remove_file(socket);
         }
-        Err(_) => return None,
-    };
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).ok()?;
+    })?;
+    stream.set_read_timeout(limit)?;
+    stream.set_write_timeout(Some(ANSWER_LIMIT))?;
+    stream.write_all(what.word().as_bytes())?;
     let mut bytes = Vec::new();
-    (&mut stream).take(ANSWER_BYTES_MAX).read_to_end(&mut bytes).ok()?;
-    serde_json::from_slice(&bytes).ok()
+    (&mut stream).take(ANSWER_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(serde_json::from_slice(&bytes)?)
 }
 
 /// The text of `ringfs status`.
@@ -261,15 +360,26 @@ pub fn render(entries: &[Entry], now_s: u64) -> String {
 fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_s: u64) {
     let Some(report) = report else { return };
     let age = duration(now_s.saturating_sub(facts.connected_since_unix_s));
+    let state_age = duration(now_s.saturating_sub(report.state_since_unix_s));
     let word = |on: bool, word: &'static str| if on { word } else { "" };
     let _ = writeln!(
         text,
-        "  pid {}, connected for {age}, cache {}{}{}{}, resumes {}",
+        "  pid {}, mounted for {age}, cache {}{}{}{}",
         facts.pid,
         facts.cache,
         word(facts.read_only, ", read-only"),
         word(facts.writeback, ", writeback"),
-        word(facts.checksum, ", payload checksums"),
+        word(facts.checksum, ", payload checksums")
+    );
+    let last_cut = match &report.last_cut {
+        Some(why) => format!(", the last one: {why}"),
+        None => String::new(),
+    };
+    let _ = writeln!(
+        text,
+        "  {} for {state_age}; cuts {}, resumes {}{last_cut}",
+        if report.resuming { "RESUMING, requests wait," } else { "connected" },
+        report.cuts,
         report.resumes
     );
     let granted = |granted: &Granted| match &granted.why {
@@ -285,10 +395,11 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
     render_rings(text, &facts.rings);
     let _ = writeln!(
         text,
-        "  requests {} ({} in flight, {} parked), batches {}, {} up, {} down",
+        "  requests {} ({} in flight, {} parked, {} abandoned), batches {}, {} up, {} down",
         report.requests,
         report.in_flight,
         report.parked,
+        report.abandoned,
         report.batches_up,
         bytes(report.bytes_up),
         bytes(report.bytes_down)
@@ -337,38 +448,89 @@ mod tests {
     fn report() -> Report {
         let lanes = Granted { asked: 4, got: 1, why: Some("no clones".into()) };
         let facts = Facts { pid: 7, cache: "auto".into(), lanes, ..Facts::default() };
-        Report { facts, requests: 12, in_flight: 3, bytes_up: 2048, ..Report::default() }
+        Report {
+            facts,
+            requests: 12,
+            in_flight: 3,
+            bytes_up: 2048,
+            resuming: true,
+            state_since_unix_s: 40,
+            cuts: 2,
+            resumes: 1,
+            last_cut: Some("reset".into()),
+            ..Report::default()
+        }
     }
 
     #[test]
     fn a_client_answers_and_a_dead_one_is_removed() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let publisher = Publisher::bind(dir.path()).expect("bind");
+        let mut publisher = Publisher::bind(dir.path()).expect("bind");
+        let dirs = [dir.path().to_owned()];
         let dead = dir.path().join("1.sock");
         drop(UnixListener::bind(&dead).expect("bind"));
         let asked = std::thread::scope(|scope| {
-            let asked = scope.spawn(|| ask_all(dir.path()));
+            let asked = scope.spawn(|| ask_all(&dirs));
             let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
             let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
             assert_eq!(rustix::event::poll(&mut fds, Some(&limit)), Ok(1));
-            publisher.answer(report);
+            publisher.hear(|ask| {
+                assert_eq!(ask, Ask::Status);
+                report()
+            });
             asked.join().expect("asker")
         });
-        assert_eq!(asked, [report()]);
+        assert_eq!(asked, [(publisher.path.clone(), report())]);
         assert!(!dead.exists());
         drop(publisher);
         assert_eq!(std::fs::read_dir(dir.path()).expect("dir").count(), 0);
     }
 
     #[test]
+    fn who_waits_is_told_when_it_is_time() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut publisher = Publisher::bind(dir.path()).expect("bind");
+        let path = publisher.path.clone();
+        for what in [Ask::Reconnect, Ask::WaitResumed] {
+            let path = path.clone();
+            let asker = std::thread::spawn(move || ask(&path, what, None));
+            let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
+            assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
+            let mut heard = None;
+            publisher.hear(|ask| {
+                heard = Some(ask);
+                report()
+            });
+            assert_eq!(heard, Some(what).filter(|&what| what == Ask::Reconnect));
+            assert_eq!(publisher.has_waiters(), what == Ask::WaitResumed);
+            publisher.tell_waiters(&report());
+            assert_eq!(asker.join().expect("asker").expect("an answer"), report());
+        }
+        // Without a listener who waits is not left alone.
+        let asker = std::thread::spawn(move || ask(&path, Ask::WaitResumed, None));
+        let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
+        publisher.hear(|_| report());
+        drop(publisher);
+        assert!(asker.join().expect("asker").is_err());
+    }
+
+    #[test]
     fn texts() {
-        let entry = |client| Entry { mountpoint: "/m".into(), source: "d@unix:/s".into(), client };
+        let source = "d@unix:/s".to_owned();
+        let entry = |client| Entry {
+            mountpoint: "/m".into(),
+            source: source.clone(),
+            client,
+            socket: None,
+        };
         let text = render(&[entry(Some(report())), entry(None)], 61);
         for expected in [
             "d@unix:/s on /m",
             "lanes 1 of 4 (no clones), slots a lane 0, spin 0",
-            "connected for 1 min",
-            "requests 12 (3 in flight, 0 parked)",
+            "mounted for 1 min",
+            "RESUMING, requests wait, for 21 s; cuts 2, resumes 1, the last one: reset",
+            "requests 12 (3 in flight, 0 parked, 0 abandoned)",
             "2.0 KiB up",
             "ringfs umount -l /m",
         ] {

@@ -1,22 +1,23 @@
 //! Guest to host: what becomes of a frame that was read from the FUSE device.
 //!
 //! A frame is read straight into the batch, behind what is there, and its header is overwritten by
-//! the record's: it is never copied. Invariant: after every read the frame is in the batch with a
-//! slot, in the park, or answered. It must not wait for anything.
+//! the record's. Invariant: after every read the frame is in the batch with a slot, in the park, or
+//! answered; what has a slot is kept until its reply. It must not wait for anything.
 
+use crate::conn::Conn;
 use crate::groups;
-use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
-use crate::session::{Conn, End, Session};
+use crate::kept::{Kept, batch_buffer};
+use crate::lane::{Claim, InFlight, Lane, LaneCounters, Parked};
+use crate::resume::Resend;
+use crate::session::{End, Session};
 use fuser_fork::frame::{Frame, error_reply, out_header};
 use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
-use ringfs_wire::batch::{BatchBuilder, Kind};
-use ringfs_wire::limits::{BATCH_BYTES_MAX, FORGETS_PER_RECORD_MAX, RECORD_HEADER_BYTES};
-use ringfs_wire::session::LinkTx;
-use ringfs_wire::slot::SlotUse;
+use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader, cancel};
+use ringfs_wire::limits::{FORGETS_PER_RECORD_MAX, RECORD_HEADER_BYTES};
 use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::MutexGuard;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Node ids to give back that may wait for a slot; with more, nothing further is read.
 pub const FORGETS_WAITING_MAX: usize = 16 * FORGETS_PER_RECORD_MAX;
@@ -28,6 +29,11 @@ pub struct Intake<'s> {
     /// The batch that is being made.
     pub builder: BatchBuilder,
     buffer: Vec<u8>,
+    /// What was sent and is not answered.
+    pub kept: Kept,
+    /// What has to go first on a new connection.
+    resends: VecDeque<Resend>,
+    is_resending: bool,
     /// Node ids to give back.
     pub forgets: Vec<ForgetOne>,
     /// No slot was there for the forgets; a kick tells when one is.
@@ -45,7 +51,10 @@ impl<'s> Intake<'s> {
             session,
             lane,
             builder: BatchBuilder::new(),
-            buffer: vec![0; BATCH_BYTES_MAX],
+            buffer: batch_buffer(),
+            kept: Kept::new(lane.slots()),
+            resends: VecDeque::new(),
+            is_resending: false,
             forgets: Vec::with_capacity(FORGETS_PER_RECORD_MAX),
             forgets_blocked: false,
             look: false,
@@ -64,9 +73,29 @@ impl<'s> Intake<'s> {
         self.builder.spare(&mut self.buffer)
     }
 
-    /// Completes the batch: its length, and the lock under which it must be sent.
-    pub fn seal<'c>(&mut self, conn: &'c Conn) -> (MutexGuard<'c, LinkTx>, usize) {
+    /// Completes the batch: its length. [`Intake::retire`] follows when it has left, or never will.
+    pub fn seal(&mut self, conn: &Conn) -> usize {
         conn.seal(&mut self.builder, &mut self.buffer)
+    }
+
+    /// The batch has left, or never will: what is in it is kept.
+    pub fn retire(&mut self) {
+        self.kept.retire(&mut self.buffer);
+    }
+
+    /// The connection is gone, and with it what the batch holds.
+    pub fn cut(&mut self) {
+        self.builder = BatchBuilder::new();
+        self.resends.clear();
+        self.is_resending = false;
+        self.retire();
+    }
+
+    /// There is a new connection.
+    pub fn resume(&mut self) {
+        self.resends = self.lane.resend();
+        self.is_resending = true;
+        self.look = true;
     }
 
     /// A part of the batch that was completed last.
@@ -112,17 +141,23 @@ impl<'s> Intake<'s> {
             bytes = groups::append(self.builder.spare(&mut self.buffer), bytes, &groups);
         }
         let (unique, opcode, pid) = (header.unique, header.opcode, header.pid);
-        match self.lane.claim(InFlight::Request { unique, opcode, pid }) {
+        let claim = match self.kept.is_full() {
+            false => self.lane.claim(InFlight::request(unique, opcode, pid)),
+            true => Claim::Full,
+        };
+        match claim {
             Claim::Slot(at) => {
                 let record = self.lane.record(Kind::Request, at, opcode, bytes);
+                let start = self.builder.len();
                 self.builder.commit(&mut self.buffer, record);
+                self.kept.keep(at.slot, &self.buffer, start..start + bytes);
                 LaneCounters::add(&self.lane.counters.requests, 1);
             }
             Claim::Full => {
                 let frame = self.builder.spare(&mut self.buffer)[..bytes].into();
                 match self.lane.park(Parked { unique, opcode, pid, frame }) {
                     Ok(()) => self.has_parked = true,
-                    Err(parked) => self.lane.answer_error(parked.unique, Errno::NOTCONN),
+                    Err(errno) => self.lane.answer_error(unique, errno),
                 }
             }
             Claim::Closed => self.lane.answer_error(unique, Errno::NOTCONN),
@@ -167,42 +202,61 @@ impl<'s> Intake<'s> {
         self.session.lanes.iter().for_each(|lane| lane.answer(&again));
     }
 
-    /// Cancels and pongs, parked requests, forgets: as many as the batch and the slots take.
+    /// Resends, cancels and pongs, parked requests, forgets: as many as the batch and the slots
+    /// take.
     pub fn put_backlog(&mut self) {
         while self.look && !self.builder.is_due() {
-            self.look = self.put_control() || self.put_parked();
+            self.look = self.put_resend() || self.put_control() || self.put_parked();
         }
         if !self.builder.is_due() {
             self.put_forgets();
         }
     }
 
+    fn put_resend(&mut self) -> bool {
+        match self.resends.pop_front() {
+            Some(Resend::Frame(at)) => {
+                // A hostile daemon may have answered what it was not sent yet.
+                if let Some(record) = self.kept.record(at.slot)
+                    && let Ok((header, body)) = RecordHeader::read_from_prefix(record)
+                {
+                    let fits = self.builder.push(&mut self.buffer, header, body);
+                    debug_assert!(fits, "a kept frame of {} bytes", record.len());
+                }
+            }
+            Some(Resend::Abandon(at)) => {
+                let bytes = RECORD_HEADER_BYTES;
+                let record = self.lane.record(Kind::Cancel, at, cancel::ABANDON, bytes);
+                self.builder.commit(&mut self.buffer, record);
+            }
+            None if std::mem::take(&mut self.is_resending) => self.lane.reopen(),
+            None => return false,
+        }
+        true
+    }
+
     fn put_control(&mut self) -> bool {
-        let Some(control) = self.lane.next_control() else { return false };
-        let record = match control {
-            Control::Cancel(at) => {
-                LaneCounters::add(&self.lane.counters.cancels, 1);
-                self.lane.record(Kind::Cancel, at, 0, RECORD_HEADER_BYTES)
-            }
-            Control::Pong => {
-                let at = SlotUse { slot: 0, seq: 0 };
-                self.lane.record(Kind::Pong, at, 0, RECORD_HEADER_BYTES)
-            }
-        };
+        let Some(record) = self.lane.next_control() else { return false };
         self.builder.commit(&mut self.buffer, record);
         true
     }
 
     fn put_parked(&mut self) -> bool {
-        let Some((at, parked)) = self.lane.unpark() else {
+        let next = if self.kept.is_full() { None } else { self.lane.unpark() };
+        let Some((at, parked)) = next else {
             self.has_parked = self.lane.parked().0 > 0;
+            if self.has_parked {
+                self.lane.starve();
+            }
             return false;
         };
         let record = self.lane.record(Kind::Request, at, parked.opcode, parked.frame.len());
         // There is room: the batch is not due, and the frame has been in it before.
         let body = &parked.frame[RECORD_HEADER_BYTES..];
+        let start = self.builder.len();
         let fits = self.builder.push(&mut self.buffer, record, body);
         debug_assert!(fits, "a parked frame of {} bytes", parked.frame.len());
+        self.kept.keep(at.slot, &self.buffer, start..start + parked.frame.len());
         LaneCounters::add(&self.lane.counters.requests, 1);
         true
     }
@@ -217,8 +271,10 @@ impl<'s> Intake<'s> {
                 let rest = self.forgets.len() - n;
                 let record = self.lane.record(Kind::Forget, at, 0, 0);
                 let body = self.forgets[rest..].as_bytes();
+                let (start, bytes) = (self.builder.len(), RECORD_HEADER_BYTES + body.len());
                 let fits = self.builder.push(&mut self.buffer, record, body);
                 debug_assert!(fits, "{n} forgets");
+                self.kept.keep(at.slot, &self.buffer, start..start + bytes);
                 self.forgets.truncate(rest);
                 LaneCounters::add(&self.lane.counters.forgets, n);
             }

@@ -3,26 +3,31 @@
 //! It stands in for the thread of a device lane: a request is copied from its queue entry into the
 //! batch as the record that a frame of `/dev/fuse` would make, and the reply is committed to the
 //! entry that fetched the request. Invariant: an entry's request is in the lane's table, in its
-//! park (its bytes stay in the entry), or answered; nothing is waited for but in the ring, so
-//! neither a full socket nor a daemon that is gone holds replies up. INIT, FORGET and INTERRUPT are
-//! lane 0's, by the device.
+//! park (its bytes stay in the entry until then), or answered; nothing is waited for but in the
+//! ring, so neither a full socket nor a daemon that is gone holds replies up. INIT, FORGET and
+//! INTERRUPT are lane 0's, by the device.
 
+use crate::conn::coarse_now;
 use crate::groups;
+use crate::heart::Beat;
 use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
+use crate::pump::{Link, Overdue, Rest};
+use crate::resume::Resend;
 use crate::rings::Answer;
-use crate::session::{Conn, ConnRx, End, Session};
+use crate::session::{End, Session};
 use crate::{down, pump};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, WatchId};
 use ringfs_wire::abi::InHeader;
-use ringfs_wire::batch::{BatchBuilder, Cursor, Kind};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
-use ringfs_wire::session::{LinkError, LinkTx};
+use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::SlotUse;
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, MutexGuard};
 
 /// What the main thread has a lane's thread do.
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +55,6 @@ pub struct Place {
 pub fn run(
     session: &Arc<Session>,
     place: Place,
-    half: ConnRx,
     spin: u32,
     orders: &Receiver<Order>,
     done: &Sender<Answer>,
@@ -73,12 +77,12 @@ pub fn run(
             (Order::Serve, Some(_)) => break,
             (Order::UseDevice | Order::Register(_) | Order::Serve, _) => {
                 drop(ring);
-                return pump::run(session, place.lane, half, spin);
+                return pump::run(session, place.lane, spin);
             }
         }
     }
     let Some(ring) = ring.filter(|ring| ring.entries() > 0) else { return };
-    match RingLane::new(session, place.lane, half, ring).and_then(|mut lane| lane.serve()) {
+    match RingLane::new(session, place.lane, ring).and_then(|mut lane| lane.serve()) {
         Ok(()) if session.is_stopping() => {}
         Ok(()) => session.end(End::Unmounted),
         Err(end) => session.end(end),
@@ -99,62 +103,61 @@ fn pin(cpus: impl Iterator<Item = u16>) {
 struct RingLane<'s> {
     session: &'s Session,
     lane: &'s Lane,
-    conn: &'s Conn,
-    conn_index: usize,
-    half: ConnRx,
+    /// `None` while it is cut.
+    link: Option<Link>,
+    overdue: Overdue,
     ring: Ring,
-    input: WatchId,
-    room: WatchId,
+    /// Of the connection; made with the first one.
+    sockets: Option<Sockets>,
     kick: WatchId,
     builder: BatchBuilder,
     buffer: Vec<u8>,
     /// A batch that the socket has not taken whole.
-    sending: Option<(MutexGuard<'s, LinkTx>, Range<usize>)>,
+    sending: Option<Range<usize>>,
+    /// What has to go first on a new connection.
+    resends: Option<VecDeque<Resend>>,
+    /// Controls may be there to send.
+    look: bool,
     /// Requests were parked, for want of a slot or of room in the batch, and may be still.
     has_parked: bool,
     /// What each entry's request is called, until it is answered.
     uniques: Vec<Option<u64>>,
     entry_of_slot: Vec<EntryId>,
-    /// The connection is lost: the session has ended, and requests are answered here.
-    is_cut: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Sockets {
+    input: WatchId,
+    room: WatchId,
 }
 
 impl<'s> RingLane<'s> {
-    fn new(
-        session: &'s Session,
-        lane: usize,
-        half: ConnRx,
-        mut ring: Ring,
-    ) -> Result<RingLane<'s>, End> {
-        let (conn_index, conn) = (lane, &session.conns[lane]);
+    fn new(session: &'s Session, lane: usize, mut ring: Ring) -> Result<RingLane<'s>, End> {
         let lane = &session.lanes[lane];
-        let input = ring.watch(conn.socket()).map_err(End::Thread)?;
-        let room = ring.watch(conn.socket()).map_err(End::Thread)?;
         let kick = ring.watch(lane.kick_fd()).map_err(End::Thread)?;
         lane.answers_by_ring();
         Ok(RingLane {
             session,
             lane,
-            conn,
-            conn_index,
-            half,
-            input,
-            room,
+            link: None,
+            overdue: Overdue::default(),
+            sockets: None,
             kick,
             builder: BatchBuilder::new(),
             buffer: vec![0; BATCH_BYTES_MAX],
             sending: None,
+            resends: None,
+            look: false,
             has_parked: false,
             uniques: vec![None; ring.entries()],
             entry_of_slot: vec![EntryId(0); usize::from(lane.slots())],
-            is_cut: false,
             ring,
         })
     }
 
     fn serve(&mut self) -> Result<(), End> {
-        // What came behind the WELCOME.
-        self.take_received()?;
+        // Also for the first connection.
+        self.lane.kick();
         loop {
             while let Some(event) = self.ring.next_event() {
                 self.take(event)?;
@@ -162,10 +165,15 @@ impl<'s> RingLane<'s> {
             if self.session.is_stopping() || self.ring.is_ended() {
                 return Ok(());
             }
+            if self.link.is_none() {
+                self.take_link()?;
+            }
             if self.lane.take_kick() {
                 self.take_local_answers()?;
-                self.put_controls();
+                self.look = true;
             }
+            self.put_resends()?;
+            self.put_controls();
             self.put_parked()?;
             self.send();
             if !self.lane.is_kicked() {
@@ -174,27 +182,73 @@ impl<'s> RingLane<'s> {
         }
     }
 
-    fn wait(&mut self) -> Result<(), End> {
-        self.ring.arm(self.kick, false)?;
-        if !self.is_cut {
-            self.ring.arm(self.input, false)?;
-            if self.sending.is_some() {
-                self.ring.arm(self.room, true)?;
+    /// Takes the next connection, if it is there, once the ring has let the old one go.
+    fn take_link(&mut self) -> Result<(), End> {
+        let is_armed = |at: Sockets| self.ring.is_armed(at.input) || self.ring.is_armed(at.room);
+        if self.sockets.is_some_and(is_armed) {
+            return Ok(());
+        }
+        let Some(link) = Link::take(self.session, self.lane) else { return Ok(()) };
+        let (ring, socket) = (&mut self.ring, link.conn.socket());
+        match self.sockets {
+            Some(Sockets { input, room }) => {
+                let moved = ring.rewatch(input, socket).and_then(|()| ring.rewatch(room, socket));
+                moved.map_err(End::Thread)?;
+            }
+            None => {
+                let mut watch = || ring.watch(socket).map_err(End::Thread);
+                self.sockets = Some(Sockets { input: watch()?, room: watch()? });
             }
         }
-        Ok(self.ring.wait()?)
+        self.link = Some(link);
+        self.resends = Some(self.lane.resend());
+        // What came behind the WELCOME.
+        self.take_received()
+    }
+
+    fn wait(&mut self) -> Result<(), End> {
+        let Rest::For(limit) = self.rest() else { return Ok(()) };
+        self.ring.arm(self.kick, false)?;
+        if let (Some(sockets), true) = (self.sockets, self.link.is_some()) {
+            self.ring.arm(sockets.input, false)?;
+            if self.sending.is_some() {
+                self.ring.arm(sockets.room, true)?;
+            }
+        }
+        match limit {
+            Some(limit) => self.ring.wait_for(limit)?,
+            None => self.ring.wait()?,
+        }
+        Ok(())
+    }
+
+    /// Before a sleep: how long it may be.
+    fn rest(&mut self) -> Rest {
+        let Some(link) = &mut self.link else {
+            return Rest::For(self.overdue.patience(self.lane));
+        };
+        let is_expected = self.lane.in_flight() > 0;
+        let beat = link.heart.beat(coarse_now(), std::mem::take(&mut link.heard), is_expected);
+        match beat {
+            Beat::Wait(limit) => return Rest::For(Some(limit)),
+            Beat::Ping => self.lane.queue(Control::Ping),
+            Beat::Dead => self.cut(End::Silent { conn: self.lane.index.into() }),
+        }
+        Rest::None
     }
 
     fn take(&mut self, event: Event) -> Result<(), End> {
         match event {
             Event::Request(id) => self.take_request(id),
-            Event::Ready(watch) if watch == self.input => self.receive(),
-            Event::Ready(watch) => {
-                if watch == self.kick {
-                    self.lane.drain_kick();
-                }
+            Event::Ready(watch) if watch == self.kick => {
+                self.lane.drain_kick();
                 Ok(())
             }
+            // There may be room to send, which the loop looks at, or bytes.
+            Event::Ready(watch) => match self.sockets {
+                Some(sockets) if sockets.input == watch => self.receive(),
+                _ => Ok(()),
+            },
         }
     }
 
@@ -218,24 +272,27 @@ impl<'s> RingLane<'s> {
         self.uniques[usize::from(id.0)] = Some(unique);
         // While a batch is being sent its buffer is in use.
         let claim = match self.has_room() {
-            true => self.lane.claim(InFlight::Request { unique, opcode, pid }),
+            true => self.lane.claim(InFlight::request(unique, opcode, pid)),
             false => Claim::Full,
         };
-        let is_closed = match claim {
+        let taken = match claim {
             Claim::Slot(at) => {
                 self.put(id, at)?;
-                false
+                Ok(())
             }
             Claim::Full => {
                 self.has_parked = true;
                 let frame = Box::default();
-                self.lane.park(Parked { unique, opcode, pid, frame }).is_err()
+                self.lane.park(Parked { unique, opcode, pid, frame })
             }
-            Claim::Closed => true,
+            Claim::Closed => Err(Errno::NOTCONN),
         };
-        if is_closed {
+        if let Err(errno) = taken {
             self.uniques[usize::from(id.0)] = None;
-            return Ok(self.ring.reply(id, Err(Errno::NOTCONN.raw_os_error()))?);
+            return Ok(self.ring.reply(id, Err(errno.raw_os_error()))?);
+        }
+        if self.link.is_none() {
+            self.session.interrupts.add(self.lane.index, unique, pid);
         }
         // The interrupt may have come by the device before this.
         if self.session.take_early_interrupt(unique) {
@@ -265,6 +322,37 @@ impl<'s> RingLane<'s> {
         at.map(|at| EntryId(at as u16))
     }
 
+    /// What was in flight when the connection was cut: the entries have it still. As much as the
+    /// batch takes.
+    fn put_resends(&mut self) -> Result<(), End> {
+        while let Some(resends) = &mut self.resends {
+            let Some(next) = resends.front().copied() else {
+                self.resends = None;
+                self.lane.reopen();
+                break;
+            };
+            if !self.has_room() {
+                break;
+            }
+            self.resends.as_mut().map(VecDeque::pop_front);
+            match next {
+                Resend::Frame(at) => {
+                    let id = self.entry_of_slot[usize::from(at.slot)];
+                    // A hostile daemon may have answered what it was not sent yet.
+                    if self.uniques[usize::from(id.0)].is_some() {
+                        self.put(id, at)?;
+                    }
+                }
+                Resend::Abandon(at) => {
+                    let bytes = RECORD_HEADER_BYTES;
+                    let record = self.lane.record(Kind::Cancel, at, cancel::ABANDON, bytes);
+                    self.builder.commit(&mut self.buffer, record);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Puts an entry's request into the batch, which has room.
     fn put(&mut self, id: EntryId, at: SlotUse) -> Result<(), End> {
         let spare = self.builder.spare(&mut self.buffer);
@@ -289,18 +377,11 @@ impl<'s> RingLane<'s> {
 
     /// Cancels and pongs, as many as the batch takes.
     fn put_controls(&mut self) {
-        while self.has_room()
-            && let Some(control) = self.lane.next_control()
-        {
-            let (kind, at) = match control {
-                Control::Cancel(at) => {
-                    LaneCounters::add(&self.lane.counters.cancels, 1);
-                    (Kind::Cancel, at)
-                }
-                Control::Pong => (Kind::Pong, SlotUse { slot: 0, seq: 0 }),
-            };
-            let record = self.lane.record(kind, at, 0, RECORD_HEADER_BYTES);
-            self.builder.commit(&mut self.buffer, record);
+        while self.look && self.link.is_some() && self.resends.is_none() && self.has_room() {
+            match self.lane.next_control() {
+                Some(record) => self.builder.commit(&mut self.buffer, record),
+                None => self.look = false,
+            }
         }
     }
 
@@ -317,50 +398,57 @@ impl<'s> RingLane<'s> {
 
     /// Sends what the socket takes of the batch.
     fn send(&mut self) {
-        if self.is_cut {
-            // What is in it has slots, so the session's end answers it.
+        let Some(link) = &self.link else {
+            // What is in it has slots: it comes again, or the session's end has answered it.
             self.builder = BatchBuilder::new();
             return;
-        }
+        };
         if self.sending.is_none() && !self.builder.is_empty() {
-            let (guard, bytes) = self.conn.seal(&mut self.builder, &mut self.buffer);
+            let bytes = link.conn.seal(&mut self.builder, &mut self.buffer);
             LaneCounters::add(&self.lane.counters.batches, 1);
             LaneCounters::add(&self.lane.counters.bytes_up, bytes);
-            self.sending = Some((guard, 0..bytes));
+            self.sending = Some(0..bytes);
         }
-        while let Some((_, range)) = &mut self.sending {
-            match self.conn.try_send(&self.buffer[range.clone()]) {
+        while let Some(range) = &mut self.sending {
+            match link.conn.try_send(&self.buffer[range.clone()]) {
                 Ok(sent) => range.start += sent,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
-                Err(errno) => return self.cut(End::Lost { conn: self.conn_index, errno }),
+                Err(errno) => return self.cut(End::Lost { conn: self.lane.index.into(), errno }),
             }
             if range.start == range.end {
                 self.sending = None;
+                link.conn.has_sent();
             }
         }
     }
 
-    /// The connection is over: what is in flight is answered by the session's end.
+    /// The connection is over. The lane goes on, as one of the device does.
     fn cut(&mut self, end: End) {
-        self.is_cut = true;
+        let Some(link) = self.link.take() else { return };
         self.sending = None;
+        self.resends = None;
         self.builder = BatchBuilder::new();
-        self.session.end(end);
+        self.overdue.begin(self.session.resume.soft);
+        self.session.lost(self.lane, &link.conn, end);
+        // The kernel does not tell of a signal that comes while it hands a request to its entry, as
+        // with the FLUSH of a killed process; and while it is cut nothing else would answer.
+        for (unique, pid) in self.lane.waiting() {
+            self.session.interrupts.add(self.lane.index, unique, pid);
+        }
     }
 
     fn receive(&mut self) -> Result<(), End> {
-        if self.is_cut {
-            return Ok(());
-        }
-        match self.conn.try_receive(self.half.deframer.spare()) {
-            Ok(0) => self.cut(End::Closed { conn: self.conn_index }),
+        let Some(link) = &mut self.link else { return Ok(()) };
+        match link.conn.try_receive(link.half.deframer.spare()) {
+            Ok(0) => self.cut(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
-                self.half.deframer.filled(bytes);
+                link.heard = true;
+                link.half.deframer.filled(bytes);
                 return self.take_received();
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(errno) => self.cut(End::Lost { conn: self.conn_index, errno }),
+            Err(errno) => self.cut(End::Lost { conn: self.lane.index.into(), errno }),
         }
         Ok(())
     }
@@ -376,33 +464,44 @@ impl<'s> RingLane<'s> {
     }
 
     fn take_batches(&mut self) -> Result<(), End> {
-        while let Some(bytes) = self.half.deframer.next_batch().map_err(LinkError::from)? {
-            let header = self.half.rx.accept(bytes, self.conn.sent())?;
+        let Some(link) = &mut self.link else { return Ok(()) };
+        while let Some(bytes) = link.half.deframer.next_batch().map_err(LinkError::from)? {
+            let header = link.half.rx.accept(bytes, link.conn.sent())?;
             let mut cursor = Cursor::new(&header);
             while let Some((record, span)) = cursor.next(bytes) {
                 if record.kind != Kind::Reply as u8 {
-                    down::take_record(self.session, self.lane, record, &mut bytes[span])?;
+                    down::take_record(self.session, self.lane, record, &bytes[span])?;
                     continue;
                 }
-                if record.lane != self.lane.index {
-                    return Err(End::Protocol("a reply for a lane of another connection"));
+                let reply = &bytes[span];
+                if let Some(id) = take_reply(self.lane, &self.entry_of_slot, record, reply)? {
+                    self.uniques[usize::from(id.0)] = None;
+                    self.ring.reply(id, down::outcome_of(record, reply))?;
                 }
-                let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-                let request = self.lane.complete(at)?;
-                LaneCounters::add(&self.lane.counters.replies, 1);
-                LaneCounters::add(&self.lane.counters.bytes_down, span.len());
-                // Only requests take slots of this lane.
-                let InFlight::Request { .. } = request else { continue };
-                let id = self.entry_of_slot[usize::from(at.slot)];
-                self.uniques[usize::from(id.0)] = None;
-                let reply = match record.code {
-                    0 => Ok(&bytes[span][RECORD_HEADER_BYTES..]),
-                    code => Err(down::errno_of(code).raw_os_error()),
-                };
-                self.ring.reply(id, reply)?;
             }
-            self.conn.set_received(self.half.rx.received());
+            link.conn.set_received(link.half.rx.received());
         }
         Ok(())
+    }
+}
+
+/// The slot of a reply is free; the entry that waits for it, if one does.
+fn take_reply(
+    lane: &Lane,
+    entry_of_slot: &[EntryId],
+    record: RecordHeader,
+    bytes: &[u8],
+) -> Result<Option<EntryId>, End> {
+    if record.lane != lane.index {
+        return Err(End::Protocol("a reply for a lane of another connection"));
+    }
+    let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+    let request = lane.complete(at)?;
+    LaneCounters::add(&lane.counters.replies, 1);
+    LaneCounters::add(&lane.counters.bytes_down, bytes.len());
+    match request {
+        InFlight::Request { .. } => Ok(Some(entry_of_slot[usize::from(at.slot)])),
+        // The entry may have the next request by now.
+        InFlight::Abandoned | InFlight::Forget => Ok(None),
     }
 }

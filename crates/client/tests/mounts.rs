@@ -1,179 +1,22 @@
 //! Real mounts of the real program, against a small daemon in this process. Needs root and FUSE.
 
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod bench;
+#[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
+use bench::{Bench, PROGRAM, Reader, signalled, status_of, wait_until, within};
 use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Reason, feature};
-use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::channel;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_ringfs");
-const LIMIT: Duration = Duration::from_secs(30);
-
-/// Runs something that may hang with a mount; fails the test instead.
-fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
-    let (sender, receiver) = channel();
-    std::thread::spawn(move || sender.send(work()));
-    receiver.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("{what} takes too long"))
-}
-
-/// A scratch directory with a host's socket and a mount point; cleans up however the test ends.
-struct Bench {
-    host: Host,
-    mountpoint: PathBuf,
-    dir: TempDir,
-}
-
-impl Bench {
-    fn new(terms: Terms) -> Bench {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let mountpoint = dir.path().canonicalize().expect("dir").join("mnt");
-        std::fs::create_dir(&mountpoint).expect("mkdir");
-        Bench { host: Host::start(dir.path(), terms), mountpoint, dir }
-    }
-
-    fn source(&self, share: &str) -> String {
-        format!("{share}@unix:{}", self.host.path.display())
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(PROGRAM);
-        command.args(args).stdin(Stdio::null());
-        command
-    }
-
-    /// A client in the foreground, ready.
-    fn mount(&self, options: &str) -> Client {
-        let mut command = self.command(&["mount", "-f", "-o", options, &self.source("data")]);
-        command.arg(&self.mountpoint).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("spawn");
-        let stdout = child.stdout.take().expect("piped");
-        let client = Client { child: Some(child) };
-        let line = within("the mount", move || {
-            let mut line = String::new();
-            BufReader::new(stdout).read_line(&mut line).map(|_| line)
-        });
-        let line = line.expect("a line");
-        if !line.contains("is mounted on") {
-            let (status, stderr) = client.wait();
-            panic!("no mount: {line}{status} {stderr}");
-        }
-        client
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        let mut command = self.command(args);
-        within("a command", move || command.output()).expect("run")
-    }
-
-    fn umount(&self, args: &[&str]) -> Output {
-        let path = self.mountpoint.display().to_string();
-        self.run(&[&["umount"], args, &[path.as_str()]].concat())
-    }
-
-    fn is_mounted(&self) -> bool {
-        is_mounted(&self.mountpoint)
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.mountpoint.join(name)
-    }
-
-    fn cat(&self, name: &str) -> Reader {
-        let mut command = Command::new("cat");
-        command.arg(self.file(name)).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Reader { child: command.spawn().expect("cat") }
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        while self.is_mounted() {
-            if unmount(&self.mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_err() {
-                break;
-            }
-        }
-        let _ = &self.dir;
-    }
-}
-
-fn is_mounted(path: &Path) -> bool {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
-}
-
-struct Client {
-    child: Option<Child>,
-}
-
-impl Client {
-    fn pid(&self) -> Pid {
-        Pid::from_child(self.child.as_ref().expect("running"))
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(self.pid(), signal).expect("kill");
-    }
-
-    /// The next line of standard error, which [`Client::wait`] then does not see.
-    fn next_words(&mut self) -> String {
-        let stderr = self.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
-        within("words", move || {
-            let mut line = String::new();
-            BufReader::new(stderr).read_line(&mut line).expect("utf-8");
-            line
-        })
-    }
-
-    fn wait(mut self) -> (ExitStatus, String) {
-        let mut child = self.child.take().expect("running");
-        let pid = Pid::from_child(&child);
-        let (sender, receiver) = channel();
-        std::thread::spawn(move || {
-            let mut text = String::new();
-            let _ = child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut text));
-            sender.send((child.wait().expect("wait"), text))
-        });
-        receiver.recv_timeout(LIMIT).unwrap_or_else(|_| {
-            let _ = kill_process(pid, Signal::KILL);
-            panic!("the client does not end")
-        })
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-struct Reader {
-    child: Child,
-}
-
-impl Reader {
-    fn kill(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("kill");
-    }
-
-    fn wait(self) -> Output {
-        within("a reader", move || self.child.wait_with_output()).expect("wait")
-    }
-}
 
 #[test]
 fn files_are_read_and_written_through_the_mount() {
@@ -291,15 +134,6 @@ fn in_the_background_the_command_returns_when_the_mount_answers() {
     }
 }
 
-/// For what gives no event: processes that are not our children, the mount table.
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + LIMIT;
-    while !done() {
-        assert!(std::time::Instant::now() < deadline, "{what} does not come");
-        std::thread::yield_now();
-    }
-}
-
 #[test]
 fn a_refused_mount_says_why_and_leaves_nothing() {
     let check = |terms: Terms, share: &str, mount_args: &[&str], expected: &str| {
@@ -397,21 +231,6 @@ fn a_parked_reader_gets_out_without_the_daemon() {
     assert!(client.wait().0.success());
 }
 
-/// A program that catches SIGUSR1 without SA_RESTART, and tells what its system calls say.
-fn signalled(bench: &Bench, code: &str) -> Reader {
-    let mut command = Command::new("perl");
-    let code = format!("$SIG{{USR1}} = sub {{ $n++ }}; {code}");
-    command.args(["-e", &code, "--"]).arg(&bench.mountpoint);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    Reader { child: command.spawn().expect("perl") }
-}
-
-impl Reader {
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("kill");
-    }
-}
-
 #[test]
 fn a_caught_signal_disturbs_neither_what_is_parked_nor_what_is_in_flight() {
     let bench = Bench::new(Terms { slots: 1, ..Terms::default() });
@@ -460,15 +279,6 @@ fn a_reader_that_is_killed_after_another_signal_is_told_of() {
     assert!(client.wait().0.success());
 }
 
-fn status_of(bench: &Bench) -> serde_json::Value {
-    let output = bench.run(&["status", "--json"]);
-    let entries: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
-    let path = bench.mountpoint.to_str().expect("utf-8");
-    let entries = entries.as_array().expect("a list");
-    let found = entries.iter().find(|entry| entry["mountpoint"] == path);
-    found.map_or(serde_json::Value::Null, |entry| entry["client"].clone())
-}
-
 #[test]
 fn many_waiting_requests_are_parked_and_all_answered() {
     let bench = Bench::new(Terms { slots: 2, ..Terms::default() });
@@ -488,18 +298,21 @@ fn many_waiting_requests_are_parked_and_all_answered() {
 }
 
 #[test]
-fn a_lost_daemon_fails_what_waits_and_removes_the_mount() {
-    let cut: fn(&Host) = |host| host.cut();
-    let goodbye: fn(&Host) = |host| host.goodbye(Reason::Shutdown, "maintenance");
+fn a_daemon_that_breaks_the_protocol_or_refuses_to_go_on_ends_the_mount() {
+    let goodbye: fn(&Host) = |host| host.goodbye(Reason::Denied, "maintenance");
     let unknown: fn(&Host) = |host| host.say(77, 0, &[]);
     let guest_only: fn(&Host) = |host| host.say(Kind::Forget as u8, 0, &[]);
     let invented: fn(&Host) = |host| host.say(Kind::Reply as u8, 0, &[]);
+    let forgotten: fn(&Host) = |host| {
+        host.refuse(Some(Reason::UnknownSession));
+        host.cut();
+    };
     for (fault, expected) in [
-        (cut, "closed connection"),
-        (goodbye, "try again later (maintenance)"),
+        (goodbye, "may not have that share (maintenance)"),
         (unknown, "unknown kind"),
         (guest_only, "only a guest sends"),
         (invented, "broke the protocol"),
+        (forgotten, "does not know this session"),
     ] {
         let bench = Bench::new(Terms::default());
         let client = bench.mount("lanes=2");

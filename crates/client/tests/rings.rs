@@ -6,7 +6,7 @@
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
+use host::{BIG_BYTES, HELLO_TEXT, Host, Mood, Terms, big_byte};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
@@ -281,21 +281,94 @@ fn killed_readers_get_out_and_the_daemon_is_told() {
 }
 
 #[test]
-fn a_lost_daemon_ends_it_and_removes_the_mount() {
-    let Some(_on) = Switched::to("Y", "a_lost_daemon_ends_it_and_removes_the_mount") else {
-        return;
-    };
-    for _ in 0..5 {
-        let mut bench = Bench::mounted(Terms::default(), "uring=on");
-        let reader = bench.cat("hang");
+fn whoever_waits_goes_on_with_the_next_connection() {
+    let name = "whoever_waits_goes_on_with_the_next_connection";
+    let Some(_on) = Switched::to("Y", name) else { return };
+    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let path = bench.mountpoint.display().to_string();
+    let lanes = bench.host.wait_for("hellos", |seen| Some(seen.hellos.len() as u64));
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    for round in 1..4 {
+        // Silence, that only a PING finds, in the last one.
+        if round == 3 {
+            bench.host.go_silent()
+        } else {
+            bench.host.cut()
+        }
+        bench
+            .host
+            .wait_for("the request again", |seen| (seen.repeats_running == round).then_some(()));
+        if round == 3 {
+            assert!(bench.run(&["reconnect", &path]).status.success(), "the idle lanes too");
+        }
+        let waited = bench.run(&["wait", "--resumed", "--timeout", "20", &path]);
+        assert!(waited.status.success(), "{waited:?}");
+        let hello = bench.file("hello");
+        within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
+    }
+    let client = bench.client();
+    assert!(client["resumes"].as_u64() >= Some(2 * lanes), "{client}");
+    bench.host.set_mood(Mood::LosesReplies);
+    let path = bench.file("big");
+    let writer = std::thread::spawn(move || {
+        let file = File::options().write(true).open(path).expect("open");
+        let data: Vec<u8> = (0..1 << 20).map(big_byte).collect();
+        file.write_all_at(&data, 0).expect("write");
+    });
+    bench.host.wait_for("a lost reply", |seen| (seen.lost > 0).then_some(()));
+    bench.host.set_mood(Mood::CutsRequest);
+    bench.host.cut();
+    within("the write", move || writer.join()).expect("written");
+    assert_eq!(bench.host.wait_for("writes", |seen| Some(seen.written)), 1 << 20);
+    // By the connection that the lane has now.
+    bench.host.wait_for("repeats", |seen| {
+        (seen.repeats_ended > 0 && seen.repeats_running >= 4).then_some(())
+    });
+    bench.host.answer_hanging(lane, at, 13);
+    let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(words.contains("Permission denied"), "{output:?}");
+    wait_until("the slots", || bench.host.slots_in_use() == 0);
+    bench.umount_and_end();
+    bench.host.assert_no_faults();
+}
+
+#[test]
+fn killed_and_overdue_readers_get_out_while_it_is_cut() {
+    let name = "killed_and_overdue_readers_get_out_while_it_is_cut";
+    let Some(_on) = Switched::to("Y", name) else { return };
+    for options in ["uring=on", "uring=on,soft,timeout=1"] {
+        let is_soft = options.contains("soft");
+        let mut bench = Bench::mounted(Terms::default(), options);
+        let mut in_flight = bench.cat("hang");
         bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let hidden = bench.host.hide();
         bench.host.cut();
-        let output = within("the reader", move || reader.wait_with_output()).expect("wait");
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(words.contains("Input/output error"), "{output:?}");
+        wait_until("the cut", || bench.client()["resuming"] == true);
+        let mut parked = bench.cat("hello");
+        if !is_soft {
+            wait_until("the park", || bench.client()["parked"] == 1);
+            in_flight.kill().expect("kill");
+            parked.kill().expect("kill");
+        }
+        for reader in [in_flight, parked] {
+            let output = within("a reader", move || reader.wait_with_output()).expect("wait");
+            let words = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(words.contains("Input/output error"), is_soft, "{output:?}");
+        }
+        assert!(bench.client()["abandoned"].as_u64() >= Some(1));
+        drop(hidden);
+        bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+        let path = bench.mountpoint.display().to_string();
+        assert!(bench.run(&["wait", "--resumed", &path]).status.success());
+        let hello = bench.file("hello");
+        within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
+        wait_until("the slots", || bench.host.slots_in_use() == 0);
+        wait_until("the unmount", || bench.umount(&[]));
         let (status, stderr) = bench.end();
-        assert_eq!(status.code(), Some(3), "{stderr}");
-        assert!(!bench.is_mounted(), "{stderr}");
+        assert!(status.success() && !bench.is_mounted(), "{stderr}");
+        bench.host.assert_no_faults();
     }
 }
 

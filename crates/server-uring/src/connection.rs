@@ -84,6 +84,11 @@ impl Connection {
         self.lanes.iter().map(SlotTable::in_use).sum()
     }
 
+    /// Whether any request has come in on it.
+    pub fn is_used(&self) -> bool {
+        self.lanes.iter().any(SlotTable::is_used)
+    }
+
     /// The link is dead: what ends from now on stays in the table.
     pub fn cut(&mut self) {
         self.lanes.iter_mut().for_each(SlotTable::cut);

@@ -169,8 +169,8 @@ impl Greeter {
                 self.greet(greeting);
                 None
             }
-            Err(refusal) => {
-                say_goodbye(&greeting.accepted, &refusal);
+            Err(unread) => {
+                unread.answer(&greeting.accepted);
                 None
             }
         }
@@ -181,7 +181,7 @@ impl Greeter {
         let mut rx = LinkRx::new(true);
         let hello = match read_hello(&mut rx, &bytes) {
             Ok(hello) => hello,
-            Err(refusal) => return say_goodbye(&accepted, &refusal),
+            Err(unread) => return unread.answer(&accepted),
         };
         let hailed = Hailed { accepted, hello, rx };
         let ticket = hailed.hello.ticket;
@@ -301,21 +301,46 @@ fn is_rebuild(hello: &Hello) -> bool {
     had_one && hello.features & feature::RESTORE != 0
 }
 
-/// Whether the bytes are one whole batch; more than one, or none that can be, is refused.
-fn complete(bytes: &[u8]) -> Result<bool, Refusal> {
+/// Why there is no HELLO.
+enum Unread {
+    /// Its bytes are not what the guest sent, or it is none of ours. It hears nothing, which is a
+    /// cut to it: it comes again.
+    Damaged(String),
+    Refused(Refusal),
+}
+
+impl From<Refusal> for Unread {
+    fn from(refusal: Refusal) -> Unread {
+        Unread::Refused(refusal)
+    }
+}
+
+impl Unread {
+    fn answer(self, accepted: &Accepted) {
+        match self {
+            Unread::Damaged(what) => {
+                tracing::warn!(peer = accepted.peer, "no HELLO but damaged bytes: {what}");
+            }
+            Unread::Refused(refusal) => say_goodbye(accepted, &refusal),
+        }
+    }
+}
+
+/// Whether the bytes are one whole batch.
+fn complete(bytes: &[u8]) -> Result<bool, Unread> {
     match peek_len(bytes) {
-        Err(error) => Err(refuse(Reason::Protocol, error.to_string())),
+        Err(error) => Err(Unread::Damaged(error.to_string())),
         Ok(Some(len)) if len > HELLO_BYTES_MAX || bytes.len() > len => {
-            Err(refuse(Reason::Protocol, "the first batch is one HELLO"))
+            Err(Unread::Damaged("more than one HELLO".into()))
         }
         Ok(Some(len)) => Ok(bytes.len() == len),
         Ok(None) => Ok(false),
     }
 }
 
-fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
-    let protocol = |text: String| refuse(Reason::Protocol, text);
-    let header = rx.accept(bytes, 0).map_err(|error| protocol(error.to_string()))?;
+fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Unread> {
+    let protocol = |text: String| Unread::Refused(refuse(Reason::Protocol, text));
+    let header = rx.accept(bytes, 0).map_err(|error| Unread::Damaged(error.to_string()))?;
     let mut cursor = Cursor::new(&header);
     match (cursor.next(bytes), cursor.next(bytes)) {
         (Some((record, span)), None) if record.kind == Kind::Hello as u8 => {
@@ -327,7 +352,7 @@ fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
                         "the guest speaks wire versions {min} to {max}, this daemon {VERSION_MIN} \
                          to {VERSION_MAX}"
                     );
-                    return Err(refuse(Reason::Version, text));
+                    return Err(refuse(Reason::Version, text).into());
                 }
                 _ => {}
             }

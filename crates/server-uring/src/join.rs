@@ -114,7 +114,7 @@ impl<R: Ring> Shard<R> {
         if !send(&socket, &mut tx, rx.received(), (Kind::Welcome, 0), welcome.as_bytes()) {
             tracing::info!(session = session.id, conn = index, "gone before the WELCOME");
             if resumes {
-                registry.cut(&session, index);
+                registry.cut(&session, index, true);
             }
             let_go(session);
             return false;
@@ -188,7 +188,7 @@ impl<R: Ring> Shard<R> {
         }
         if !conn.ended {
             tracing::info!(session = conn.session.id, conn = conn.index, "connection detached");
-            registry.cut(&conn.session, conn.index);
+            registry.cut(&conn.session, conn.index, conn.is_used());
         }
     }
 

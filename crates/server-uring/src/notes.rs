@@ -196,7 +196,11 @@ impl Nodes {
 
     /// A directory's fd, kept with the node while there are plenty: what a directory holds is
     /// mostly looked up together.
-    fn with_dir<T>(&self, dir: &Node, then: impl FnOnce(BorrowedFd<'_>) -> T) -> Result<T, Errno> {
+    pub(crate) fn with_dir<T>(
+        &self,
+        dir: &Node,
+        then: impl FnOnce(BorrowedFd<'_>) -> T,
+    ) -> Result<T, Errno> {
         if dir.id == FUSE_ROOT_ID {
             return Ok(then(self.root.dir()));
         }

@@ -18,7 +18,8 @@ impl<R: Ring> Shard<R> {
         begun: Result<Begin, SlotError>,
     ) -> Result<bool, Reason> {
         match begun {
-            Ok(Begin::Execute) => Ok(true),
+            // No table here is of a daemon that died.
+            Ok(Begin::Execute | Begin::Decide) => Ok(true),
             // The answer comes when it ends.
             Ok(Begin::Running) => Ok(false),
             Ok(Begin::Replay) => {

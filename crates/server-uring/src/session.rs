@@ -109,6 +109,8 @@ struct Live {
     joined: u32,
     /// Since when none has.
     cut: Option<Instant>,
+    /// One that was cut had brought a request: there is something to keep.
+    used: bool,
 }
 
 #[derive(Default)]
@@ -186,8 +188,15 @@ impl Registry {
             ended = sessions.remove(oldest);
         }
         sessions.tickets.insert(ticket, session.id);
-        let live =
-            Live { session: session.clone(), ticket, unused: None, known: 0, joined: 0, cut: None };
+        let live = Live {
+            session: session.clone(),
+            ticket,
+            unused: None,
+            known: 0,
+            joined: 0,
+            cut: None,
+            used: false,
+        };
         sessions.live.insert(session.id, live);
         drop(sessions);
         ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
@@ -244,13 +253,20 @@ impl Registry {
         Some(fresh.unwrap_or(ticket))
     }
 
-    /// A connection lost its socket, and its shard keeps what is needed to resume it.
-    pub fn cut(&self, session: &Session, conn: u16) {
+    /// A connection lost its socket, and its shard keeps what is needed to resume it. A session
+    /// that was never `used` ends with its last connection: a mount that failed has nothing to
+    /// keep.
+    pub fn cut(&self, session: &Session, conn: u16, used: bool) {
         let mut sessions = self.lock();
         let Some(live) = sessions.live.get_mut(&session.id) else { return };
         live.joined &= !(1 << conn);
+        live.used |= used;
         if live.joined != 0 || live.cut.is_some() {
             return;
+        }
+        if !live.used {
+            drop(sessions);
+            return self.end(session.id, Reason::Unmounted);
         }
         live.cut = Some(Instant::now());
         tracing::info!(session = session.id, grace = ?self.grace, "session cut");
@@ -438,7 +454,7 @@ mod tests {
         let (session, first) = open(&dir, &registry, 0);
         let resume = |ticket| registry.join(&session, 0, ticket, true);
         assert_eq!(registry.join(&session, 0, first, false), Some(first));
-        registry.cut(&session, 0);
+        registry.cut(&session, 0, true);
         let lost = resume(first).expect("the first one");
         // The WELCOME that brought it was lost: the guest comes with what it has.
         let second = resume(first).expect("the first one again");
@@ -459,7 +475,7 @@ mod tests {
             let owner = u64::from(n == 0);
             let (session, ticket) = open(&dir, &registry, owner);
             assert!(registry.join(&session, 0, ticket, false).is_some());
-            registry.cut(&session, 0);
+            registry.cut(&session, 0, true);
             sessions.push(ticket);
         }
         let gone: Vec<usize> =
@@ -477,7 +493,7 @@ mod tests {
         assert!(registry.join(&session, 0, ticket, false).is_some());
         let (other, kept) = open(&dir, &registry, 0);
         assert!(registry.join(&other, 0, kept, false).is_some());
-        registry.cut(&session, 0);
+        registry.cut(&session, 0, true);
         while registry.find(ticket).is_some() {
             std::thread::yield_now();
         }

@@ -270,7 +270,7 @@ fn handshakes_are_refused_for_the_right_reason() {
 }
 
 #[test]
-fn greetings_of_wrong_bytes_are_refused() {
+fn greetings_of_damaged_bytes_hear_nothing() {
     on_both(|scene| {
         let hello_bytes = |edit: &dyn Fn(&mut Vec<u8>)| {
             let mut guest = scene.daemon.guest(); // only for its way to seal
@@ -286,8 +286,7 @@ fn greetings_of_wrong_bytes_are_refused() {
             let _ = stream.write_all(bytes);
             let mut answer = Vec::new();
             let _ = stream.read_to_end(&mut answer);
-            assert!(answer.len() >= 48, "{what}: no GOODBYE");
-            assert_eq!((answer[36], answer[44]), (Kind::Goodbye as u8, 8), "{what}");
+            assert!(answer.is_empty(), "{what}: {answer:?}");
         };
         check("garbage", &[0x55; 64]);
         check("more than a HELLO has", &[0; HELLO_BYTES_MAX * 4]);

@@ -245,6 +245,7 @@ fn tickets_change_and_the_welcome_may_be_lost() {
     on_both(|daemon| {
         let mut guest = daemon.guest();
         let first = guest.welcome.ticket;
+        assert!(guest.lookup(1, "none").is_err());
         guest.cut_and_resume(daemon);
         let second = guest.welcome.ticket;
         assert_ne!(first, second);
@@ -304,6 +305,7 @@ fn a_clone_is_refused_while_the_original_lives() {
 fn a_flood_of_resumes_leaves_one() {
     on_both(|daemon| {
         let mut guest = daemon.guest();
+        assert!(guest.lookup(1, "none").is_err());
         let ticket = guest.welcome.ticket;
         let hello = Hello { ticket, ..hello("share") };
         let flood: Vec<_> = (0..60).map(|_| Guest::hail(daemon.connect(), &hello)).collect();
@@ -403,6 +405,7 @@ fn a_record_that_comes_twice_on_one_connection_ends_the_session() {
 fn damaged_bytes_are_a_cut() {
     on_both(|daemon| {
         let mut guest = daemon.guest();
+        assert!(guest.lookup(1, "none").is_err());
         let at = guest.start(Opcode::Mkdir, 1, &mkdir_args("dir"));
         let mut bytes = guest.seal();
         let last = bytes.len() - 9;
@@ -414,5 +417,15 @@ fn damaged_bytes_are_a_cut() {
         guest.flush();
         assert!(guest.reply().expect("a reply").1.is_ok());
         goodbye(guest);
+    });
+}
+
+#[test]
+fn a_session_without_requests_is_not_kept() {
+    on_both(|daemon| {
+        let first = Hello { lanes: 2, conns: 2, ..hello("share") };
+        let one = Guest::greet(daemon.connect(), &first).expect("welcome");
+        let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first };
+        drop((Guest::greet(daemon.connect(), &second).expect("welcome"), one));
     });
 }

@@ -186,7 +186,7 @@ impl Guest {
             return;
         }
         // Whoever has never been welcomed knows no ticket to come back with.
-        if self.known && self.left > 0 && rng.one_of(self.cuts) {
+        if self.known && self.file.is_some() && self.left > 0 && rng.one_of(self.cuts) {
             return self.end(history);
         }
         if self.welcomed {
@@ -277,6 +277,10 @@ impl Guest {
                 }
                 (self.welcomed, self.known) = (true, true);
                 continue;
+            }
+            if record.kind == Kind::Goodbye as u8 && self.file.is_none() {
+                // Cut before its first request came: such a session is not kept.
+                return self.ended = true;
             }
             if record.kind == Kind::Goodbye as u8 {
                 let text = String::from_utf8_lossy(&body);

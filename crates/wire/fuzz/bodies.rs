@@ -174,6 +174,7 @@ fn request(slots: &mut SlotTable, record: &RecordHeader, body: &[u8]) {
             }
             Ok(Begin::Running) => assert!(running),
             Ok(Begin::Replay) => assert!(slots.kept(at).is_some()),
+            Ok(Begin::Decide) => panic!("no daemon has died"),
             Err(_) => assert_eq!(slots.in_use(), in_use),
         },
     }

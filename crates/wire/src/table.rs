@@ -8,7 +8,8 @@
 use crate::abi::{self, Opcode};
 use crate::slot::{SlotError, SlotUse};
 use std::collections::HashMap;
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use std::sync::atomic::{AtomicU64, Ordering};
+use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
 /// The longest reply that is kept: an entry and an open handle, and some room.
 pub const REPLY_KEPT_BYTES_MAX: usize = 160;
@@ -22,28 +23,40 @@ const EINTR: u32 = 4;
 /// One slot. All zero: never used.
 ///
 /// ```text
-///  0      4      8        12      16    18      19      20      24
-///  | seq  | link | opcode | errno | len | state | spare | spare | reply ... 184
+///  0      8      12      16
+///  | mark | link | spare | reply ... 176
 /// ```
+///
+/// The cell may lie in a file and its daemon may be killed at any instruction, so what the next one
+/// must not find half done is one store of the mark, and the reply is whole before a mark says so.
 #[repr(C)]
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(FromBytes, IntoBytes, KnownLayout)]
 pub struct Cell {
-    /// Of the request that is running, or was the last; while fresh, of the first.
-    seq: u32,
+    /// A [`Mark`].
+    mark: AtomicU64,
     /// The connection, by its number in this lane's life, on which the request came last.
     link: u32,
-    opcode: u32,
-    /// With `reply[..len]` the kept reply.
-    errno: u32,
-    len: u16,
-    /// One of [`State`].
-    state: u8,
-    spare: u8,
-    spare2: u32,
+    spare: u32,
     reply: [u8; REPLY_KEPT_BYTES_MAX],
 }
 
-const _: () = assert!(size_of::<Cell>() == 184);
+const _: () = assert!(size_of::<Cell>() == 176);
+
+/// What a cell says, but for the bytes of its reply: in 64 bits from the lowest seq 32, errno 12,
+/// length of the reply 8, opcode 8, state 4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mark {
+    /// Of the request that is running, or was the last; while fresh, of the first.
+    seq: u32,
+    errno: u32,
+    len: usize,
+    /// Its low byte: all opcodes that we know are below, and one that we do not is not kept apart.
+    opcode: u32,
+    state: State,
+}
+
+const OPCODE_UNKNOWN: u32 = 0xff;
+const _: () = assert!(REPLY_KEPT_BYTES_MAX <= 0xff);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -58,32 +71,101 @@ enum State {
     Kept = 3,
     /// Its request is over, and may run again.
     Rerun = 4,
+    /// Its request was running when its daemon died.
+    Orphan = 5,
+    /// Its request is over, and what its reply gave died with its daemon.
+    Lost = 6,
+    /// The same, and it is being given anew.
+    Again = 7,
     /// Not used since the session was rebuilt; the guest knows how often it was before.
-    Rebuilt = 5,
+    Rebuilt = 8,
+}
+
+impl Mark {
+    fn running(seq: u32, opcode: u32) -> Mark {
+        Mark { seq, errno: 0, len: 0, opcode: opcode.min(OPCODE_UNKNOWN), state: State::Running }
+    }
+
+    fn pack(self) -> u64 {
+        // No errno of the kernel is longer.
+        u64::from(self.seq)
+            | u64::from(self.errno & 0xfff) << 32
+            | (self.len as u64) << 44
+            | u64::from(self.opcode) << 52
+            | (self.state as u64) << 60
+    }
+
+    /// Numbers that cannot be can only come from a damaged file: nothing may run on such a slot.
+    fn unpack(bits: u64) -> Option<Mark> {
+        use State::*;
+        let states = [Fresh, Running, Abandoned, Kept, Rerun, Orphan, Lost, Again, Rebuilt];
+        let mark = Mark {
+            seq: bits as u32,
+            errno: (bits >> 32) as u32 & 0xfff,
+            len: (bits >> 44) as usize & 0xff,
+            opcode: (bits >> 52) as u32 & 0xff,
+            state: *states.get((bits >> 60) as usize)?,
+        };
+        (mark.len <= REPLY_KEPT_BYTES_MAX).then_some(mark)
+    }
+
+    fn is_busy(self) -> bool {
+        matches!(self.state, State::Running | State::Abandoned | State::Again)
+    }
 }
 
 impl Cell {
-    /// A number that none has can only come from a damaged file: nothing may run on such a slot.
-    fn state(&self) -> Option<State> {
-        use State::*;
-        [Fresh, Running, Abandoned, Kept, Rerun, Rebuilt]
-            .into_iter()
-            .find(|&s| s as u8 == self.state)
+    fn mark(&self) -> Option<Mark> {
+        Mark::unpack(self.mark.load(Ordering::Relaxed))
     }
 
-    fn is_busy(&self) -> bool {
-        matches!(self.state(), Some(State::Running | State::Abandoned))
+    /// With all that was written before.
+    fn set(&mut self, mark: Mark) {
+        self.mark.store(mark.pack(), Ordering::Release);
     }
 
-    fn keep(&mut self, errno: u32, body: &[u8]) {
+    fn keep(&mut self, mark: Mark, errno: u32, body: &[u8]) {
         // None that is kept is longer (a test of dispatch.rs says so). Better an error than half.
         let (errno, body) =
             if body.len() > REPLY_KEPT_BYTES_MAX { (EIO, &[][..]) } else { (errno, body) };
         self.reply[..body.len()].copy_from_slice(body);
-        self.errno = errno;
-        self.len = body.len() as u16;
-        self.state = State::Kept as u8;
+        self.set(Mark { errno, len: body.len(), state: State::Kept, ..mark });
     }
+
+    fn reply(&self, mark: Mark) -> &[u8] {
+        self.reply.get(..mark.len).unwrap_or_default()
+    }
+}
+
+/// The cells of one lane, of a table that its daemon left: whether all say what can be.
+pub fn are_whole(cells: &[Cell]) -> bool {
+    cells.iter().all(|cell| cell.mark().is_some())
+}
+
+/// Makes cells that are all zero those of a session that is rebuilt without what another daemon
+/// kept of them: whichever use of a slot comes first is the next.
+pub fn rebuild(cells: &mut [Cell]) {
+    for cell in cells {
+        cell.set(Mark { state: State::Rebuilt, ..Mark::running(0, 0) });
+    }
+}
+
+/// The replies in cells of requests that succeeded, with their opcodes.
+pub fn replies(cells: &[Cell]) -> impl Iterator<Item = (u32, &[u8])> {
+    cells.iter().filter_map(|cell| {
+        let mark = cell.mark()?;
+        let over = matches!(mark.state, State::Kept | State::Lost | State::Again);
+        (over && mark.errno == 0).then(|| (mark.opcode, cell.reply(mark)))
+    })
+}
+
+/// What became of a request whose daemon died; see [`Begin::Decide`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past<'a> {
+    /// It was running: nobody knows.
+    Running,
+    /// It had succeeded with this reply, and what that gave died with the daemon.
+    Done(&'a [u8]),
 }
 
 /// What to do with a request.
@@ -97,6 +179,9 @@ pub enum Begin {
     Replay,
     /// It is over and may run again, once this is given back.
     Rerun(Given),
+    /// It was begun by a daemon that died: find out what became of it ([`SlotTable::past`]), run it
+    /// where it did not, and end it.
+    Decide,
 }
 
 /// What to do with a reply.
@@ -175,9 +260,9 @@ impl Given {
     }
 }
 
-/// The slots of one lane.
-pub struct SlotTable {
-    cells: Box<[Cell]>,
+/// The slots of one lane, in memory `C`.
+pub struct SlotTable<C = Box<[Cell]>> {
+    cells: C,
     /// Number of the connection that the lane has, or will have next.
     link: u32,
     in_use: usize,
@@ -188,16 +273,49 @@ pub struct SlotTable {
 impl SlotTable {
     /// `granted` slots, all at their first use.
     pub fn new(granted: u16) -> SlotTable {
-        let cells = vec![Cell::new_zeroed(); usize::from(granted)];
-        SlotTable { cells: cells.into(), link: 0, in_use: 0, given: HashMap::new() }
+        SlotTable::of((0..granted).map(|_| Cell::new_zeroed()).collect())
     }
 
-    /// `granted` slots of a session that is rebuilt without what another daemon kept of them:
-    /// whichever use of a slot comes first is the next.
+    /// The same for a session that is rebuilt; see [`rebuild`].
     pub fn rebuilt(granted: u16) -> SlotTable {
         let mut table = SlotTable::new(granted);
-        table.cells.iter_mut().for_each(|cell| cell.state = State::Rebuilt as u8);
+        rebuild(&mut table.cells);
         table
+    }
+}
+
+impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
+    /// Of cells that are all zero.
+    pub fn of(cells: C) -> SlotTable<C> {
+        SlotTable { cells, link: 0, in_use: 0, given: HashMap::new() }
+    }
+
+    /// Of cells that a daemon left which died. What was running is to be decided, what a reply gave
+    /// is to be given anew, and what nobody would have taken is over.
+    pub fn adopt(mut cells: C) -> SlotTable<C> {
+        for cell in cells.as_mut() {
+            cell.link = 0;
+            let Some(mark) = cell.mark() else { continue };
+            let may_rerun = Opcode::from_u32(mark.opcode).is_some_and(Opcode::may_rerun);
+            let state = match mark.state {
+                State::Running if may_rerun => State::Rerun,
+                State::Running => State::Orphan,
+                State::Again => State::Lost,
+                State::Kept if mark.errno == 0 && dies(mark.opcode) => State::Lost,
+                State::Abandoned => {
+                    cell.keep(mark, EINTR, &[]);
+                    continue;
+                }
+                State::Fresh
+                | State::Rebuilt
+                | State::Kept
+                | State::Rerun
+                | State::Orphan
+                | State::Lost => continue,
+            };
+            cell.set(Mark { state, ..mark });
+        }
+        SlotTable { cells, link: 1, in_use: 0, given: HashMap::new() }
     }
 
     /// The connection is gone: what is asked for from now on is asked for by another one.
@@ -208,61 +326,84 @@ impl SlotTable {
     /// A request came in on `at`.
     pub fn begin(&mut self, at: SlotUse, opcode: u32) -> Result<Begin, SlotError> {
         let (link, cell) = (self.link, self.cell(at.slot)?);
-        let (seen, asked) = (cell.link == link, cell.seq);
-        let next = SlotUse { seq: cell.seq.wrapping_add(1), ..at };
-        match cell.state().ok_or(SlotError::Busy { slot: at.slot })? {
+        let mark = cell.mark().ok_or(SlotError::Busy { slot: at.slot })?;
+        let (seen, asked) = (cell.link == link, mark.seq);
+        let next = SlotUse { seq: mark.seq.wrapping_add(1), ..at };
+        match mark.state {
             State::Rebuilt => {}
             State::Fresh if at.seq == asked => {}
             State::Fresh => return Err(wrong(at, asked)),
-            State::Running if at.seq == asked && !seen => {
+            State::Running | State::Again if at.seq == asked && !seen => {
                 cell.link = link;
                 return Ok(Begin::Running);
             }
-            State::Running | State::Abandoned => return Err(SlotError::Busy { slot: at.slot }),
-            State::Kept | State::Rerun if at == next => {}
+            State::Running | State::Again | State::Abandoned => {
+                return Err(SlotError::Busy { slot: at.slot });
+            }
+            State::Kept | State::Rerun | State::Lost if at == next => {}
             State::Kept if at.seq == asked && !seen => {
                 cell.link = link;
                 return Ok(Begin::Replay);
             }
             State::Rerun if at.seq == asked && !seen => {
-                self.run(at, opcode);
+                self.run(at, Mark::running(at.seq, opcode));
                 return Ok(Begin::Rerun(self.given.remove(&at.slot).unwrap_or_default()));
             }
-            State::Kept | State::Rerun => return Err(wrong(at, next.seq)),
+            State::Orphan | State::Lost if at.seq == asked && mark.opcode == opcode => {
+                let lost = mark.state == State::Lost;
+                let state = if lost { State::Again } else { State::Running };
+                self.run(at, Mark { state, ..mark });
+                return Ok(Begin::Decide);
+            }
+            State::Kept | State::Rerun | State::Lost => return Err(wrong(at, next.seq)),
+            State::Orphan => return Err(wrong(at, asked)),
         }
-        self.run(at, opcode);
+        self.run(at, Mark::running(at.seq, opcode));
         if !self.given.is_empty() {
             self.given.remove(&at.slot);
         }
         Ok(Begin::Execute)
     }
 
-    fn run(&mut self, at: SlotUse, opcode: u32) {
-        let cell = &mut self.cells[usize::from(at.slot)];
-        (cell.seq, cell.link, cell.opcode) = (at.seq, self.link, opcode);
-        cell.state = State::Running as u8;
+    fn run(&mut self, at: SlotUse, mark: Mark) {
+        let cell = &mut self.cells.as_mut()[usize::from(at.slot)];
+        cell.link = self.link;
+        cell.set(mark);
         self.in_use += 1;
+    }
+
+    /// What is known of a request that [`SlotTable::begin`] leaves to decide, as long as it has not
+    /// ended.
+    pub fn past(&self, at: SlotUse) -> Option<Past<'_>> {
+        let cell = self.cells.as_ref().get(usize::from(at.slot))?;
+        let mark = cell.mark().filter(|mark| mark.seq == at.seq)?;
+        match mark.state {
+            State::Again => Some(Past::Done(cell.reply(mark))),
+            State::Running => Some(Past::Running),
+            _ => None,
+        }
     }
 
     /// The request is over; `body` may be left out where the opcode may run again, but for
     /// READDIRPLUS.
     pub fn finish(&mut self, at: SlotUse, errno: u32, body: &[u8]) -> Result<Fate, SlotError> {
         let (link, cell) = (self.link, self.cell(at.slot)?);
-        if cell.seq != at.seq {
-            return Err(wrong(at, cell.seq));
+        let mark = cell.mark().ok_or(SlotError::Idle { slot: at.slot })?;
+        if mark.seq != at.seq {
+            return Err(wrong(at, mark.seq));
         }
-        if !cell.is_busy() {
+        if !mark.is_busy() {
             return Err(SlotError::Idle { slot: at.slot });
         }
-        let abandoned = cell.state() == Some(State::Abandoned);
-        let (wanted, opcode) = (cell.link == link, cell.opcode);
+        let abandoned = mark.state == State::Abandoned;
+        let (wanted, opcode) = (cell.link == link, mark.opcode);
         let plus = opcode == Opcode::Readdirplus as u32;
         if abandoned {
-            cell.keep(EINTR, &[]);
+            cell.keep(mark, EINTR, &[]);
         } else if Opcode::from_u32(opcode).is_some_and(Opcode::may_rerun) {
-            cell.state = State::Rerun as u8;
+            cell.set(Mark { state: State::Rerun, ..mark });
         } else {
-            cell.keep(errno, body);
+            cell.keep(mark, errno, body);
         }
         self.in_use -= 1;
         let given = || if errno == 0 { Given::by(opcode, body) } else { Given::default() };
@@ -277,39 +418,43 @@ impl SlotTable {
 
     /// The reply that is kept: errno and body.
     pub fn kept(&self, at: SlotUse) -> Option<(u32, &[u8])> {
-        let cell = self.cells.get(usize::from(at.slot))?;
-        let kept = cell.state() == Some(State::Kept) && cell.seq == at.seq;
-        let body = cell.reply.get(..usize::from(cell.len))?;
-        kept.then_some((cell.errno, body))
+        let cell = self.cells.as_ref().get(usize::from(at.slot))?;
+        let mark = cell.mark()?;
+        let kept = mark.state == State::Kept && mark.seq == at.seq;
+        kept.then(|| (mark.errno, cell.reply(mark)))
     }
 
     /// Nobody will take the reply to that use of a slot.
     pub fn abandon(&mut self, at: SlotUse) -> Result<Abandon, SlotError> {
         let (link, cell) = (self.link, self.cell(at.slot)?);
-        let (seen, asked) = (cell.link == link, cell.seq);
-        let next = cell.seq.wrapping_add(1);
-        let state = cell.state().ok_or(SlotError::Busy { slot: at.slot })?;
+        let mark = cell.mark().ok_or(SlotError::Busy { slot: at.slot })?;
+        let (seen, asked) = (cell.link == link, mark.seq);
+        let next = mark.seq.wrapping_add(1);
         let mut given = Given::default();
-        match state {
+        match mark.state {
             State::Rebuilt => {}
             State::Fresh if at.seq == asked => {}
             State::Fresh => return Err(wrong(at, asked)),
-            State::Running | State::Abandoned if at.seq == asked => {
+            State::Running | State::Again | State::Abandoned if at.seq == asked => {
                 cell.link = link;
-                cell.state = State::Abandoned as u8;
+                cell.set(Mark { state: State::Abandoned, ..mark });
                 return Ok(Abandon::Running);
             }
-            State::Running | State::Abandoned => return Err(SlotError::Busy { slot: at.slot }),
-            State::Kept | State::Rerun if at.seq == asked && seen => return Ok(Abandon::Void),
-            State::Kept if at.seq == asked && cell.errno == 0 => {
-                let body = cell.reply.get(..usize::from(cell.len)).unwrap_or_default();
-                given = Given::by(cell.opcode, body);
+            State::Running | State::Again | State::Abandoned => {
+                return Err(SlotError::Busy { slot: at.slot });
             }
-            State::Kept | State::Rerun if at.seq == asked || at.seq == next => {}
-            State::Kept | State::Rerun => return Err(wrong(at, next)),
+            State::Kept | State::Rerun if at.seq == asked && seen => return Ok(Abandon::Void),
+            State::Kept if at.seq == asked && mark.errno == 0 => {
+                given = Given::by(mark.opcode, cell.reply(mark));
+            }
+            State::Kept | State::Rerun | State::Lost if at.seq == asked || at.seq == next => {}
+            // Done or not: what it gave is gone.
+            State::Orphan if at.seq == asked => {}
+            State::Kept | State::Rerun | State::Lost => return Err(wrong(at, next)),
+            State::Orphan => return Err(wrong(at, asked)),
         }
-        (cell.seq, cell.link) = (at.seq, link);
-        cell.keep(EINTR, &[]);
+        cell.link = link;
+        cell.keep(Mark { seq: at.seq, ..mark }, EINTR, &[]);
         // The list of an earlier use was taken by the guest, and is its own to give back.
         let listed = self.given.remove(&at.slot).filter(|_| at.seq == asked);
         given.nodes.extend(listed.into_iter().flat_map(|listed| listed.nodes));
@@ -318,8 +463,14 @@ impl SlotTable {
 
     /// Whether that use is being executed now: a CANCEL may name one that is over.
     pub fn is_running(&self, at: SlotUse) -> bool {
-        let cell = self.cells.get(usize::from(at.slot));
-        cell.is_some_and(|cell| cell.is_busy() && cell.seq == at.seq)
+        let cell = self.cells.as_ref().get(usize::from(at.slot));
+        let mark = cell.and_then(Cell::mark);
+        mark.is_some_and(|mark| mark.is_busy() && mark.seq == at.seq)
+    }
+
+    /// Whether any slot has ever been used.
+    pub fn is_used(&self) -> bool {
+        self.cells.iter().any(|cell| cell.state() != Some(State::Fresh))
     }
 
     /// Requests being executed.
@@ -328,9 +479,20 @@ impl SlotTable {
     }
 
     fn cell(&mut self, slot: u16) -> Result<&mut Cell, SlotError> {
-        let granted = self.cells.len() as u16;
-        self.cells.get_mut(usize::from(slot)).ok_or(SlotError::Range { slot, granted })
+        let cells = self.cells.as_mut();
+        let granted = cells.len() as u16;
+        cells.get_mut(usize::from(slot)).ok_or(SlotError::Range { slot, granted })
     }
+}
+
+/// Whether what it does, or gives, is in the memory of a daemon.
+fn dies(opcode: u32) -> bool {
+    use Opcode::*;
+    matches!(
+        Opcode::from_u32(opcode),
+        Some(Lookup | Symlink | Mknod | Mkdir | Link | Create | Tmpfile | Open | Opendir)
+            | Some(Forget | BatchForget | Release | Releasedir)
+    )
 }
 
 fn wrong(at: SlotUse, expected: u32) -> SlotError {
@@ -367,6 +529,7 @@ mod tests {
                 Begin::Running => "running".into(),
                 Begin::Replay => format!("replay {:?}", table.kept(at(seq)).expect("kept").0),
                 Begin::Rerun(given) => format!("rerun {:?}", given.nodes),
+                Begin::Decide => format!("decide {:?}", table.past(at(seq)).expect("past")),
             }),
             End(seq, errno, body) => table.finish(at(seq), errno, body).map(|fate| match fate {
                 Fate::Send => "send".into(),
@@ -516,6 +679,155 @@ mod tests {
         );
     }
 
+    /// The cells of a table as its daemon left them.
+    fn left(table: &SlotTable) -> Box<[Cell]> {
+        let bytes = table.cells.as_ref().iter().map(|cell| Cell {
+            mark: AtomicU64::new(cell.mark.load(Ordering::Relaxed)),
+            link: cell.link,
+            spare: 0,
+            reply: cell.reply,
+        });
+        bytes.collect()
+    }
+
+    #[test]
+    fn what_a_daemon_leaves_is_decided_given_anew_or_over() {
+        let made: &'static [u8] = entry(7).leak();
+        let check = |name: &str, story: &[Event], then: &[(Event, &str)]| {
+            let mut table = SlotTable::new(1);
+            story.iter().for_each(|&event| drop(said(&mut table, event)));
+            let cells = left(&table);
+            assert!(are_whole(&cells));
+            let mut next = SlotTable::adopt(cells);
+            for (step, &(event, expected)) in then.iter().enumerate() {
+                assert_eq!(said(&mut next, event), expected, "{name}: step {step}");
+            }
+            assert_eq!(next.in_use(), usize::from(next.is_running(SlotUse { slot: 0, seq: 0 })));
+        };
+        const UNLINK: u32 = Opcode::Unlink as u32;
+        const FORGET: u32 = Opcode::Forget as u32;
+        check("never used", &[], &[(Ask(1, MKDIR), "expected 0"), (Ask(0, MKDIR), "execute")]);
+        check(
+            "running",
+            &[Ask(0, MKDIR)],
+            &[
+                (Ask(1, MKDIR), "expected 0"),
+                (Ask(0, UNLINK), "expected 0"),
+                (Ask(0, MKDIR), "decide Running"),
+                (Ask(0, MKDIR), "busy"),
+                (Cut, "cut"),
+                (Ask(0, MKDIR), "running"),
+                (End(0, 0, made), "send"),
+                (Cut, "cut"),
+                (Ask(0, MKDIR), "replay 0"),
+                (Ask(1, MKDIR), "execute"),
+                (End(1, 0, made), "send"),
+            ],
+        );
+        let lost = format!("decide {:?}", Past::Done(made));
+        let gave: &[(Event, &str)] = &[
+            (Ask(0, MKDIR), &lost),
+            (Cut, "cut"),
+            (Ask(0, MKDIR), "running"),
+            (End(0, 0, made), "send"),
+            (Ask(1, UNLINK), "execute"),
+            (End(1, 0, &[]), "send"),
+        ];
+        check("what it gave is lost", &[Ask(0, MKDIR), End(0, 0, made)], gave);
+        check(
+            "and nobody wants it any more",
+            &[Ask(0, MKDIR), End(0, 0, made)],
+            &[(Ask(1, UNLINK), "execute"), (End(1, 0, &[]), "send")],
+        );
+        check(
+            "it was an error, or gave nothing",
+            &[Ask(0, MKDIR), End(0, 17, &[])],
+            &[(Ask(0, MKDIR), "replay 17"), (Cut, "cut"), (Ask(0, MKDIR), "replay 17")],
+        );
+        check(
+            "what a daemon has in memory",
+            &[Ask(0, FORGET), End(0, 0, &[])],
+            &[(Ask(0, FORGET), "decide Done([])"), (End(0, 0, &[]), "send")],
+        );
+        check(
+            "what may run again",
+            &[Ask(0, READ)],
+            &[(Ask(0, READ), "rerun []"), (End(0, 0, &[]), "send")],
+        );
+        let over: &[(Event, &str)] = &[(Leave(0), "over []"), (Leave(0), "void"), (Cut, "cut")];
+        check("nobody takes what was lost", &[Ask(0, MKDIR), End(0, 0, made)], over);
+        check("nobody waits for what ran", &[Ask(0, MKDIR)], over);
+        check("nobody waited for it", &[Ask(0, MKDIR), Cut, Leave(0)], over);
+    }
+
+    #[test]
+    fn a_daemon_that_dies_while_it_decides_leaves_it_to_the_next() {
+        let made: &'static [u8] = entry(7).leak();
+        let lost = format!("decide {:?}", Past::Done(made));
+        for (end, expected) in [(None, "decide Running"), (Some(End(0, 0, made)), &*lost)] {
+            let mut table = SlotTable::new(1);
+            said(&mut table, Ask(0, MKDIR));
+            end.into_iter().for_each(|end| drop(said(&mut table, end)));
+            for _ in 0..3 {
+                table = SlotTable::adopt(left(&table));
+                assert_eq!(said(&mut table, Ask(0, MKDIR)), expected);
+            }
+        }
+    }
+
+    /// What the file holds at each store of a request's life; the reply is torn on purpose.
+    #[test]
+    fn killed_at_any_store_a_cell_is_idle_running_or_whole() {
+        let reply: &[u8] = &[5; 128];
+        let mut cell = Cell::new_zeroed();
+        cell.set(Mark { state: State::Kept, len: 16, ..Mark::running(8, MKDIR) });
+        cell.reply[..16].fill(1);
+        let mut states = Vec::new();
+        let mut see = |cell: &Cell| {
+            let table = SlotTable::adopt(left(&SlotTable::of(Box::new([Cell {
+                mark: AtomicU64::new(cell.mark.load(Ordering::Relaxed)),
+                link: cell.link,
+                spare: 0,
+                reply: cell.reply,
+            }]))));
+            let mark = table.cells[0].mark().expect("a mark that can be");
+            states.push((mark.seq, format!("{:?}", mark.state)));
+            if mark.state == State::Lost {
+                let whole = if mark.seq == 8 { &[1; 16][..] } else { reply };
+                assert_eq!(table.cells[0].reply(mark), whole);
+            }
+        };
+        see(&cell);
+        cell.link = 4;
+        see(&cell);
+        cell.set(Mark::running(9, MKDIR));
+        see(&cell);
+        let mark = cell.mark().expect("running");
+        for n in 1..=reply.len() {
+            cell.reply[..n].copy_from_slice(&reply[..n]);
+            see(&cell);
+        }
+        cell.keep(mark, 0, reply);
+        see(&cell);
+        states.dedup();
+        let expected = [(8, "Lost"), (9, "Orphan"), (9, "Lost")];
+        assert_eq!(states, expected.map(|(seq, state)| (seq, state.to_owned())));
+    }
+
+    #[test]
+    fn a_mark_is_what_was_packed() {
+        for state in 0..16 {
+            let state = Mark::unpack(state << 60).map(|mark| mark.state);
+            for (seq, errno, len, opcode) in [(0, 0, 0, 0), (u32::MAX, 0xfff, 160, 0xff)] {
+                let Some(state) = state else { continue };
+                let mark = Mark { seq, errno, len, opcode, state };
+                assert_eq!(Mark::unpack(mark.pack()), Some(mark));
+            }
+        }
+        assert_eq!(Mark::unpack(9 << 60), None);
+        assert_eq!(Mark::unpack(161 << 44), None, "longer than what is kept");
+    }
+
     #[test]
     fn what_a_reply_gives() {
         let check = |opcode: Opcode, body: &[u8], nodes: &[u64], handle: Option<u64>| {
@@ -539,7 +851,7 @@ mod tests {
     #[test]
     fn a_cell_of_no_known_state_runs_nothing() {
         let mut table = SlotTable::new(1);
-        table.cells[0].state = 77;
+        table.cells[0].mark = AtomicU64::new(15 << 60);
         let at = SlotUse { slot: 0, seq: 0 };
         assert_eq!(table.begin(at, MKDIR), Err(SlotError::Busy { slot: 0 }));
         assert_eq!(table.abandon(at), Err(SlotError::Busy { slot: 0 }));

@@ -1,25 +1,27 @@
 //! A small daemon for tests: the wire over real Unix sockets, a tree in memory, faults on demand.
 //!
 //! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ is answered only when it is
-//! cancelled). It checks what a daemon may rely on: slots and their sequence, whole batches.
+//! cancelled). It checks what a daemon may rely on: slots and their sequence, whole batches,
+//! tickets. Its table of slots outlives connections, with every reply; a request runs once.
 
 use ringfs_wire::abi::*;
-use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
-use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome};
+use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, welcome_flag};
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
 use ringfs_wire::session::{LinkRx, LinkTx};
-use ringfs_wire::slot::{ServerSlots, SlotUse};
+use ringfs_wire::slot::SlotUse;
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 pub const HELLO_TEXT: &[u8] = b"hello from the host\n";
 pub const BIG_BYTES: usize = 5 << 20;
-const TICKET: Ticket = Ticket([0x5A; 16]);
 const EACH_FILE: [(&str, u64); 3] = [("hello", 2), ("big", 3), ("hang", 4)];
 
 /// What the host grants and how it misbehaves.
@@ -31,12 +33,15 @@ pub struct Terms {
     pub features: u64,
     pub init_errno: u32,
     pub answers_root: bool,
+    /// To a HELLO that resumes: `Some` refuses.
+    pub refuses: Option<Reason>,
 }
 
 impl Default for Terms {
     fn default() -> Terms {
         let (lanes, conns, slots) = (8, 8, 1024);
-        Terms { lanes, conns, slots, features: u64::MAX, init_errno: 0, answers_root: true }
+        let (init_errno, answers_root, refuses) = (0, true, None);
+        Terms { lanes, conns, slots, features: u64::MAX, init_errno, answers_root, refuses }
     }
 }
 
@@ -44,10 +49,23 @@ impl Default for Terms {
 #[derive(Debug, Default)]
 pub struct Seen {
     pub hellos: Vec<Hello>,
+    /// HELLOs that resumed, and those that were refused.
+    pub resumes: u64,
+    pub refusals: u64,
+    /// Requests executed, and those that came again: running, and with a kept reply.
     pub requests: u64,
+    pub writes: u64,
+    pub repeats_running: u64,
+    pub repeats_ended: u64,
     pub hanging: Vec<(u8, SlotUse)>,
     pub cancels: u64,
+    pub abandons: u64,
     pub forgets: Vec<ForgetOne>,
+    /// Replies that were lost by order.
+    pub lost: u64,
+    /// Bytes that came in while the host was told to be silent.
+    pub unheard: u64,
+    pub pings: u64,
     pub pongs: u64,
     pub goodbyes: u64,
     pub written: u64,
@@ -55,17 +73,43 @@ pub struct Seen {
     pub closed: u64,
 }
 
+/// How the host treats what comes and goes, from now on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mood {
+    #[default]
+    Fair,
+    /// It executes, and its replies are lost.
+    LosesReplies,
+    /// Half of the next reply leaves, then its connection is cut.
+    CutsReply,
+    /// The next connection that brings something is cut before that is looked at, most likely in
+    /// the middle of a large batch.
+    CutsRequest,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    next: u32,
+    busy: bool,
+    reply: Option<(u32, Vec<u8>)>,
+}
+
 struct Shared {
-    terms: Terms,
+    terms: Mutex<Terms>,
+    mood: Mutex<Mood>,
     seen: Mutex<Seen>,
     changed: Condvar,
-    slots: Mutex<Vec<ServerSlots>>,
-    conns: Mutex<Vec<Arc<Conn>>>,
+    slots: Mutex<Vec<Vec<Slot>>>,
+    /// The newest connection of each lane.
+    conns: Mutex<HashMap<u8, Arc<Conn>>>,
+    /// The number in the newest ticket.
+    ticket: Mutex<u8>,
 }
 
 struct Conn {
     tx: Mutex<(LinkTx, u64)>,
     stream: UnixStream,
+    is_silent: AtomicBool,
 }
 
 pub struct Host {
@@ -78,7 +122,9 @@ impl Host {
         let path = dir.join("host.sock");
         let listener = UnixListener::bind(&path).expect("bind");
         let shared = Arc::new(Shared {
-            terms,
+            terms: Mutex::new(terms),
+            mood: Mutex::default(),
+            ticket: Mutex::new(1),
             seen: Mutex::default(),
             changed: Condvar::new(),
             slots: Mutex::default(),
@@ -115,14 +161,14 @@ impl Host {
     }
 
     pub fn slots_in_use(&self) -> usize {
-        self.shared.slots.lock().expect("slots").iter().map(ServerSlots::in_use).sum()
+        self.shared.slots.lock().expect("slots").iter().flatten().filter(|slot| slot.busy).count()
     }
 
     /// Sends a record of that kind on every connection.
     pub fn say(&self, kind: u8, code: u32, body: &[u8]) {
-        for conn in self.shared.conns.lock().expect("conns").iter() {
+        for conn in self.shared.conns.lock().expect("conns").values() {
             let header = RecordHeader { kind, code, ..Default::default() };
-            conn.send(header, body);
+            conn.send(header, body, false);
         }
     }
 
@@ -132,16 +178,62 @@ impl Host {
 
     /// Cuts every connection.
     pub fn cut(&self) {
-        for conn in self.shared.conns.lock().expect("conns").iter() {
-            let _ = conn.stream.shutdown(std::net::Shutdown::Both);
+        for conn in self.shared.conns.lock().expect("conns").values() {
+            conn.cut();
         }
+    }
+
+    /// The connections that there are look alive and are dead.
+    pub fn go_silent(&self) {
+        for conn in self.shared.conns.lock().expect("conns").values() {
+            conn.is_silent.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// What is no batch comes from every connection.
+    pub fn babble(&self) {
+        for conn in self.shared.conns.lock().expect("conns").values() {
+            let _ = (&conn.stream).write_all(&[0x55; 64]);
+        }
+    }
+
+    /// Nobody can connect any more, as long as what this gives lives.
+    pub fn hide(&self) -> Hidden {
+        let hidden = self.path.with_extension("hidden");
+        std::fs::rename(&self.path, &hidden).expect("rename");
+        Hidden { hidden, path: self.path.clone() }
+    }
+
+    pub fn set_mood(&self, mood: Mood) {
+        *self.shared.mood.lock().expect("mood") = mood;
+    }
+
+    /// Whether HELLOs that resume are refused from now on.
+    pub fn refuse(&self, reason: Option<Reason>) {
+        self.shared.terms.lock().expect("terms").refuses = reason;
     }
 
     /// Answers a READ of `hang` with an errno.
     pub fn answer_hanging(&self, lane: u8, at: SlotUse, errno: u32) {
-        let conn = Arc::clone(&self.shared.conns.lock().expect("conns")[0]);
-        self.shared.finish(lane, at);
-        conn.reply(lane, at, errno, &[]);
+        self.shared.finish(lane, at, (errno, Vec::new()));
+    }
+
+    /// What no test may end with.
+    pub fn assert_no_faults(&self) {
+        let faults = self.wait_for("faults", |seen| Some(seen.faults.clone()));
+        assert_eq!(faults, [""; 0]);
+    }
+}
+
+/// A socket that has another name for a while.
+pub struct Hidden {
+    hidden: PathBuf,
+    path: PathBuf,
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = std::fs::rename(&self.hidden, &self.path);
     }
 }
 
@@ -152,28 +244,56 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn finish(&self, lane: u8, at: SlotUse) {
-        let done = self.slots.lock().expect("slots")[usize::from(lane)].finish(at);
-        done.expect("a request in work");
+    /// A request ended: its reply is kept, and leaves by the lane's connection.
+    fn finish(&self, lane: u8, at: SlotUse, reply: (u32, Vec<u8>)) {
+        let mut slots = self.slots.lock().expect("slots");
+        let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
+        assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
+        *slot = Slot { next: at.seq.wrapping_add(1), busy: false, reply: Some(reply.clone()) };
+        drop(slots);
+        self.reply(lane, at, &reply);
+    }
+
+    fn reply(&self, lane: u8, at: SlotUse, (errno, body): &(u32, Vec<u8>)) {
+        let Some(conn) = self.conns.lock().expect("conns").get(&lane).cloned() else { return };
+        let kind = Kind::Reply as u8;
+        let (slot, slot_seq) = (at.slot, at.seq);
+        let header = RecordHeader { len: 0, kind, lane, slot, slot_seq, code: *errno };
+        let mood = *self.mood.lock().expect("mood");
+        match mood {
+            Mood::Fair | Mood::CutsRequest => conn.send(header, body, false),
+            Mood::LosesReplies => self.note(|seen| seen.lost += 1),
+            Mood::CutsReply => {
+                *self.mood.lock().expect("mood") = Mood::Fair;
+                conn.send(header, body, true);
+                self.note(|seen| seen.lost += 1);
+            }
+        }
     }
 }
 
 impl Conn {
-    fn send(&self, header: RecordHeader, body: &[u8]) {
+    fn cut(&self) {
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+
+    fn send(&self, header: RecordHeader, body: &[u8], is_half: bool) {
         let mut buffer = vec![0; BATCH_BYTES_MAX];
         let mut builder = BatchBuilder::new();
         assert!(builder.push(&mut buffer, header, body));
         let mut tx = self.tx.lock().expect("tx");
         let received = tx.1;
-        let bytes = tx.0.seal(&mut builder, &mut buffer, received);
-        // The guest may be gone.
-        let _ = (&self.stream).write_all(bytes);
-    }
-
-    fn reply(&self, lane: u8, at: SlotUse, errno: u32, body: &[u8]) {
-        let kind = Kind::Reply as u8;
-        let (slot, slot_seq) = (at.slot, at.seq);
-        self.send(RecordHeader { len: 0, kind, lane, slot, slot_seq, code: errno }, body);
+        let mut bytes = &*tx.0.seal(&mut builder, &mut buffer, received);
+        if is_half {
+            bytes = &bytes[..bytes.len() / 2];
+        }
+        if !self.is_silent.load(Ordering::SeqCst) {
+            // The guest may be gone.
+            let _ = (&self.stream).write_all(bytes);
+        }
+        if is_half {
+            self.cut();
+        }
     }
 }
 
@@ -181,11 +301,16 @@ fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
     let conn = Arc::new(Conn {
         stream: stream.try_clone().expect("dup"),
         tx: Mutex::new((LinkTx::new(true), 0)),
+        is_silent: AtomicBool::new(false),
     });
     let mut rx = LinkRx::new(true);
     let mut deframer = Deframer::new();
     loop {
         while let Some(bytes) = deframer.next_batch().map_err(|e| e.to_string())? {
+            if conn.is_silent.load(Ordering::SeqCst) {
+                shared.note(|seen| seen.unheard += bytes.len() as u64);
+                continue;
+            }
             let sent = conn.tx.lock().expect("tx").0.sent();
             let header = rx.accept(bytes, sent).map_err(|e| e.to_string())?;
             conn.tx.lock().expect("tx").1 = rx.received();
@@ -204,6 +329,12 @@ fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
             Ok(0) | Err(_) => return Ok(()),
             Ok(n) => deframer.filled(n),
         }
+        let mut mood = shared.mood.lock().expect("mood");
+        if *mood == Mood::CutsRequest {
+            *mood = Mood::Fair;
+            conn.cut();
+            return Ok(());
+        }
     }
 }
 
@@ -211,78 +342,134 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     let hello = Hello::decode(body).map_err(|e| e.to_string())?;
     let refused = |reason: Reason, text: &str| {
         let (kind, code) = (Kind::Goodbye as u8, reason as u32);
-        conn.send(RecordHeader { kind, code, ..Default::default() }, text.as_bytes());
+        conn.send(RecordHeader { kind, code, ..Default::default() }, text.as_bytes(), false);
+        shared.note(|seen| seen.refusals += 1);
         Ok(false)
     };
     if hello.share != "data" {
         return refused(Reason::UnknownShare, "there is: data");
     }
-    let joins = hello.conn > 0;
-    if hello.ticket != if joins { TICKET } else { Ticket::NONE } {
+    let terms = shared.terms.lock().expect("terms").clone();
+    let is_new = hello.ticket == Ticket::NONE;
+    let mut conns = shared.conns.lock().expect("conns");
+    if is_new {
+        conns.clear();
+    }
+    let resumes = conns.contains_key(&(hello.conn as u8));
+    let mut ticket = shared.ticket.lock().expect("ticket");
+    if !is_new && hello.ticket != Ticket([*ticket; 16]) {
         return refused(Reason::UnknownSession, "wrong ticket");
     }
-    let terms = &shared.terms;
+    if let Some(reason) = terms.refuses.filter(|_| resumes) {
+        return refused(reason, "by order");
+    }
+    if resumes {
+        *ticket = ticket.wrapping_add(1).max(1);
+        if hello.init.is_none() {
+            return Err("a HELLO that resumes, without the INIT in force".to_owned());
+        }
+    }
     let welcome = Welcome {
         version: 1,
         lanes: hello.lanes.min(terms.lanes),
         conns: hello.conns.min(terms.conns),
         slots: hello.slots.min(terms.slots),
         features: hello.features & terms.features,
-        ticket: TICKET,
+        ticket: Ticket([*ticket; 16]),
         epoch: 3,
         grace_s: 600,
-        flags: 0,
+        flags: if resumes { welcome_flag::RESUMED } else { 0 },
     };
-    if !joins {
-        let slots = (0..welcome.lanes).map(|_| ServerSlots::new(welcome.slots)).collect();
+    if is_new {
+        let slots = vec![vec![Slot::default(); welcome.slots.into()]; welcome.lanes.into()];
         *shared.slots.lock().expect("slots") = slots;
     }
     let kind = Kind::Welcome as u8;
-    conn.send(RecordHeader { kind, ..Default::default() }, welcome.as_bytes());
+    conn.send(RecordHeader { kind, ..Default::default() }, welcome.as_bytes(), false);
     let crc = welcome.features & 1 != 0;
     conn.tx.lock().expect("tx").0.set_payload_crc(crc);
-    shared.conns.lock().expect("conns").push(Arc::clone(conn));
-    shared.note(|seen| seen.hellos.push(hello));
+    conns.insert(hello.conn as u8, Arc::clone(conn));
+    shared.note(|seen| {
+        seen.resumes += u64::from(resumes);
+        seen.hellos.push(hello);
+    });
     Ok(crc)
+}
+
+/// What a request's slot says of it.
+enum Begun {
+    New,
+    Running,
+    Ended(u32, Vec<u8>),
+}
+
+fn begin(shared: &Shared, lane: u8, at: SlotUse) -> Result<Begun, String> {
+    let mut slots = shared.slots.lock().expect("slots");
+    let lane = slots.get_mut(usize::from(lane)).ok_or("a lane beyond those granted")?;
+    let slot = lane.get_mut(usize::from(at.slot)).ok_or("a slot beyond those granted")?;
+    let is_last = slot.next.wrapping_sub(1) == at.seq;
+    match (&slot.reply, slot.busy) {
+        (_, true) if slot.next == at.seq => Ok(Begun::Running),
+        (_, false) if slot.next == at.seq => {
+            slot.busy = true;
+            Ok(Begun::New)
+        }
+        (Some((errno, body)), false) if is_last => Ok(Begun::Ended(*errno, body.clone())),
+        _ => Err(format!("slot {} at {slot:?} has sequence {}", at.slot, at.seq)),
+    }
 }
 
 fn take(shared: &Shared, conn: &Conn, record: RecordHeader, body: &[u8]) -> Result<(), String> {
     let (lane, at) = (record.lane, SlotUse { slot: record.slot, seq: record.slot_seq });
-    let begin = || {
-        let mut slots = shared.slots.lock().expect("slots");
-        let table = slots.get_mut(usize::from(lane)).ok_or("a lane beyond those granted")?;
-        table.begin(at).map_err(|e| e.to_string())
-    };
-    match Kind::from_u8(record.kind) {
-        Some(Kind::Request) => {
-            begin()?;
-            shared.note(|seen| seen.requests += 1);
-            let (nodeid, args) = (u64::read_from_prefix(body).expect("nodeid").0, &body[24..]);
-            let answer = answer(shared, record.code, nodeid, args);
-            if answer == Err(HANG) {
-                shared.note(|seen| seen.hanging.push((lane, at)));
-                return Ok(());
+    let kind = Kind::from_u8(record.kind);
+    match kind {
+        Some(Kind::Request | Kind::Forget) => match begin(shared, lane, at)? {
+            Begun::New if kind == Some(Kind::Request) => {
+                let write = u64::from(record.code == Opcode::Write as u32);
+                shared.note(|seen| {
+                    (seen.requests, seen.writes) = (seen.requests + 1, seen.writes + write)
+                });
+                let (nodeid, args) = (u64::read_from_prefix(body).expect("nodeid").0, &body[24..]);
+                match answer(shared, record.code, nodeid, args) {
+                    Ok(body) => shared.finish(lane, at, (0, body)),
+                    Err(HANG) => shared.note(|seen| seen.hanging.push((lane, at))),
+                    Err(errno) => shared.finish(lane, at, (errno, Vec::new())),
+                }
             }
-            shared.finish(lane, at);
-            match answer {
-                Ok(body) => conn.reply(lane, at, 0, &body),
-                Err(errno) => conn.reply(lane, at, errno, &[]),
+            Begun::New => {
+                let forgets = <[ForgetOne]>::ref_from_bytes(body).map_err(|e| e.to_string())?;
+                shared.note(|seen| seen.forgets.extend(forgets));
+                shared.finish(lane, at, (0, Vec::new()));
             }
-        }
-        Some(Kind::Forget) => {
-            begin()?;
-            let forgets = <[ForgetOne]>::ref_from_bytes(body).map_err(|e| e.to_string())?;
-            shared.note(|seen| seen.forgets.extend(forgets));
-            shared.finish(lane, at);
-            conn.reply(lane, at, 0, &[]);
+            Begun::Running => shared.note(|seen| seen.repeats_running += 1),
+            Begun::Ended(errno, body) => {
+                shared.note(|seen| seen.repeats_ended += 1);
+                shared.reply(lane, at, &(errno, body));
+            }
+        },
+        Some(Kind::Cancel) if record.code == cancel::ABANDON => {
+            let eintr = (4, Vec::new());
+            match begin(shared, lane, at)? {
+                Begun::New | Begun::Running => shared.finish(lane, at, eintr),
+                Begun::Ended(..) => shared.reply(lane, at, &eintr),
+            }
+            shared.note(|seen| seen.abandons += 1);
         }
         Some(Kind::Cancel) => {
-            let running = shared.slots.lock().expect("slots")[usize::from(lane)].is_running(at);
-            if running {
-                shared.finish(lane, at);
-                conn.reply(lane, at, 4, &[]);
+            let is_running = {
+                let slots = shared.slots.lock().expect("slots");
+                let slot = &slots[usize::from(lane)][usize::from(at.slot)];
+                slot.busy && slot.next == at.seq
+            };
+            if is_running {
+                shared.finish(lane, at, (4, Vec::new()));
             }
             shared.note(|seen| seen.cancels += 1);
+        }
+        Some(Kind::Ping) => {
+            let kind = Kind::Pong as u8;
+            conn.send(RecordHeader { kind, ..Default::default() }, &[], false);
+            shared.note(|seen| seen.pings += 1);
         }
         Some(Kind::Pong) => shared.note(|seen| seen.pongs += 1),
         Some(Kind::Goodbye) => shared.note(|seen| seen.goodbyes += u64::from(record.code == 1)),
@@ -313,7 +500,7 @@ pub fn big_byte(offset: usize) -> u8 {
 
 fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
     match Opcode::from_u32(opcode).ok_or(ENOSYS)? {
-        Opcode::Init => init(shared.terms.init_errno),
+        Opcode::Init => init(shared.terms.lock().expect("terms").init_errno),
         Opcode::Lookup => {
             let name = args.strip_suffix(b"\0").ok_or(22u32)?;
             let found = EACH_FILE.iter().find(|(file, _)| file.as_bytes() == name);
@@ -321,7 +508,9 @@ fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<
             let attr = attr(nodeid).ok_or(ENOENT)?;
             Ok(EntryOut { nodeid, attr, ..EntryOut::default() }.as_bytes().to_vec())
         }
-        Opcode::Getattr if nodeid == 1 && !shared.terms.answers_root => Err(HANG),
+        Opcode::Getattr if nodeid == 1 && !shared.terms.lock().expect("terms").answers_root => {
+            Err(HANG)
+        }
         Opcode::Getattr => {
             let attr = attr(nodeid).ok_or(ENOENT)?;
             Ok(AttrOut { attr, ..AttrOut::default() }.as_bytes().to_vec())

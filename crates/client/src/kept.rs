@@ -1,0 +1,217 @@
+//! The frames of the requests in flight, by slot, as they were sent: what a resume sends again.
+//!
+//! A small frame is copied into a buffer that stays with its slot. A large one is not: it is the
+//! last record of its batch, and the batch's buffer stays with the slot until the reply, while the
+//! lane goes on with another one. Invariant: a slot in use has its frame here from when it is in a
+//! batch; what is kept is bounded. It must not do I/O; one thread owns it.
+
+use ringfs_wire::limits::{BATCH_BYTES_MAX, BATCH_TARGET_BYTES};
+use std::ops::Range;
+
+/// Bytes of frames in flight; with more, requests wait in the park.
+pub const KEPT_BYTES_MAX: usize = 16 << 20;
+/// Bytes of copies' buffers that stay with slots that are free.
+const IDLE_BYTES_MAX: usize = 2 << 20;
+/// Batch buffers that stay while no frame is in them.
+const SPARE_BUFFERS_MAX: usize = 4;
+
+#[derive(Debug)]
+enum Place {
+    Nothing,
+    /// In the slot's own buffer.
+    Copied,
+    /// In the batch that is being made or sent, which has at most one such.
+    InBatch(Range<usize>),
+    /// In a batch's buffer that is the slot's now.
+    Large(Vec<u8>, Range<usize>),
+}
+
+#[derive(Debug)]
+struct Frame {
+    copy: Vec<u8>,
+    place: Place,
+}
+
+/// What one lane has in flight.
+#[derive(Debug)]
+pub struct Kept {
+    frames: Vec<Frame>,
+    in_batch: Option<u16>,
+    spare: Vec<Vec<u8>>,
+    /// Of frames in flight.
+    bytes: usize,
+    /// Of copies' buffers of free slots.
+    idle_bytes: usize,
+}
+
+/// A buffer for a batch.
+pub fn batch_buffer() -> Vec<u8> {
+    vec![0; BATCH_BYTES_MAX]
+}
+
+impl Kept {
+    /// Nothing is in flight.
+    pub fn new(slots: u16) -> Kept {
+        let frame = || Frame { copy: Vec::new(), place: Place::Nothing };
+        Kept {
+            frames: (0..slots).map(|_| frame()).collect(),
+            in_batch: None,
+            spare: Vec::new(),
+            bytes: 0,
+            idle_bytes: 0,
+        }
+    }
+
+    /// Whether a further request has to wait.
+    pub fn is_full(&self) -> bool {
+        self.bytes >= KEPT_BYTES_MAX
+    }
+
+    /// The record in `span` of the batch that is being made has taken that slot.
+    pub fn keep(&mut self, slot: u16, batch: &[u8], span: Range<usize>) {
+        self.release(slot);
+        let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
+        if span.len() > BATCH_TARGET_BYTES {
+            self.bytes += BATCH_BYTES_MAX;
+            frame.place = Place::InBatch(span);
+            self.in_batch = Some(slot);
+            return;
+        }
+        self.bytes += span.len();
+        self.idle_bytes -= frame.copy.capacity();
+        frame.copy.clear();
+        frame.copy.extend_from_slice(&batch[span]);
+        frame.place = Place::Copied;
+    }
+
+    /// The batch has left, or never will: its buffer stays with the slot of its large frame, if it
+    /// has one, and `buffer` is another one then.
+    pub fn retire(&mut self, buffer: &mut Vec<u8>) {
+        let Some(slot) = self.in_batch.take() else { return };
+        let frame = &mut self.frames[usize::from(slot)];
+        if let Place::InBatch(span) = &frame.place {
+            let span = span.clone();
+            let next = self.spare.pop().unwrap_or_else(batch_buffer);
+            frame.place = Place::Large(std::mem::replace(buffer, next), span);
+        }
+    }
+
+    /// The slot is free, or nobody wants its request any more.
+    pub fn release(&mut self, slot: u16) {
+        let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
+        match std::mem::replace(&mut frame.place, Place::Nothing) {
+            Place::Nothing => {}
+            Place::Copied => {
+                self.bytes -= frame.copy.len();
+                self.idle_bytes += frame.copy.capacity();
+                if self.idle_bytes > IDLE_BYTES_MAX {
+                    self.idle_bytes -= std::mem::take(&mut frame.copy).capacity();
+                }
+            }
+            Place::InBatch(_) => {
+                self.bytes -= BATCH_BYTES_MAX;
+                self.in_batch = None;
+            }
+            Place::Large(buffer, _) => {
+                self.bytes -= BATCH_BYTES_MAX;
+                if self.spare.len() < SPARE_BUFFERS_MAX {
+                    self.spare.push(buffer);
+                }
+            }
+        }
+    }
+
+    /// The record of a slot, as it was sent; `None` while it is in the batch.
+    pub fn record(&self, slot: u16) -> Option<&[u8]> {
+        let frame = self.frames.get(usize::from(slot))?;
+        match &frame.place {
+            Place::Nothing | Place::InBatch(_) => None,
+            Place::Copied => Some(&frame.copy),
+            Place::Large(buffer, span) => buffer.get(span.clone()),
+        }
+    }
+
+    /// The lane is idle: gives back what only work needs.
+    pub fn shrink(&mut self) {
+        self.spare = Vec::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keep(kept: &mut Kept, slot: u16, buffer: &mut [u8], span: Range<usize>) {
+        buffer[span.clone()].fill((slot as u8).wrapping_add(1));
+        kept.keep(slot, buffer, span);
+    }
+
+    #[test]
+    fn small_frames_are_copied_and_their_buffers_stay() {
+        let mut kept = Kept::new(2);
+        let mut buffer = batch_buffer();
+        keep(&mut kept, 1, &mut buffer, 32..112);
+        buffer.fill(0);
+        kept.retire(&mut buffer);
+        assert_eq!(kept.record(1), Some(&[2; 80][..]));
+        let place = kept.frames[1].copy.as_ptr();
+        kept.release(1);
+        assert_eq!((kept.record(1), kept.bytes), (None, 0));
+        keep(&mut kept, 1, &mut buffer, 32..112);
+        assert_eq!(kept.frames[1].copy.as_ptr(), place, "the same memory");
+        assert_eq!(kept.record(0), None);
+    }
+
+    #[test]
+    fn large_frames_take_their_batch_along() {
+        let mut kept = Kept::new(40);
+        let mut buffer = batch_buffer();
+        for slot in 0..40 {
+            assert_eq!(kept.is_full(), usize::from(slot) * BATCH_BYTES_MAX >= KEPT_BYTES_MAX);
+            keep(&mut kept, slot, &mut buffer, 200..200 + (1 << 20));
+            assert_eq!(kept.record(slot), None, "it is still being sent");
+            let place = buffer.as_ptr();
+            kept.retire(&mut buffer);
+            assert_ne!(buffer.as_ptr(), place);
+            assert_eq!(buffer.len(), BATCH_BYTES_MAX);
+            let record = kept.record(slot).expect("kept");
+            assert!(record.len() == 1 << 20 && record.iter().all(|&byte| byte == slot as u8 + 1));
+        }
+        (0..40).for_each(|slot| kept.release(slot));
+        assert_eq!((kept.bytes, kept.spare.len()), (0, SPARE_BUFFERS_MAX));
+        kept.shrink();
+        assert_eq!(kept.spare.len(), 0);
+    }
+
+    #[test]
+    fn a_reply_before_the_batch_has_left_leaves_the_buffer_with_the_lane() {
+        let mut kept = Kept::new(2);
+        let mut buffer = batch_buffer();
+        keep(&mut kept, 0, &mut buffer, 32..200_000);
+        let place = buffer.as_ptr();
+        kept.release(0);
+        kept.retire(&mut buffer);
+        assert_eq!((buffer.as_ptr(), kept.bytes, kept.record(0)), (place, 0, None));
+    }
+
+    #[test]
+    fn what_free_slots_hold_is_bounded() {
+        let mut kept = Kept::new(1024);
+        let mut buffer = batch_buffer();
+        for slot in 0..1024 {
+            keep(&mut kept, slot, &mut buffer, 32..32 + BATCH_TARGET_BYTES);
+        }
+        assert!(kept.is_full());
+        (0..1024).for_each(|slot| kept.release(slot));
+        let held: usize = kept.frames.iter().map(|frame| frame.copy.capacity()).sum();
+        assert!(held <= IDLE_BYTES_MAX && held == kept.idle_bytes && kept.bytes == 0, "{held}");
+    }
+
+    #[test]
+    fn slots_that_do_not_exist_are_nobodys() {
+        let mut kept = Kept::new(1);
+        kept.keep(9, &[0; 64], 0..16);
+        kept.release(9);
+        assert_eq!((kept.record(9), kept.bytes), (None, 0));
+    }
+}

@@ -1,0 +1,388 @@
+//! Connections that are lost come again, by `/dev/fuse` (rings.rs has the same by rings): nobody
+//! who uses the mount sees it, nothing runs twice, and what waits can be let go. Needs root and
+//! FUSE.
+
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod bench;
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod host;
+
+use bench::{Bench, Client, status_of, wait_until, within};
+use host::{HELLO_TEXT, Host, Mood, Terms, big_byte};
+use ringfs_wire::hello::Reason;
+use rustix::process::Signal;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Data of one write(2): one WRITE, or two where it begins within a page.
+const WRITE_BYTES: usize = 1 << 20;
+
+fn use_mount(bench: &Bench) {
+    let path = bench.file("hello");
+    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
+}
+
+/// Writes one MiB at each of these, each by a thread of its own.
+fn write(bench: &Bench, at: &[u64]) -> JoinHandle<()> {
+    let path: PathBuf = bench.file("big");
+    let places = at.to_vec();
+    std::thread::spawn(move || {
+        let file = File::options().write(true).open(path).expect("open");
+        std::thread::scope(|scope| {
+            for at in places {
+                let file = &file;
+                scope.spawn(move || {
+                    let range = at as usize..at as usize + WRITE_BYTES;
+                    let data: Vec<u8> = range.map(big_byte).collect();
+                    assert_eq!(file.write_at(&data, at).expect("write"), WRITE_BYTES);
+                });
+            }
+        });
+    })
+}
+
+fn join(what: &str, thread: JoinHandle<()>) {
+    within(what, move || thread.join()).expect("it has what it wanted");
+}
+
+fn wait_resumes(host: &Host, at_least: u64) {
+    host.wait_for("resumes", |seen| (seen.resumes >= at_least).then_some(()));
+}
+
+/// The request that hangs has come again: only then may a reply leave by the new connection.
+fn wait_repeats(host: &Host, at_least: u64) {
+    host.wait_for("the request again", |seen| (seen.repeats_running >= at_least).then_some(()));
+}
+
+/// The mount goes as any other does, and nothing is left.
+fn umount(bench: &Bench, client: Client) -> String {
+    wait_until("the unmount", || bench.umount(&[]).status.success());
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    assert_eq!(bench.host.slots_in_use(), 0);
+    bench.host.assert_no_faults();
+    stderr
+}
+
+#[test]
+fn whoever_waits_goes_on_with_the_next_connection() {
+    let cut: fn(&Host) = |host| host.cut();
+    let goodbye: fn(&Host) = |host| host.goodbye(Reason::Shutdown, "maintenance");
+    let babble: fn(&Host) = |host| host.babble();
+    for (options, fault) in
+        [("lanes=2", cut), ("lanes=1,checksum=on,spin=0", goodbye), ("lanes=2", babble)]
+    {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount(options);
+        let lanes = if options.contains("lanes=2") { 2 } else { 1 };
+        let reader = bench.cat("hang");
+        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        for round in 1..4 {
+            fault(&bench.host);
+            wait_resumes(&bench.host, round * lanes);
+            wait_repeats(&bench.host, round);
+            use_mount(&bench);
+        }
+        bench.host.answer_hanging(lane, at, 13);
+        let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
+        assert!(words.contains("Permission denied"), "{words}");
+        let status = status_of(&bench);
+        assert_eq!((&status["connected"], &status["resuming"]), (&true.into(), &false.into()));
+        assert_eq!(
+            (&status["cuts"], &status["resumes"]),
+            (&(3 * lanes).into(), &(3 * lanes).into())
+        );
+        let stderr = umount(&bench, client);
+        assert!(stderr.contains("resuming") && stderr.contains("resumed"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_request_whose_reply_was_lost_runs_once() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    use_mount(&bench);
+    // A large frame, and small ones before it: LOOKUP and OPEN.
+    bench.host.set_mood(Mood::LosesReplies);
+    let writer = write(&bench, &[0]);
+    for lost in 1..10 {
+        bench.host.wait_for("a lost reply", |seen| (seen.lost >= lost).then_some(()));
+        let writes = bench.host.wait_for("writes", |seen| Some(seen.writes));
+        bench.host.set_mood(Mood::Fair);
+        bench.host.cut();
+        bench.host.wait_for("the request again", |seen| (seen.repeats_ended >= lost).then_some(()));
+        if writes > 0 {
+            break;
+        }
+        bench.host.set_mood(Mood::LosesReplies);
+    }
+    bench.host.set_mood(Mood::Fair);
+    bench.host.cut();
+    join("the write", writer);
+    let written = bench.host.wait_for("writes", |seen| Some(seen.written));
+    assert_eq!(written, WRITE_BYTES as u64);
+    umount(&bench, client);
+}
+
+#[test]
+fn batches_are_cut_in_the_middle_both_ways() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    for (round, mood) in
+        [Mood::CutsReply, Mood::CutsRequest].into_iter().cycle().take(20).enumerate()
+    {
+        let before = bench.host.wait_for("resumes", |seen| Some(seen.resumes));
+        bench.host.set_mood(mood);
+        let writer = write(&bench, &[(round as u64 % 4) << 20]);
+        wait_resumes(&bench.host, before + 1);
+        join("the write", writer);
+    }
+    let written = bench.host.wait_for("writes", |seen| Some(seen.written));
+    assert_eq!(written, 20 << 20, "each runs once");
+    umount(&bench, client);
+}
+
+#[test]
+fn many_large_writes_are_kept() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    // Warm, so that the replies lost are those of WRITEs.
+    join("a write", write(&bench, &[0]));
+    bench.host.set_mood(Mood::LosesReplies);
+    let at: Vec<u64> = (0..24).map(|n| (n % 4) << 20).collect();
+    let writer = write(&bench, &at);
+    // Opens are lost too: cut until all are through.
+    let mut cuts = 0;
+    while !writer.is_finished() {
+        let in_use = |seen: &mut host::Seen| (seen.lost > 0).then(|| seen.lost = 0);
+        if cuts < 3 {
+            bench.host.wait_for("lost replies", in_use);
+        } else {
+            bench.host.set_mood(Mood::Fair);
+        }
+        bench.host.cut();
+        cuts += 1;
+        wait_resumes(&bench.host, cuts);
+        if cuts > 3 {
+            break;
+        }
+    }
+    join("the writes", writer);
+    let writes = bench.host.wait_for("writes", |seen| Some(seen.written));
+    assert_eq!(writes, 25 << 20, "each runs once");
+    umount(&bench, client);
+}
+
+#[test]
+fn a_refused_reconnect_is_tried_until_it_is_accepted() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.host.refuse(Some(Reason::Limit));
+    bench.host.cut();
+    bench.host.wait_for("refusals", |seen| (seen.refusals >= 4).then_some(()));
+    let status = status_of(&bench);
+    assert_eq!((&status["resuming"], &status["in_flight"]), (&true.into(), &1.into()), "{status}");
+    let text = String::from_utf8(bench.run(&["status"]).stdout).expect("text");
+    assert!(text.contains("RESUMING"), "{text}");
+    bench.host.refuse(None);
+    wait_resumes(&bench.host, 2);
+    wait_repeats(&bench.host, 1);
+    bench.host.answer_hanging(lane, at, 13);
+    assert!(!reader.wait().status.success());
+    let stderr = umount(&bench, client);
+    let tries = stderr.lines().filter(|line| line.contains("trying on")).count();
+    assert!(tries == 1 && stderr.contains("at its limit"), "told once: {stderr}");
+}
+
+#[test]
+fn killed_processes_get_out_while_it_is_cut() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let in_flight = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let hidden = bench.host.hide();
+    bench.host.cut();
+    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+    let parked = bench.cat("hello");
+    wait_until("the park", || status_of(&bench)["parked"] == 1);
+    for reader in [in_flight, parked] {
+        let killed = Instant::now();
+        reader.kill();
+        assert_eq!(reader.wait().status.signal(), Some(9));
+        assert!(killed.elapsed() < Duration::from_secs(2), "after {:?}", killed.elapsed());
+    }
+    let status = status_of(&bench);
+    assert_eq!((&status["abandoned"], &status["abandoned_total"]), (&1.into(), &1.into()));
+    drop(hidden);
+    wait_resumes(&bench.host, 2);
+    bench.host.wait_for("the ABANDON", |seen| (seen.abandons == 1).then_some(()));
+    wait_until("the slot", || status_of(&bench)["in_flight"] == 0);
+    use_mount(&bench);
+    assert_eq!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)), 0);
+    umount(&bench, client);
+}
+
+#[test]
+fn a_killed_process_gets_out_when_the_cut_comes_after_its_cancel() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    // The CANCEL is not heard.
+    bench.host.go_silent();
+    let hidden = bench.host.hide();
+    reader.kill();
+    bench.host.wait_for("the CANCEL", |seen| (seen.unheard > 0).then_some(()));
+    bench.host.cut();
+    assert_eq!(reader.wait().status.signal(), Some(9));
+    drop(hidden);
+    bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+    umount(&bench, client);
+}
+
+#[test]
+fn a_soft_mount_fails_what_waits_too_long_and_works_again_later() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2,soft,timeout=1");
+    let in_flight = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let hidden = bench.host.hide();
+    bench.host.cut();
+    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+    let parked = bench.cat("hello");
+    for reader in [in_flight, parked] {
+        let output = reader.wait();
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(words.contains("Input/output error"), "{output:?}");
+    }
+    drop(hidden);
+    wait_resumes(&bench.host, 2);
+    bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+    let path = bench.mountpoint.display().to_string();
+    assert!(bench.run(&["wait", "--resumed", &path]).status.success());
+    use_mount(&bench);
+    wait_until("the slots", || bench.host.slots_in_use() == 0);
+    let stderr = umount(&bench, client);
+    assert!(stderr.contains("(soft)"), "{stderr}");
+}
+
+#[test]
+fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let path = bench.mountpoint.display().to_string();
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    for round in 1..4 {
+        assert!(bench.run(&["reconnect", &path]).status.success());
+        let waited = bench.run(&["wait", "--resumed", "--timeout", "20", &path]);
+        assert!(waited.status.success(), "{waited:?}");
+        wait_resumes(&bench.host, 2 * round);
+        assert_eq!(status_of(&bench)["resumes"], 2 * round);
+        wait_repeats(&bench.host, round);
+    }
+    let hidden = bench.host.hide();
+    assert!(bench.run(&["reconnect", &path]).status.success());
+    let waited = bench.run(&["wait", "--resumed", "--timeout", "1", &path]);
+    assert_eq!(waited.status.code(), Some(4), "{waited:?}");
+    drop(hidden);
+    assert!(bench.run(&["wait", "--resumed", &path]).status.success());
+    wait_repeats(&bench.host, 4);
+    bench.host.answer_hanging(lane, at, 13);
+    assert!(!reader.wait().status.success());
+    let none = bench.run(&["wait", "--resumed", "/nonexistent"]);
+    assert_eq!(none.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&none.stderr).contains("no ringfs mount at"), "{none:?}");
+    assert_eq!(bench.run(&["reconnect", "/nonexistent"]).status.code(), Some(1));
+    assert_eq!(bench.run(&["wait", &path]).status.code(), Some(2));
+    umount(&bench, client);
+}
+
+#[test]
+fn forgets_are_given_back_once() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let path = bench.file("hello");
+    within("a stat", move || assert!(std::fs::metadata(path).is_ok()));
+    bench.host.set_mood(Mood::LosesReplies);
+    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+    bench.host.wait_for("a forget", |seen| seen.forgets.first().map(|f| f.nodeid));
+    bench.host.wait_for("a lost reply", |seen| (seen.lost > 0).then_some(()));
+    bench.host.set_mood(Mood::Fair);
+    bench.host.cut();
+    bench.host.wait_for("the forget again", |seen| (seen.repeats_ended > 0).then_some(()));
+    wait_until("the slot", || status_of(&bench)["in_flight"] == 0);
+    use_mount(&bench);
+    let forgets = bench.host.wait_for("forgets", |seen| Some(seen.forgets.clone()));
+    assert_eq!(forgets.iter().filter(|f| f.nodeid == 2).count(), 1, "{forgets:?}");
+    umount(&bench, client);
+}
+
+#[test]
+fn a_silent_death_is_found_by_asking() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.host.go_silent();
+    let begun = Instant::now();
+    wait_resumes(&bench.host, 1);
+    let found = begun.elapsed();
+    // 2 s (heart.rs), and what a loaded machine takes to notice.
+    assert!(found < Duration::from_secs(8), "after {found:?}");
+    wait_repeats(&bench.host, 1);
+    bench.host.answer_hanging(lane, at, 13);
+    assert!(!reader.wait().status.success());
+    let stderr = umount(&bench, client);
+    assert!(stderr.contains("silent"), "{stderr}");
+}
+
+#[test]
+fn a_slow_daemon_that_answers_pings_is_not_cut() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.host.wait_for("pings", |seen| (seen.pings >= 3).then_some(()));
+    bench.host.answer_hanging(lane, at, 13);
+    assert!(!reader.wait().status.success());
+    assert_eq!(bench.host.wait_for("resumes", |seen| Some(seen.resumes)), 0);
+    assert_eq!(umount(&bench, client), "");
+}
+
+#[test]
+fn a_mount_that_is_cut_can_be_taken_off() {
+    let by_command: fn(&Bench, &Client) = |bench, _| assert!(bench.umount(&[]).status.success());
+    let by_signal: fn(&Bench, &Client) = |_, client| client.signal(Signal::TERM);
+    for take_off in [by_command, by_signal] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount("lanes=2");
+        let hidden = bench.host.hide();
+        bench.host.cut();
+        wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+        take_off(&bench, &client);
+        let (status, stderr) = client.wait();
+        assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+        drop(hidden);
+    }
+    // With somebody inside, a second signal ends it.
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let hidden = bench.host.hide();
+    bench.host.cut();
+    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+    client.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    client.signal(Signal::TERM);
+    assert!(!reader.wait().status.success());
+    assert_eq!(client.wait().0.code(), Some(3));
+    drop(hidden);
+}
