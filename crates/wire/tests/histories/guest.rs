@@ -74,6 +74,8 @@ pub struct Guest {
     pub left: usize,
     /// Its daemon died, or another guest has the same memory.
     pub may_be_rebuilt: bool,
+    /// And what its sessions were may be forgotten.
+    pub may_run_twice: bool,
     pub rebuilds: usize,
     pub resumes: usize,
 }
@@ -102,6 +104,7 @@ impl Guest {
             answers: BTreeMap::new(),
             left,
             may_be_rebuilt: false,
+            may_run_twice: false,
             rebuilds: 0,
             resumes: 0,
         }
@@ -109,7 +112,7 @@ impl Guest {
 
     /// Its memory in another machine, where no connection is what it was.
     pub fn copy(&mut self, id: u32) -> Guest {
-        self.may_be_rebuilt = true;
+        (self.may_be_rebuilt, self.may_run_twice) = (true, true);
         let mut copy = Guest::new(id, (0, self.links.len()), self.left, self.manners);
         copy.lanes.clone_from(&self.lanes);
         (copy.ticket, copy.retry) = (self.ticket, self.retry);
@@ -117,7 +120,8 @@ impl Guest {
         copy.handles.clone_from(&self.handles);
         copy.held.clone_from(&self.held);
         copy.open.clone_from(&self.open);
-        (copy.asked, copy.may_be_rebuilt) = (self.asked, true);
+        (copy.may_be_rebuilt, copy.may_run_twice) = (true, true);
+        copy.asked = self.asked;
         copy.answers.clone_from(&self.answers);
         copy.lanes.iter_mut().for_each(|lane| lane.again.clear());
         copy
@@ -148,7 +152,11 @@ impl Guest {
     }
 
     /// At the end.
-    pub fn check(&self) -> Result<(), Fault> {
+    pub fn check(&self, truth: &Truth) -> Result<(), Fault> {
+        let twice = self.answers.keys().find(|&&tag| truth.runs_of(tag) > 1);
+        if let Some(tag) = twice.filter(|_| !self.may_run_twice) {
+            return Err(format!("{tag:x} ran in more than one session"));
+        }
         if self.answers.values().any(|&n| n != 1) || self.held != self.nodes {
             return Err(format!("guest {:x}: answers {:?}", self.id, self.answers));
         }

@@ -8,9 +8,11 @@ use ringfs_wire::batch::{Kind, RecordHeader, cancel};
 use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, welcome_flag};
 use ringfs_wire::restore::{Restore, Restores};
 use ringfs_wire::slot::SlotUse;
-use ringfs_wire::table::{Abandon, Begin, Fate, Given, SlotTable};
+use ringfs_wire::table::{Abandon, Begin, Cell, Fate, Given, Past, SlotTable, rebuild};
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use zerocopy::IntoBytes;
+use std::rc::Rc;
+use zerocopy::{FromZeros, IntoBytes};
 
 pub const EINTR: u32 = 4;
 pub const EEXIST: u32 = 17;
@@ -33,10 +35,64 @@ impl Truth {
         }
     }
 
+    fn has_run_in(&self, session: u32, request: &Record) -> bool {
+        self.ran.contains_key(&(word(&request.body, 0), session))
+    }
+
     /// In how many sessions it has run.
     pub fn runs_of(&self, tag: u64) -> usize {
         self.ran.range((tag, 0)..=(tag, u32::MAX)).count()
     }
+}
+
+/// A table's cells, whose bytes stay when the daemon is gone, as in a file that is mapped.
+struct Memory {
+    cells: Box<[Cell]>,
+    file: Rc<RefCell<Vec<u8>>>,
+}
+
+type Table = SlotTable<Memory>;
+type File = Rc<RefCell<Vec<u8>>>;
+
+impl Memory {
+    fn new(file: &File) -> Memory {
+        let mut cells: Box<[Cell]> = (0..SLOTS).map(|_| Cell::new_zeroed()).collect();
+        let bytes = file.borrow();
+        if !bytes.is_empty() {
+            cells.as_mut_bytes().copy_from_slice(&bytes);
+        }
+        Memory { cells, file: Rc::clone(file) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let bytes = &mut *self.file.borrow_mut();
+        bytes.clear();
+        bytes.extend_from_slice(self.cells.as_mut_bytes());
+    }
+}
+
+impl AsRef<[Cell]> for Memory {
+    fn as_ref(&self) -> &[Cell] {
+        &self.cells
+    }
+}
+
+impl AsMut<[Cell]> for Memory {
+    fn as_mut(&mut self) -> &mut [Cell] {
+        &mut self.cells
+    }
+}
+
+/// What a daemon leaves of a session.
+#[derive(Clone)]
+struct State {
+    id: u32,
+    ticket: Ticket,
+    unused: Option<(Ticket, u16)>,
+    /// Of each connection's lanes.
+    files: Vec<Vec<File>>,
 }
 
 struct Newcomer {
@@ -61,11 +117,13 @@ struct Running {
     lane: u8,
     at: SlotUse,
     request: Record,
+    /// Of one that a dead daemon had: running, or done with this reply.
+    done: Option<Option<Vec<u8>>>,
     result: Option<(u32, Vec<u8>)>,
 }
 
 struct Conn {
-    lanes: Vec<SlotTable>,
+    lanes: Vec<Table>,
     known: bool,
     link: Option<Link>,
     running: Vec<Running>,
@@ -88,6 +146,8 @@ pub struct Session {
     pub handles: BTreeSet<u64>,
     fh_max: u64,
     conns: Vec<Conn>,
+    files: Vec<Vec<File>>,
+    was_adopted: bool,
     ended: bool,
 }
 
@@ -95,6 +155,8 @@ pub struct Session {
 pub struct Daemon {
     sessions: Vec<Session>,
     greeting: Vec<(usize, End)>,
+    /// The state directory.
+    states: Vec<State>,
 }
 
 impl Daemon {
@@ -104,9 +166,16 @@ impl Daemon {
     }
 
     /// It dies: whatever it had is gone, but what it wrote.
-    pub fn kill(&mut self, net: &mut Net) {
+    pub fn kill(&mut self, net: &mut Net, keeps_state: bool) {
         for at in 0..self.sessions.len() {
-            self.end_session(at, net);
+            if !self.sessions[at].ended {
+                let session = &self.sessions[at];
+                self.states.extend(session.is_ready.then(|| session.state()));
+                self.end_session(at, net);
+            }
+        }
+        if !keeps_state {
+            self.states.clear();
         }
         for (pipe, end) in std::mem::take(&mut self.greeting) {
             net.close(pipe, end, Way::Up);
@@ -159,6 +228,10 @@ impl Daemon {
     fn end_session(&mut self, at: usize, net: &mut Net) {
         let session = &mut self.sessions[at];
         session.ended = true;
+        if session.was_adopted && !session.is_ready {
+            // Nothing was done: the next try finds it as it was.
+            self.states.push(session.state());
+        }
         for conn in &mut session.conns {
             conn.running.clear();
             if let Some(link) = conn.link.take() {
@@ -228,20 +301,47 @@ impl Daemon {
     /// A session of its own, made anew from the guest's memory if it had one.
     fn open(&mut self, newcomer: Newcomer, (lanes, conns): (u16, u16), net: &mut Net) {
         let is_rebuilt = newcomer.ticket != Ticket::NONE;
-        let table = if is_rebuilt { SlotTable::rebuilt } else { SlotTable::new };
+        let ticket = newcomer.ticket;
+        let state = self.states.iter().position(|state| {
+            state.ticket == ticket || state.unused.is_some_and(|(unused, _)| unused == ticket)
+        });
+        let state = state.map(|at| self.states.swap_remove(at));
+        let was_adopted = state.is_some();
+        let lanes_of = |c: u16| (c..lanes).step_by(usize::from(conns));
+        let files: Vec<Vec<File>> = match &state {
+            Some(state) => state.files.clone(),
+            None => (0..conns).map(|c| lanes_of(c).map(|_| File::default()).collect()).collect(),
+        };
+        let table = |file: &File| match (was_adopted, is_rebuilt) {
+            (true, _) => SlotTable::adopt(Memory::new(file)),
+            (false, is_rebuilt) => {
+                let mut memory = Memory::new(file);
+                if is_rebuilt {
+                    rebuild(&mut memory.cells);
+                }
+                SlotTable::of(memory)
+            }
+        };
         let conn = |c: u16| Conn {
-            lanes: (c..lanes).step_by(usize::from(conns)).map(|_| table(SLOTS)).collect(),
+            lanes: files[usize::from(c)].iter().map(table).collect(),
             known: false,
             link: None,
             running: Vec::new(),
             waiting: None,
             half: VecDeque::new(),
         };
+        let fresh = net.ticket();
+        // Where there is a state the ticket is one that is not known to have arrived.
+        let (ticket, unused) = match &state {
+            Some(_) => (ticket, Some((fresh, newcomer.conn))),
+            None => (fresh, None),
+        };
+        let conns = (0..conns).map(conn).collect();
         self.sessions.push(Session {
-            id: net.number() as u32,
+            id: state.map_or_else(|| net.number() as u32, |state| state.id),
             guest: newcomer.guest,
-            ticket: net.ticket(),
-            unused: None,
+            ticket,
+            unused,
             joined: BTreeSet::new(),
             is_rebuilt,
             is_ready: !is_rebuilt,
@@ -249,12 +349,13 @@ impl Daemon {
             nodes: BTreeMap::new(),
             handles: BTreeSet::new(),
             fh_max: 0,
-            conns: (0..conns).map(conn).collect(),
+            conns,
+            files,
+            was_adopted,
             ended: false,
         });
         let at = self.sessions.len() - 1;
-        let ticket = self.sessions[at].ticket;
-        self.welcome(at, Newcomer { ticket, ..newcomer }, false, net);
+        self.greet_back(at, newcomer, fresh, welcome_flag::REBUILD * u32::from(is_rebuilt), net);
     }
 
     fn meet(&mut self, at: usize, newcomer: Newcomer, net: &mut Net) {
@@ -327,20 +428,34 @@ impl Daemon {
             let lanes = self.sessions[at].conns.iter().map(|conn| conn.lanes.len() as u16).sum();
             return self.open(newcomer, (lanes, conns), net);
         }
+        let session = &self.sessions[at];
+        let fresh = session.unused.filter(|_| resumes).map_or(newcomer.ticket, |(fresh, _)| fresh);
+        let flags = match (resumes, session.is_rebuilt) {
+            (true, _) => welcome_flag::RESUMED,
+            (false, true) => welcome_flag::REBUILD,
+            (false, false) => 0,
+        };
+        self.greet_back(at, newcomer, fresh, flags, net);
+    }
+
+    fn greet_back(
+        &mut self,
+        at: usize,
+        newcomer: Newcomer,
+        fresh: Ticket,
+        flags: u32,
+        net: &mut Net,
+    ) {
         let session = &mut self.sessions[at];
-        let Newcomer { pipe, mut end, ticket, conn, guest } = newcomer;
-        let fresh = session.unused.filter(|_| resumes).map_or(ticket, |(fresh, _)| fresh);
+        let Newcomer { pipe, mut end, conn, guest, .. } = newcomer;
+        session.joined.insert(conn);
         let welcome = Welcome {
             version: 1,
             lanes: session.conns.iter().map(|conn| conn.lanes.len() as u16).sum(),
             slots: SLOTS,
             conns: session.conns.len() as u16,
             ticket: fresh,
-            flags: match (resumes, session.is_rebuilt) {
-                (true, _) => welcome_flag::RESUMED,
-                (false, true) => welcome_flag::REBUILD,
-                (false, false) => 0,
-            },
+            flags,
             ..Welcome::default()
         };
         net.say(|| format!("host: guest {guest:x} conn {conn}: {:?}", welcome.flags));
@@ -387,7 +502,7 @@ impl Daemon {
         }
         net.close(link.pipe, link.end, Way::Up);
         if !net.is_planted(Plant::TableNotCut) {
-            conn.lanes.iter_mut().for_each(SlotTable::cut);
+            conn.lanes.iter_mut().for_each(Table::cut);
         }
         net.say(|| format!("host: connection {at}.{c} is detached"));
         let waiting = conn.waiting.take();
@@ -427,8 +542,16 @@ impl Daemon {
                 let opcode = if kind == Kind::Forget { Opcode::Forget as u32 } else { header.code };
                 let begun = table.begin(use_of, opcode).map_err(refused)?;
                 net.say(|| format!("host: {at}.{c} {use_of:?} {begun:?}"));
+                let mut done = None;
                 let run = match begun {
                     Begin::Execute => true,
+                    Begin::Decide => {
+                        done = match table.past(use_of).ok_or("nothing to decide")? {
+                            Past::Running => Some(None),
+                            Past::Done(reply) => Some(Some(reply.to_vec())),
+                        };
+                        true
+                    }
                     Begin::Running => false,
                     Begin::Replay => {
                         let (errno, body) = table.kept(use_of).ok_or("nothing is kept")?;
@@ -443,7 +566,8 @@ impl Daemon {
                 };
                 if run {
                     let lane = header.lane;
-                    let running = Running { lane, at: use_of, request: record, result: None };
+                    let result = None;
+                    let running = Running { lane, at: use_of, request: record, done, result };
                     session.conns[c].running.push(running);
                 }
             }
@@ -490,7 +614,13 @@ impl Daemon {
             return Ok(());
         }
         let request = session.conns[c].running[n].request.clone();
-        let result = session.perform(&request, truth)?;
+        let is_done = match &session.conns[c].running[n].done {
+            None => false,
+            Some(Some(_)) => true,
+            // As somebody would find who looks.
+            Some(None) => truth.has_run_in(session.id, &request),
+        };
+        let result = session.perform(&request, truth, is_done)?;
         net.say(|| format!("host: {at}.{c} {:?} ran: {}", request.at(), result.0));
         session.conns[c].running[n].result = Some(result);
         Ok(())
@@ -507,7 +637,7 @@ impl Daemon {
         if conn.running[n].result.is_none() {
             return Ok(());
         }
-        let Running { lane, at: use_of, request, result } = conn.running.swap_remove(n);
+        let Running { lane, at: use_of, request, result, .. } = conn.running.swap_remove(n);
         let (errno, body) = result.unwrap_or_default();
         let table = &mut conn.lanes[usize::from(lane) / conns];
         let fate = table.finish(use_of, errno, &body).map_err(|error| error.to_string())?;
@@ -533,7 +663,7 @@ impl Daemon {
     pub fn check(&self) -> Result<(), Fault> {
         for conn in self.sessions.iter().flat_map(|session| &session.conns) {
             let slots = conn.lanes.len() * usize::from(SLOTS);
-            let in_use: usize = conn.lanes.iter().map(SlotTable::in_use).sum();
+            let in_use: usize = conn.lanes.iter().map(Table::in_use).sum();
             if in_use > slots || conn.running.len() > slots {
                 return Err(format!("{in_use} slots in use of {slots}"));
             }
@@ -586,6 +716,11 @@ pub fn word(body: &[u8], n: usize) -> u64 {
 impl Session {
     fn has(&self, ticket: Ticket) -> bool {
         self.ticket == ticket || self.unused.is_some_and(|(unused, _)| unused == ticket)
+    }
+
+    fn state(&self) -> State {
+        let Session { id, ticket, unused, .. } = *self;
+        State { id, ticket, unused, files: self.files.clone() }
     }
 
     /// A ticket has arrived: all others are a clone's.
@@ -666,10 +801,18 @@ impl Session {
         abi::OpenOut { fh: self.fh_max, open_flags: tag as u32, ..Default::default() }
     }
 
-    fn perform(&mut self, request: &Record, truth: &mut Truth) -> Result<(u32, Vec<u8>), Fault> {
+    /// Runs a request, or, where it was done before, gives again what it gave.
+    fn perform(
+        &mut self,
+        request: &Record,
+        truth: &mut Truth,
+        is_done: bool,
+    ) -> Result<(u32, Vec<u8>), Fault> {
         let (tag, arg) = (word(&request.body, 0), word(&request.body, 1));
         if request.header.kind == Kind::Forget as u8 {
-            truth.runs(self.id, tag)?;
+            if !is_done {
+                truth.runs(self.id, tag)?;
+            }
             for n in 1..request.body.len() / 16 + 1 {
                 let (id, count) = (word(&request.body, 2 * n - 1), word(&request.body, 2 * n));
                 if id != 0 {
@@ -679,7 +822,7 @@ impl Session {
             return Ok((0, Vec::new()));
         }
         let opcode = Opcode::from_u32(request.header.code).ok_or("an unknown opcode")?;
-        if !opcode.may_rerun() {
+        if !opcode.may_rerun() && !is_done {
             truth.runs(self.id, tag)?;
         }
         let made = 1000 + (tag >> 32) * 100_000 + (tag & 0xffff);
@@ -687,7 +830,7 @@ impl Session {
         match opcode {
             Opcode::Getattr | Opcode::Write => body.extend_from_slice(&tag.to_le_bytes()),
             Opcode::Mkdir | Opcode::Create => {
-                if !truth.made.insert(tag) {
+                if !is_done && !truth.made.insert(tag) {
                     return Ok((EEXIST, body));
                 }
                 body.extend_from_slice(self.entry(made, tag).as_bytes());

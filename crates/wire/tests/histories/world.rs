@@ -151,6 +151,7 @@ struct Plan {
     kills: usize,
     reaps: usize,
     damage: usize,
+    keeps_state: bool,
 }
 
 impl Plan {
@@ -163,6 +164,7 @@ impl Plan {
             kills: often(3, 15),
             reaps: often(8, 10),
             damage: often(4, 10),
+            keeps_state: often(2, 2) > 0,
             steps: 150 + often(1, 350),
         }
     }
@@ -253,14 +255,20 @@ impl World<'_> {
                 seen.clones += 1;
             }
             if kill {
-                self.net.say(|| "-- the daemon is killed".into());
-                self.guests.iter_mut().for_each(|guest| guest.may_be_rebuilt = true);
-                self.daemon.kill(&mut self.net);
+                let keeps = plan.keeps_state;
+                self.net.say(|| format!("-- the daemon is killed; its state stays: {keeps}"));
+                for guest in &mut self.guests {
+                    guest.may_be_rebuilt = true;
+                    guest.may_run_twice |= !keeps;
+                }
+                self.daemon.kill(&mut self.net, keeps);
                 seen.kills += 1;
             }
             if reap && self.daemon.reap(&mut self.net) {
                 self.net.say(|| "-- a session is over".into());
-                self.guests.iter_mut().for_each(|guest| guest.may_be_rebuilt = true);
+                for guest in &mut self.guests {
+                    (guest.may_be_rebuilt, guest.may_run_twice) = (true, true);
+                }
                 seen.reaped += 1;
             }
             self.daemon.check()?;
@@ -306,7 +314,7 @@ impl World<'_> {
     fn end(self) -> Result<(), Fault> {
         self.daemon.check()?;
         for guest in &self.guests {
-            guest.check()?;
+            guest.check(&self.truth)?;
             let session =
                 self.daemon.session_of(guest.ticket).ok_or("a guest without a session")?;
             if (&session.nodes, &session.handles) != (&guest.nodes, &guest.handles) {
