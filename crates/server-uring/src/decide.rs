@@ -227,12 +227,9 @@ impl Fs {
     ) -> Result<Verdict, Errno> {
         let name = made_name(opcode, request)?;
         let now = self.named(request.nodeid, name)?;
-        let before = match intent.target {
-            Some(before) => before.ino != 0,
-            None if now.ino != 0 && now.born == 0 => return Ok(Verdict::Unknown),
-            None => now.born < intent.when,
-        };
-        if now.ino == 0 || before {
+        // A file that is older was moved there. Only this host's clock can be compared.
+        let older = self.local && now.born != 0 && now.born < intent.when;
+        if now.ino == 0 || intent.target.ino != 0 || older {
             return Ok(Verdict::NotRun);
         }
         let given = self.give_made(opcode, request, name, now, out, |found| {
@@ -319,8 +316,7 @@ impl Fs {
     ) -> Result<Verdict, Errno> {
         let name = made_name(Opcode::Link, request)?;
         let now = self.named(request.nodeid, name)?;
-        let before = intent.target.is_none_or(|before| before.ino != 0);
-        if before || now.ino != intent.other.ino {
+        if intent.target.ino != 0 || now.ino != intent.other.ino {
             return Ok(Verdict::NotRun);
         }
         let given = self.give_made(Opcode::Link, request, name, now, out, |_| {
@@ -331,7 +327,7 @@ impl Fs {
 
     /// Gone, or another file has the name.
     fn was_removed(&self, request: &Request<'_>, intent: &Intent) -> Result<Verdict, Errno> {
-        let Some(before) = intent.target else { return Ok(Verdict::Unknown) };
+        let before = intent.target;
         let now = self.named(request.nodeid, name_alone(request.args)?)?;
         let there = before.ino == 0 || now == before;
         Ok(if there { Verdict::NotRun } else { Verdict::Done(0) })
@@ -343,8 +339,7 @@ impl Fs {
         request: &Request<'_>,
         intent: &Intent,
     ) -> Result<Verdict, Errno> {
-        let Some(from) = intent.target else { return Ok(Verdict::Unknown) };
-        let to = intent.other;
+        let (from, to) = (intent.target, intent.other);
         let Moved { newdir, flags, old, new } = Moved::of(opcode, request)?;
         let now = (self.named(request.nodeid, old)?, self.named(newdir, new)?);
         let exchange = flags & libc::RENAME_EXCHANGE != 0;

@@ -6,7 +6,7 @@
 //! which, and where.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -146,8 +146,6 @@ pub struct Fs {
     pub(crate) local: bool,
     /// What reads and writes of this file system wait for.
     pub(crate) waits: Waits,
-    /// Its files have a time of birth.
-    pub(crate) has_births: bool,
     /// INIT flags in force.
     pub(crate) negotiated: AtomicU64,
     /// The daemon's own supplementary groups must not be lent to a guest's user.
@@ -229,7 +227,6 @@ impl Fs {
         let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;
         // "/." makes the last step of the path a directory, which O_NOFOLLOW does not refuse.
         let path = format!("/proc/self/fd/{}/.", root.as_raw_fd());
-        let has_births = has_births(root.as_fd());
         let backend = Backend::new(Path::new(&path), options.xattr).map_err(FsError::Backend)?;
         let backend = Arc::new(backend);
         self_test(&backend, &root_stat).map_err(FsError::SelfTest)?;
@@ -250,7 +247,6 @@ impl Fs {
             // What is mounted below may be of another kind: then nothing is taken for granted.
             local: kind.is_local() && !merged,
             waits: if merged { Waits::Maybe } else { waits(kind) },
-            has_births,
             negotiated: AtomicU64::new(0),
             has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),
             devices: RwLock::new(Vec::new()),
@@ -441,11 +437,6 @@ fn waits(kind: FsKind) -> Waits {
         }
         FsKind::Network | FsKind::Fuse | FsKind::Other(_) => Waits::Maybe,
     }
-}
-
-fn has_births(root: BorrowedFd<'_>) -> bool {
-    let seen = rustix::fs::statx(root, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME);
-    seen.is_ok_and(|seen| seen.stx_mask & StatxFlags::BTIME.bits() != 0)
 }
 
 /// Opens the root by the trick and compares identities: it must be the very same directory.

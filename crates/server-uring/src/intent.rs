@@ -4,9 +4,9 @@
 //! Written before the call, by the thread that makes it. Invariants: a call that has an intent is
 //! made only when that is whole, so where there is none the call was not made; what cannot be
 //! looked up is noted as unknown, never left out. Cost: none for what may run again (READ, GETATTR,
-//! LOOKUP, a WRITE at an offset, ...); the clock, which is no system call, for what makes a name;
-//! one statx for each name that is taken away or moved, one fstat for an append, one getxattr for
-//! SETXATTR with XATTR_CREATE and for REMOVEXATTR.
+//! LOOKUP, a WRITE at an offset, ...); one statx for each name that is made, taken away or moved,
+//! and for the file of a LINK; one fstat for an append; one getxattr for SETXATTR with XATTR_CREATE
+//! and for REMOVEXATTR. The clock is read without a system call.
 
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -45,8 +45,8 @@ pub struct Intent {
     pub known: bool,
     /// The clock that the host's file system stamps births with, before.
     pub when: Nanos,
-    /// What the name led to (RENAME: the old name), where that was asked for.
-    pub target: Option<Named>,
+    /// What the name led to; RENAME: the old name.
+    pub target: Named,
     /// RENAME: what the new name led to. LINK: the file.
     pub other: Named,
     /// Append: the length of the file. Extended attributes: 1 where there was one.
@@ -60,8 +60,8 @@ pub struct Intent {
 ///  | stamp | when | target ino | its birth | other ino | its birth | size | spare |
 /// ```
 ///
-/// The stamp, from the lowest bit: seq 32, opcode 8, known 1, target asked for 1, written 1. It is
-/// 0 while the rest is written.
+/// The stamp, from the lowest bit: seq 32, opcode 8, known 1, written 1. It is 0 while the rest is
+/// written.
 #[repr(C)]
 #[derive(FromBytes, IntoBytes, KnownLayout)]
 pub struct IntentCell {
@@ -72,27 +72,20 @@ pub struct IntentCell {
 const _: () = assert!(size_of::<IntentCell>() == 64);
 
 const KNOWN: u64 = 1 << 40;
-const ASKED: u64 = 1 << 41;
-const WRITTEN: u64 = 1 << 42;
+const WRITTEN: u64 = 1 << 41;
 
 impl IntentCell {
     /// Of use `seq` of the slot.
     pub fn write(&self, seq: u32, intent: &Intent) {
-        self.stamp.store(0, Ordering::Relaxed);
-        let target = intent.target.unwrap_or_default();
-        let (other, size) = (intent.other, intent.size);
-        let words = [intent.when, target.ino, target.born, other.ino, other.born, size];
-        for (to, word) in self.words.iter().zip(words) {
-            // Behind the stamp's 0, in the order of instructions.
-            to.store(word, Ordering::Release);
+        for (n, word) in stores(seq, intent) {
+            self.store(n, word);
         }
-        let bit = |bit, set| if set { bit } else { 0 };
-        let stamp = u64::from(seq)
-            | u64::from(intent.opcode & 0xff) << 32
-            | bit(KNOWN, intent.known)
-            | bit(ASKED, intent.target.is_some())
-            | WRITTEN;
-        self.stamp.store(stamp, Ordering::Release);
+    }
+
+    /// In the order of instructions: a Release store comes after all that were before.
+    fn store(&self, n: usize, word: u64) {
+        let to = if n == 0 { Some(&self.stamp) } else { self.words.get(n - 1) };
+        to.into_iter().for_each(|to| to.store(word, Ordering::Release));
     }
 
     /// `None` where that of use `seq` is not there, or not whole.
@@ -107,11 +100,23 @@ impl IntentCell {
             opcode: (stamp >> 32) as u32 & 0xff,
             known: stamp & KNOWN != 0,
             when,
-            target: (stamp & ASKED != 0).then_some(Named { ino, born }),
+            target: Named { ino, born },
             other: Named { ino: other, born: other_born },
             size,
         })
     }
+}
+
+/// What is stored where, in 8 bytes each: at any instruction the cell is that of the use before,
+/// none, or whole.
+fn stores(seq: u32, intent: &Intent) -> [(usize, u64); 8] {
+    let Intent { target, other, size, .. } = *intent;
+    let known = if intent.known { KNOWN } else { 0 };
+    let stamp = u64::from(seq) | u64::from(intent.opcode & 0xff) << 32 | known | WRITTEN;
+    let [before, after] = [(0, 0), (0, stamp)];
+    let files = [(2, target.ino), (3, target.born), (4, other.ino), (5, other.born)];
+    let [a, b, c, d] = files;
+    [before, (1, intent.when), a, b, c, d, (6, size), after]
 }
 
 /// Whether requests of this kind have an intent. WRITE has where its file appends: a shard that has
@@ -168,18 +173,14 @@ impl Fs {
     ) -> Result<Option<Intent>, Errno> {
         let known = Intent { known: true, ..unknown };
         let intent = match opcode {
-            // A birth since then tells who made it. Where there are none, whether it was there.
+            // A time of birth would not tell: the clock of inodes stands still for milliseconds.
             Opcode::Mkdir | Opcode::Mknod | Opcode::Symlink | Opcode::Create => {
-                let name = made_name(opcode, request)?;
-                let target = match self.tells_births() {
-                    true => None,
-                    false => Some(self.named(request.nodeid, name)?),
-                };
+                let target = self.named(request.nodeid, made_name(opcode, request)?)?;
                 Intent { target, ..known }
             }
             Opcode::Link => {
                 let (link, rest): (abi::LinkIn, _) = request.head_rest()?;
-                let target = Some(self.named(request.nodeid, name_alone(rest)?)?);
+                let target = self.named(request.nodeid, name_alone(rest)?)?;
                 let node = self.nodes.find(link.oldnodeid)?;
                 let stat = match node.backing()? {
                     Backing::Crate(inode) => self.backend.getattr(inode)?,
@@ -188,12 +189,12 @@ impl Fs {
                 Intent { target, other: Named { ino: stat.ino, born: 0 }, ..known }
             }
             Opcode::Unlink | Opcode::Rmdir => {
-                let target = Some(self.named(request.nodeid, name_alone(request.args)?)?);
+                let target = self.named(request.nodeid, name_alone(request.args)?)?;
                 Intent { target, ..known }
             }
             Opcode::Rename | Opcode::Rename2 => {
                 let Moved { newdir, old, new, .. } = Moved::of(opcode, request)?;
-                let target = Some(self.named(request.nodeid, old)?);
+                let target = self.named(request.nodeid, old)?;
                 Intent { target, other: self.named(newdir, new)?, ..known }
             }
             Opcode::Setxattr => {
@@ -209,17 +210,13 @@ impl Fs {
                 Intent { size: self.has_xattr(request.nodeid, name)?.into(), ..known }
             }
             Opcode::Write => {
+                self.open_named(opcode, request)?;
                 let file = io::written(self, request)?;
                 return Ok(file.append.then(|| of_append(&file)));
             }
             _ => return Ok(None),
         };
         Ok(Some(intent))
-    }
-
-    /// Births are told, and by the clock of this host.
-    pub(crate) fn tells_births(&self) -> bool {
-        self.local && self.has_births
     }
 
     /// What a name leads to now.
@@ -295,5 +292,40 @@ impl<'a> Moved<'a> {
         };
         let (old, new) = name_pair(rest)?;
         Ok(Moved { newdir, flags, old, new })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zerocopy::FromZeros;
+
+    #[test]
+    fn a_daemon_killed_at_any_store_leaves_no_half_intent() {
+        let named = |ino| Named { ino, born: ino + 1 };
+        let make = |n| Intent {
+            opcode: Opcode::Rename2 as u32,
+            known: n % 2 == 0,
+            when: n,
+            target: named(n + 10),
+            other: named(n + 20),
+            size: n + 30,
+        };
+        let cell = IntentCell::new_zeroed();
+        assert_eq!(cell.read(0), None, "never written");
+        let (old, new) = (make(100), make(201));
+        cell.write(0, &old);
+        assert_eq!((cell.read(0), cell.read(1)), (Some(old), None));
+        // The same use again: a daemon has found that it had not run.
+        for seq in [1, 0] {
+            cell.write(0, &old);
+            let stores = stores(seq, &new);
+            for (n, &(at, word)) in stores.iter().enumerate() {
+                cell.store(at, word);
+                let whole = n + 1 == stores.len();
+                assert_eq!(cell.read(seq), whole.then_some(new), "{seq}: store {n}");
+                assert!(cell.read(1 - seq).is_none());
+            }
+        }
     }
 }

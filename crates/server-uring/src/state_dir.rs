@@ -28,6 +28,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
+use crate::accept::Address;
 use crate::decide::Claims;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::intent::{Intent, IntentCell};
@@ -73,6 +74,72 @@ pub enum StateError {
     /// A session's file cannot be made.
     #[error("cannot make a session's file in the state directory")]
     Create(#[source] Errno),
+}
+
+/// Which directory, as `--state-dir` says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum StateOption {
+    /// One of this daemon's listeners below /run, if it can be made.
+    #[default]
+    Default,
+    /// None: what ran when the daemon is killed nobody knows.
+    None,
+    /// This one.
+    At(PathBuf),
+}
+
+const DEFAULT_ABOVE: &str = "/run/ringfsd";
+
+impl std::str::FromStr for StateOption {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<StateOption, &'static str> {
+        match text {
+            "" => Err("a directory, or none"),
+            "none" => Ok(StateOption::None),
+            path => Ok(StateOption::At(path.into())),
+        }
+    }
+}
+
+impl StateOption {
+    /// Opens it. By default the daemon that listens where this one does, after it, has the same,
+    /// and others have another. Without a default one it goes on, and says so.
+    ///
+    /// # Errors
+    /// See [`StateError`]: a directory that was asked for.
+    pub fn open(
+        &self,
+        listen: &[Address],
+        grace: Duration,
+    ) -> Result<Option<StateDir>, StateError> {
+        let path = match self {
+            StateOption::None => return Ok(None),
+            StateOption::At(path) => return StateDir::open(path, grace).map(Some),
+            StateOption::Default => default_below(Path::new(DEFAULT_ABOVE), listen),
+        };
+        match path.and_then(|path| StateDir::open(&path, grace)) {
+            Ok(state) => Ok(Some(state)),
+            Err(error) => {
+                let why = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, why, "no state directory: were this daemon killed, requests \
+                    that were running then would run again");
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Named by the listeners, which no two daemons share.
+fn default_below(above: &Path, listen: &[Address]) -> Result<PathBuf, StateError> {
+    let mut names: Vec<_> = listen.iter().map(ToString::to_string).collect();
+    names.sort();
+    let hash = sha256(names.join("\n").as_bytes());
+    let name: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    match rustix::fs::mkdir(above, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => Ok(above.join(name)),
+        Err(source) => Err(StateError::Open { path: above.to_owned(), source }),
+    }
 }
 
 /// What a session is, and must be again where another daemon goes on with it.
@@ -424,6 +491,13 @@ impl StateDir {
         Some(StateFile::new(Arc::clone(&self.shared), name, opened, terms, true))
     }
 
+    /// Takes back a file whose session was not rebuilt after all: the guest will ask for it again.
+    pub fn give_back(&self, file: &StateFile) {
+        let Some(header) = file.header.as_ref().first() else { return };
+        let tickets = header.tickets().collect();
+        self.lock().push(Left { name: file.name.clone(), at: now_secs(), tickets });
+    }
+
     /// A file that is wholly one of ours, and what it says that it is of.
     fn map(&self, name: &CStr) -> Option<(Opened, StateTerms)> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -660,5 +734,277 @@ impl AsMut<[Cell]> for Cells {
             Cells::Owned(cells) => cells,
             Cells::Mapped(mapped) => mapped.part.as_mut().map_or(&mut [], Part::as_mut),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfs_wire::abi::Opcode;
+    use ringfs_wire::table::Begin;
+    use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+
+    const GRACE: Duration = Duration::from_secs(600);
+    const MKDIR: u32 = Opcode::Mkdir as u32;
+    const AT: SlotUse = SlotUse { slot: 3, seq: 0 };
+
+    fn terms() -> StateTerms {
+        StateTerms { share: "share".into(), subdir: b"a/b".into(), lanes: 3, slots: 5, conns: 2 }
+    }
+
+    fn ticket(n: u8) -> Ticket {
+        Ticket([n; 16])
+    }
+
+    /// What a test leaves alone: other tests may fork.
+    fn open(path: &Path) -> StateDir {
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        loop {
+            match StateDir::open(path, GRACE) {
+                Err(StateError::InUse { .. }) if std::time::Instant::now() < until => {
+                    std::thread::yield_now();
+                }
+                opened => return opened.expect("a state directory"),
+            }
+        }
+    }
+
+    fn place() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state");
+        (dir, path)
+    }
+
+    /// The only session's file.
+    fn only(path: &Path) -> PathBuf {
+        let files = std::fs::read_dir(path).expect("list").flatten().map(|entry| entry.path());
+        let mut files = files.filter(|path| path.extension().is_some_and(|ext| ext == "session"));
+        let one = files.next().expect("a file");
+        assert!(files.next().is_none());
+        one
+    }
+
+    #[test]
+    fn what_a_killed_daemon_wrote_the_next_one_reads() {
+        let (_dir, path) = place();
+        let state = open(&path);
+        let file = state.create(&terms(), ticket(1), false).expect("a file");
+        assert!(!file.adopted && state.left() == 0);
+        let mut tables: Vec<_> = (0..3).map(|lane| file.table(lane)).collect();
+        let intent = Intent { opcode: MKDIR, known: true, when: 77, ..Intent::default() };
+        for (lane, table) in tables.iter_mut().enumerate() {
+            assert_eq!(table.begin(AT, MKDIR), Ok(Begin::Execute));
+            file.intend(lane as u8, AT, &Intent { size: lane as u64, ..intent });
+        }
+        assert!(tables[1].finish(AT, 17, &[]).is_ok());
+        drop((tables, file, state));
+        let state = open(&path);
+        assert_eq!(state.left(), 1);
+        assert!(state.adopt(ticket(2), &terms()).is_none());
+        let file = state.adopt(ticket(1), &terms()).expect("the file");
+        assert!(file.adopted && state.left() == 0);
+        assert!(state.adopt(ticket(1), &terms()).is_none(), "twice");
+        for (lane, expected) in
+            [Begin::Decide, Begin::Replay, Begin::Decide].into_iter().enumerate()
+        {
+            let lane = lane as u8;
+            assert_eq!(file.table(lane).begin(AT, MKDIR), Ok(expected));
+            let size = u64::from(lane);
+            assert_eq!(file.intended(lane, AT), Some(Intent { size, ..intent }));
+            assert_eq!(file.intended(lane, SlotUse { seq: 1, ..AT }), None);
+            assert_eq!(file.intended(lane, SlotUse { slot: 2, ..AT }), None);
+        }
+        assert!(
+            file.intent(3, AT).is_none() && file.intent(0, SlotUse { slot: 5, seq: 0 }).is_none()
+        );
+        file.remove();
+        drop((file, state));
+        assert_eq!(open(&path).left(), 0);
+    }
+
+    #[test]
+    fn a_table_that_was_dropped_can_be_had_again() {
+        let (_dir, path) = place();
+        let state = open(&path);
+        let file = state.create(&terms(), ticket(1), true).expect("a file");
+        let far = SlotUse { slot: 0, seq: 900 };
+        // Rebuilt: the guest knows how often a slot was used.
+        assert_eq!(file.table(0).begin(far, MKDIR), Ok(Begin::Execute));
+        assert_eq!(file.table(0).begin(far, MKDIR), Ok(Begin::Decide));
+        let mut own = Cells::table(1, true);
+        assert_eq!(own.begin(far, MKDIR), Ok(Begin::Execute));
+        let mut own = Cells::table(1, false);
+        assert!(own.begin(far, MKDIR).is_err());
+    }
+
+    #[test]
+    fn tickets_rotate() {
+        let check = |story: &[(u8, Option<u8>)], good: &[u8]| {
+            let (_dir, path) = place();
+            let state = open(&path);
+            let file = state.create(&terms(), ticket(1), false).expect("a file");
+            for &(used, unused) in story {
+                file.set_tickets(ticket(used), unused.map(ticket));
+            }
+            drop((file, state));
+            for n in 1..6 {
+                let state = open(&path);
+                let left: Vec<_> =
+                    state.lock().iter().flat_map(|one| one.tickets.clone()).collect();
+                assert_eq!(left.contains(&hash_of(ticket(n))), good.contains(&n), "{story:?}: {n}");
+            }
+        };
+        check(&[], &[1]);
+        check(&[(1, Some(2))], &[1, 2]);
+        check(&[(1, Some(2)), (1, Some(3))], &[1, 3]);
+        check(&[(1, Some(2)), (2, None)], &[2]);
+        check(&[(1, Some(2)), (2, Some(3)), (3, Some(4)), (3, Some(5))], &[3, 5]);
+    }
+
+    #[test]
+    fn each_set_of_listeners_has_its_own_directory() {
+        let (_dir, path) = place();
+        let listen = |texts: &[&str]| -> Vec<Address> {
+            texts.iter().map(|text| text.parse().expect("an address")).collect()
+        };
+        let below = |texts: &[&str]| default_below(&path, &listen(texts)).expect("a path");
+        let both = below(&["unix:/run/a", "vsock:5640"]);
+        assert_eq!(both, below(&["vsock:5640", "unix:/run/a"]));
+        assert!(both != below(&["unix:/run/a"]) && both.starts_with(&path));
+        assert_eq!(open(&both).left(), 0);
+        let at = StateOption::At(both.clone());
+        assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
+        assert_eq!(("none".parse(), "".parse::<StateOption>().ok()), (Ok(StateOption::None), None));
+        assert!(StateOption::None.open(&[], GRACE).expect("none").is_none());
+        let held = open(&both);
+        assert!(at.open(&[], GRACE).is_err(), "in use");
+        drop(held);
+    }
+
+    #[test]
+    fn a_directory_that_others_reach_or_use_is_refused() {
+        let (dir, path) = place();
+        let first = open(&path);
+        assert!(matches!(StateDir::open(&path, GRACE), Err(StateError::InUse { .. })));
+        drop(first);
+        let refused =
+            |path: &Path| matches!(StateDir::open(path, GRACE), Err(StateError::NotOurs { .. }));
+        let mode = |mode| std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(&path, mode(0o755)).expect("chmod");
+        assert!(refused(&path));
+        std::fs::set_permissions(&path, mode(0o700)).expect("chmod");
+        let link = dir.path().join("link");
+        symlink(&path, &link).expect("symlink");
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").expect("file");
+        assert!(refused(&link) && refused(&file));
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(4711), None).expect("chown");
+            assert!(refused(&path));
+        }
+        let none = StateDir::open(&dir.path().join("a/b"), GRACE);
+        assert!(matches!(none, Err(StateError::Open { .. })));
+    }
+
+    #[test]
+    fn what_is_not_wholly_ours_is_removed() {
+        let check = |name: &str, harm: &dyn Fn(&Path), said: &StateTerms| {
+            let (_dir, path) = place();
+            let state = open(&path);
+            let file = state.create(&terms(), ticket(1), false).expect("a file");
+            drop((file, state));
+            let one = only(&path);
+            assert_eq!(std::fs::metadata(&one).expect("stat").mode() & 0o7777, 0o600);
+            harm(&one);
+            let state = open(&path);
+            assert!(state.adopt(ticket(1), said).is_none(), "{name}");
+            assert!(!one.exists(), "{name}");
+        };
+        let write = |at: u64, bytes: &'static [u8]| {
+            move |path: &Path| {
+                let file = std::fs::File::options().write(true).open(path).expect("open");
+                file.write_all_at(bytes, at).expect("write");
+            }
+        };
+        let set_len = |bytes: u64| {
+            move |path: &Path| {
+                let file = std::fs::File::options().write(true).open(path).expect("open");
+                file.set_len(bytes).expect("length");
+            }
+        };
+        check("foreign", &write(0, b"another"), &terms());
+        check("of another version", &write(8, &[9]), &terms());
+        check("of other cells", &write(14, &[9]), &terms());
+        check("of another boot", &write(28, b"x"), &terms());
+        check("of other lanes", &write(18, &[200]), &terms());
+        check("a share that is not proved", &write(80, b"x"), &terms());
+        check("empty", &set_len(0), &terms());
+        check("short", &set_len(4096), &terms());
+        check("long", &set_len(1 << 20), &terms());
+        check("a mark that cannot be", &write(4096, &[0xff; 8]), &terms());
+        check("no ticket", &write(std::mem::offset_of!(Header, good) as u64, &[0]), &terms());
+        check(
+            "others may read it",
+            &|path| {
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
+                    .expect("chmod");
+            },
+            &terms(),
+        );
+        check(
+            "linked",
+            &|path| {
+                std::fs::hard_link(path, path.with_extension("more")).expect("link");
+            },
+            &terms(),
+        );
+        check(
+            "no file",
+            &|path| {
+                std::fs::remove_file(path).expect("remove");
+                symlink("/dev/zero", path).expect("symlink");
+                assert!(std::fs::symlink_metadata(path).is_ok());
+            },
+            &terms(),
+        );
+        check("another share", &|_| {}, &StateTerms { share: "other".into(), ..terms() });
+        check("another directory", &|_| {}, &StateTerms { subdir: Vec::new(), ..terms() });
+        check("other slots", &|_| {}, &StateTerms { slots: 4, ..terms() });
+    }
+
+    #[test]
+    fn what_nobody_asks_for_is_removed_and_bounded() {
+        let (_dir, path) = place();
+        let state = open(&path);
+        let file = state.create(&terms(), ticket(1), false).expect("a file");
+        drop((file, state));
+        std::fs::write(path.join("0123.new"), "half").expect("file");
+        std::fs::write(path.join("notes"), "another's").expect("file");
+        // Its grace begins when a daemon first finds it, and goes on with the next one.
+        let state = open(&path);
+        let left = state.reap().expect("one");
+        assert!(left <= GRACE && left > GRACE / 2);
+        state.lock()[0].at -= GRACE.as_secs();
+        assert!(state.reap().is_none() && state.left() == 0);
+        let names: Vec<_> = std::fs::read_dir(&path).expect("list").flatten().collect();
+        assert_eq!(names.len(), 2, "the lock, and what is not ours: {names:?}");
+        drop(state);
+        let state = open(&path);
+        let file = state.create(&terms(), ticket(1), false).expect("a file");
+        drop((file, state));
+        let found = open(&path);
+        let at = found.lock()[0].at;
+        drop(found);
+        let file = std::fs::File::options().write(true).open(only(&path)).expect("open");
+        let early = (at - GRACE.as_secs()).to_le_bytes();
+        file.write_all_at(&early, std::mem::offset_of!(Header, left_at) as u64).expect("write");
+        assert_eq!(open(&path).left(), 0, "it was left long ago");
+        let wrong = StateTerms { lanes: 9, ..terms() };
+        let state = open(&path);
+        assert!(state.create(&wrong, ticket(1), false).is_err());
+        assert!(state.create(&StateTerms { slots: 0, ..terms() }, ticket(1), false).is_err());
+        let long = StateTerms { subdir: vec![b'x'; 4000], ..terms() };
+        assert!(state.create(&long, ticket(1), false).is_err());
+        assert_eq!(std::fs::read_dir(&path).expect("list").count(), 2, "nothing half made");
     }
 }

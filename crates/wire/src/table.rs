@@ -470,7 +470,8 @@ impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
 
     /// Whether any slot has ever been used.
     pub fn is_used(&self) -> bool {
-        self.cells.iter().any(|cell| cell.state() != Some(State::Fresh))
+        let used = |cell: &Cell| cell.mark().is_none_or(|mark| mark.state != State::Fresh);
+        self.cells.as_ref().iter().any(used)
     }
 
     /// Requests being executed.
