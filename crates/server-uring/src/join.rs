@@ -12,6 +12,15 @@ use crate::link::{Link, Numbers};
 use crate::restore::TakeOverError;
 use crate::session::let_go;
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::OwnedFd;
+
+/// Whether the peer has closed its end.
+fn has_hung_up(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(over)
+}
 
 const ENDED: &str = "no such session here any more; mount again";
 
@@ -90,6 +99,12 @@ impl<R: Ring> Shard<R> {
     fn welcome(&mut self, key: usize, newcomer: Newcomer, resumes: bool) -> bool {
         let registry = self.shared.registry.clone();
         let (index, presented) = (newcomer.conn, newcomer.ticket);
+        if has_hung_up(&newcomer.socket) {
+            // A ticket for it would void the one that its guest may have got since.
+            tracing::info!(session = newcomer.session.id, conn = index, "gone before the WELCOME");
+            let_go(newcomer.session);
+            return false;
+        }
         let Some(ticket) = registry.join(&newcomer.session, index, presented, resumes) else {
             self.turn_away(newcomer, refuse(Reason::UnknownSession, ENDED));
             return false;
@@ -124,6 +139,7 @@ impl<R: Ring> Shard<R> {
         let payload_crc = session.features & feature::PAYLOAD_CRC != 0;
         let conn = &mut self.conns[key];
         conn.link = Link::new(Arc::new(socket), Numbers { tx, rx }, payload_crc);
+        conn.link.unproven = Some(ticket).filter(|_| ticket != presented);
         let (buf, range) = conn.link.start(&mut self.buffers);
         self.attached += 1;
         if resumes {
