@@ -1,8 +1,9 @@
 //! A guest without a kernel: lanes over the real `ClientSlots`, what it keeps until a reply, what
 //! it sends first on a new connection, and what its kernel has been told.
 
-use crate::host::{EEXIST, EINTR, SLOTS, Truth, word};
+use crate::host::SLOTS;
 use crate::link::{End, Fault, Over, Record, Way};
+use crate::share::{EEXIST, EINTR, Truth, word};
 use crate::world::{Net, Plant};
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::{Kind, cancel};

@@ -1,8 +1,9 @@
 //! What guests and daemon live in: connections, the seed, and what goes wrong.
 
 use crate::guest::{Guest, Manners};
-use crate::host::{Daemon, Session, Truth};
+use crate::host::{Daemon, Session};
 use crate::link::{End, Fault, Pipe, Rng, Way};
+use crate::share::Truth;
 use ringfs_wire::hello::Ticket;
 use std::cell::RefCell;
 
@@ -26,6 +27,10 @@ pub enum Plant {
     OldTicketAnywhere,
     /// A HELLO counts also when its connection is over.
     LateHellosCount,
+    /// What was running when a daemon died is run without a look.
+    OrphansRunAgain,
+    /// What a dead daemon's reply gave is not given anew.
+    KeptGivesNothing,
     /// Requests run before the session is restored.
     NotHeldUntilRestored,
     /// The guest sends again what it has answered.
@@ -35,7 +40,7 @@ pub enum Plant {
 }
 
 impl Plant {
-    pub const ALL: [Plant; 11] = [
+    pub const ALL: [Plant; 13] = [
         Plant::HalfBatchStays,
         Plant::TableNotCut,
         Plant::RepliesUnasked,
@@ -44,6 +49,8 @@ impl Plant {
         Plant::OldTicketStays,
         Plant::OldTicketAnywhere,
         Plant::LateHellosCount,
+        Plant::OrphansRunAgain,
+        Plant::KeptGivesNothing,
         Plant::NotHeldUntilRestored,
         Plant::AbandonedAreResent,
         Plant::ForgetsCountEarly,
@@ -61,6 +68,7 @@ pub struct Seen {
     reaped: usize,
     rebuilds: usize,
     damaged: usize,
+    decided: usize,
 }
 
 impl Seen {
@@ -74,6 +82,7 @@ impl Seen {
             reaped: self.reaped + other.reaped,
             rebuilds: self.rebuilds + other.rebuilds,
             damaged: self.damaged + other.damaged,
+            decided: self.decided + other.decided,
         }
     }
 
@@ -81,7 +90,7 @@ impl Seen {
     pub fn check(&self) {
         let least = [self.cuts, self.resumes, self.clones, self.kills, self.rebuilds, self.damaged];
         assert!(least.iter().all(|&n| n > self.histories / 20), "{self:?}");
-        assert!(self.reaped > 0, "{self:?}");
+        assert!(self.reaped > 0 && self.decided > self.histories / 100, "{self:?}");
     }
 }
 
@@ -97,6 +106,8 @@ pub struct Net<'t> {
     /// Connections that the daemon has not accepted.
     pub calls: Vec<usize>,
     plant: Plant,
+    /// How often somebody looked what a dead daemon had done.
+    pub decided: usize,
     numbers: u64,
     story: Option<&'t mut Vec<String>>,
 }
@@ -164,7 +175,7 @@ impl Plan {
             kills: often(3, 15),
             reaps: often(8, 10),
             damage: often(4, 10),
-            keeps_state: often(2, 2) > 0,
+            keeps_state: often(1, 2) > 0,
             steps: 150 + often(1, 350),
         }
     }
@@ -183,13 +194,15 @@ pub fn run(
     let lanes = [(1, 1), (1, 1), (2, 2), (2, 1)][rng.below(4)];
     let left = ops.unwrap_or(4 + rng.below(20));
     let manners = Manners { repeats_cancels: rng.one_of(500), abandons_live: rng.one_of(300) };
-    let net = Net { rng, pipes: Vec::new(), calls: Vec::new(), plant, numbers: 0, story };
+    let net =
+        Net { rng, pipes: Vec::new(), calls: Vec::new(), plant, decided: 0, numbers: 0, story };
     let guests = vec![Guest::new(1, lanes, left, manners)];
     let (daemon, truth) = (Daemon::default(), Truth::default());
     let mut world = World { net, guests, daemon, truth };
     world.live(&plan, seen)?;
     world.settle()?;
     seen.histories += 1;
+    seen.decided += world.net.decided;
     for guest in &world.guests {
         seen.rebuilds += guest.rebuilds;
         seen.resumes += guest.resumes;
