@@ -10,7 +10,7 @@ use crate::connection::Waiting;
 use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
 use crate::link::{Link, Numbers};
 use crate::restore::TakeOverError;
-use crate::session::let_go;
+use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::OwnedFd;
@@ -22,7 +22,14 @@ fn has_hung_up(socket: &OwnedFd) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(over)
 }
 
-const ENDED: &str = "no such session here any more; mount again";
+/// Why nobody can have that session. One that was cut while it was rebuilt is to be had anew, with
+/// what it was, by the same HELLO.
+fn ended(session: &Session) -> Refusal {
+    match session.is_ready() {
+        true => refuse(Reason::UnknownSession, "no such session here any more; mount again"),
+        false => refuse(Reason::Timeout, "it was cut while it was rebuilt; come again"),
+    }
+}
 
 impl<R: Ring> Shard<R> {
     /// Somebody said HELLO.
@@ -56,7 +63,8 @@ impl<R: Ring> Shard<R> {
     /// is asked whether it lives; the newest one of those who wait is the one that may go on.
     fn meet(&mut self, key: usize, newcomer: Box<Newcomer>) {
         if !self.shared.registry.knows(newcomer.ticket) {
-            return self.turn_away(*newcomer, refuse(Reason::UnknownSession, ENDED));
+            let refusal = ended(&newcomer.session);
+            return self.turn_away(*newcomer, refusal);
         }
         let conn = &mut self.conns[key];
         let link = &mut conn.link;
@@ -106,7 +114,8 @@ impl<R: Ring> Shard<R> {
             return false;
         }
         let Some(ticket) = registry.join(&newcomer.session, index, presented, resumes) else {
-            self.turn_away(newcomer, refuse(Reason::UnknownSession, ENDED));
+            let refusal = ended(&newcomer.session);
+            self.turn_away(newcomer, refusal);
             return false;
         };
         let Newcomer { socket, session, version, numbers, .. } = newcomer;
@@ -221,11 +230,15 @@ impl<R: Ring> Shard<R> {
         if conn.running > 0 {
             return;
         }
-        let conn = self.conns.remove(key);
+        let mut conn = self.conns.remove(key);
         debug_assert_eq!(conn.slots_in_use(), 0, "requests that nobody will finish");
-        self.shared.registry.left(conn.session, conn.index);
+        let waiting = conn.waiting.take();
+        let (session, index) = (conn.session.clone(), conn.index);
+        // Its tables may be the next one's.
+        drop(conn);
+        self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
-        if let Some(Waiting { newcomer, .. }) = conn.waiting {
+        if let Some(Waiting { newcomer, .. }) = waiting {
             self.join(newcomer);
         }
     }
