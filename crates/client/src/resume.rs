@@ -95,6 +95,8 @@ struct State {
     backoff: Backoff,
     /// A handshake in progress: its socket.
     trying: Option<OwnedFd>,
+    /// The connection whose last try ended without a word.
+    unsure: Option<u16>,
     /// Somebody wants a try at once.
     hurry: bool,
     stopping: bool,
@@ -150,6 +152,7 @@ impl Resume {
                 ports: conns.into_iter().map(port).collect(),
                 backoff: Backoff::default(),
                 trying: None,
+                unsure: None,
                 hurry: false,
                 stopping: false,
                 since: now,
@@ -291,7 +294,7 @@ impl Resume {
             if state.stopping {
                 return None;
             }
-            let Some(port) = state.ports.iter().position(|port| port.conn.is_none()) else {
+            let Some(port) = state.missing_port() else {
                 due = None;
                 state = self.bell.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -340,6 +343,14 @@ impl Resume {
 }
 
 impl State {
+    /// The connection to try next. Where a WELCOME may be lost, with a new ticket, the one that we
+    /// have is good for the same connection alone (docs/sessions.md).
+    fn missing_port(&self) -> Option<usize> {
+        let is_missing = |port: &usize| self.ports[*port].conn.is_none();
+        let unsure = self.unsure.map(usize::from).filter(is_missing);
+        unsure.or_else(|| (0..self.ports.len()).find(is_missing))
+    }
+
     fn missing(&self) -> usize {
         self.ports.iter().filter(|port| port.conn.is_none()).count()
     }
@@ -433,6 +444,12 @@ impl ResumeError {
         *reason == Some(Reason::UnknownSession)
     }
 
+    /// Whether the daemon may have welcomed us, and we do not know.
+    fn may_have_lost_a_ticket(&self) -> bool {
+        let is_refused = |error: &_| matches!(error, HandshakeError::Refused { .. });
+        matches!(self, ResumeError::Handshake(error) if !is_refused(error))
+    }
+
     /// Whether another try makes sense.
     fn is_passing(&self) -> bool {
         match self {
@@ -463,7 +480,10 @@ impl ResumeError {
 pub fn run(session: &Session, mut terms: Terms) {
     let mut has_told = false;
     while let Some(port) = session.resume.next_job() {
-        match resume(session, &mut terms, port) {
+        let tried = resume(session, &mut terms, port);
+        let is_unsure = tried.as_ref().is_err_and(ResumeError::may_have_lost_a_ticket);
+        lock(&session.resume.state).unsure = Some(port).filter(|_| is_unsure);
+        match tried {
             Ok(()) => {
                 session.lanes[usize::from(port)].kick();
                 session.notify();

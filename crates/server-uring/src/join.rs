@@ -10,10 +10,26 @@ use crate::connection::Waiting;
 use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
 use crate::link::{Link, Numbers};
 use crate::restore::TakeOverError;
-use crate::session::let_go;
+use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::OwnedFd;
 
-const ENDED: &str = "no such session here any more; mount again";
+/// Whether the peer has closed its end.
+fn has_hung_up(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(over)
+}
+
+/// Why nobody can have that session. One that was cut while it was rebuilt is to be had anew, with
+/// what it was, by the same HELLO.
+fn ended(session: &Session) -> Refusal {
+    match session.is_ready() {
+        true => refuse(Reason::UnknownSession, "no such session here any more; mount again"),
+        false => refuse(Reason::Timeout, "it was cut while it was rebuilt; come again"),
+    }
+}
 
 impl<R: Ring> Shard<R> {
     /// Somebody said HELLO.
@@ -47,7 +63,8 @@ impl<R: Ring> Shard<R> {
     /// is asked whether it lives; the newest one of those who wait is the one that may go on.
     fn meet(&mut self, key: usize, newcomer: Box<Newcomer>) {
         if !self.shared.registry.knows(newcomer.ticket) {
-            return self.turn_away(*newcomer, refuse(Reason::UnknownSession, ENDED));
+            let refusal = ended(&newcomer.session);
+            return self.turn_away(*newcomer, refusal);
         }
         let conn = &mut self.conns[key];
         let link = &mut conn.link;
@@ -90,8 +107,15 @@ impl<R: Ring> Shard<R> {
     fn welcome(&mut self, key: usize, newcomer: Newcomer, resumes: bool) -> bool {
         let registry = self.shared.registry.clone();
         let (index, presented) = (newcomer.conn, newcomer.ticket);
+        if has_hung_up(&newcomer.socket) {
+            // A ticket for it would void the one that its guest may have got since.
+            tracing::info!(session = newcomer.session.id, conn = index, "gone before the WELCOME");
+            let_go(newcomer.session);
+            return false;
+        }
         let Some(ticket) = registry.join(&newcomer.session, index, presented, resumes) else {
-            self.turn_away(newcomer, refuse(Reason::UnknownSession, ENDED));
+            let refusal = ended(&newcomer.session);
+            self.turn_away(newcomer, refusal);
             return false;
         };
         let Newcomer { socket, session, version, numbers, .. } = newcomer;
@@ -125,6 +149,7 @@ impl<R: Ring> Shard<R> {
         let payload_crc = session.features & feature::PAYLOAD_CRC != 0;
         let conn = &mut self.conns[key];
         conn.link = Link::new(Arc::new(socket), Numbers { tx, rx }, payload_crc);
+        conn.link.unproven = Some(ticket).filter(|_| ticket != presented);
         let (buf, range) = conn.link.start(&mut self.buffers);
         self.attached += 1;
         if resumes {
@@ -205,11 +230,15 @@ impl<R: Ring> Shard<R> {
         if conn.running > 0 {
             return;
         }
-        let conn = self.conns.remove(key);
+        let mut conn = self.conns.remove(key);
         debug_assert_eq!(conn.slots_in_use(), 0, "requests that nobody will finish");
-        self.shared.registry.left(conn.session, conn.index);
+        let waiting = conn.waiting.take();
+        let (session, index) = (conn.session.clone(), conn.index);
+        // Its tables may be the next one's.
+        drop(conn);
+        self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
-        if let Some(Waiting { newcomer, .. }) = conn.waiting {
+        if let Some(Waiting { newcomer, .. }) = waiting {
             self.join(newcomer);
         }
     }

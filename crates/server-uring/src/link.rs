@@ -11,7 +11,7 @@ use crate::buffers::{Buf, BufferPool};
 use crate::limits::*;
 use crate::splice::SendBuffer;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
-use ringfs_wire::hello::Reason;
+use ringfs_wire::hello::{Reason, Ticket};
 use ringfs_wire::limits::*;
 use ringfs_wire::restore::split_nodes;
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
@@ -73,6 +73,8 @@ pub struct Link {
     pub dead: bool,
     /// It is in the shard's list of those that wait for a large buffer.
     pub starving: bool,
+    /// The ticket that its WELCOME gave, until something shows that this has arrived.
+    pub unproven: Option<Ticket>,
     /// Since when large replies wait until the peer has taken most of what was sent.
     pub room_since: Option<Instant>,
     /// Since when a large buffer waits for the rest of its batch.
@@ -116,6 +118,7 @@ impl Link {
             closing: None,
             dead: false,
             starving: false,
+            unproven: None,
             room_since: None,
             receiving_since: None,
             sending_since: None,

@@ -120,8 +120,11 @@ struct Live {
     session: Arc<Session>,
     /// The newest ticket that the guest has used.
     ticket: Ticket,
-    /// One that it was given since, and has not used: the WELCOME may be lost.
-    unused: Option<Ticket>,
+    /// One that it was given since, and by which connection. Until the guest shows that it has it,
+    /// the WELCOME may be lost.
+    unused: Option<(Ticket, u16)>,
+    /// Another daemon had given the first ticket, and copies of the guest may have it.
+    adopted: bool,
     /// Connections that a shard has a table of, a bit each.
     known: u32,
     /// Those of them that have a socket.
@@ -191,6 +194,7 @@ impl Registry {
     pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
         let fresh = new_ticket().ok_or(Reason::Internal)?;
         let (file, ticket) = self.file(&terms, fresh);
+        let adopted = ticket != fresh;
         let session = Arc::new(Session {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             share: terms.share,
@@ -216,6 +220,7 @@ impl Registry {
             session: session.clone(),
             ticket,
             unused: None,
+            adopted,
             known: 0,
             joined: 0,
             cut: None,
@@ -272,30 +277,42 @@ impl Registry {
         ticket: Ticket,
         resumes: bool,
     ) -> Option<Ticket> {
-        let fresh = if resumes { Some(new_ticket()?) } else { None };
+        let fresh = new_ticket()?;
         let mut sessions = self.lock();
         let Sessions { live, tickets, .. } = &mut *sessions;
         let live = live.get_mut(&session.id).filter(|_| conn < session.conns)?;
-        if live.unused == Some(ticket) {
-            // Now that the new one has arrived, the old one can only be a clone's.
-            tickets.remove(&live.ticket);
-            (live.ticket, live.unused) = (ticket, None);
-        } else if live.ticket != ticket {
-            return None;
+        match live.unused {
+            Some((unused, _)) if unused == ticket => live.prove(ticket, tickets),
+            // Who has not got the new one comes again for the same connection. For another one
+            // comes a copy of the guest, which would share the session with it.
+            Some((_, told)) if told != conn => return None,
+            Some(_) | None if live.ticket != ticket => return None,
+            Some(_) | None => {}
         }
+        let fresh = (resumes || live.adopted && live.known == 0).then_some(fresh);
         if let Some(fresh) = fresh {
-            if let Some(lost) = live.unused.replace(fresh) {
+            if let Some((lost, _)) = live.unused.replace((fresh, conn)) {
                 tickets.remove(&lost);
             }
             tickets.insert(fresh, session.id);
         }
-        if let Some(file) = &session.file {
-            file.set_tickets(live.ticket, live.unused);
-        }
+        live.write_tickets();
         live.known |= 1 << conn;
         live.joined |= 1 << conn;
         live.cut = None;
         Some(fresh.unwrap_or(ticket))
+    }
+
+    /// Something came by the connection that was given this ticket, so it has arrived: whoever has
+    /// an older one is a copy of the guest from before, and must not find what was done since.
+    pub fn prove(&self, session: &Session, ticket: Ticket) {
+        let mut sessions = self.lock();
+        let Sessions { live, tickets, .. } = &mut *sessions;
+        let Some(live) = live.get_mut(&session.id) else { return };
+        if live.unused.is_some_and(|(unused, _)| unused == ticket) {
+            live.prove(ticket, tickets);
+            live.write_tickets();
+        }
     }
 
     /// A connection lost its socket, and its shard keeps what is needed to resume it. A session
@@ -432,6 +449,20 @@ impl Registry {
     }
 }
 
+impl Live {
+    /// The new ticket has arrived.
+    fn prove(&mut self, ticket: Ticket, tickets: &mut HashMap<Ticket, u64>) {
+        tickets.remove(&self.ticket);
+        (self.ticket, self.unused) = (ticket, None);
+    }
+
+    fn write_tickets(&self) {
+        if let Some(file) = &self.session.file {
+            file.set_tickets(self.ticket, self.unused.map(|(unused, _)| unused));
+        }
+    }
+}
+
 impl Sessions {
     /// Which of the sessions without connections has been so longest.
     fn oldest_cut(&self, which: impl Fn(&Live) -> bool) -> Option<u64> {
@@ -457,7 +488,7 @@ impl Sessions {
     fn remove(&mut self, id: u64) -> Option<Live> {
         let live = self.live.remove(&id)?;
         self.tickets.remove(&live.ticket);
-        if let Some(unused) = &live.unused {
+        if let Some((unused, _)) = &live.unused {
             self.tickets.remove(unused);
         }
         Some(live)
@@ -529,6 +560,28 @@ mod tests {
         assert!(resume(second).is_some() && resume(third).is_none());
         registry.end(session.id, Reason::Unmounted);
         assert!(registry.find(second).is_none() && registry.lock().tickets.is_empty());
+    }
+
+    #[test]
+    fn a_copy_of_the_guest_finds_nothing_that_was_done_since() {
+        let (dir, registry) = registry(Duration::from_secs(600));
+        let (session, first) = open(&dir, &registry, 0);
+        for conn in [0, 1] {
+            assert_eq!(registry.join(&session, conn, first, false), Some(first));
+        }
+        // Guest and copy have the first ticket. Whoever resumes has the session to itself.
+        let second = registry.join(&session, 0, first, true).expect("the first ticket");
+        assert_eq!(registry.join(&session, 1, first, true), None, "half of a session");
+        // Its first batch: the copy could go on with none of its connections.
+        registry.prove(&session, second);
+        assert_eq!(registry.join(&session, 0, first, true), None);
+        assert!(registry.find(first).is_none() && registry.find(second).is_some());
+        // A late word about an older connection changes nothing.
+        let third = registry.join(&session, 1, second, true).expect("the second");
+        registry.prove(&session, second);
+        assert!(registry.join(&session, 0, third, true).is_some());
+        registry.end(session.id, Reason::Unmounted);
+        assert!(registry.lock().tickets.is_empty());
     }
 
     #[test]

@@ -258,6 +258,9 @@ impl<R: Ring> Shard<R> {
                     link.receiving_since = None;
                 }
                 link.handle_received(buf, 0..range.start + n, &mut self.buffers);
+                if let Some(ticket) = link.unproven.take() {
+                    self.shared.registry.prove(&conn.session, ticket);
+                }
                 conn.waiting.iter_mut().for_each(|waiting| waiting.heard = true);
                 self.touched.push(key);
             }

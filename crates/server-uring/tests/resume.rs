@@ -266,6 +266,25 @@ fn tickets_change_and_the_welcome_may_be_lost() {
 }
 
 #[test]
+fn a_copy_of_the_guest_that_comes_late_finds_nothing() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        let first = guest.welcome.ticket;
+        assert!(guest.lookup(1, "none").is_err());
+        guest.cut_and_resume(daemon);
+        // Its first request shows that it has the new ticket, though it has not come back by it.
+        let (node, fh) = guest.create("file").expect("create");
+        guest.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+        let copy = Hello { ticket: first, ..hello("share") };
+        let end = Guest::greet(daemon.connect(), &copy).err().expect("an old ticket");
+        assert!(matches!(end, End::Goodbye(Some(Reason::UnknownSession), _)), "{end:?}");
+        guest.cut_and_resume(daemon);
+        assert_eq!(guest.write(node, fh, 0, b"abc"), Ok(3));
+        goodbye(guest);
+    });
+}
+
+#[test]
 fn a_silent_old_connection_is_taken_for_dead() {
     on_both(|daemon| {
         let mut guest = daemon.guest();
