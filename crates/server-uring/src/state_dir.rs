@@ -741,7 +741,7 @@ impl AsMut<[Cell]> for Cells {
 mod tests {
     use super::*;
     use ringfs_wire::abi::Opcode;
-    use ringfs_wire::table::Begin;
+    use ringfs_wire::table::{Begin, Past};
     use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
     const GRACE: Duration = Duration::from_secs(600);
@@ -820,6 +820,36 @@ mod tests {
         file.remove();
         drop((file, state));
         assert_eq!(open(&path).left(), 0);
+    }
+
+    /// What the next daemon would find, had this one been killed now.
+    #[test]
+    fn the_file_at_each_step_of_a_request() {
+        let (dir, path) = place();
+        let state = open(&path);
+        let file = state.create(&terms(), ticket(1), false).expect("a file");
+        let mut table = file.table(1);
+        let mut steps = 0;
+        let mut check = |begin: Begin, past: Option<Past<'_>>, intended: bool| {
+            steps += 1;
+            let copied = dir.path().join(format!("copy{steps}"));
+            drop(open(&copied));
+            let one = only(&path);
+            std::fs::copy(&one, copied.join(one.file_name().expect("a name"))).expect("copy");
+            let next = open(&copied).adopt(ticket(1), &terms()).expect("the file");
+            let mut table = next.table(1);
+            assert_eq!(table.begin(AT, MKDIR), Ok(begin), "step {steps}");
+            assert_eq!(table.past(AT), past.or(Some(Past::Running)), "step {steps}");
+            assert_eq!(next.intended(1, AT).is_some(), intended, "step {steps}");
+        };
+        check(Begin::Execute, None, false);
+        assert_eq!(table.begin(AT, MKDIR), Ok(Begin::Execute));
+        check(Begin::Decide, None, false);
+        file.intend(1, AT, &Intent { opcode: MKDIR, ..Intent::default() });
+        check(Begin::Decide, None, true);
+        assert!(table.finish(AT, 0, &[7; 128]).is_ok());
+        check(Begin::Decide, Some(Past::Done(&[7; 128])), true);
+        assert_eq!(table.begin(SlotUse { seq: 1, ..AT }, MKDIR), Ok(Begin::Execute));
     }
 
     #[test]

@@ -473,6 +473,10 @@ fn all_cases(root: &Path) {
             };
             assert_eq!((&*ended.0, shown(&ended.1)), (how, expected), "{name}, {killed:?}");
             assert_eq!(tree(&root), expected_tree, "{name}, {killed:?}");
+            if let (Opcode::Link, Ok(reply)) = (opcode, &ended.1) {
+                let given = abi::EntryOut::read_from_prefix(reply).expect("entry").0.nodeid;
+                assert_eq!(life.ask.args[..8], given.to_le_bytes(), "another node");
+            }
             // The lost reply of the next daemon is its own affair.
             if how == "Done" || how == "Run" {
                 let mut table = file.table(1);
