@@ -12,11 +12,13 @@ use crate::limits::*;
 use crate::link::Link;
 use crate::notes::Notes;
 use crate::op::RequestTag;
+use crate::pool::PastOf;
 use crate::session::Session;
+use crate::state_dir::Cells;
 use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::slot::{SlotError, SlotUse};
-use ringfs_wire::table::{Abandon, Begin, Fate, SlotTable};
+use ringfs_wire::table::{Abandon, Begin, Fate, Past, SlotTable};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -47,7 +49,7 @@ pub struct Connection {
     /// Who wants to go on in its place.
     pub waiting: Option<Waiting>,
     /// The tables of lanes `index`, `index + conns`, ...
-    lanes: Vec<SlotTable>,
+    lanes: Vec<SlotTable<Cells>>,
     /// Bytes of replies that are being made.
     reserved: usize,
 }
@@ -56,11 +58,11 @@ impl Connection {
     /// A connection without a socket, no slot in use.
     pub fn new(session: Arc<Session>, index: u16) -> Connection {
         let lanes = (index..session.lanes).step_by(usize::from(session.conns.max(1)));
-        let table = match session.rebuilt {
-            Some(_) => SlotTable::rebuilt,
-            None => SlotTable::new,
+        let table = |lane: u16| match &session.file {
+            Some(file) => file.table(lane as u8),
+            None => Cells::table(session.slots, session.rebuilt.is_some()),
         };
-        let lanes = lanes.map(|_| table(session.slots)).collect();
+        let lanes = lanes.map(table).collect();
         Connection {
             session,
             index,
@@ -94,7 +96,7 @@ impl Connection {
         self.lanes.iter_mut().for_each(SlotTable::cut);
     }
 
-    fn lane(&mut self, lane: u8) -> Option<&mut SlotTable> {
+    fn lane(&mut self, lane: u8) -> Option<&mut SlotTable<Cells>> {
         let conns = self.session.conns;
         if u16::from(lane) % conns != self.index {
             return None;
@@ -103,7 +105,10 @@ impl Connection {
     }
 
     /// The table that a record names, and the use of a slot in it.
-    fn place(&mut self, record: &RecordHeader) -> Result<(&mut SlotTable, SlotUse), SlotError> {
+    fn place(
+        &mut self,
+        record: &RecordHeader,
+    ) -> Result<(&mut SlotTable<Cells>, SlotUse), SlotError> {
         let at = SlotUse { slot: record.slot, seq: record.slot_seq };
         let slots = self.lane(record.lane).ok_or(SlotError::Range { slot: at.slot, granted: 0 })?;
         Ok((slots, at))
@@ -113,6 +118,16 @@ impl Connection {
     pub fn begin(&mut self, record: &RecordHeader, opcode: u32) -> Result<Begin, SlotError> {
         let (slots, at) = self.place(record)?;
         slots.begin(at, opcode)
+    }
+
+    /// What is known of a request that a dead daemon began, and that came again.
+    pub fn past(&mut self, record: &RecordHeader) -> Option<PastOf> {
+        let (slots, at) = self.place(record).ok()?;
+        let done = match slots.past(at)? {
+            Past::Running => None,
+            Past::Done(reply) => Some(reply.to_vec()),
+        };
+        Some(PastOf { done })
     }
 
     /// Nobody will take the reply to the request that a record names.

@@ -211,8 +211,12 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let cpus = choose_cpus(config.cpus)?;
     let listeners: Vec<Listener> =
         config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
-    let state = config.state_dir.open(&config.listen, config.grace)?;
-    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace)?;
+    // Without a grace time nobody comes back.
+    let state = match config.grace.is_zero() {
+        true => None,
+        false => config.state_dir.open(&config.listen, config.grace)?,
+    };
+    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
     let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
     for address in &config.listen {
         tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");
@@ -222,7 +226,6 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     drop(listeners);
     let totals = worker.counters().totals();
     worker.stop();
-    drop(state);
     drop(control);
     tracing::info!("stopped; {}", totals.to_json().trim_end());
     Ok(())

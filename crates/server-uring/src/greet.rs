@@ -285,6 +285,8 @@ impl Greeter {
             slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
             features: hello.features & feature::KNOWN,
             rebuilt,
+            subdir: hello.subdir.clone(),
+            presented: Some(hello.ticket).filter(|&ticket| ticket != Ticket::NONE),
         };
         let (session, ticket) = self
             .registry

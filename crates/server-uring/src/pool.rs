@@ -5,6 +5,7 @@
 //! frozen file system hang for as long as it is frozen.
 
 use crate::buffers::Buf;
+use crate::decide::Outcome;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::handles::Handle;
@@ -14,6 +15,8 @@ use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
 use crate::notes::Notes;
 use crate::op::RequestTag;
+use crate::state_dir::IntentPlace;
+use ringfs_wire::table::Past;
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::collections::VecDeque;
@@ -71,8 +74,18 @@ pub struct Job {
     pub own: Option<Buf>,
     /// It runs again: its reply was lost.
     pub again: bool,
+    /// Where what must be known before it runs is written.
+    pub place: Option<IntentPlace>,
+    /// A dead daemon began it.
+    pub past: Option<PastOf>,
     /// The shard that waits.
     pub mailbox: Arc<Mailbox>,
+}
+
+/// What is known of a request that a dead daemon began.
+pub struct PastOf {
+    /// It was done, with this reply.
+    pub done: Option<Vec<u8>>,
 }
 
 /// What became of a job.
@@ -85,6 +98,8 @@ pub struct Done {
     pub small: Vec<u8>,
     /// The job's, with the body at [`BODY_AT`].
     pub own: Option<Buf>,
+    /// A dead daemon had begun it: how that ended.
+    pub outcome: Option<Outcome>,
     /// What finds the nodes again that the reply gives; see notes.rs.
     pub notes: Vec<u8>,
     /// The job's batch, so that its memory returns to the shard.
@@ -308,7 +323,9 @@ fn execute(task: Task) -> Option<Task> {
 }
 
 fn execute_request(job: Job) {
-    let Job { fs, opcode, body, tag, mut own, again, mailbox, owner: _, session: _ } = job;
+    let Job { fs, opcode, body, tag, mut own, again, place, past, mailbox, owner: _, session: _ } =
+        job;
+    let mut outcome = None;
     let mut small = Vec::new();
     let notes = Notes::new();
     notes.note_all(again);
@@ -321,7 +338,22 @@ fn execute_request(job: Job) {
                     &mut small[..]
                 }
             };
-            fs.execute(&request.noting(&notes), out)
+            let request = request.noting(&notes);
+            match (past, &place) {
+                (Some(past), Some(place)) => {
+                    let past = past.done.as_deref().map_or(Past::Running, Past::Done);
+                    let (how, result) = fs.recover(&request, past, place, out);
+                    outcome = Some(how);
+                    result
+                }
+                (None | Some(_), place) => {
+                    let intent = place.as_ref().and_then(|_| fs.intent(&request));
+                    if let (Some(place), Some(intent)) = (place, intent) {
+                        place.write(&intent);
+                    }
+                    fs.execute(&request, out)
+                }
+            }
         }
         None => Err(Errno::INVAL),
     };
@@ -330,6 +362,7 @@ fn execute_request(job: Job) {
         result,
         small,
         own,
+        outcome,
         notes: notes.into_body(),
         batch: body.into_batch(),
     }));

@@ -3,8 +3,10 @@
 //! Part of [`Shard`]: here is what happens between a REQUEST and its REPLY.
 
 use super::*;
+use crate::decide::Outcome;
 use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
+use crate::intent;
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::limits::RECORD_ALIGN;
 use rustix::net::SendFlags;
@@ -42,11 +44,14 @@ impl<R: Ring> Shard<R> {
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
-        let mut again = false;
+        let (mut again, mut past) = (false, None);
         match conn.begin(&header, header.code) {
             Ok(Begin::Execute) => {}
             begun => {
                 again = true;
+                if begun == Ok(Begin::Decide) {
+                    past = conn.past(&header);
+                }
                 let rerun = self.come_again(key, &header, Some(&request), begun);
                 if !matches!(rerun, Ok(true)) {
                     self.conns[key].unreserve(reserved);
@@ -58,8 +63,16 @@ impl<R: Ring> Shard<R> {
         let mut tag = RequestTag::of(key, &header);
         tag.reserved = reserved as u32;
         self.shared.stats.begin_op(header.code);
+        let session = &self.conns[key].session;
+        // Finding out what became of it may wait.
+        let route = if past.is_some() { Route::Pool } else { route };
         match route {
             Route::Inline => {
+                if let Some(file) = &session.file
+                    && let Some(intent) = fs.intent(&request)
+                {
+                    file.intend(tag.lane, tag.at, &intent);
+                }
                 self.notes.note_all(again);
                 return Ok(self.execute(tag, &fs, &request, own));
             }
@@ -68,6 +81,9 @@ impl<R: Ring> Shard<R> {
             }
             Route::Write { file, offset, payload, pages } => {
                 tag.pages = pages;
+                if let Some(state) = session.file.as_ref().filter(|_| file.append && !pages) {
+                    state.intend(tag.lane, tag.at, &intent::of_append(&file));
+                }
                 // `payload` counts from the arguments, which end where the body's extension starts.
                 let args_at = body.start + REQUEST_HEAD_BYTES;
                 let range = args_at + payload.start..args_at + payload.end;
@@ -96,6 +112,8 @@ impl<R: Ring> Shard<R> {
                     tag,
                     own: own.take(),
                     again,
+                    place: conn.session.file.as_ref().and_then(|f| f.intent(tag.lane, tag.at)),
+                    past,
                     mailbox: self.shared.mailbox.clone(),
                 });
             }
@@ -197,7 +215,9 @@ impl<R: Ring> Shard<R> {
 
     /// Answers a request that the pool has executed.
     pub(super) fn executed(&mut self, done: Done) {
-        let Done { tag, result, small, own, notes, batch } = done;
+        let Done { tag, result, small, own, outcome, notes, batch } = done;
+        add(&self.shared.stats.recovered, usize::from(outcome.is_some()));
+        add(&self.shared.stats.ambiguous, usize::from(outcome == Some(Outcome::Ambiguous)));
         batch.into_iter().for_each(|batch| self.buffers.give_shared(batch));
         if !notes.is_empty() {
             self.notes = Notes::of(notes);

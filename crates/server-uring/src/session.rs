@@ -9,6 +9,7 @@ use crate::fs::Fs;
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::restore::{Restoring, TakeOverError};
+use crate::state_dir::{StateDir, StateFile, StateTerms};
 use ringfs_wire::hello::{Reason, Ticket};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -39,6 +40,8 @@ pub struct Session {
     pub features: u64,
     /// Another daemon had it, and the guest tells what it was.
     pub rebuilt: Option<Rebuild>,
+    /// Its file in the state directory.
+    pub file: Option<Arc<StateFile>>,
 }
 
 /// How far a rebuild is.
@@ -85,6 +88,22 @@ pub struct Terms {
     pub features: u64,
     /// See [`Session::rebuilt`].
     pub rebuilt: bool,
+    /// The directory below the share that the guest has.
+    pub subdir: Vec<u8>,
+    /// By which the guest came, where this daemon has not given it.
+    pub presented: Option<Ticket>,
+}
+
+impl Terms {
+    fn of_file(&self) -> StateTerms {
+        StateTerms {
+            share: self.share.clone(),
+            subdir: self.subdir.clone(),
+            lanes: self.lanes,
+            slots: self.slots,
+            conns: self.conns,
+        }
+    }
 }
 
 /// Lets go of a session. The last one closes its files, which takes long: not on this thread.
@@ -126,6 +145,8 @@ pub struct Registry {
     pub epoch: u64,
     /// How long a session without connections is kept.
     pub grace: Duration,
+    /// Where what outlives this daemon is.
+    state: Option<StateDir>,
     next_id: AtomicU64,
     sessions: Mutex<Sessions>,
     /// A session lost its last connection, or the daemon stops.
@@ -136,11 +157,12 @@ pub struct Registry {
 
 impl Registry {
     /// Without sessions. Without `grace` a session ends with its last connection.
-    pub fn new(grace: Duration) -> Registry {
+    pub fn new(grace: Duration, state: Option<StateDir>) -> Registry {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Registry {
             epoch: now.as_nanos() as u64,
             grace,
+            state,
             next_id: AtomicU64::new(1),
             sessions: Mutex::default(),
             changed: Condvar::new(),
@@ -167,7 +189,8 @@ impl Registry {
     /// Opens a session, and gives its first ticket. Where there are too many, the one that was cut
     /// longest ago makes room.
     pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
-        let ticket = new_ticket().ok_or(Reason::Internal)?;
+        let fresh = new_ticket().ok_or(Reason::Internal)?;
+        let (file, ticket) = self.file(&terms, fresh);
         let session = Arc::new(Session {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             share: terms.share,
@@ -180,6 +203,7 @@ impl Registry {
             slots: terms.slots,
             features: terms.features,
             rebuilt: terms.rebuilt.then(Rebuild::default),
+            file,
         });
         let mut sessions = self.lock();
         let mut ended = None;
@@ -201,6 +225,24 @@ impl Registry {
         drop(sessions);
         ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
         Ok((session, ticket))
+    }
+
+    /// The file that a dead daemon left of a session, whose ticket stays good; else a new one.
+    fn file(&self, terms: &Terms, fresh: Ticket) -> (Option<Arc<StateFile>>, Ticket) {
+        let Some(state) = &self.state else { return (None, fresh) };
+        let of = terms.of_file();
+        if let Some(presented) = terms.presented
+            && let Some(file) = state.adopt(presented, &of)
+        {
+            return (Some(file), presented);
+        }
+        match state.create(&of, fresh, terms.rebuilt) {
+            Ok(file) => (Some(file), fresh),
+            Err(error) => {
+                tracing::warn!(%error, "what a session has in flight dies with this daemon");
+                (None, fresh)
+            }
+        }
     }
 
     /// Whether another session may be opened.
@@ -246,6 +288,9 @@ impl Registry {
                 tickets.remove(&lost);
             }
             tickets.insert(fresh, session.id);
+        }
+        if let Some(file) = &session.file {
+            file.set_tickets(live.ticket, live.unused);
         }
         live.known |= 1 << conn;
         live.joined |= 1 << conn;
@@ -313,6 +358,15 @@ impl Registry {
     fn bury(&self, ended: Live, reason: Reason) {
         let Live { session, known, .. } = ended;
         tracing::info!(session = session.id, share = session.share, ?reason, "session ended");
+        match (&session.file, &self.state) {
+            // The daemon after this one goes on with it.
+            (Some(_), _) if reason == Reason::Shutdown => {}
+            (Some(file), Some(state)) if file.adopted && !session.is_ready() => {
+                state.give_back(file);
+            }
+            (Some(file), _) => file.remove(),
+            (None, _) => {}
+        }
         for conn in (0..session.conns).filter(|conn| known & 1 << conn != 0) {
             if let Some(shard) = self.shard(&session, conn) {
                 shard.post(Mail::End { session: session.id, conn, reason });
@@ -326,8 +380,15 @@ impl Registry {
         let mut sessions = self.lock();
         while !sessions.stopped {
             let now = Instant::now();
+            let files = self.state.as_ref().and_then(StateDir::reap);
             let Some(id) = sessions.oldest_cut(|_| true) else {
-                sessions = self.changed.wait(sessions).unwrap_or_else(PoisonError::into_inner);
+                sessions = match files {
+                    None => self.changed.wait(sessions).unwrap_or_else(PoisonError::into_inner),
+                    Some(left) => {
+                        let waited = self.changed.wait_timeout(sessions, left);
+                        waited.unwrap_or_else(PoisonError::into_inner).0
+                    }
+                };
                 continue;
             };
             let cut = sessions.live.get(&id).and_then(|live| live.cut).unwrap_or(now);
@@ -339,6 +400,7 @@ impl Registry {
                 sessions = self.lock();
                 continue;
             }
+            let left = files.map_or(left, |files| files.min(left));
             let waited = self.changed.wait_timeout(sessions, left);
             sessions = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -414,7 +476,7 @@ mod tests {
     use crate::fs::FsOptions;
 
     fn registry(grace: Duration) -> (tempfile::TempDir, Registry) {
-        (tempfile::tempdir().expect("a temporary directory"), Registry::new(grace))
+        (tempfile::tempdir().expect("a temporary directory"), Registry::new(grace, None))
     }
 
     fn open(dir: &tempfile::TempDir, registry: &Registry, owner: u64) -> (Arc<Session>, Ticket) {
@@ -427,6 +489,8 @@ mod tests {
             slots: 1,
             features: 0,
             rebuilt: false,
+            subdir: Vec::new(),
+            presented: None,
         };
         let fs = Fs::new(dir.path(), FsOptions::default()).expect("a file system");
         registry.open(terms, fs).expect("a session")

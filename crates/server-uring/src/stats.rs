@@ -26,6 +26,10 @@ pub struct ShardStats {
     pub resumes: AtomicU64,
     /// Sessions that another daemon had, rebuilt as their guests told.
     pub rebuilds: AtomicU64,
+    /// Requests that a dead daemon had begun, and that were found out about.
+    pub recovered: AtomicU64,
+    /// Those of them of which nobody could tell what became.
+    pub ambiguous: AtomicU64,
     /// Requests that came again and were answered by the reply that was kept.
     pub replayed: AtomicU64,
     /// Requests that came again and ran again.
@@ -57,6 +61,8 @@ impl Default for ShardStats {
             protocol_errors: AtomicU64::new(0),
             resumes: AtomicU64::new(0),
             rebuilds: AtomicU64::new(0),
+            recovered: AtomicU64::new(0),
+            ambiguous: AtomicU64::new(0),
             replayed: AtomicU64::new(0),
             reruns: AtomicU64::new(0),
             abandoned: AtomicU64::new(0),
@@ -116,6 +122,8 @@ impl Totals {
             ("records_out", sum(|s| &s.records_out)),
             ("resumes", sum(|s| &s.resumes)),
             ("rebuilds", sum(|s| &s.rebuilds)),
+            ("recovered", sum(|s| &s.recovered)),
+            ("ambiguous", sum(|s| &s.ambiguous)),
             ("replayed", sum(|s| &s.replayed)),
             ("reruns", sum(|s| &s.reruns)),
             ("abandoned", sum(|s| &s.abandoned)),

@@ -10,6 +10,7 @@ use crate::ring::{Ring, UringRing};
 use crate::ring_threads::ThreadRing;
 use crate::session::Registry;
 use crate::shard::{Shard, Shared};
+use crate::state_dir::StateDir;
 use crate::stats::{ShardStats, Totals};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -62,8 +63,9 @@ impl Worker {
         engine: Engine,
         spin: u32,
         grace: Duration,
+        state: Option<StateDir>,
     ) -> Result<Worker, DaemonError> {
-        let registry = Arc::new(Registry::new(grace));
+        let registry = Arc::new(Registry::new(grace, state));
         let mut pool_cpus = CpuSet::new();
         cpus.iter().for_each(|&cpu| pool_cpus.set(cpu));
         let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX), pool_cpus);

@@ -484,7 +484,7 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
     let mailbox = Mailbox::new().expect("a mailbox");
     let stats = Arc::new(ShardStats::default());
     let grace = Duration::from_secs(if plan.cuts.is_some() { 600 } else { 0 });
-    let registry = Arc::new(Registry::new(grace));
+    let registry = Arc::new(Registry::new(grace, None));
     registry.set_shards(vec![mailbox.clone()]);
     let cpus: CpuSet = sched_getaffinity(None).expect("CPUs");
     let pool = Pool::new(2, cpus);
@@ -500,6 +500,8 @@ fn run(seed: u64, plan: Plan, place: &Path) -> Vec<String> {
             slots: 16,
             features: 1,
             rebuilt: false,
+            subdir: Vec::new(),
+            presented: None,
         };
         let fs = Fs::new(&share, FsOptions::default()).expect("a file system");
         let session = registry.open(terms, fs).expect("a session");
