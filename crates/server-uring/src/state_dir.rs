@@ -26,9 +26,10 @@ pub use crate::state_file::{Cells, IntentPlace, StateFile, StateTerms};
 use crate::state_file::{HEADER_BYTES, Header, Opened, TicketHash, hash_of};
 
 const KEY_BYTES: usize = 16;
-const LOCK: &CStr = c"lock";
 const SUFFIX: &str = ".session";
 const UNFINISHED: &str = ".new";
+/// Another daemon's directory of this name may go while it is opened.
+const TRIES_MAX: usize = 16;
 /// Entries of the directory that are looked at: more than we ever leave in it.
 const ENTRIES_MAX: usize = 4 * SESSIONS_MAX;
 
@@ -102,7 +103,7 @@ impl StateOption {
             StateOption::At(path) => return StateDir::open(path, grace).map(Some),
             StateOption::Default => default_below(Path::new(DEFAULT_ABOVE), listen),
         };
-        match path.and_then(|path| StateDir::open(&path, grace)) {
+        match path.and_then(|path| StateDir::open_as(&path, grace, Some(path.clone()))) {
             Ok(state) => Ok(Some(state)),
             Err(error) => {
                 let why = std::error::Error::source(&error).map(ToString::to_string);
@@ -135,9 +136,10 @@ struct Left {
 }
 
 pub(crate) struct Shared {
+    /// Locked against other daemons as long as anything of this one may write.
     dir: OwnedFd,
-    /// Held against other daemons as long as anything of this one may write.
-    _lock: OwnedFd,
+    /// Removed at the end, if nothing is in it.
+    passing: Option<PathBuf>,
     /// Files that sessions of ours have.
     pub(crate) ours: AtomicUsize,
 }
@@ -147,6 +149,15 @@ impl Shared {
         match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => tracing::warn!(?name, %error, "cannot remove a session's file"),
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(path) = &self.passing {
+            // Not empty: the next daemon's.
+            let _ = rustix::fs::rmdir(path);
         }
     }
 }
@@ -166,34 +177,23 @@ impl StateDir {
     /// # Errors
     /// See [`StateError`].
     pub fn open(path: &Path, grace: Duration) -> Result<StateDir, StateError> {
+        StateDir::open_as(path, grace, None)
+    }
+
+    /// The same; where `passing`, a directory that is empty at the end goes.
+    fn open_as(
+        path: &Path,
+        grace: Duration,
+        passing: Option<PathBuf>,
+    ) -> Result<StateDir, StateError> {
         let failed = |source| StateError::Open { path: path.to_owned(), source };
-        match rustix::fs::mkdir(path, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(failed(errno)),
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = match rustix::fs::open(path, flags, Mode::empty()) {
-            Ok(dir) => dir,
-            Err(Errno::LOOP | Errno::NOTDIR) => {
-                return Err(StateError::NotOurs { path: path.to_owned() });
-            }
-            Err(errno) => return Err(failed(errno)),
-        };
-        let stat = rustix::fs::fstat(&dir).map_err(failed)?;
-        if !is_ours(&stat, 0o700) {
-            return Err(StateError::NotOurs { path: path.to_owned() });
-        }
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let lock = rustix::fs::openat(&dir, LOCK, flags, FILE_MODE).map_err(failed)?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
-            Err(errno) => return Err(failed(errno)),
-        }
+        // Somebody who takes his empty directory away does it with the lock in his hand.
+        let taken = (0..TRIES_MAX).find_map(|_| take(path).transpose());
+        let dir = taken.unwrap_or(Err(StateError::InUse { path: path.to_owned() }))?;
         if fdops::fs_kind(dir.as_fd()) != Ok(FsKind::Local(LocalFs::Tmpfs)) {
             tracing::warn!(dir = %path.display(), "the state directory is not in memory: slower");
         }
-        let shared = Arc::new(Shared { dir, _lock: lock, ours: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared { dir, passing, ours: AtomicUsize::new(0) });
         let state = StateDir { shared, grace, left: Mutex::default() };
         state.look().map_err(failed)?;
         Ok(state)
@@ -377,6 +377,34 @@ fn now_secs() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
+/// Makes, opens and locks a directory; `None`: it was taken away meanwhile.
+fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
+    let failed = |source| StateError::Open { path: path.to_owned(), source };
+    match rustix::fs::mkdir(path, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(dir) => dir,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP | Errno::NOTDIR) => {
+            return Err(StateError::NotOurs { path: path.to_owned() });
+        }
+        Err(errno) => return Err(failed(errno)),
+    };
+    if !is_ours(&rustix::fs::fstat(&dir).map_err(failed)?, 0o700) {
+        return Err(StateError::NotOurs { path: path.to_owned() });
+    }
+    match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
+        Err(errno) => return Err(failed(errno)),
+    }
+    let is_there = rustix::fs::fstat(&dir).map_err(failed)?.st_nlink > 0;
+    Ok(is_there.then_some(dir))
+}
+
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
 fn is_ours(stat: &Stat, mode: u32) -> bool {
@@ -554,6 +582,13 @@ mod tests {
         assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
         assert_eq!(("none".parse(), "".parse::<StateOption>().ok()), (Ok(StateOption::None), None));
         assert!(StateOption::None.open(&[], GRACE).expect("none").is_none());
+        let passing = || StateDir::open_as(&both, GRACE, Some(both.clone())).expect("passing");
+        drop(passing());
+        assert!(!both.exists(), "nothing was in it");
+        let state = passing();
+        assert!(state.create(&terms(), ticket(1), false).is_ok());
+        drop(state);
+        assert!(both.exists(), "a session is in it");
         let held = open(&both);
         assert!(at.open(&[], GRACE).is_err(), "in use");
         drop(held);
@@ -665,7 +700,7 @@ mod tests {
         state.lock()[0].at -= GRACE.as_secs();
         assert!(state.reap().is_none() && state.left() == 0);
         let names: Vec<_> = std::fs::read_dir(&path).expect("list").flatten().collect();
-        assert_eq!(names.len(), 2, "the lock, and what is not ours: {names:?}");
+        assert_eq!(names.len(), 1, "what is not ours: {names:?}");
         drop(state);
         let state = open(&path);
         let file = state.create(&terms(), ticket(1), false).expect("a file");
@@ -683,6 +718,6 @@ mod tests {
         assert!(state.create(&StateTerms { slots: 0, ..terms() }, ticket(1), false).is_err());
         let long = StateTerms { subdir: vec![b'x'; 4000], ..terms() };
         assert!(state.create(&long, ticket(1), false).is_err());
-        assert_eq!(std::fs::read_dir(&path).expect("list").count(), 2, "nothing half made");
+        assert_eq!(std::fs::read_dir(&path).expect("list").count(), 1, "nothing half made");
     }
 }
