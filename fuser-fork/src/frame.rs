@@ -254,6 +254,11 @@ impl<'a> Parts<'a> {
         &self.header
     }
 
+    /// The first argument, which is all that most opcodes have.
+    pub fn first_arg(&self) -> &'a [u8] {
+        &self.headers[OP_IN_AT..][..self.op_in_bytes]
+    }
+
     /// By what a reply names the request to the ring.
     pub fn commit_id(&self) -> u64 {
         let low = u64::from(number(self.headers, COMMIT_ID_AT));
@@ -272,7 +277,7 @@ impl<'a> Parts<'a> {
         let (header, args) = room.split_at_mut(size_of::<InHeader>());
         header.copy_from_slice(self.header.as_bytes());
         let (first, rest) = args.split_at_mut(self.op_in_bytes);
-        first.copy_from_slice(&self.headers[OP_IN_AT..][..self.op_in_bytes]);
+        first.copy_from_slice(self.first_arg());
         rest.copy_from_slice(self.payload);
         Some(self.frame_bytes())
     }

@@ -149,6 +149,9 @@ pub struct Negotiated {
     pub offered: u64,
     /// Flags of the daemon's answer that were taken out; worth a line in the log.
     pub dropped: u64,
+    /// What is in force of the daemon's answer, for a daemon that takes over: without what kernel
+    /// and client have agreed on by themselves.
+    pub served: InitOut,
 }
 
 impl Negotiated {
@@ -270,7 +273,9 @@ pub fn negotiate(
         unused: [0; 11],
     };
     let flags = init_flags(flags_low, flags_high);
-    Ok(Negotiated { out, flags, offered, dropped: answered & !agreed & !coding })
+    let (low, high) = split(agreed & (answered | init::MAX_PAGES));
+    let served = InitOut { flags: low, flags2: high, ..out };
+    Ok(Negotiated { out, flags, offered, dropped: answered & !agreed & !coding, served })
 }
 
 /// The two words of a set of flags; `INIT_EXT` is set where the second one counts.
@@ -399,6 +404,8 @@ mod tests {
             let kernel = InitIn { flags, flags2, ..kernel() };
             let done = good(&kernel, &daemon(answered), limits);
             assert_eq!((done.flags, done.dropped), (expected, dropped));
+            let served = init_flags(done.served.flags, done.served.flags2) & !INIT_EXT;
+            assert_eq!(served, expected & (answered | MAX_PAGES) & !INIT_EXT);
         };
         let all = KNOWN & !INIT_RESERVED;
         let limits = Limits::default();

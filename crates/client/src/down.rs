@@ -7,6 +7,7 @@
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::goodbye_text;
 use crate::kept::Kept;
+use crate::known::Asked;
 use crate::lane::{Control, InFlight, Lane, LaneCounters};
 use crate::session::{End, Session};
 use fuser_fork::frame::{error_reply, out_header};
@@ -55,7 +56,8 @@ pub fn take_record(
     match Kind::from_u8(record.kind) {
         Some(Kind::Node) => {
             session.nodes_seen.fetch_add(1, Ordering::Relaxed);
-            Ok(())
+            let heard = session.known.hear(&bytes[RECORD_HEADER_BYTES..]);
+            heard.map_err(|_| End::Protocol("a NODE that cannot be"))
         }
         // Reserved for host-change notifications; a daemon that sends one now knows more than we.
         Some(Kind::Notify) => {
@@ -100,6 +102,18 @@ fn take_reply(
     }
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let request = lane.complete(at)?;
+    let asked = kept.record(at.slot);
+    match request {
+        InFlight::Request { opcode, .. } => {
+            let asked = || asked.and_then(Asked::of_record);
+            session.known.answered(opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
+        }
+        InFlight::Forget => {
+            session.known.forgotten(asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
+        }
+        // What it gave the daemon takes back.
+        InFlight::Abandoned => {}
+    }
     kept.release(at.slot);
     let InFlight::Request { unique, opcode, .. } = request else { return Ok(()) };
     LaneCounters::add(&lane.counters.replies, 1);

@@ -171,7 +171,8 @@ fn check_terms(welcome: &Welcome, hello: &Hello) -> Result<(), HandshakeError> {
     Ok(())
 }
 
-fn io_error(errno: Errno) -> HandshakeError {
+/// How a handshake fails by that.
+pub fn io_error(errno: Errno) -> HandshakeError {
     match errno {
         Errno::AGAIN | Errno::TIMEDOUT => HandshakeError::Timeout,
         Errno::PIPE | Errno::CONNRESET => HandshakeError::Closed,

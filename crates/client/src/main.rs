@@ -17,10 +17,12 @@ mod heart;
 mod helper;
 mod interrupts;
 mod kept;
+mod known;
 mod lane;
 mod mount_cmd;
 mod options;
 mod pump;
+mod rebuild;
 mod resume;
 mod rings;
 mod session;
@@ -88,6 +90,8 @@ Options of -o (comma-separated, may be repeated):
   hard                   requests wait for a lost connection as long as it takes (default); killed
                          processes get out at once
   soft,timeout=SECONDS   after so long without a connection requests fail (EIO), until there is one
+  strict                 a daemon that does not know the mount (it was restarted) ends it; without
+                         this the mount goes on, and what cannot be found again fails alone
   writeback              the kernel keeps dirty pages: faster writes, unseen by others until later
   lanes=N                readers of the FUSE device, each with a thread and a connection (default:
                          CPUs, at most 8)

@@ -6,6 +6,7 @@
 
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::{HandshakeError, join};
+use crate::known::Known;
 use crate::lane::Lane;
 use crate::options::{Options, cache_word};
 use crate::resume::{self, Resume, Terms};
@@ -168,14 +169,15 @@ impl Life {
             tracing::warn!(got, asked, why, "fewer lanes than asked for");
         }
         let resume = Resume::new(std::mem::take(&mut conns.0), request.options.soft);
-        let session = Session::new(lanes, resume, limits(&request.options))
+        let known = Known::new(welcome.features & feature::RESTORE != 0);
+        let session = Session::new(lanes, resume, known, limits(&request.options))
             .map_err(system("set up the session"))?;
         let mut life = Life {
             session: Arc::new(session),
             signals,
             threads: Vec::new(),
             waiting: (0..lanes_got).collect(),
-            terms: Some(Terms { address: address.clone(), hello, welcome: newest }),
+            terms: Some(Terms::new(address, hello, newest, request.options.strict)),
             spin: request.options.spin,
             rings,
             facts,
@@ -469,7 +471,7 @@ fn hello(request: &Request, extra: u16) -> Hello {
     let flag = |on: bool, flag: u32| if on { flag } else { 0 };
     Hello {
         versions: (VERSION_MIN, VERSION_MAX),
-        features: if checksum { feature::PAYLOAD_CRC } else { 0 },
+        features: feature::RESTORE | if checksum { feature::PAYLOAD_CRC } else { 0 },
         ticket: Ticket::NONE,
         epoch_seen: 0,
         lanes: options.lanes() + extra,

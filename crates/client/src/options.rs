@@ -24,6 +24,7 @@ const KNOWN: &[&str] = &[
     "hard",
     "soft",
     "timeout=",
+    "strict",
     "checksum=",
     "max_read=",
     "allow_other",
@@ -77,6 +78,8 @@ pub struct Options {
     pub uring: Uring,
     /// How long requests wait for a lost connection; `None`: as long as it takes.
     pub soft: Option<Duration>,
+    /// Whether a daemon that does not know the session ends the mount.
+    pub strict: bool,
     is_soft: bool,
     timeout_s: Option<u64>,
     /// Payload checksums; `None`: over vsock only.
@@ -126,6 +129,7 @@ impl Options {
             writeback: false,
             uring: Uring::Off,
             soft: None,
+            strict: false,
             is_soft: false,
             timeout_s: None,
             checksum: None,
@@ -188,6 +192,8 @@ impl Options {
             ("soft", None) => self.is_soft = true,
             ("timeout", Some(_)) => self.timeout_s = Some(number(word, TIMEOUT_S_MAX)?.into()),
             ("timeout", None) => return Err(OptionError::Soft),
+            ("strict", None) => self.strict = true,
+            ("nostrict", None) => self.strict = false,
             ("writeback", None) => self.writeback = true,
             ("nowriteback", None) => self.writeback = false,
             ("suid" | "dev", None) => return Err(OptionError::Denied(word.to_owned())),
@@ -284,6 +290,7 @@ mod tests {
             assert_eq!(parse(&format!("uring={word}")).expect("a mode").uring, expected);
         }
         assert_eq!(parse("").expect("empty").uring, Uring::Off);
+        assert!(parse("strict").expect("a word").strict && !parse("").expect("empty").strict);
         assert_eq!(parse("hard").expect("the default").soft, None);
         let soft = parse("soft,timeout=90").expect("soft").soft;
         assert_eq!(soft, Some(Duration::from_secs(90)));

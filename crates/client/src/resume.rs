@@ -2,17 +2,20 @@
 //!
 //! A lane that loses its connection says so ([`Resume::lost`]) and goes on without; the connector
 //! joins one connection at a time, with the newest ticket, and the lane takes it
-//! ([`Resume::take`]). Invariant: a port has at most one connection that counts; whoever still
-//! holds an older one only drops it. It must not touch requests.
+//! ([`Resume::take`]). A daemon that does not know the session is told of it first (rebuild.rs),
+//! and then no lane has a connection of before. Invariant: a port has at most one connection that
+//! counts; whoever still holds an older one only drops it. It must not touch requests.
 
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::{self, HandshakeError, Joined, join};
+use crate::known::Restored;
 use crate::lane::{InFlight, lock};
+use crate::rebuild;
 use crate::rings::with_causes;
 use crate::session::{End, Session};
 use crate::status::unix_now_s;
 use crate::transport::{Address, ConnectError, Socket};
-use ringfs_wire::hello::{Hello, Reason, Welcome, welcome_flag};
+use ringfs_wire::hello::{Hello, Reason, Welcome, feature, welcome_flag};
 use ringfs_wire::slot::SlotUse;
 use rustix::net::Shutdown;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -78,6 +81,8 @@ struct Port {
     conn: Option<Arc<Conn>>,
     /// The half for the lane's thread, until that takes it.
     fresh: Option<ConnRx>,
+    /// The lane's thread acts on a connection, be it this one or one that counts no more.
+    is_held: bool,
     joined: Instant,
 }
 
@@ -94,6 +99,8 @@ struct State {
     since: Instant,
     since_unix_s: u64,
     last_cut: Option<String>,
+    rebuilds: u64,
+    restored: Restored,
 }
 
 /// What lanes, main thread and connector share.
@@ -119,14 +126,22 @@ pub struct Outlook {
     pub since_unix_s: u64,
     /// Why a connection was last lost.
     pub last_cut: Option<String>,
+    /// Daemons that were told of the session.
+    pub rebuilds: u64,
+    /// What the last one was told.
+    pub restored: Restored,
 }
 
 impl Resume {
     /// The first connections, one a lane.
     pub fn new(conns: Vec<(Conn, ConnRx)>, soft: Option<Duration>) -> Resume {
         let now = Instant::now();
-        let port =
-            |(conn, half)| Port { conn: Some(Arc::new(conn)), fresh: Some(half), joined: now };
+        let port = |(conn, half)| Port {
+            conn: Some(Arc::new(conn)),
+            fresh: Some(half),
+            is_held: false,
+            joined: now,
+        };
         Resume {
             state: Mutex::new(State {
                 ports: conns.into_iter().map(port).collect(),
@@ -137,6 +152,8 @@ impl Resume {
                 since: now,
                 since_unix_s: unix_now_s(),
                 last_cut: None,
+                rebuilds: 0,
+                restored: Restored::default(),
             }),
             bell: Condvar::new(),
             is_on: AtomicBool::new(false),
@@ -160,13 +177,18 @@ impl Resume {
     pub fn take(&self, lane: u8) -> Option<(Arc<Conn>, ConnRx)> {
         let mut state = lock(&self.state);
         let port = state.ports.get_mut(usize::from(lane))?;
-        Some((Arc::clone(port.conn.as_ref()?), port.fresh.take()?))
+        let taken = (Arc::clone(port.conn.as_ref()?), port.fresh.take()?);
+        port.is_held = true;
+        Some(taken)
     }
 
-    /// The lane's connection is lost, if it is still the one that counts.
+    /// The lane's connection is lost: its thread will act on nothing more of it. Another one
+    /// is needed if it is still the one that counts.
     pub fn lost(&self, lane: u8, conn: &Arc<Conn>, why: &End) {
         let mut state = lock(&self.state);
         let Some(port) = state.ports.get_mut(usize::from(lane)) else { return };
+        port.is_held = false;
+        self.bell.notify_all();
         if !port.conn.as_ref().is_some_and(|its| Arc::ptr_eq(its, conn)) {
             return;
         }
@@ -181,7 +203,6 @@ impl Resume {
         state.drop_conn(usize::from(lane));
         state.last_cut = Some(why);
         self.cuts.fetch_add(1, Ordering::Relaxed);
-        self.bell.notify_all();
     }
 
     /// `ringfs reconnect`: whatever connections there are count no more, and new ones are joined
@@ -189,6 +210,27 @@ impl Resume {
     pub fn reconnect(&self) {
         let mut state = lock(&self.state);
         tracing::warn!("asked to reconnect: resuming, requests wait");
+        self.drop_all(&mut state);
+        state.last_cut = Some("asked to reconnect".to_owned());
+        state.backoff = Backoff::default();
+        state.hurry = true;
+        state.abort_try();
+        self.bell.notify_all();
+    }
+
+    /// The daemon does not know the session: all connections of before count no more. Returns when
+    /// no lane acts on one any longer; false: it is over.
+    fn leave_old_daemon(&self, ask_again_at_once: bool) -> bool {
+        let mut state = lock(&self.state);
+        self.drop_all(&mut state);
+        state.hurry |= ask_again_at_once;
+        while !state.stopping && state.ports.iter().any(|port| port.is_held) {
+            state = self.bell.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        !state.stopping
+    }
+
+    fn drop_all(&self, state: &mut State) {
         if state.missing() == 0 {
             state.turn();
         }
@@ -197,11 +239,15 @@ impl Resume {
                 self.cuts.fetch_add(1, Ordering::Relaxed);
             }
         }
-        state.last_cut = Some("asked to reconnect".to_owned());
-        state.backoff = Backoff::default();
-        state.hurry = true;
-        state.abort_try();
-        self.bell.notify_all();
+    }
+
+    /// A daemon was told of the session.
+    fn has_told(&self, restored: Restored) {
+        let mut state = lock(&self.state);
+        state.rebuilds += 1;
+        state.restored = restored;
+        let Restored { nodes, nodes_lost, handles } = restored;
+        tracing::warn!(nodes, nodes_lost, handles, "the daemon did not know the session: rebuilt");
     }
 
     /// Ends the connections that there are, and the try for another.
@@ -225,8 +271,13 @@ impl Resume {
     /// For `ringfs status`.
     pub fn outlook(&self) -> Outlook {
         let state = lock(&self.state);
-        let last_cut = state.last_cut.clone();
-        Outlook { missing: state.missing(), since_unix_s: state.since_unix_s, last_cut }
+        Outlook {
+            missing: state.missing(),
+            since_unix_s: state.since_unix_s,
+            last_cut: state.last_cut.clone(),
+            rebuilds: state.rebuilds,
+            restored: state.restored,
+        }
     }
 
     /// Sleeps until a connection is missing and a try is due: which. `None`: it is over.
@@ -267,12 +318,13 @@ impl Resume {
         let mut state = lock(&self.state);
         let is_wanted = state.trying.take().is_some();
         let Some(joined) = joined.filter(|_| is_wanted) else { return false };
-        if state.ports[usize::from(port)].joined.elapsed() >= WORTH {
+        let (conn, half) = Conn::new(joined);
+        let place = &mut state.ports[usize::from(port)];
+        (place.conn, place.fresh) = (Some(Arc::new(conn)), Some(half));
+        let before = std::mem::replace(&mut place.joined, Instant::now());
+        if before.elapsed() >= WORTH {
             state.backoff = Backoff::default();
         }
-        let (conn, half) = Conn::new(joined);
-        state.ports[usize::from(port)] =
-            Port { conn: Some(Arc::new(conn)), fresh: Some(half), joined: Instant::now() };
         self.resumes.fetch_add(1, Ordering::Relaxed);
         if state.missing() == 0 {
             let after_ms = state.since.elapsed().as_millis() as u64;
@@ -312,12 +364,25 @@ impl State {
 /// How the daemon is asked again.
 #[derive(Debug)]
 pub struct Terms {
-    /// Where it is.
-    pub address: Address,
+    address: Address,
     /// The first HELLO.
-    pub hello: Hello,
+    hello: Hello,
     /// The newest WELCOME.
-    pub welcome: Welcome,
+    welcome: Welcome,
+    /// A daemon that does not know the session ends the mount.
+    is_strict: bool,
+    /// The ports that the session has had a connection of, one bit each.
+    joined: u8,
+    /// A daemon asked for a rebuild and has not been told all.
+    is_untold: bool,
+}
+
+impl Terms {
+    /// After the first connections.
+    pub fn new(address: &Address, hello: Hello, welcome: Welcome, is_strict: bool) -> Terms {
+        let address = address.clone();
+        Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false }
+    }
 }
 
 /// Why one try came to nothing.
@@ -329,14 +394,21 @@ pub enum ResumeError {
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
     #[error(
-        "the daemon has to rebuild the session (it was restarted, or the session's grace is \
-         over), which this version cannot: mount again"
+        "the daemon does not know the session (it was restarted, or the session's grace is over), \
+         and the mount is `strict`: mount again"
     )]
-    Rebuild,
+    Strict,
+    #[error(
+        "the daemon does not know the session (it was restarted, or the session's grace is over), \
+         and one of the two daemons cannot have it rebuilt: update ringfsd, and mount again"
+    )]
+    NoRestore,
     #[error("the daemon takes the connection for a new one: update ringfsd")]
     NotResumed,
     #[error("the daemon has other {0} than before")]
     Changed(&'static str),
+    #[error("the daemon does not know the session, and grants fewer {0} than it has: mount again")]
+    Fewer(&'static str),
     #[error("somebody asked for another try")]
     Overtaken,
 }
@@ -359,7 +431,11 @@ impl ResumeError {
                 | HandshakeError::TooLong(_)
                 | HandshakeError::Unexpected(_) => true,
             },
-            ResumeError::Rebuild | ResumeError::NotResumed | ResumeError::Changed(_) => false,
+            ResumeError::Strict
+            | ResumeError::NoRestore
+            | ResumeError::NotResumed
+            | ResumeError::Changed(_)
+            | ResumeError::Fewer(_) => false,
         }
     }
 }
@@ -399,10 +475,10 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
         ticket: terms.welcome.ticket,
         epoch_seen: terms.welcome.epoch,
         conn: port,
-        init: session.agreed().map(|agreed| agreed.out),
+        init: session.agreed().map(|agreed| agreed.served),
         ..terms.hello.clone()
     };
-    let joined = match join(socket, &hello) {
+    let mut joined = match join(socket, &hello) {
         Ok(joined) => joined,
         Err(error) => {
             resume.end_try(port, None);
@@ -410,9 +486,15 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
         }
     };
     let welcome = joined.welcome;
-    check_terms(&terms.welcome, &welcome)?;
+    let used = Used { lanes: session.lanes.len() as u16, slots: session.lanes[0].slots() };
+    let is_rebuild = check_terms(terms, port, used, &welcome)?;
     // Whatever becomes of this connection: the daemon may know the new ticket alone by now.
     terms.welcome = welcome;
+    if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined) {
+        resume.end_try(port, None);
+        return Err(error);
+    }
+    terms.joined |= 1 << port;
     match resume.end_try(port, Some(joined)) {
         true => {
             session.lanes[usize::from(port)].renew();
@@ -422,29 +504,71 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     }
 }
 
-fn check_terms(before: &Welcome, now: &Welcome) -> Result<(), ResumeError> {
-    if now.flags & welcome_flag::REBUILD != 0 {
-        return Err(ResumeError::Rebuild);
+/// Tells the daemon of the session; the connection is that of lane 0 and goes on, or is of no use.
+fn rebuild(
+    session: &Session,
+    terms: &mut Terms,
+    port: u16,
+    joined: &mut Joined,
+) -> Result<(), ResumeError> {
+    (terms.is_untold, terms.joined) = (true, 0);
+    let is_first = port == 0;
+    // What lanes still take from old connections would be told wrongly.
+    if !session.resume.leave_old_daemon(!is_first) || !is_first {
+        return Err(ResumeError::Overtaken);
     }
-    if now.flags & welcome_flag::RESUMED == 0 {
+    let restored = rebuild::tell(joined, &session.known)?;
+    terms.is_untold = false;
+    session.resume.has_told(restored);
+    Ok(())
+}
+
+/// What the mount has of its terms.
+#[derive(Clone, Copy)]
+struct Used {
+    lanes: u16,
+    slots: u16,
+}
+
+/// Whether the session is to be rebuilt; an error: it cannot go on.
+fn check_terms(terms: &Terms, port: u16, used: Used, now: &Welcome) -> Result<bool, ResumeError> {
+    let before = &terms.welcome;
+    let is_rebuild = now.flags & welcome_flag::REBUILD != 0;
+    let is_resumed = now.flags & welcome_flag::RESUMED != 0;
+    let is_first_join = !is_resumed && terms.joined >> port & 1 == 0;
+    if is_rebuild && terms.is_strict {
+        return Err(ResumeError::Strict);
+    }
+    if is_rebuild && before.features & now.features & feature::RESTORE == 0 {
+        return Err(ResumeError::NoRestore);
+    }
+    // Who was not told all does not go on as if.
+    if !is_rebuild && (terms.is_untold || !is_resumed && !is_first_join) {
         return Err(ResumeError::NotResumed);
     }
-    for (is_same, what) in [
-        (before.version == now.version, "versions"),
-        (before.lanes == now.lanes && before.conns == now.conns, "lanes"),
-        (before.slots == now.slots, "slots"),
-        (before.features == now.features, "features"),
-    ] {
-        if !is_same {
-            return Err(ResumeError::Changed(what));
-        }
+    let same = |is_same: bool, what| if is_same { Ok(()) } else { Err(ResumeError::Changed(what)) };
+    same(before.version == now.version, "versions")?;
+    same(before.features == now.features, "features")?;
+    if is_rebuild {
+        let enough =
+            |is_enough: bool, what| if is_enough { Ok(()) } else { Err(ResumeError::Fewer(what)) };
+        enough(now.lanes >= used.lanes && now.conns >= used.lanes, "lanes")?;
+        enough(now.slots >= used.slots, "slots")?;
+        return Ok(true);
     }
-    Ok(())
+    same(before.lanes == now.lanes && before.conns == now.conns, "lanes")?;
+    same(before.slots == now.slots, "slots")?;
+    Ok(false)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ringfs_wire::hello::CacheMode;
+
+    fn zeros() -> Welcome {
+        Welcome::default()
+    }
 
     #[test]
     fn tries_become_rare() {
@@ -469,25 +593,71 @@ mod tests {
         assert!(resends(std::iter::empty()).is_empty());
     }
 
+    fn terms(welcome: Welcome) -> Terms {
+        let hello = Hello {
+            versions: (1, 1),
+            features: welcome.features,
+            ticket: welcome.ticket,
+            epoch_seen: 0,
+            lanes: 2,
+            conn: 0,
+            conns: 2,
+            slots: 8,
+            mount_flags: 0,
+            cache: CacheMode::Auto,
+            share: "s".into(),
+            subdir: Vec::new(),
+            init: None,
+        };
+        Terms::new(&Address::Unix("/s".into()), hello, welcome, false)
+    }
+
     #[test]
     fn terms_that_cannot_go_on() {
-        let flags = welcome_flag::RESUMED;
+        let (flags, features) = (welcome_flag::RESUMED, feature::RESTORE);
         let before =
-            Welcome { version: 1, lanes: 2, slots: 8, conns: 2, flags, ..Welcome::default() };
-        let check = |now: Welcome, expected: Option<&str>| {
-            let error = check_terms(&before, &now).err();
-            assert!(error.as_ref().is_none_or(|error| !error.is_passing()));
-            let text = error.map(|error| error.to_string());
-            assert_eq!(text.is_some(), expected.is_some(), "{text:?}");
-            let (text, expected) = (text.unwrap_or_default(), expected.unwrap_or_default());
-            assert!(text.contains(expected), "{text}");
+            Welcome { version: 1, lanes: 2, slots: 8, conns: 2, flags, features, ..zeros() };
+        let plain = terms(before);
+        let check = |terms: &Terms, now: Welcome, expected: Result<bool, &str>| {
+            let used = Used { lanes: 2, slots: 8 };
+            let found = check_terms(terms, 1, used, &now).map_err(|error| {
+                assert!(!error.is_passing());
+                error.to_string()
+            });
+            match (&found, expected) {
+                (Ok(is_rebuild), expected) => assert_eq!(Ok(*is_rebuild), expected),
+                (Err(text), Err(part)) => assert!(text.contains(part), "{text}"),
+                (Err(text), Ok(_)) => panic!("{text}"),
+            }
         };
-        check(Welcome { epoch: 9, ..before }, None);
-        check(Welcome { flags: 0, ..before }, Some("update ringfsd"));
-        check(Welcome { flags: welcome_flag::REBUILD, ..before }, Some("mount again"));
-        check(Welcome { slots: 7, ..before }, Some("other slots"));
-        check(Welcome { lanes: 1, ..before }, Some("other lanes"));
-        check(Welcome { features: 1, ..before }, Some("other features"));
+        check(&plain, Welcome { epoch: 9, ..before }, Ok(false));
+        check(&plain, Welcome { flags: 0, ..before }, Err("update ringfsd"));
+        check(&plain, Welcome { slots: 7, ..before }, Err("other slots"));
+        check(&plain, Welcome { lanes: 1, ..before }, Err("other lanes"));
+        check(&plain, Welcome { features: 3, ..before }, Err("other features"));
+
+        let rebuild = Welcome { flags: welcome_flag::REBUILD, ..before };
+        check(&plain, rebuild, Ok(true));
+        check(&plain, Welcome { lanes: 3, conns: 3, slots: 9, ..rebuild }, Ok(true));
+        check(&plain, Welcome { lanes: 1, conns: 1, ..rebuild }, Err("fewer lanes"));
+        check(&plain, Welcome { conns: 1, ..rebuild }, Err("fewer lanes"));
+        check(&plain, Welcome { slots: 7, ..rebuild }, Err("fewer slots"));
+        check(&plain, Welcome { features: 0, ..rebuild }, Err("cannot have it rebuilt"));
+        check(&plain, Welcome { features: 3, ..rebuild }, Err("other features"));
+        let old = terms(Welcome { features: 0, ..before });
+        check(&old, rebuild, Err("cannot have it rebuilt"));
+        check(&Terms { is_strict: true, ..terms(before) }, rebuild, Err("`strict`"));
+
+        // After a rebuild the other connections join as those of a new session do, once.
+        let told = |joined| Terms { joined, ..terms(rebuild) };
+        check(&told(1), Welcome { flags: 0, ..before }, Ok(false));
+        check(&told(1), before, Ok(false));
+        check(&told(3), Welcome { flags: 0, ..before }, Err("update ringfsd"));
+        let untold = || Terms { is_untold: true, ..told(0) };
+        check(&untold(), rebuild, Ok(true));
+        for flags in [0, welcome_flag::RESUMED] {
+            check(&untold(), Welcome { flags, ..before }, Err("update ringfsd"));
+        }
     }
 
     #[test]

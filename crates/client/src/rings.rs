@@ -236,7 +236,8 @@ mod tests {
         });
         let out = abi::InitOut { max_write: 1 << 20, max_pages: 256, ..Default::default() };
         let flags = abi::init::OVER_IO_URING;
-        let outcome = rings.start(&Negotiated { out, flags, offered: flags, dropped: 0 });
+        let outcome =
+            rings.start(&Negotiated { out, flags, offered: flags, dropped: 0, served: out });
         assert_eq!(rings.facts.queues > 0, rings.facts.why.is_none());
         rings.dismiss();
         let last = ends.map(|orders| {

@@ -6,6 +6,7 @@
 use crate::conn::Conn;
 use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
+use crate::known::Known;
 use crate::lane::{Lane, LaneCounters, lock};
 use crate::resume::{Resume, ResumeError};
 use fuser_fork::device::DeviceError;
@@ -130,8 +131,10 @@ pub struct Session {
     pub resume: Resume,
     /// Which lanes look at the device.
     pub watch: Watch,
-    /// NODE records seen: what they say is for the resume.
+    /// NODE records seen.
     pub nodes_seen: AtomicU64,
+    /// What a daemon that does not know the session has to be told.
+    pub known: Known,
     /// Optional records that this version does not know.
     pub records_skipped: AtomicU64,
     /// Requests whose tasks have signals.
@@ -150,12 +153,18 @@ pub struct Session {
 
 impl Session {
     /// Lanes and connections, nothing running yet.
-    pub fn new(lanes: Vec<Lane>, resume: Resume, limits: Limits) -> io::Result<Session> {
+    pub fn new(
+        lanes: Vec<Lane>,
+        resume: Resume,
+        known: Known,
+        limits: Limits,
+    ) -> io::Result<Session> {
         Ok(Session {
             lanes,
             resume,
             watch: Watch::default(),
             nodes_seen: AtomicU64::new(0),
+            known,
             records_skipped: AtomicU64::new(0),
             interrupts: Interrupts::default(),
             limits,

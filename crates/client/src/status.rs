@@ -119,6 +119,15 @@ pub struct Report {
     pub bytes_up: u64,
     pub bytes_down: u64,
     pub nodes_seen: u64,
+    /// What a daemon that does not know the session would be told.
+    pub nodes_known: u64,
+    pub handles_known: u64,
+    /// How often one was; and what the last one was told: nodes, those of them that nothing finds,
+    /// and open files.
+    pub rebuilds: u64,
+    pub nodes_restored: u64,
+    pub nodes_lost: u64,
+    pub handles_restored: u64,
     pub records_skipped: u64,
     /// All lanes have their connections (else `resuming`), and since when it is as it is.
     pub connected: bool,
@@ -151,7 +160,9 @@ pub struct Entry {
 impl Report {
     /// The state of now.
     pub fn of(facts: &Facts, session: &Session) -> Report {
-        let Outlook { missing, since_unix_s, last_cut } = session.resume.outlook();
+        let Outlook { missing, since_unix_s, last_cut, rebuilds, restored } =
+            session.resume.outlook();
+        let (nodes_known, handles_known) = session.known.totals();
         let mut report = Report {
             facts: facts.clone(),
             connected: missing == 0,
@@ -162,6 +173,12 @@ impl Report {
             resumes: session.resume.resumes.load(Ordering::Relaxed),
             last_cut,
             nodes_seen: session.nodes_seen.load(Ordering::Relaxed),
+            nodes_known,
+            handles_known,
+            rebuilds,
+            nodes_restored: restored.nodes,
+            nodes_lost: restored.nodes_lost,
+            handles_restored: restored.handles,
             records_skipped: session.records_skipped.load(Ordering::Relaxed),
             ..Report::default()
         };
@@ -382,6 +399,13 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
         report.cuts,
         report.resumes
     );
+    if report.rebuilds > 0 {
+        let _ = writeln!(
+            text,
+            "  rebuilds {}, the last one of {} nodes ({} lost) and {} open files",
+            report.rebuilds, report.nodes_restored, report.nodes_lost, report.handles_restored
+        );
+    }
     let granted = |granted: &Granted| match &granted.why {
         Some(why) => format!("{} of {} ({why})", granted.got, granted.asked),
         None => granted.got.to_string(),
@@ -458,6 +482,9 @@ mod tests {
             cuts: 2,
             resumes: 1,
             last_cut: Some("reset".into()),
+            rebuilds: 1,
+            nodes_restored: 5,
+            handles_restored: 2,
             ..Report::default()
         }
     }
@@ -530,6 +557,7 @@ mod tests {
             "lanes 1 of 4 (no clones), slots a lane 0, spin 0",
             "mounted for 1 min",
             "RESUMING, requests wait, for 21 s; cuts 2, resumes 1, the last one: reset",
+            "rebuilds 1, the last one of 5 nodes (0 lost) and 2 open files",
             "requests 12 (3 in flight, 0 parked, 0 abandoned)",
             "2.0 KiB up",
             "ringfs umount -l /m",

@@ -10,6 +10,7 @@
 use crate::conn::coarse_now;
 use crate::groups;
 use crate::heart::Beat;
+use crate::known::Asked;
 use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
 use crate::pump::{Link, Overdue, Rest};
 use crate::resume::Resend;
@@ -474,8 +475,15 @@ impl<'s> RingLane<'s> {
                     continue;
                 }
                 let reply = &bytes[span];
-                if let Some(id) = take_reply(self.lane, &self.entry_of_slot, record, reply)? {
+                let taken = take_reply(self.lane, &self.entry_of_slot, record, reply)?;
+                if let Some((id, opcode)) = taken {
                     self.uniques[usize::from(id.0)] = None;
+                    let body = &reply[RECORD_HEADER_BYTES..];
+                    let asked = || {
+                        let parts = self.ring.request(id).ok()?;
+                        Some(Asked::new(parts.header().nodeid, parts.first_arg()))
+                    };
+                    self.session.known.answered(opcode, asked, record.code, body);
                     self.ring.reply(id, down::outcome_of(record, reply))?;
                 }
             }
@@ -485,13 +493,13 @@ impl<'s> RingLane<'s> {
     }
 }
 
-/// The slot of a reply is free; the entry that waits for it, if one does.
+/// The slot of a reply is free; the entry that waits for it, if one does, and what it asked.
 fn take_reply(
     lane: &Lane,
     entry_of_slot: &[EntryId],
     record: RecordHeader,
     bytes: &[u8],
-) -> Result<Option<EntryId>, End> {
+) -> Result<Option<(EntryId, u32)>, End> {
     if record.lane != lane.index {
         return Err(End::Protocol("a reply for a lane of another connection"));
     }
@@ -500,7 +508,7 @@ fn take_reply(
     LaneCounters::add(&lane.counters.replies, 1);
     LaneCounters::add(&lane.counters.bytes_down, bytes.len());
     match request {
-        InFlight::Request { .. } => Ok(Some(entry_of_slot[usize::from(at.slot)])),
+        InFlight::Request { opcode, .. } => Ok(Some((entry_of_slot[usize::from(at.slot)], opcode))),
         // The entry may have the next request by now.
         InFlight::Abandoned | InFlight::Forget => Ok(None),
     }

@@ -1,21 +1,23 @@
 //! A small daemon for tests: the wire over real Unix sockets, a tree in memory, faults on demand.
 //!
 //! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ is answered only when it is
-//! cancelled). It checks what a daemon may rely on: slots and their sequence, whole batches,
-//! tickets. Its table of slots outlives connections, with every reply; a request runs once.
+//! cancelled), and, not listed, `n0` and so on. It checks what a daemon may rely on: slots and their
+//! sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
+//! Its table of slots outlives connections, with every reply; a request runs once.
 
 use ringfs_wire::abi::*;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
-use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, welcome_flag};
+use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, welcome_flag};
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
+use ringfs_wire::restore::{End, Restore, Restores, push_node};
 use ringfs_wire::session::{LinkRx, LinkTx};
 use ringfs_wire::slot::SlotUse;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
@@ -23,6 +25,8 @@ use zerocopy::{FromBytes, IntoBytes};
 pub const HELLO_TEXT: &[u8] = b"hello from the host\n";
 pub const BIG_BYTES: usize = 5 << 20;
 const EACH_FILE: [(&str, u64); 3] = [("hello", 2), ("big", 3), ("hang", 4)];
+/// The node of `n0`.
+const NUMBERED: u64 = 1000;
 
 /// What the host grants and how it misbehaves.
 #[derive(Clone, Debug)]
@@ -32,6 +36,8 @@ pub struct Terms {
     pub slots: u16,
     pub features: u64,
     pub init_errno: u32,
+    /// Offered beside what all hosts offer.
+    pub init_flags: u64,
     pub answers_root: bool,
     /// To a HELLO that resumes: `Some` refuses.
     pub refuses: Option<Reason>,
@@ -40,8 +46,9 @@ pub struct Terms {
 impl Default for Terms {
     fn default() -> Terms {
         let (lanes, conns, slots) = (8, 8, 1024);
-        let (init_errno, answers_root, refuses) = (0, true, None);
-        Terms { lanes, conns, slots, features: u64::MAX, init_errno, answers_root, refuses }
+        let (init_errno, init_flags, answers_root, refuses) = (0, 0, true, None);
+        let features = u64::MAX;
+        Terms { lanes, conns, slots, features, init_errno, init_flags, answers_root, refuses }
     }
 }
 
@@ -71,6 +78,26 @@ pub struct Seen {
     pub written: u64,
     pub faults: Vec<String>,
     pub closed: u64,
+    /// Rebuilds begun, the last one still under way or not.
+    pub rebuilds: Vec<Rebuild>,
+    /// Lookups that the guest has of each node.
+    pub lookups: HashMap<u64, i64>,
+}
+
+/// What a guest told of its session.
+#[derive(Clone, Debug, Default)]
+pub struct Rebuild {
+    /// Node ids, with lookups and recipe.
+    pub nodes: Vec<(u64, u64, Vec<u8>)>,
+    /// Handles, with node, flags, and whether of a directory.
+    pub handles: Vec<(u64, u64, u32, bool)>,
+    pub records: u64,
+    pub end: Option<End>,
+}
+
+/// The recipe of a node.
+pub fn recipe(nodeid: u64) -> Vec<u8> {
+    format!("where {nodeid} is").into_bytes()
 }
 
 /// How the host treats what comes and goes, from now on.
@@ -80,15 +107,25 @@ pub enum Mood {
     Fair,
     /// It executes, and its replies are lost.
     LosesReplies,
+    /// The same for replies that give a node alone: LOOKUP's.
+    LosesEntries,
     /// Half of the next reply leaves, then its connection is cut.
     CutsReply,
     /// The next connection that brings something is cut before that is looked at, most likely in
     /// the middle of a large batch.
     CutsRequest,
+    /// The next RESTORE is not taken, and its connection is cut.
+    CutsRestore,
+    /// The next RESTORE is refused.
+    RefusesRestore,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Slot {
+    /// After a rebuild: whatever comes is the next one.
+    is_new: bool,
+    /// It only counts (LOOKUP, FORGET): what it did went with the daemon that did it.
+    counts: bool,
     next: u32,
     busy: bool,
     reply: Option<(u32, Vec<u8>)>,
@@ -104,12 +141,24 @@ struct Shared {
     conns: Mutex<HashMap<u8, Arc<Conn>>>,
     /// The number in the newest ticket.
     ticket: Mutex<u8>,
+    epoch: AtomicU64,
+    /// The session has to be rebuilt: the slots that the next daemon knows.
+    unknown: Mutex<Option<Vec<Vec<Slot>>>>,
+    /// A rebuild is under way: what came on other connections than the first.
+    held: Mutex<Option<Vec<Held>>>,
+    /// Nodes whose recipes were sent.
+    noted: Mutex<HashSet<u64>>,
+    next_fh: AtomicU64,
 }
+
+type Held = (Arc<Conn>, RecordHeader, Vec<u8>);
 
 struct Conn {
     tx: Mutex<(LinkTx, u64)>,
     stream: UnixStream,
     is_silent: AtomicBool,
+    /// Its number, once it has said HELLO.
+    number: AtomicU64,
 }
 
 pub struct Host {
@@ -129,6 +178,11 @@ impl Host {
             changed: Condvar::new(),
             slots: Mutex::default(),
             conns: Mutex::default(),
+            epoch: AtomicU64::new(3),
+            unknown: Mutex::default(),
+            held: Mutex::default(),
+            noted: Mutex::default(),
+            next_fh: AtomicU64::new(1),
         });
         let accepting = Arc::clone(&shared);
         // It ends with the test's process.
@@ -183,6 +237,30 @@ impl Host {
         }
     }
 
+    /// Another daemon is there, which does not know the session, and the slots only if it is told
+    /// to. It is found out by a connection that is cut: that of `lane`, or all.
+    pub fn restart(&self, knows_slots: bool, lane: Option<u8>) {
+        let mut slots = self.shared.slots.lock().expect("slots").clone();
+        if !knows_slots {
+            let new = Slot { is_new: true, ..Slot::default() };
+            slots.iter_mut().flatten().for_each(|slot| *slot = new.clone());
+        }
+        for slot in slots.iter_mut().flatten() {
+            // Its requests in work died with the old one.
+            slot.busy = false;
+            if slot.counts && slot.reply.take().is_some() {
+                slot.next = slot.next.wrapping_sub(1);
+            }
+        }
+        *self.shared.unknown.lock().expect("unknown") = Some(slots);
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        let conns = self.shared.conns.lock().expect("conns");
+        conns
+            .iter()
+            .filter(|(its, _)| lane.is_none_or(|lane| lane == **its))
+            .for_each(|c| c.1.cut());
+    }
+
     /// The connections that there are look alive and are dead.
     pub fn go_silent(&self) {
         for conn in self.shared.conns.lock().expect("conns").values() {
@@ -206,6 +284,11 @@ impl Host {
 
     pub fn set_mood(&self, mood: Mood) {
         *self.shared.mood.lock().expect("mood") = mood;
+    }
+
+    /// What HELLOs get from now on.
+    pub fn grant(&self, terms: Terms) {
+        *self.shared.terms.lock().expect("terms") = terms;
     }
 
     /// Whether HELLOs that resume are refused from now on.
@@ -249,7 +332,9 @@ impl Shared {
         let mut slots = self.slots.lock().expect("slots");
         let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
         assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
-        *slot = Slot { next: at.seq.wrapping_add(1), busy: false, reply: Some(reply.clone()) };
+        let next = at.seq.wrapping_add(1);
+        let counts = slot.counts;
+        *slot = Slot { is_new: false, counts, next, busy: false, reply: Some(reply.clone()) };
         drop(slots);
         self.reply(lane, at, &reply);
     }
@@ -261,8 +346,13 @@ impl Shared {
         let header = RecordHeader { len: 0, kind, lane, slot, slot_seq, code: *errno };
         let mood = *self.mood.lock().expect("mood");
         match mood {
-            Mood::Fair | Mood::CutsRequest => conn.send(header, body, false),
-            Mood::LosesReplies => self.note(|seen| seen.lost += 1),
+            Mood::Fair | Mood::CutsRequest | Mood::CutsRestore | Mood::RefusesRestore => {
+                conn.send(header, body, false);
+            }
+            Mood::LosesEntries if body.len() != size_of::<EntryOut>() => {
+                conn.send(header, body, false);
+            }
+            Mood::LosesReplies | Mood::LosesEntries => self.note(|seen| seen.lost += 1),
             Mood::CutsReply => {
                 *self.mood.lock().expect("mood") = Mood::Fair;
                 conn.send(header, body, true);
@@ -302,6 +392,7 @@ fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
         stream: stream.try_clone().expect("dup"),
         tx: Mutex::new((LinkTx::new(true), 0)),
         is_silent: AtomicBool::new(false),
+        number: AtomicU64::new(u64::MAX),
     });
     let mut rx = LinkRx::new(true);
     let mut deframer = Deframer::new();
@@ -355,7 +446,11 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     if is_new {
         conns.clear();
     }
-    let resumes = conns.contains_key(&(hello.conn as u8));
+    let mut unknown = shared.unknown.lock().expect("unknown");
+    // Until it was told all, the first connection begins anew.
+    let is_untold = shared.held.lock().expect("held").is_some() && hello.conn == 0;
+    let rebuilds = !is_new && (unknown.is_some() || is_untold);
+    let resumes = conns.contains_key(&(hello.conn as u8)) || rebuilds;
     let mut ticket = shared.ticket.lock().expect("ticket");
     if !is_new && hello.ticket != Ticket([*ticket; 16]) {
         return refused(Reason::UnknownSession, "wrong ticket");
@@ -376,10 +471,27 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
         slots: hello.slots.min(terms.slots),
         features: hello.features & terms.features,
         ticket: Ticket([*ticket; 16]),
-        epoch: 3,
+        epoch: shared.epoch.load(Ordering::SeqCst),
         grace_s: 600,
-        flags: if resumes { welcome_flag::RESUMED } else { 0 },
+        flags: match (rebuilds, resumes) {
+            (true, _) => welcome_flag::REBUILD,
+            (false, true) => welcome_flag::RESUMED,
+            (false, false) => 0,
+        },
     };
+    if rebuilds {
+        conns.clear();
+        if let Some(slots) = unknown.take() {
+            *shared.slots.lock().expect("slots") = slots;
+        }
+        *shared.held.lock().expect("held") = Some(Vec::new());
+        shared.noted.lock().expect("noted").clear();
+        shared.note(|seen| {
+            seen.rebuilds.push(Rebuild::default());
+            seen.lookups.clear();
+        });
+    }
+    conn.number.store(hello.conn.into(), Ordering::SeqCst);
     if is_new {
         let slots = vec![vec![Slot::default(); welcome.slots.into()]; welcome.lanes.into()];
         *shared.slots.lock().expect("slots") = slots;
@@ -403,15 +515,15 @@ enum Begun {
     Ended(u32, Vec<u8>),
 }
 
-fn begin(shared: &Shared, lane: u8, at: SlotUse) -> Result<Begun, String> {
+fn begin(shared: &Shared, lane: u8, at: SlotUse, counts: bool) -> Result<Begun, String> {
     let mut slots = shared.slots.lock().expect("slots");
     let lane = slots.get_mut(usize::from(lane)).ok_or("a lane beyond those granted")?;
     let slot = lane.get_mut(usize::from(at.slot)).ok_or("a slot beyond those granted")?;
     let is_last = slot.next.wrapping_sub(1) == at.seq;
     match (&slot.reply, slot.busy) {
         (_, true) if slot.next == at.seq => Ok(Begun::Running),
-        (_, false) if slot.next == at.seq => {
-            slot.busy = true;
+        (_, false) if slot.next == at.seq || slot.is_new => {
+            (slot.busy, slot.is_new, slot.next, slot.counts) = (true, false, at.seq, counts);
             Ok(Begun::New)
         }
         (Some((errno, body)), false) if is_last => Ok(Begun::Ended(*errno, body.clone())),
@@ -419,11 +531,70 @@ fn begin(shared: &Shared, lane: u8, at: SlotUse) -> Result<Begun, String> {
     }
 }
 
-fn take(shared: &Shared, conn: &Conn, record: RecordHeader, body: &[u8]) -> Result<(), String> {
+/// A part of what the guest knows; with the last one, what was held runs.
+fn restore(shared: &Shared, conn: &Conn, body: &[u8]) -> Result<(), String> {
+    let mood = std::mem::take(&mut *shared.mood.lock().expect("mood"));
+    match mood {
+        Mood::CutsRestore => {
+            conn.cut();
+            return Ok(());
+        }
+        Mood::RefusesRestore => {
+            let (kind, code) = (Kind::Goodbye as u8, Reason::Protocol as u32);
+            conn.send(RecordHeader { kind, code, ..Default::default() }, b"by order", false);
+            return Ok(());
+        }
+        mood => *shared.mood.lock().expect("mood") = mood,
+    }
+    if conn.number.load(Ordering::SeqCst) != 0 || shared.held.lock().expect("held").is_none() {
+        return Err("a RESTORE out of place".to_owned());
+    }
+    let mut is_over = false;
+    for entry in Restores::new(body) {
+        let entry = entry.map_err(|error| error.to_string())?;
+        is_over = matches!(entry, Restore::End(_));
+        shared.note(|seen| match (entry, seen.rebuilds.last_mut().expect("begun")) {
+            (Restore::Node { id, count, recipe }, rebuild) => {
+                rebuild.nodes.push((id, count, recipe.to_vec()));
+                seen.lookups.insert(id, count as i64);
+            }
+            (Restore::Handle { fh, node, flags, directory }, rebuild) => {
+                rebuild.handles.push((fh, node, flags, directory));
+            }
+            (Restore::End(end), rebuild) => rebuild.end = Some(end),
+        });
+    }
+    shared.note(|seen| seen.rebuilds.last_mut().expect("begun").records += 1);
+    if is_over {
+        let held = shared.held.lock().expect("held").take();
+        for (conn, record, body) in held.into_iter().flatten() {
+            take(shared, &conn, record, &body)?;
+        }
+    }
+    Ok(())
+}
+
+fn take(
+    shared: &Shared,
+    conn: &Arc<Conn>,
+    record: RecordHeader,
+    body: &[u8],
+) -> Result<(), String> {
+    let asks = [Kind::Request, Kind::Forget, Kind::Cancel].map(|kind| kind as u8);
+    if asks.contains(&record.kind)
+        && let Some(held) = &mut *shared.held.lock().expect("held")
+    {
+        if conn.number.load(Ordering::SeqCst) == 0 {
+            return Err("something was asked before all was told".to_owned());
+        }
+        held.push((Arc::clone(conn), record, body.to_vec()));
+        return Ok(());
+    }
     let (lane, at) = (record.lane, SlotUse { slot: record.slot, seq: record.slot_seq });
     let kind = Kind::from_u8(record.kind);
+    let counts = kind == Some(Kind::Forget) || record.code == Opcode::Lookup as u32;
     match kind {
-        Some(Kind::Request | Kind::Forget) => match begin(shared, lane, at)? {
+        Some(Kind::Request | Kind::Forget) => match begin(shared, lane, at, counts)? {
             Begun::New if kind == Some(Kind::Request) => {
                 let write = u64::from(record.code == Opcode::Write as u32);
                 shared.note(|seen| {
@@ -431,14 +602,26 @@ fn take(shared: &Shared, conn: &Conn, record: RecordHeader, body: &[u8]) -> Resu
                 });
                 let (nodeid, args) = (u64::read_from_prefix(body).expect("nodeid").0, &body[24..]);
                 match answer(shared, record.code, nodeid, args) {
-                    Ok(body) => shared.finish(lane, at, (0, body)),
+                    Ok(body) => {
+                        give(shared, conn, record.code, &body);
+                        shared.finish(lane, at, (0, body));
+                    }
                     Err(HANG) => shared.note(|seen| seen.hanging.push((lane, at))),
                     Err(errno) => shared.finish(lane, at, (errno, Vec::new())),
                 }
             }
             Begun::New => {
                 let forgets = <[ForgetOne]>::ref_from_bytes(body).map_err(|e| e.to_string())?;
-                shared.note(|seen| seen.forgets.extend(forgets));
+                shared.note(|seen| {
+                    seen.forgets.extend(forgets);
+                    for forget in forgets {
+                        let count = seen.lookups.entry(forget.nodeid).or_default();
+                        *count -= forget.nlookup as i64;
+                        if *count < 0 {
+                            seen.faults.push(format!("{forget:?} leaves {count}"));
+                        }
+                    }
+                });
                 shared.finish(lane, at, (0, Vec::new()));
             }
             Begun::Running => shared.note(|seen| seen.repeats_running += 1),
@@ -449,9 +632,15 @@ fn take(shared: &Shared, conn: &Conn, record: RecordHeader, body: &[u8]) -> Resu
         },
         Some(Kind::Cancel) if record.code == cancel::ABANDON => {
             let eintr = (4, Vec::new());
-            match begin(shared, lane, at)? {
+            match begin(shared, lane, at, false)? {
                 Begun::New | Begun::Running => shared.finish(lane, at, eintr),
-                Begun::Ended(..) => shared.reply(lane, at, &eintr),
+                Begun::Ended(_, given) => {
+                    // The only replies of this host that begin with one are LOOKUP's.
+                    if let Ok(entry) = EntryOut::read_from_bytes(&given) {
+                        shared.note(|seen| *seen.lookups.entry(entry.nodeid).or_default() -= 1);
+                    }
+                    shared.reply(lane, at, &eintr);
+                }
             }
             shared.note(|seen| seen.abandons += 1);
         }
@@ -478,6 +667,32 @@ fn take(shared: &Shared, conn: &Conn, record: RecordHeader, body: &[u8]) -> Resu
     Ok(())
 }
 
+/// Counts the lookups that a reply gives, and sends what finds its nodes again.
+fn give(shared: &Shared, conn: &Conn, opcode: u32, reply: &[u8]) {
+    let ids: Vec<u64> = match Opcode::from_u32(opcode) {
+        Some(Opcode::Lookup) => {
+            u64::read_from_prefix(reply).map(|(id, _)| id).into_iter().collect()
+        }
+        Some(Opcode::Readdirplus) => EACH_FILE.iter().map(|(_, id)| *id).collect(),
+        _ => return,
+    };
+    if reply.is_empty() {
+        return;
+    }
+    let is_wanted = shared.terms.lock().expect("terms").features & feature::RESTORE != 0;
+    let mut body = Vec::new();
+    for id in ids {
+        shared.note(|seen| *seen.lookups.entry(id).or_default() += 1);
+        if is_wanted && shared.noted.lock().expect("noted").insert(id) {
+            assert!(push_node(&mut body, id, |out| out.extend(recipe(id))));
+        }
+    }
+    if !body.is_empty() {
+        let kind = Kind::Node as u8;
+        conn.send(RecordHeader { kind, ..Default::default() }, &body, false);
+    }
+}
+
 const HANG: u32 = u32::MAX;
 const ENOENT: u32 = 2;
 const ENOSYS: u32 = 38;
@@ -488,6 +703,7 @@ fn attr(nodeid: u64) -> Option<Attr> {
         2 => HELLO_TEXT.len(),
         3 => BIG_BYTES,
         4 => 4096,
+        NUMBERED.. => 0,
         _ => return None,
     };
     let mode = if nodeid == 1 { 0o40755 } else { 0o100666 };
@@ -500,11 +716,18 @@ pub fn big_byte(offset: usize) -> u8 {
 
 fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
     match Opcode::from_u32(opcode).ok_or(ENOSYS)? {
-        Opcode::Init => init(shared.terms.lock().expect("terms").init_errno),
+        Opcode::Init => {
+            let terms = shared.terms.lock().expect("terms").clone();
+            init(terms.init_errno, terms.init_flags)
+        }
         Opcode::Lookup => {
             let name = args.strip_suffix(b"\0").ok_or(22u32)?;
             let found = EACH_FILE.iter().find(|(file, _)| file.as_bytes() == name);
-            let &(_, nodeid) = found.ok_or(ENOENT)?;
+            let found = found.map(|&(_, nodeid)| nodeid).or_else(|| {
+                let digits = std::str::from_utf8(name.strip_prefix(b"n")?).ok()?;
+                Some(NUMBERED + digits.parse::<u64>().ok()?)
+            });
+            let nodeid = found.ok_or(ENOENT)?;
             let attr = attr(nodeid).ok_or(ENOENT)?;
             Ok(EntryOut { nodeid, attr, ..EntryOut::default() }.as_bytes().to_vec())
         }
@@ -517,7 +740,8 @@ fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<
         }
         Opcode::Open | Opcode::Opendir => {
             let open_flags = fopen::DIRECT_IO;
-            Ok(OpenOut { fh: nodeid, open_flags, backing_id: 0 }.as_bytes().to_vec())
+            let fh = shared.next_fh.fetch_add(1, Ordering::SeqCst);
+            Ok(OpenOut { fh, open_flags, backing_id: 0 }.as_bytes().to_vec())
         }
         Opcode::Read => read(nodeid, args),
         Opcode::Write => {
@@ -530,16 +754,18 @@ fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<
             Ok(WriteOut { size: data.len() as u32, padding: 0 }.as_bytes().to_vec())
         }
         Opcode::Readdir => readdir(args),
+        Opcode::Readdirplus => readdirplus(args),
         Opcode::Release | Opcode::Releasedir | Opcode::Flush => Ok(Vec::new()),
         _ => Err(ENOSYS),
     }
 }
 
-fn init(errno: u32) -> Result<Vec<u8>, u32> {
+fn init(errno: u32, extra: u64) -> Result<Vec<u8>, u32> {
     if errno != 0 {
         return Err(errno);
     }
     let flags = init::MAX_PAGES | init::BIG_WRITES | init::ASYNC_DIO | init::PARALLEL_DIROPS;
+    let flags = flags | extra;
     Ok(InitOut {
         major: 7,
         minor: 45,
@@ -572,6 +798,22 @@ fn readdir(args: &[u8]) -> Result<Vec<u8>, u32> {
     for (index, (name, ino)) in EACH_FILE.iter().enumerate().skip(read.offset as usize) {
         let (off, namelen) = (index as u64 + 1, name.len() as u32);
         body.extend_from_slice(Dirent { ino: *ino, off, namelen, type_: 8 }.as_bytes());
+        body.extend_from_slice(name.as_bytes());
+        body.resize(body.len().next_multiple_of(8), 0);
+    }
+    Ok(body)
+}
+
+/// All entries at once, to whoever begins at the start.
+fn readdirplus(args: &[u8]) -> Result<Vec<u8>, u32> {
+    let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
+    let mut body = Vec::new();
+    for (index, (name, ino)) in EACH_FILE.iter().enumerate().skip(read.offset as usize) {
+        let (off, namelen) = (index as u64 + 1, name.len() as u32);
+        let attr = attr(*ino).ok_or(ENOENT)?;
+        let entry_out = EntryOut { nodeid: *ino, attr, ..EntryOut::default() };
+        let dirent = Dirent { ino: *ino, off, namelen, type_: 8 };
+        body.extend_from_slice(DirentPlus { entry_out, dirent }.as_bytes());
         body.extend_from_slice(name.as_bytes());
         body.resize(body.len().next_multiple_of(8), 0);
     }

@@ -1,0 +1,321 @@
+//! A daemon that does not know the session is told of it, and whoever uses the mount sees nothing of
+//! it: what is told, in which order, and when a mount ends instead. Needs root and FUSE.
+
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod bench;
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod host;
+
+use bench::{Bench, Client, status_of, wait_until, within};
+use host::{HELLO_TEXT, Mood, Rebuild, Terms, big_byte, recipe};
+use ringfs_wire::abi::init::DO_READDIRPLUS;
+use ringfs_wire::hello::{Reason, feature};
+use rustix::fs::OFlags;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
+/// The `nth` rebuild, once the guest has told all.
+fn rebuilt(bench: &Bench, nth: usize) -> Rebuild {
+    bench.host.wait_for("a rebuild", |seen| {
+        seen.rebuilds.get(nth - 1).filter(|rebuild| rebuild.end.is_some()).cloned()
+    })
+}
+
+/// All that was told is well formed: totals, recipes.
+fn check_told(told: &Rebuild) {
+    let end = told.end.expect("an end mark");
+    assert_eq!((end.nodes, end.handles), (told.nodes.len() as u64, told.handles.len() as u64));
+    for (id, count, found) in &told.nodes {
+        assert!(*count > 0 && *found == recipe(*id) && *id <= end.node_id_max, "{id} {count}");
+    }
+    assert!(told.handles.iter().all(|(fh, ..)| *fh <= end.fh_max));
+}
+
+fn umount(bench: &Bench, client: Client) -> String {
+    wait_until("the unmount", || bench.umount(&[]).status.success());
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    assert_eq!(bench.host.slots_in_use(), 0);
+    bench.host.assert_no_faults();
+    stderr
+}
+
+fn use_mount(bench: &Bench) {
+    let path = bench.file("hello");
+    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
+}
+
+/// Nodes and open files that the client would tell.
+fn known(bench: &Bench) -> (u64, u64) {
+    let status = status_of(bench);
+    let number = |name: &str| status[name].as_u64().unwrap_or(u64::MAX);
+    (number("nodes_known"), number("handles_known"))
+}
+
+/// Keeps files from being forgotten: other tests drop the kernel's caches too.
+fn hold(bench: &Bench, names: &[&str]) -> Vec<File> {
+    let paths: Vec<_> = names.iter().map(|name| bench.file(name)).collect();
+    within("opens", move || paths.iter().map(|path| File::open(path).expect("open")).collect())
+}
+
+/// Has the kernel forget every file that nobody holds.
+fn drop_caches() {
+    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+}
+
+/// Lookups that are left of the nodes beside the root.
+fn lookups(bench: &Bench) -> BTreeMap<u64, i64> {
+    bench.host.wait_for("lookups", |seen| {
+        Some(seen.lookups.iter().filter(|l| *l.1 != 0).map(|(id, count)| (*id, *count)).collect())
+    })
+}
+
+#[test]
+fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
+    for (options, knows_slots, cut_lane) in [
+        ("lanes=2", false, None),
+        ("lanes=2", true, None),
+        ("lanes=3", false, Some(2)),
+        ("lanes=1,checksum=on,spin=0", false, None),
+    ] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount(options);
+        let path = bench.file("big");
+        let flags = (OFlags::NONBLOCK | OFlags::EXCL).bits() as i32;
+        let file = within("an open", move || {
+            File::options().read(true).write(true).custom_flags(flags).open(path).expect("open")
+        });
+        let reader = bench.cat("hang");
+        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let first = bench.host.wait_for("hellos", |seen| seen.hellos.last().cloned());
+        for round in 1..4 {
+            bench.host.restart(knows_slots, cut_lane);
+            // On another lane than the first it is found out, and begins anew there.
+            let nth = if cut_lane.is_some() { round * 2 } else { round };
+            let told = rebuilt(&bench, nth);
+            check_told(&told);
+            let mut nodes: Vec<u64> = told.nodes.iter().map(|node| node.0).collect();
+            nodes.sort_unstable();
+            assert_eq!(nodes, [3, 4]);
+            let mut handles = told.handles;
+            handles.sort_unstable_by_key(|handle| handle.1);
+            assert_eq!(handles.iter().map(|h| h.1).collect::<Vec<_>>(), [3, 4]);
+            let opened = OFlags::from_bits_retain(handles[0].2);
+            assert!(opened.contains(OFlags::RDWR | OFlags::NONBLOCK) && !handles[0].3);
+            assert!(!opened.intersects(OFlags::EXCL | OFlags::CREATE | OFlags::TRUNC));
+            // The READ comes again, and on a daemon that knows the slot too.
+            bench
+                .host
+                .wait_for("the read again", |seen| (seen.hanging.len() > round).then_some(()));
+            let file = file.try_clone().expect("dup");
+            within("the open file", move || {
+                let mut bytes = [0; 5000];
+                file.read_exact_at(&mut bytes, 100_000).expect("read");
+                assert!(bytes.iter().enumerate().all(|(i, &b)| b == big_byte(100_000 + i)));
+            });
+            use_mount(&bench);
+            wait_until("the connections", || status_of(&bench)["connected"] == true);
+            drop_caches();
+            wait_until("the forget", || lookups(&bench).keys().eq(&[3, 4]));
+            wait_until("what is known", || known(&bench) == (2, 2));
+        }
+        let hello = bench.host.wait_for("hellos", |seen| {
+            let mut resumed = seen.hellos.iter().filter(|hello| hello.init.is_some());
+            resumed.next().cloned()
+        });
+        assert!(hello.features & feature::RESTORE != 0 && hello.features == first.features);
+        assert_eq!((hello.epoch_seen, hello.share.as_str()), (3, "data"));
+        let init = hello.init.expect("in force");
+        assert_eq!((init.max_write, init.max_pages), (1 << 20, 256));
+        let status = status_of(&bench);
+        assert_eq!((&status["rebuilds"], &status["nodes_restored"]), (&3.into(), &2.into()));
+        assert_eq!((&status["handles_restored"], &status["nodes_lost"]), (&2.into(), &0.into()));
+        let text = String::from_utf8(bench.run(&["status"]).stdout).expect("text");
+        assert!(text.contains("rebuilds 3, the last one of 2 nodes (0 lost)"), "{text}");
+        bench.host.answer_hanging(lane, at, 13);
+        let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
+        assert!(words.contains("Permission denied"), "{words}");
+        drop(file);
+        let stderr = umount(&bench, client);
+        assert!(stderr.contains("rebuilt"), "{stderr}");
+    }
+}
+
+#[test]
+fn counts_are_what_the_kernel_gives_back() {
+    let bench = Bench::new(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() });
+    let client = bench.mount("lanes=2");
+    let root = bench.mountpoint.clone();
+    let look_around = move || {
+        for _ in 0..3 {
+            let names = std::fs::read_dir(&root).expect("list").map(|e| e.expect("e").file_name());
+            assert_eq!(names.count(), 3);
+            for name in ["hello", "big", "n1", "n2"] {
+                std::fs::metadata(root.join(name)).expect("stat");
+            }
+        }
+    };
+    for round in 1..4 {
+        let held = hold(&bench, &["hello", "big", "hang", "n1", "n2"]);
+        let look = look_around.clone();
+        within("a look around", look);
+        let before = lookups(&bench);
+        assert!(before.values().sum::<i64>() > 12, "{before:?}");
+        bench.host.restart(round % 2 == 0, None);
+        let told = rebuilt(&bench, round);
+        check_told(&told);
+        let counts = told.nodes.iter().map(|(id, count, _)| (*id, *count as i64));
+        assert_eq!(counts.collect::<BTreeMap<_, _>>(), before);
+        let look = look_around.clone();
+        within("a look around", look);
+        // Nothing is left, and nothing is given back twice.
+        drop(held);
+        wait_until("the closes", || known(&bench).1 == 0);
+        drop_caches();
+        wait_until("the forgets", || lookups(&bench).is_empty());
+    }
+    umount(&bench, client);
+}
+
+#[test]
+fn what_was_lost_or_let_go_gives_nothing() {
+    for knows_slots in [false, true] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount("lanes=1");
+        let held = hold(&bench, &["hello"]);
+        bench.host.set_mood(Mood::LosesEntries);
+        let killed = bench.cat("n5");
+        bench.host.wait_for("a lost reply", |seen| (seen.lost == 1).then_some(()));
+        let hidden = bench.host.hide();
+        bench.host.restart(knows_slots, None);
+        wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 1);
+        killed.kill();
+        killed.wait();
+        bench.host.set_mood(Mood::Fair);
+        drop(hidden);
+        let told = rebuilt(&bench, 1);
+        check_told(&told);
+        assert_eq!(told.nodes, [(2, 1, recipe(2))]);
+        bench.host.wait_for("the ABANDON", |seen| (seen.abandons == 1).then_some(()));
+        use_mount(&bench);
+        drop(held);
+        wait_until("the closes", || known(&bench).1 == 0);
+        drop_caches();
+        wait_until("the forgets", || lookups(&bench).is_empty());
+        umount(&bench, client);
+    }
+}
+
+#[test]
+fn forgets_in_flight_are_told_as_not_given_back() {
+    for knows_slots in [false, true] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount("lanes=1");
+        let held = hold(&bench, &["hello"]);
+        let before = lookups(&bench);
+        bench.host.set_mood(Mood::LosesReplies);
+        drop(held);
+        // The RELEASE is lost too; the file is forgotten all the same.
+        bench.host.wait_for("a lost reply", |seen| (seen.lost > 0).then_some(()));
+        drop_caches();
+        wait_until("the forget", || lookups(&bench).is_empty());
+        bench.host.wait_for("the lost replies", |seen| (seen.lost > 1).then_some(()));
+        bench.host.set_mood(Mood::Fair);
+        bench.host.restart(knows_slots, None);
+        let told = rebuilt(&bench, 1);
+        assert_eq!(told.nodes, [(2, before[&2] as u64, recipe(2))]);
+        assert_eq!(told.handles.len(), 1);
+        wait_until("the forget again", || lookups(&bench).is_empty());
+        wait_until("its end", || known(&bench) == (0, 0));
+        umount(&bench, client);
+    }
+}
+
+#[test]
+fn a_rebuild_that_is_cut_begins_anew_with_the_newest_ticket() {
+    const FILES: u64 = 5000;
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let root = bench.mountpoint.clone();
+    within("many files", move || {
+        for n in 0..FILES {
+            std::fs::metadata(root.join(format!("n{n}"))).expect("stat");
+        }
+    });
+    let mut most_records = 0;
+    for round in 0..3 {
+        bench.host.set_mood(Mood::CutsRestore);
+        bench.host.restart(false, None);
+        let told = rebuilt(&bench, round * 2 + 2);
+        check_told(&told);
+        most_records = most_records.max(told.records);
+        use_mount(&bench);
+        wait_until("the connections", || status_of(&bench)["connected"] == true);
+        drop_caches();
+        wait_until("the forgets", || lookups(&bench).is_empty());
+        let root = bench.mountpoint.clone();
+        within("many files", move || {
+            for n in 0..FILES {
+                std::fs::metadata(root.join(format!("n{n}"))).expect("stat");
+            }
+        });
+    }
+    // Unless somebody else on this machine dropped its caches each time.
+    assert!(most_records > 3, "in parts: {most_records}");
+    let tickets: Vec<_> = bench.host.wait_for("hellos", |seen| {
+        Some(seen.hellos.iter().filter(|h| h.conn == 0).map(|h| h.ticket.0[0]).collect())
+    });
+    assert!(tickets.is_sorted_by(|a, b| a < b), "each with a newer ticket: {tickets:?}");
+    umount(&bench, client);
+}
+
+#[test]
+fn mounts_that_end_instead_say_why() {
+    let strict: fn(&Bench) = |bench| bench.host.restart(true, None);
+    let refused: fn(&Bench) = |bench| {
+        bench.host.refuse(Some(Reason::Incompatible));
+        bench.host.restart(true, None);
+    };
+    let unknown: fn(&Bench) = |bench| {
+        bench.host.refuse(Some(Reason::UnknownSession));
+        bench.host.restart(true, None);
+    };
+    let not_taken: fn(&Bench) = |bench| {
+        bench.host.set_mood(Mood::RefusesRestore);
+        bench.host.restart(true, None);
+    };
+    let fewer: fn(&Bench) = |bench| {
+        bench.host.grant(Terms { slots: 7, ..Terms::default() });
+        bench.host.restart(true, None);
+    };
+    let featureless: fn(&Bench) = |bench| {
+        bench.host.grant(Terms { features: 0, ..Terms::default() });
+        bench.host.restart(true, None);
+    };
+    for (options, fault, words) in [
+        ("lanes=2,strict", strict, "`strict`"),
+        ("lanes=2", refused, "cannot go on with the session as it was (by order)"),
+        ("lanes=1", unknown, "does not know this session"),
+        ("lanes=1", not_taken, "we broke the protocol (by order)"),
+        ("lanes=2", fewer, "fewer slots"),
+        ("lanes=2", featureless, "cannot have it rebuilt"),
+    ] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount(options);
+        let reader = bench.cat("hang");
+        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        fault(&bench);
+        let (status, stderr) = client.wait();
+        assert_eq!(status.code(), Some(3), "{words}: {stderr}");
+        assert!(stderr.contains(words), "{words}: {stderr}");
+        assert!(!reader.wait().status.success() && !bench.is_mounted());
+    }
+    // A daemon that cannot do it is none that a mount has to do without.
+    let bench = Bench::new(Terms { features: 0, ..Terms::default() });
+    let client = bench.mount("lanes=2");
+    use_mount(&bench);
+    let status = status_of(&bench);
+    assert_eq!((&status["nodes_known"], &status["nodes_seen"]), (&0.into(), &0.into()));
+    umount(&bench, client);
+}
