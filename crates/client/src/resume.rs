@@ -15,7 +15,7 @@ use crate::rings::with_causes;
 use crate::session::{End, Session};
 use crate::status::unix_now_s;
 use crate::transport::{Address, ConnectError, Socket};
-use ringfs_wire::hello::{Hello, Reason, Welcome, feature, welcome_flag};
+use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, welcome_flag};
 use ringfs_wire::slot::SlotUse;
 use rustix::net::Shutdown;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -30,6 +30,9 @@ use thiserror::Error;
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 /// Between two tries at most.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A daemon that refuses the ticket so often in a row, at first perhaps as it is just letting go
+/// of the session, does not have it for us.
+const UNKNOWN_MAX: u32 = 2;
 /// A connection that lived shorter did not help: the back-off goes on where it was.
 const WORTH: Duration = Duration::from_secs(1);
 
@@ -375,13 +378,19 @@ pub struct Terms {
     joined: u8,
     /// A daemon asked for a rebuild and has not been told all.
     is_untold: bool,
+    /// How often in a row a daemon would not know the session by its ticket.
+    unknown: u32,
 }
 
 impl Terms {
     /// After the first connections.
     pub fn new(address: &Address, hello: Hello, welcome: Welcome, is_strict: bool) -> Terms {
         let address = address.clone();
-        Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false }
+        Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false, unknown: 0 }
+    }
+
+    fn can_rebuild(&self) -> bool {
+        self.welcome.features & feature::RESTORE != 0 && !self.is_strict
     }
 }
 
@@ -414,6 +423,14 @@ pub enum ResumeError {
 }
 
 impl ResumeError {
+    /// Whether the ticket is no good there: somebody else, a clone of ours, has the session.
+    fn is_unknown_session(&self) -> bool {
+        let ResumeError::Handshake(HandshakeError::Refused { reason, .. }) = self else {
+            return false;
+        };
+        *reason == Some(Reason::UnknownSession)
+    }
+
     /// Whether another try makes sense.
     fn is_passing(&self) -> bool {
         match self {
@@ -448,9 +465,18 @@ pub fn run(session: &Session, mut terms: Terms) {
             Ok(()) => {
                 session.lanes[usize::from(port)].kick();
                 session.notify();
+                terms.unknown = 0;
                 has_told &= session.resume.outlook().missing > 0;
             }
             Err(ResumeError::Overtaken) => {}
+            Err(error) if error.is_unknown_session() && terms.can_rebuild() => {
+                terms.unknown += 1;
+                if terms.unknown == UNKNOWN_MAX {
+                    tracing::warn!("the session is another guest's: asking for one of our own");
+                    session.resume.leave_old_daemon(true);
+                    terms.welcome.ticket = Ticket::NONE;
+                }
+            }
             Err(error) if error.is_passing() => {
                 let why = with_causes(&error);
                 // The first of an outage; the others would say the same.

@@ -12,7 +12,8 @@ use crate::mailbox::Mail;
 use crate::session::{Registry, Session, Terms, let_go};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{
-    Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, common_version, feature, mount_flag,
+    Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, Welcome, common_version, feature, mount_flag,
+    welcome_flag,
 };
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
+use zerocopy::IntoBytes;
 
 /// A directory that guests may mount.
 pub struct Share {
@@ -192,9 +194,31 @@ impl Greeter {
             let text = "no such session here; mount again";
             return say_goodbye(&hailed.accepted, &refuse(Reason::UnknownSession, text));
         }
+        if is_rebuild(&hailed.hello) && hailed.hello.conn != 0 {
+            return self.ask_for_first(&hailed);
+        }
         if let Err((accepted, refusal)) = self.begin_opening(hailed) {
             say_goodbye(&accepted, &refusal);
         }
+    }
+
+    /// A session is rebuilt on its first connection: has the guest come by that.
+    fn ask_for_first(&self, hailed: &Hailed) {
+        let Hailed { accepted, hello, .. } = hailed;
+        let welcome = Welcome {
+            version: hello.common_version().unwrap_or_default(),
+            lanes: hello.lanes,
+            slots: hello.slots,
+            conns: hello.conns,
+            features: hello.features & feature::KNOWN,
+            ticket: hello.ticket,
+            epoch: self.registry.epoch,
+            grace_s: 0,
+            flags: welcome_flag::REBUILD,
+        };
+        // Whoever has not heard it comes again by any connection.
+        let mut tx = LinkTx::new(true);
+        send(&accepted.socket, &mut tx, 1, (Kind::Welcome, 0), welcome.as_bytes());
     }
 
     /// Opens a session on a thread of its own: the share's file system may be stuck, and others

@@ -105,10 +105,11 @@ impl<R: Ring> Shard<R> {
             ticket,
             epoch: registry.epoch,
             grace_s: u32::try_from(registry.grace.as_secs()).unwrap_or(u32::MAX),
-            flags: match (&session.rebuilt, resumes) {
-                (_, true) => welcome_flag::RESUMED,
-                (Some(_), false) => welcome_flag::REBUILD,
-                (None, false) => 0,
+            flags: match resumes {
+                true => welcome_flag::RESUMED,
+                // On its first connection; the others come when that has been told all.
+                false if index == 0 && !session.is_ready() => welcome_flag::REBUILD,
+                false => 0,
             },
         };
         if !send(&socket, &mut tx, rx.received(), (Kind::Welcome, 0), welcome.as_bytes()) {
