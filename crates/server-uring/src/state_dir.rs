@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ringfs_wire::hello::Ticket;
 use ringfs_wire::table::{are_whole, rebuild};
 use rustix::fs::{AtFlags, Dir, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::rand::GetRandomFlags;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -98,12 +98,12 @@ impl StateOption {
         listen: &[Address],
         grace: Duration,
     ) -> Result<Option<StateDir>, StateError> {
-        let path = match self {
+        let opened = match self {
             StateOption::None => return Ok(None),
             StateOption::At(path) => return StateDir::open(path, grace).map(Some),
-            StateOption::Default => default_below(Path::new(DEFAULT_ABOVE), listen),
+            StateOption::Default => open_default(Path::new(DEFAULT_ABOVE), listen, grace),
         };
-        match path.and_then(|path| StateDir::open_as(&path, grace, Some(path.clone()))) {
+        match opened {
             Ok(state) => Ok(Some(state)),
             Err(error) => {
                 let why = std::error::Error::source(&error).map(ToString::to_string);
@@ -115,16 +115,43 @@ impl StateOption {
     }
 }
 
-/// Named by the listeners, which no two daemons share.
-fn default_below(above: &Path, listen: &[Address]) -> Result<PathBuf, StateError> {
+/// Of daemons that are gone, as many are looked at when one starts.
+const SWEPT_MAX: usize = 64;
+
+/// The directory of this daemon's listeners, which no two daemons share. What others have left
+/// whose grace time is over, and that none has taken up, goes: no daemon may ever listen there.
+fn open_default(above: &Path, listen: &[Address], grace: Duration) -> Result<StateDir, StateError> {
+    let failed = |source| StateError::Open { path: above.to_owned(), source };
+    let held = open_ours(above, Mode::WGRP | Mode::WOTH)?
+        .ok_or(StateError::InUse { path: above.to_owned() })?;
+    // So that nobody finds his own in the hands of one who looks.
+    let locked = retry_on_intr(|| rustix::fs::flock(&held, FlockOperation::LockExclusive));
+    locked.map_err(failed)?;
+    let path = above.join(name_of(listen));
+    let state = StateDir::open_as(&path, grace, Some(path.clone()))?;
+    let names = Dir::read_from(&held).map_err(failed)?.flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let others = names.map(|name| above.join(name)).filter(|other| {
+        let name = other.file_name().unwrap_or_default();
+        name.len() == NAME_CHARS && *other != path
+    });
+    for other in others.take(SWEPT_MAX) {
+        if let Ok(Some(dir)) = take(&other) {
+            let shared = Shared { dir, passing: Some(other), ours: AtomicUsize::new(0) };
+            let gone = StateDir { shared: Arc::new(shared), grace, left: Mutex::default() };
+            let _ = gone.look();
+        }
+    }
+    Ok(state)
+}
+
+const NAME_CHARS: usize = 16;
+
+fn name_of(listen: &[Address]) -> String {
     let mut names: Vec<_> = listen.iter().map(ToString::to_string).collect();
     names.sort();
     let hash = sha256(names.join("\n").as_bytes());
-    let name: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    match rustix::fs::mkdir(above, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => Ok(above.join(name)),
-        Err(source) => Err(StateError::Open { path: above.to_owned(), source }),
-    }
+    hash[..NAME_CHARS / 2].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A file whose daemon is gone.
@@ -196,6 +223,9 @@ impl StateDir {
         let shared = Arc::new(Shared { dir, passing, ours: AtomicUsize::new(0) });
         let state = StateDir { shared, grace, left: Mutex::default() };
         state.look().map_err(failed)?;
+        if state.left() > 0 {
+            tracing::info!(sessions = state.left(), "a daemon before this one has left sessions");
+        }
         Ok(state)
     }
 
@@ -223,9 +253,6 @@ impl StateDir {
         left.sort_by_key(|one| one.at);
         let more = left.len().saturating_sub(SESSIONS_MAX);
         left.drain(..more).for_each(|one| self.shared.unlink(&one.name));
-        if !left.is_empty() {
-            tracing::info!(sessions = left.len(), "a daemon before this one was killed");
-        }
         *self.lock() = left;
         self.reap();
         Ok(())
@@ -355,7 +382,7 @@ impl StateDir {
         let file = rustix::fs::openat(&self.shared.dir, name, flags, Mode::empty()).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         let plain = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if !plain || !is_ours(&stat, 0o600) || stat.st_nlink != 1 {
+        if !plain || !is_ours(&stat) || stat.st_mode & 0o7777 != 0o600 || stat.st_nlink != 1 {
             return None;
         }
         let mut header = Header::new_zeroed();
@@ -377,8 +404,9 @@ fn now_secs() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// Makes, opens and locks a directory; `None`: it was taken away meanwhile.
-fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
+/// Makes and opens a directory of ours in which others have none of the rights `denied`; `None`: it
+/// was taken away meanwhile.
+fn open_ours(path: &Path, denied: Mode) -> Result<Option<OwnedFd>, StateError> {
     let failed = |source| StateError::Open { path: path.to_owned(), source };
     match rustix::fs::mkdir(path, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
@@ -393,9 +421,18 @@ fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
         }
         Err(errno) => return Err(failed(errno)),
     };
-    if !is_ours(&rustix::fs::fstat(&dir).map_err(failed)?, 0o700) {
+    let stat = rustix::fs::fstat(&dir).map_err(failed)?;
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    if !is_ours(&stat) || mode.intersects(denied) || !mode.contains(Mode::RWXU) {
         return Err(StateError::NotOurs { path: path.to_owned() });
     }
+    Ok(Some(dir))
+}
+
+/// The same, and locks it.
+fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
+    let failed = |source| StateError::Open { path: path.to_owned(), source };
+    let Some(dir) = open_ours(path, Mode::RWXG | Mode::RWXO)? else { return Ok(None) };
     match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
@@ -407,8 +444,8 @@ fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
 
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-fn is_ours(stat: &Stat, mode: u32) -> bool {
-    stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o7777 == mode
+fn is_ours(stat: &Stat) -> bool {
+    stat.st_uid == rustix::process::geteuid().as_raw()
 }
 
 #[cfg(test)]
@@ -573,10 +610,12 @@ mod tests {
         let listen = |texts: &[&str]| -> Vec<Address> {
             texts.iter().map(|text| text.parse().expect("an address")).collect()
         };
-        let below = |texts: &[&str]| default_below(&path, &listen(texts)).expect("a path");
-        let both = below(&["unix:/run/a", "vsock:5640"]);
-        assert_eq!(both, below(&["vsock:5640", "unix:/run/a"]));
-        assert!(both != below(&["unix:/run/a"]) && both.starts_with(&path));
+        let both = name_of(&listen(&["unix:/run/a", "vsock:5640"]));
+        assert_eq!(both, name_of(&listen(&["vsock:5640", "unix:/run/a"])));
+        assert_ne!(both, name_of(&listen(&["unix:/run/a"])));
+        let both = path.join(both);
+        assert_eq!(both.file_name().map_or(0, std::ffi::OsStr::len), NAME_CHARS);
+        drop(open(&path));
         assert_eq!(open(&both).left(), 0);
         let at = StateOption::At(both.clone());
         assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
@@ -592,6 +631,27 @@ mod tests {
         let held = open(&both);
         assert!(at.open(&[], GRACE).is_err(), "in use");
         drop(held);
+    }
+
+    #[test]
+    fn what_daemons_leave_that_never_come_back_goes() {
+        let (_dir, path) = place();
+        let listen = |text: &str| vec![text.parse().expect("an address")];
+        let start = |text: &str, grace| open_default(&path, &listen(text), grace);
+        let below = |text: &str| path.join(name_of(&listen(text)));
+        let running = start("unix:/run/a", GRACE).expect("the first");
+        let killed = start("unix:/run/b", GRACE).expect("the second");
+        assert!(killed.create(&terms(), ticket(1), false).is_ok());
+        drop(killed);
+        std::fs::create_dir(path.join("another's")).expect("directory");
+        let third = start("unix:/run/c", GRACE).expect("the third");
+        assert!(below("unix:/run/a").exists() && below("unix:/run/b").exists(), "in its grace");
+        drop(third);
+        let third = start("unix:/run/c", Duration::ZERO).expect("the third again");
+        assert!(below("unix:/run/a").exists() && !below("unix:/run/b").exists());
+        drop((third, running));
+        let left = std::fs::read_dir(&path).expect("list").count();
+        assert_eq!(left, 1, "another's");
     }
 
     #[test]
