@@ -723,6 +723,28 @@ fn an_append_that_was_cut_short_is_completed() {
     });
 }
 
+/// The same of a large write at an offset, which runs again as a whole.
+#[test]
+fn a_write_that_was_cut_short_is_whole_afterwards() {
+    fn large(guest: &Guest, root: &Path) -> Ask {
+        write(opened(guest, root, "file", O_RDWR), 5, &[b'z'; 300_000])
+    }
+    on_each(|root| {
+        for stored in [1, 4096, 299_999] {
+            let root = share(root, &format!("{stored}"));
+            let life = Life::new(&root, large, Killed::Intended);
+            let host = std::fs::File::options().write(true).open(root.join("file")).expect("open");
+            host.write_all_at(&vec![b'z'; stored], 5).expect("write");
+            let (_dir, file, guest) = life.next();
+            let (how, result) = resend(&guest, &file, AT, &life.ask);
+            assert_eq!((how.as_str(), result.map(|reply| reply.len())), ("Run", Ok(8)));
+            let after = std::fs::read(root.join("file")).expect("read");
+            assert!(after.starts_with(b"what zz") && after.len() == 300_005);
+            assert!(after[5..].iter().all(|&byte| byte == b'z'));
+        }
+    });
+}
+
 /// Two requests for one name, both cut: one has made it, the other one is told that it exists.
 #[test]
 fn what_one_request_has_made_no_other_one_has() {
