@@ -259,7 +259,8 @@ impl Fs {
             }
             _ => false,
         };
-        is && (self.backend.squashes() || stat.uid == request.uid)
+        // A server may have ids of its own for whoever asks.
+        is && (self.backend.squashes() || !self.local || stat.uid == request.uid)
     }
 
     /// Answers with the file at `name`, if it is still the one seen as `now` and `accept` says that
@@ -343,8 +344,13 @@ impl Fs {
         let Moved { newdir, flags, old, new } = Moved::of(opcode, request)?;
         let now = (self.named(request.nodeid, old)?, self.named(newdir, new)?);
         let exchange = flags & libc::RENAME_EXCHANGE != 0;
-        // It failed or would fail, or is nothing to do; or nothing has moved.
-        if from.ino == 0 || from == to || now.0 == from {
+        let fails = match flags {
+            libc::RENAME_EXCHANGE => to.ino == 0,
+            libc::RENAME_NOREPLACE => to.ino != 0,
+            _ => false,
+        };
+        // It failed, or is nothing to do; or nothing has moved.
+        if fails || from.ino == 0 || from == to || now.0 == from {
             return Ok(Verdict::NotRun);
         }
         let done = if exchange { now == (to, from) } else { now.1 == from };

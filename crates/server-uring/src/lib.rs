@@ -39,5 +39,6 @@ mod sha256;
 pub mod shard;
 pub mod splice;
 pub mod state_dir;
+pub mod state_file;
 pub mod stats;
 pub mod worker;

@@ -18,7 +18,7 @@ impl<R: Ring> Shard<R> {
         begun: Result<Begin, SlotError>,
     ) -> Result<bool, Reason> {
         match begun {
-            // No table here is of a daemon that died.
+            // What a dead daemon had begun is looked for by whoever runs it: see decide.rs.
             Ok(Begin::Execute | Begin::Decide) => Ok(true),
             // The answer comes when it ends.
             Ok(Begin::Running) => Ok(false),

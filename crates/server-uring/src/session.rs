@@ -352,8 +352,10 @@ impl Registry {
                 self.changed.notify_all();
             }
         }
+        // A guest that is told of the shutdown comes again, to the next daemon.
+        let reason = if sessions.stopped { Reason::Shutdown } else { Reason::Unmounted };
         drop(sessions);
-        ended.into_iter().for_each(|ended| self.bury(ended, Reason::Unmounted));
+        ended.into_iter().for_each(|ended| self.bury(ended, reason));
         let_go(session);
     }
 
@@ -541,6 +543,30 @@ mod tests {
         registry.left(session.clone(), 1);
         assert!(registry.join(&found, 0, ticket, false).is_none(), "a session that nobody counts");
         assert!(registry.find(ticket).is_none());
+    }
+
+    #[test]
+    fn a_file_stays_for_the_next_daemon_alone() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let check = |name: &str, end: &dyn Fn(&Registry, Arc<Session>), expected: usize| {
+            let path = dir.path().join(name);
+            let state = StateDir::open(&path, Duration::from_secs(600)).expect("a state directory");
+            let registry = Registry::new(Duration::from_secs(600), Some(state));
+            let (session, ticket) = open(&dir, &registry, 0);
+            assert!(registry.join(&session, 0, ticket, false).is_some());
+            end(&registry, session);
+            let files = std::fs::read_dir(&path).expect("list").flatten();
+            let sessions = files.filter(|file| file.path().extension().is_some());
+            assert_eq!(sessions.count(), expected);
+        };
+        check("a", &|registry, session| registry.end(session.id, Reason::Unmounted), 0);
+        check("b", &|registry, session| registry.end(session.id, Reason::Protocol), 0);
+        check("c", &|registry, session| registry.left(session, 0), 0);
+        let shutdown = |registry: &Registry, session| {
+            registry.stop();
+            registry.left(session, 0);
+        };
+        check("d", &shutdown, 1);
     }
 
     #[test]

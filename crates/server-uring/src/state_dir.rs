@@ -1,50 +1,35 @@
 //! The state directory: one mapped file a session, which outlives a daemon that is killed.
 //!
-//! ```text
-//!  0        4096                        + lanes * slots * 176        + lanes * slots * 64
-//!  | Header | cells, lane after lane    | intents, lane after lane   |
-//! ```
-//!
-//! A file has a random name, and hashes of the one or two tickets that are good for its session:
-//! tickets are secrets, also of a daemon that left. It gets its name when it is whole. Invariants:
-//! of two daemons one has the directory (flock); a file is mapped by one session; at any
-//! instruction the ticket that a guest holds leads to the file. What is not wholly as we write it
-//! is removed, and its session rebuilt without it: nothing in a file is an index, a length or a
-//! path before it was compared.
+//! A file has a random name, which it gets when it is whole; what it holds is state_file.rs.
+//! Invariants: of two daemons one has the directory (flock); a file is one session's; what is not
+//! wholly as we write it is removed, and its session rebuilt without it; their number is bounded.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::hello::Ticket;
-use ringfs_wire::limits::{LANES_MAX, SHARE_NAME_BYTES_MAX, SLOTS_PER_LANE_MAX};
-use ringfs_wire::slot::SlotUse;
-use ringfs_wire::table::{Cell, SlotTable, are_whole, rebuild};
+use ringfs_wire::table::{are_whole, rebuild};
 use rustix::fs::{AtFlags, Dir, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::rand::GetRandomFlags;
-use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::accept::Address;
-use crate::decide::Claims;
 use crate::fdops::{self, FsKind, LocalFs};
-use crate::intent::{Intent, IntentCell};
 use crate::limits::SESSIONS_MAX;
-use crate::mapping::{Part, Parts};
 use crate::sha256::sha256;
+pub use crate::state_file::{Cells, IntentPlace, StateFile, StateTerms};
+use crate::state_file::{HEADER_BYTES, Header, Opened, TicketHash, hash_of};
 
-const MAGIC: [u8; 8] = *b"ringfsst";
-/// Of this layout, and of what the cells and intents in it mean.
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 4096;
-const SUBDIR_BYTES_MAX: usize = 2048;
 const KEY_BYTES: usize = 16;
-const LOCK: &CStr = c"lock";
 const SUFFIX: &str = ".session";
 const UNFINISHED: &str = ".new";
+/// Another daemon's directory of this name may go while it is opened.
+const TRIES_MAX: usize = 16;
 /// Entries of the directory that are looked at: more than we ever leave in it.
 const ENTRIES_MAX: usize = 4 * SESSIONS_MAX;
 
@@ -113,12 +98,12 @@ impl StateOption {
         listen: &[Address],
         grace: Duration,
     ) -> Result<Option<StateDir>, StateError> {
-        let path = match self {
+        let opened = match self {
             StateOption::None => return Ok(None),
             StateOption::At(path) => return StateDir::open(path, grace).map(Some),
-            StateOption::Default => default_below(Path::new(DEFAULT_ABOVE), listen),
+            StateOption::Default => open_default(Path::new(DEFAULT_ABOVE), listen, grace),
         };
-        match path.and_then(|path| StateDir::open(&path, grace)) {
+        match opened {
             Ok(state) => Ok(Some(state)),
             Err(error) => {
                 let why = std::error::Error::source(&error).map(ToString::to_string);
@@ -130,149 +115,43 @@ impl StateOption {
     }
 }
 
-/// Named by the listeners, which no two daemons share.
-fn default_below(above: &Path, listen: &[Address]) -> Result<PathBuf, StateError> {
+/// Of daemons that are gone, as many are looked at when one starts.
+const SWEPT_MAX: usize = 64;
+
+/// The directory of this daemon's listeners, which no two daemons share. What others have left
+/// whose grace time is over, and that none has taken up, goes: no daemon may ever listen there.
+fn open_default(above: &Path, listen: &[Address], grace: Duration) -> Result<StateDir, StateError> {
+    let failed = |source| StateError::Open { path: above.to_owned(), source };
+    let held = open_ours(above, Mode::WGRP | Mode::WOTH)?
+        .ok_or(StateError::InUse { path: above.to_owned() })?;
+    // So that nobody finds his own in the hands of one who looks.
+    let locked = retry_on_intr(|| rustix::fs::flock(&held, FlockOperation::LockExclusive));
+    locked.map_err(failed)?;
+    let path = above.join(name_of(listen));
+    let state = StateDir::open_as(&path, grace, Some(path.clone()))?;
+    let names = Dir::read_from(&held).map_err(failed)?.flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let others = names.map(|name| above.join(name)).filter(|other| {
+        let name = other.file_name().unwrap_or_default();
+        name.len() == NAME_CHARS && *other != path
+    });
+    for other in others.take(SWEPT_MAX) {
+        if let Ok(Some(dir)) = take(&other) {
+            let shared = Shared { dir, passing: Some(other), ours: AtomicUsize::new(0) };
+            let gone = StateDir { shared: Arc::new(shared), grace, left: Mutex::default() };
+            let _ = gone.look();
+        }
+    }
+    Ok(state)
+}
+
+const NAME_CHARS: usize = 16;
+
+fn name_of(listen: &[Address]) -> String {
     let mut names: Vec<_> = listen.iter().map(ToString::to_string).collect();
     names.sort();
     let hash = sha256(names.join("\n").as_bytes());
-    let name: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    match rustix::fs::mkdir(above, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => Ok(above.join(name)),
-        Err(source) => Err(StateError::Open { path: above.to_owned(), source }),
-    }
-}
-
-/// What a session is, and must be again where another daemon goes on with it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StateTerms {
-    /// The share's name.
-    pub share: String,
-    /// The directory below it.
-    pub subdir: Vec<u8>,
-    /// Lanes, each with as many slots.
-    pub lanes: u16,
-    /// Slots of each lane.
-    pub slots: u16,
-    /// Connections.
-    pub conns: u16,
-}
-
-#[repr(C)]
-#[derive(FromBytes, IntoBytes, KnownLayout)]
-struct Header {
-    magic: [u8; 8],
-    version: u32,
-    header_bytes: u16,
-    cell_bytes: u16,
-    intent_bytes: u16,
-    lanes: u16,
-    slots: u16,
-    conns: u16,
-    /// The host's boot: what a dead host left of a file on a disk may be torn.
-    boot: [u8; 40],
-    share_bytes: u16,
-    subdir_bytes: u16,
-    spare: [u8; 4],
-    share: [u8; 256],
-    subdir: [u8; SUBDIR_BYTES_MAX],
-    /// SHA-256 of all above.
-    proof: [u8; 32],
-    /// Bit n: `tickets[n]` is good.
-    good: AtomicU64,
-    /// SHA-256 of tickets.
-    tickets: [[AtomicU64; 4]; 2],
-    /// When a daemon first found that nobody had it, in seconds of the wall clock; else 0.
-    left_at: AtomicU64,
-    rest: [u8; HEADER_BYTES - 2488],
-}
-
-const _: () = assert!(size_of::<Header>() == HEADER_BYTES);
-const _: () = assert!(SHARE_NAME_BYTES_MAX < 256);
-const PROVED_BYTES: usize = std::mem::offset_of!(Header, proof);
-
-type TicketHash = [u64; 4];
-
-fn hash_of(ticket: Ticket) -> TicketHash {
-    let hash = sha256(&ticket.0);
-    let word = |n: usize| hash[8 * n..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-    [word(0), word(1), word(2), word(3)]
-}
-
-/// All zero where the kernel does not tell.
-fn boot() -> [u8; 40] {
-    let mut boot = [0; 40];
-    if let Ok(text) = std::fs::read("/proc/sys/kernel/random/boot_id") {
-        boot.iter_mut().zip(text).for_each(|(to, byte)| *to = byte);
-    }
-    boot
-}
-
-fn now_secs() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
-impl Header {
-    fn of(terms: &StateTerms, ticket: Ticket) -> Option<Header> {
-        let mut header = Header::new_zeroed();
-        header.magic = MAGIC;
-        header.version = VERSION;
-        header.header_bytes = HEADER_BYTES as u16;
-        header.cell_bytes = size_of::<Cell>() as u16;
-        header.intent_bytes = size_of::<IntentCell>() as u16;
-        (header.lanes, header.slots, header.conns) = (terms.lanes, terms.slots, terms.conns);
-        header.boot = boot();
-        header.share.get_mut(..terms.share.len())?.copy_from_slice(terms.share.as_bytes());
-        header.share_bytes = terms.share.len() as u16;
-        header.subdir.get_mut(..terms.subdir.len())?.copy_from_slice(&terms.subdir);
-        header.subdir_bytes = terms.subdir.len() as u16;
-        header.proof = header.prove();
-        header.tickets[0] = hash_of(ticket).map(AtomicU64::new);
-        header.good = AtomicU64::new(1);
-        Some(header)
-    }
-
-    fn prove(&mut self) -> [u8; 32] {
-        sha256(&self.as_mut_bytes()[..PROVED_BYTES])
-    }
-
-    /// What the file is of, if it is one of ours, of this version and whole.
-    fn terms(&mut self) -> Option<StateTerms> {
-        let layout = (self.magic, self.version, usize::from(self.header_bytes));
-        let sizes = (usize::from(self.cell_bytes), usize::from(self.intent_bytes));
-        let proof = self.prove();
-        let ours = layout == (MAGIC, VERSION, HEADER_BYTES)
-            && sizes == (size_of::<Cell>(), size_of::<IntentCell>())
-            && self.boot == boot()
-            && self.proof == proof;
-        let terms = StateTerms {
-            share: String::from_utf8(self.share.get(..self.share_bytes.into())?.to_vec()).ok()?,
-            subdir: self.subdir.get(..self.subdir_bytes.into())?.to_vec(),
-            lanes: self.lanes,
-            slots: self.slots,
-            conns: self.conns,
-        };
-        (ours && terms.file_bytes().is_some()).then_some(terms)
-    }
-
-    fn tickets(&self) -> impl Iterator<Item = TicketHash> {
-        let good = self.good.load(Ordering::Acquire);
-        let each = self.tickets.iter().enumerate().filter(move |(n, _)| good & 1 << n != 0);
-        each.map(|(_, words)| words.each_ref().map(|word| word.load(Ordering::Relaxed)))
-    }
-}
-
-impl StateTerms {
-    fn cells(&self) -> usize {
-        usize::from(self.lanes) * usize::from(self.slots)
-    }
-
-    /// `None` for what no session can be.
-    fn file_bytes(&self) -> Option<usize> {
-        let (lanes, slots) = (usize::from(self.lanes), usize::from(self.slots));
-        let can_be = (1..=LANES_MAX).contains(&lanes) && (1..=SLOTS_PER_LANE_MAX).contains(&slots);
-        let each = size_of::<Cell>() + size_of::<IntentCell>();
-        can_be.then(|| (HEADER_BYTES + self.cells() * each).next_multiple_of(HEADER_BYTES))
-    }
+    hash[..NAME_CHARS / 2].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A file whose daemon is gone.
@@ -283,19 +162,29 @@ struct Left {
     tickets: Vec<TicketHash>,
 }
 
-struct Shared {
+pub(crate) struct Shared {
+    /// Locked against other daemons as long as anything of this one may write.
     dir: OwnedFd,
-    /// Held against other daemons as long as anything of this one may write.
-    _lock: OwnedFd,
+    /// Removed at the end, if nothing is in it.
+    passing: Option<PathBuf>,
     /// Files that sessions of ours have.
-    ours: AtomicUsize,
+    pub(crate) ours: AtomicUsize,
 }
 
 impl Shared {
-    fn unlink(&self, name: &CStr) {
+    pub(crate) fn unlink(&self, name: &CStr) {
         match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => tracing::warn!(?name, %error, "cannot remove a session's file"),
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(path) = &self.passing {
+            // Not empty: the next daemon's.
+            let _ = rustix::fs::rmdir(path);
         }
     }
 }
@@ -315,36 +204,28 @@ impl StateDir {
     /// # Errors
     /// See [`StateError`].
     pub fn open(path: &Path, grace: Duration) -> Result<StateDir, StateError> {
+        StateDir::open_as(path, grace, None)
+    }
+
+    /// The same; where `passing`, a directory that is empty at the end goes.
+    fn open_as(
+        path: &Path,
+        grace: Duration,
+        passing: Option<PathBuf>,
+    ) -> Result<StateDir, StateError> {
         let failed = |source| StateError::Open { path: path.to_owned(), source };
-        match rustix::fs::mkdir(path, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(failed(errno)),
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = match rustix::fs::open(path, flags, Mode::empty()) {
-            Ok(dir) => dir,
-            Err(Errno::LOOP | Errno::NOTDIR) => {
-                return Err(StateError::NotOurs { path: path.to_owned() });
-            }
-            Err(errno) => return Err(failed(errno)),
-        };
-        let stat = rustix::fs::fstat(&dir).map_err(failed)?;
-        if !is_ours(&stat, 0o700) {
-            return Err(StateError::NotOurs { path: path.to_owned() });
-        }
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let lock = rustix::fs::openat(&dir, LOCK, flags, FILE_MODE).map_err(failed)?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
-            Err(errno) => return Err(failed(errno)),
-        }
+        // Somebody who takes his empty directory away does it with the lock in his hand.
+        let taken = (0..TRIES_MAX).find_map(|_| take(path).transpose());
+        let dir = taken.unwrap_or(Err(StateError::InUse { path: path.to_owned() }))?;
         if fdops::fs_kind(dir.as_fd()) != Ok(FsKind::Local(LocalFs::Tmpfs)) {
             tracing::warn!(dir = %path.display(), "the state directory is not in memory: slower");
         }
-        let shared = Arc::new(Shared { dir, _lock: lock, ours: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared { dir, passing, ours: AtomicUsize::new(0) });
         let state = StateDir { shared, grace, left: Mutex::default() };
         state.look().map_err(failed)?;
+        if state.left() > 0 {
+            tracing::info!(sessions = state.left(), "a daemon before this one has left sessions");
+        }
         Ok(state)
     }
 
@@ -372,9 +253,6 @@ impl StateDir {
         left.sort_by_key(|one| one.at);
         let more = left.len().saturating_sub(SESSIONS_MAX);
         left.drain(..more).for_each(|one| self.shared.unlink(&one.name));
-        if !left.is_empty() {
-            tracing::info!(sessions = left.len(), "a daemon before this one was killed");
-        }
         *self.lock() = left;
         self.reap();
         Ok(())
@@ -504,7 +382,7 @@ impl StateDir {
         let file = rustix::fs::openat(&self.shared.dir, name, flags, Mode::empty()).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         let plain = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if !plain || !is_ours(&stat, 0o600) || stat.st_nlink != 1 {
+        if !plain || !is_ours(&stat) || stat.st_mode & 0o7777 != 0o600 || stat.st_nlink != 1 {
             return None;
         }
         let mut header = Header::new_zeroed();
@@ -522,226 +400,61 @@ impl StateDir {
     }
 }
 
+fn now_secs() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Makes and opens a directory of ours in which others have none of the rights `denied`; `None`: it
+/// was taken away meanwhile.
+fn open_ours(path: &Path, denied: Mode) -> Result<Option<OwnedFd>, StateError> {
+    let failed = |source| StateError::Open { path: path.to_owned(), source };
+    match rustix::fs::mkdir(path, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(dir) => dir,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP | Errno::NOTDIR) => {
+            return Err(StateError::NotOurs { path: path.to_owned() });
+        }
+        Err(errno) => return Err(failed(errno)),
+    };
+    let stat = rustix::fs::fstat(&dir).map_err(failed)?;
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    if !is_ours(&stat) || mode.intersects(denied) || !mode.contains(Mode::RWXU) {
+        return Err(StateError::NotOurs { path: path.to_owned() });
+    }
+    Ok(Some(dir))
+}
+
+/// The same, and locks it.
+fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
+    let failed = |source| StateError::Open { path: path.to_owned(), source };
+    let Some(dir) = open_ours(path, Mode::RWXG | Mode::RWXO)? else { return Ok(None) };
+    match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
+        Err(errno) => return Err(failed(errno)),
+    }
+    let is_there = rustix::fs::fstat(&dir).map_err(failed)?.st_nlink > 0;
+    Ok(is_there.then_some(dir))
+}
+
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-fn is_ours(stat: &Stat, mode: u32) -> bool {
-    stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o7777 == mode
-}
-
-/// A file's parts.
-struct Opened {
-    header: Part<Header>,
-    lanes: Vec<Part<Cell>>,
-    intents: Part<IntentCell>,
-}
-
-impl Opened {
-    fn map(file: BorrowedFd<'_>, terms: &StateTerms, bytes: usize) -> Result<Opened, Errno> {
-        let mut parts = Parts::of(file, bytes)?;
-        let mut taken = || {
-            let header = parts.take(1)?;
-            let lanes = (0..terms.lanes).map(|_| parts.take(terms.slots.into()));
-            let lanes = lanes.collect::<Option<_>>()?;
-            Some(Opened { header, lanes, intents: parts.take(terms.cells())? })
-        };
-        taken().ok_or(Errno::INVAL)
-    }
-}
-
-/// The file of one session.
-pub struct StateFile {
-    shared: Arc<Shared>,
-    name: CString,
-    header: Part<Header>,
-    lanes: Mutex<Vec<Option<Part<Cell>>>>,
-    intents: Part<IntentCell>,
-    slots: u16,
-    /// A dead daemon had it.
-    pub adopted: bool,
-    /// What of the host's files the requests that it left have been found to be the makers of.
-    pub claims: Claims,
-}
-
-impl StateFile {
-    fn new(
-        shared: Arc<Shared>,
-        name: CString,
-        opened: Opened,
-        terms: &StateTerms,
-        adopted: bool,
-    ) -> Arc<StateFile> {
-        shared.ours.fetch_add(1, Ordering::Relaxed);
-        let claims = Claims::default();
-        if adopted {
-            opened.lanes.iter().for_each(|lane| claims.of_replies(lane.as_ref()));
-        }
-        Arc::new(StateFile {
-            shared,
-            name,
-            header: opened.header,
-            lanes: Mutex::new(opened.lanes.into_iter().map(Some).collect()),
-            intents: opened.intents,
-            slots: terms.slots,
-            adopted,
-            claims,
-        })
-    }
-
-    /// The table of a lane. Whoever had it before must have dropped it; else, and for a lane that
-    /// there is not, it is one in memory alone.
-    pub fn table(self: &Arc<Self>, lane: u8) -> SlotTable<Cells> {
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let part = lanes.get_mut(usize::from(lane)).and_then(Option::take);
-        drop(lanes);
-        debug_assert!(part.is_some(), "the table of lane {lane} is somebody's");
-        match part {
-            Some(part) => {
-                let home = Arc::clone(self);
-                SlotTable::adopt(Cells::Mapped(Mapped { part: Some(part), home, lane }))
-            }
-            None => Cells::table(self.slots, self.adopted),
-        }
-    }
-
-    /// Where the intent of one use of a slot goes.
-    pub fn intent(self: &Arc<Self>, lane: u8, at: SlotUse) -> Option<IntentPlace> {
-        self.intent_cell(lane, at.slot)?;
-        Some(IntentPlace { file: Arc::clone(self), lane, at })
-    }
-
-    /// Writes it at once.
-    pub fn intend(&self, lane: u8, at: SlotUse, intent: &Intent) {
-        if let Some(cell) = self.intent_cell(lane, at.slot) {
-            cell.write(at.seq, intent);
-        }
-    }
-
-    /// What a daemon that died had written of this use of a slot. `None`: it had not come so far.
-    pub fn intended(&self, lane: u8, at: SlotUse) -> Option<Intent> {
-        self.intent_cell(lane, at.slot)?.read(at.seq)
-    }
-
-    fn intent_cell(&self, lane: u8, slot: u16) -> Option<&IntentCell> {
-        let lane = usize::from(lane) * usize::from(self.slots);
-        let known = slot < self.slots;
-        self.intents.as_ref().get(lane + usize::from(slot)).filter(|_| known)
-    }
-
-    /// Says which tickets are good from now on: the newest that the guest has used, which was good
-    /// before, and one that it was given since. To be said before the guest is given it.
-    pub fn set_tickets(&self, used: Ticket, unused: Option<Ticket>) {
-        let Some(header) = self.header.as_ref().first() else { return };
-        let used = hash_of(used);
-        let is_used = |words: &[AtomicU64; 4]| {
-            words.iter().zip(used).all(|(word, used)| word.load(Ordering::Relaxed) == used)
-        };
-        let kept = header.tickets.iter().position(is_used);
-        debug_assert!(kept.is_some(), "a ticket that was not given");
-        let Some(kept) = kept else { return };
-        // One of the two is good at any instruction.
-        header.good.store(1 << kept, Ordering::Release);
-        let Some(unused) = unused else { return };
-        for (word, hash) in header.tickets[1 - kept].iter().zip(hash_of(unused)) {
-            // Not before the old one is no good.
-            word.store(hash, Ordering::Release);
-        }
-        header.good.store(0b11, Ordering::Release);
-    }
-
-    /// The session has ended: nobody will ask for it.
-    pub fn remove(&self) {
-        self.shared.unlink(&self.name);
-    }
-}
-
-impl Drop for StateFile {
-    fn drop(&mut self) {
-        self.shared.ours.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Where the intent of a request goes that another thread runs.
-pub struct IntentPlace {
-    file: Arc<StateFile>,
-    lane: u8,
-    at: SlotUse,
-}
-
-impl IntentPlace {
-    /// What a daemon before this one had written there.
-    pub fn read(&self) -> Option<Intent> {
-        self.file.intended(self.lane, self.at)
-    }
-
-    /// The session's.
-    pub fn claims(&self) -> &Claims {
-        &self.file.claims
-    }
-
-    /// To be written before the request runs, by whoever runs it.
-    pub fn write(&self, intent: &Intent) {
-        self.file.intend(self.lane, self.at, intent);
-    }
-}
-
-/// Cells of a lane in a session's file, which has them again when this is dropped.
-pub struct Mapped {
-    part: Option<Part<Cell>>,
-    home: Arc<StateFile>,
-    lane: u8,
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        let mut lanes = self.home.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(lane) = lanes.get_mut(usize::from(self.lane)) {
-            *lane = self.part.take();
-        }
-    }
-}
-
-/// The memory of a lane's table.
-pub enum Cells {
-    /// This process's alone.
-    Owned(Box<[Cell]>),
-    /// The file's.
-    Mapped(Mapped),
-}
-
-impl Cells {
-    /// A table without a file.
-    pub fn table(slots: u16, rebuilt: bool) -> SlotTable<Cells> {
-        let mut cells: Box<[Cell]> = (0..slots).map(|_| Cell::new_zeroed()).collect();
-        if rebuilt {
-            rebuild(&mut cells);
-        }
-        SlotTable::of(Cells::Owned(cells))
-    }
-}
-
-impl AsRef<[Cell]> for Cells {
-    fn as_ref(&self) -> &[Cell] {
-        match self {
-            Cells::Owned(cells) => cells,
-            Cells::Mapped(mapped) => mapped.part.as_ref().map_or(&[], Part::as_ref),
-        }
-    }
-}
-
-impl AsMut<[Cell]> for Cells {
-    fn as_mut(&mut self) -> &mut [Cell] {
-        match self {
-            Cells::Owned(cells) => cells,
-            Cells::Mapped(mapped) => mapped.part.as_mut().map_or(&mut [], Part::as_mut),
-        }
-    }
+fn is_ours(stat: &Stat) -> bool {
+    stat.st_uid == rustix::process::geteuid().as_raw()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::intent::Intent;
     use ringfs_wire::abi::Opcode;
-    use ringfs_wire::table::Begin;
+    use ringfs_wire::slot::SlotUse;
+    use ringfs_wire::table::{Begin, Past};
     use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
     const GRACE: Duration = Duration::from_secs(600);
@@ -822,6 +535,36 @@ mod tests {
         assert_eq!(open(&path).left(), 0);
     }
 
+    /// What the next daemon would find, had this one been killed now.
+    #[test]
+    fn the_file_at_each_step_of_a_request() {
+        let (dir, path) = place();
+        let state = open(&path);
+        let file = state.create(&terms(), ticket(1), false).expect("a file");
+        let mut table = file.table(1);
+        let mut steps = 0;
+        let mut check = |begin: Begin, past: Option<Past<'_>>, intended: bool| {
+            steps += 1;
+            let copied = dir.path().join(format!("copy{steps}"));
+            drop(open(&copied));
+            let one = only(&path);
+            std::fs::copy(&one, copied.join(one.file_name().expect("a name"))).expect("copy");
+            let next = open(&copied).adopt(ticket(1), &terms()).expect("the file");
+            let mut table = next.table(1);
+            assert_eq!(table.begin(AT, MKDIR), Ok(begin), "step {steps}");
+            assert_eq!(table.past(AT), past.or(Some(Past::Running)), "step {steps}");
+            assert_eq!(next.intended(1, AT).is_some(), intended, "step {steps}");
+        };
+        check(Begin::Execute, None, false);
+        assert_eq!(table.begin(AT, MKDIR), Ok(Begin::Execute));
+        check(Begin::Decide, None, false);
+        file.intend(1, AT, &Intent { opcode: MKDIR, ..Intent::default() });
+        check(Begin::Decide, None, true);
+        assert!(table.finish(AT, 0, &[7; 128]).is_ok());
+        check(Begin::Decide, Some(Past::Done(&[7; 128])), true);
+        assert_eq!(table.begin(SlotUse { seq: 1, ..AT }, MKDIR), Ok(Begin::Execute));
+    }
+
     #[test]
     fn a_table_that_was_dropped_can_be_had_again() {
         let (_dir, path) = place();
@@ -867,18 +610,48 @@ mod tests {
         let listen = |texts: &[&str]| -> Vec<Address> {
             texts.iter().map(|text| text.parse().expect("an address")).collect()
         };
-        let below = |texts: &[&str]| default_below(&path, &listen(texts)).expect("a path");
-        let both = below(&["unix:/run/a", "vsock:5640"]);
-        assert_eq!(both, below(&["vsock:5640", "unix:/run/a"]));
-        assert!(both != below(&["unix:/run/a"]) && both.starts_with(&path));
+        let both = name_of(&listen(&["unix:/run/a", "vsock:5640"]));
+        assert_eq!(both, name_of(&listen(&["vsock:5640", "unix:/run/a"])));
+        assert_ne!(both, name_of(&listen(&["unix:/run/a"])));
+        let both = path.join(both);
+        assert_eq!(both.file_name().map_or(0, std::ffi::OsStr::len), NAME_CHARS);
+        drop(open(&path));
         assert_eq!(open(&both).left(), 0);
         let at = StateOption::At(both.clone());
         assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
         assert_eq!(("none".parse(), "".parse::<StateOption>().ok()), (Ok(StateOption::None), None));
         assert!(StateOption::None.open(&[], GRACE).expect("none").is_none());
+        let passing = || StateDir::open_as(&both, GRACE, Some(both.clone())).expect("passing");
+        drop(passing());
+        assert!(!both.exists(), "nothing was in it");
+        let state = passing();
+        assert!(state.create(&terms(), ticket(1), false).is_ok());
+        drop(state);
+        assert!(both.exists(), "a session is in it");
         let held = open(&both);
         assert!(at.open(&[], GRACE).is_err(), "in use");
         drop(held);
+    }
+
+    #[test]
+    fn what_daemons_leave_that_never_come_back_goes() {
+        let (_dir, path) = place();
+        let listen = |text: &str| vec![text.parse().expect("an address")];
+        let start = |text: &str, grace| open_default(&path, &listen(text), grace);
+        let below = |text: &str| path.join(name_of(&listen(text)));
+        let running = start("unix:/run/a", GRACE).expect("the first");
+        let killed = start("unix:/run/b", GRACE).expect("the second");
+        assert!(killed.create(&terms(), ticket(1), false).is_ok());
+        drop(killed);
+        std::fs::create_dir(path.join("another's")).expect("directory");
+        let third = start("unix:/run/c", GRACE).expect("the third");
+        assert!(below("unix:/run/a").exists() && below("unix:/run/b").exists(), "in its grace");
+        drop(third);
+        let third = start("unix:/run/c", Duration::ZERO).expect("the third again");
+        assert!(below("unix:/run/a").exists() && !below("unix:/run/b").exists());
+        drop((third, running));
+        let left = std::fs::read_dir(&path).expect("list").count();
+        assert_eq!(left, 1, "another's");
     }
 
     #[test]
@@ -987,7 +760,7 @@ mod tests {
         state.lock()[0].at -= GRACE.as_secs();
         assert!(state.reap().is_none() && state.left() == 0);
         let names: Vec<_> = std::fs::read_dir(&path).expect("list").flatten().collect();
-        assert_eq!(names.len(), 2, "the lock, and what is not ours: {names:?}");
+        assert_eq!(names.len(), 1, "what is not ours: {names:?}");
         drop(state);
         let state = open(&path);
         let file = state.create(&terms(), ticket(1), false).expect("a file");
@@ -1005,6 +778,6 @@ mod tests {
         assert!(state.create(&StateTerms { slots: 0, ..terms() }, ticket(1), false).is_err());
         let long = StateTerms { subdir: vec![b'x'; 4000], ..terms() };
         assert!(state.create(&long, ticket(1), false).is_err());
-        assert_eq!(std::fs::read_dir(&path).expect("list").count(), 2, "nothing half made");
+        assert_eq!(std::fs::read_dir(&path).expect("list").count(), 1, "nothing half made");
     }
 }

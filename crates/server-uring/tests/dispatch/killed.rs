@@ -473,6 +473,10 @@ fn all_cases(root: &Path) {
             };
             assert_eq!((&*ended.0, shown(&ended.1)), (how, expected), "{name}, {killed:?}");
             assert_eq!(tree(&root), expected_tree, "{name}, {killed:?}");
+            if let (Opcode::Link, Ok(reply)) = (opcode, &ended.1) {
+                let given = abi::EntryOut::read_from_prefix(reply).expect("entry").0.nodeid;
+                assert_eq!(life.ask.args[..8], given.to_le_bytes(), "another node");
+            }
             // The lost reply of the next daemon is its own affair.
             if how == "Done" || how == "Run" {
                 let mut table = file.table(1);
@@ -715,6 +719,28 @@ fn an_append_that_was_cut_short_is_completed() {
             assert_eq!((how.as_str(), reply.size), ("Done", 300_000));
             let after = std::fs::read(root.join("file")).expect("read");
             assert_eq!(after, [before, data].concat());
+        }
+    });
+}
+
+/// The same of a large write at an offset, which runs again as a whole.
+#[test]
+fn a_write_that_was_cut_short_is_whole_afterwards() {
+    fn large(guest: &Guest, root: &Path) -> Ask {
+        write(opened(guest, root, "file", O_RDWR), 5, &[b'z'; 300_000])
+    }
+    on_each(|root| {
+        for stored in [1, 4096, 299_999] {
+            let root = share(root, &format!("{stored}"));
+            let life = Life::new(&root, large, Killed::Intended);
+            let host = std::fs::File::options().write(true).open(root.join("file")).expect("open");
+            host.write_all_at(&vec![b'z'; stored], 5).expect("write");
+            let (_dir, file, guest) = life.next();
+            let (how, result) = resend(&guest, &file, AT, &life.ask);
+            assert_eq!((how.as_str(), result.map(|reply| reply.len())), ("Run", Ok(8)));
+            let after = std::fs::read(root.join("file")).expect("read");
+            assert!(after.starts_with(b"what zz") && after.len() == 300_005);
+            assert!(after[5..].iter().all(|&byte| byte == b'z'));
         }
     });
 }
