@@ -20,6 +20,8 @@ pub enum Kind {
     Sshfs,
     /// ringfs over a Unix socket.
     Ringfs,
+    /// A mount that somebody else made and serves.
+    Mounted,
 }
 
 /// Who, and with what arguments.
@@ -37,6 +39,10 @@ pub struct Spec {
     pub kernel_uring: bool,
     /// ringfs: where `ringfs` and `ringfsd` are.
     pub bin: PathBuf,
+    /// Where it is mounted, if that is done already.
+    pub mounted: PathBuf,
+    /// Another mount of the same directory, to make files behind its back.
+    pub behind: PathBuf,
 }
 
 struct Entry {
@@ -80,7 +86,7 @@ pub fn by_names(names: &[String], bin: &Path) -> Result<Vec<Spec>> {
         ensure!(known.contains(&name.as_str()), "no contender `{name}`; there are {known:?}");
     }
     let chosen = TABLE.iter().filter(|entry| names.iter().any(|name| name == entry.name));
-    Ok(chosen.map(|entry| entry.spec(bin)).collect())
+    Ok(chosen.map(|entry| entry.spec(entry.name, bin)).collect())
 }
 
 /// Whether that name is of one that goals are not set for.
@@ -89,14 +95,16 @@ pub fn is_peer(name: &str) -> bool {
 }
 
 impl Entry {
-    fn spec(&self, bin: &Path) -> Spec {
+    fn spec(&self, name: &str, bin: &Path) -> Spec {
         Spec {
-            name: self.name.to_owned(),
+            name: name.to_owned(),
             kind: self.kind,
             options: self.options.to_owned(),
             daemon_args: self.daemon_args.iter().map(|&arg| arg.to_owned()).collect(),
             kernel_uring: self.kernel_uring,
             bin: bin.to_owned(),
+            mounted: PathBuf::new(),
+            behind: PathBuf::new(),
         }
     }
 }
@@ -118,13 +126,24 @@ impl Spec {
             options,
             daemon_args: args.split_whitespace().map(str::to_owned).collect(),
             bin: dir.to_owned(),
+            mounted: PathBuf::new(),
+            behind: PathBuf::new(),
         })
+    }
+
+    /// Reads `NAME=DIR`, as `--mounted` takes it; `behind` shows the same directory.
+    pub fn parse_mounted(text: &str, behind: &Path) -> Result<Spec> {
+        let usage = "--mounted takes NAME=DIR";
+        let (name, dir) = text.split_once('=').context(usage)?;
+        ensure!(!name.is_empty() && Path::new(dir).is_absolute(), "{usage}, not `{text}`");
+        let (mounted, behind) = (dir.into(), behind.to_owned());
+        Ok(Spec { mounted, behind, ..plain("", Kind::Mounted).spec(name, Path::new("")) })
     }
 
     /// Why it cannot run here; `None` if it can.
     pub fn obstacle(&self, tools: &Tools) -> Option<String> {
         match self.kind {
-            Kind::Bare | Kind::Local => None,
+            Kind::Bare | Kind::Local | Kind::Mounted => None,
             Kind::Fuser if tools.fuser().is_file() => None,
             Kind::Fuser => Some(format!("{:?} is not built (cargo xtask bench does)", tools.peers)),
             Kind::Sshfs if sshfs_version().is_some() && sftp_server().is_some() => None,
@@ -161,6 +180,7 @@ impl Spec {
         };
         match self.kind {
             Kind::Bare => "(no program)".into(),
+            Kind::Mounted => "(mounted before)".into(),
             Kind::Local => {
                 let text = said(&tools.passthrough(), &["--version"]);
                 format!("libfuse {}", first(text, "FUSE library version"))
@@ -223,6 +243,17 @@ mod tests {
         assert!(Spec::parse_ab("x=;uring=on", bin).unwrap().kernel_uring);
         for wrong in ["", "nodir", "=/x", "a/b=/x"] {
             assert!(Spec::parse_ab(wrong, bin).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn mounted_is_read() {
+        let behind = Path::new("/mnt/behind");
+        let spec = Spec::parse_mounted("9p=/mnt/9p", behind).unwrap();
+        assert_eq!((spec.name.as_str(), spec.kind), ("9p", Kind::Mounted));
+        assert_eq!((spec.mounted.as_path(), spec.behind.as_path()), (Path::new("/mnt/9p"), behind));
+        for wrong in ["", "9p", "=/mnt", "9p=relative"] {
+            assert!(Spec::parse_mounted(wrong, behind).is_err(), "{wrong}");
         }
     }
 

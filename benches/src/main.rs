@@ -22,7 +22,7 @@ mod undo;
 mod watchdog;
 mod work;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use backing::{Backing, Ground, build_passthrough, temporary_dir};
 use clap::Parser;
 use contender::{BASE, Kind, Spec, Tools};
@@ -72,6 +72,14 @@ struct Cli {
     /// The directory of the report (index.html, results.json) [default: target/bench/TIME]
     #[arg(long)]
     report: Option<PathBuf>,
+    /// A mount that is there already and shows the directory given as --backing; may be repeated.
+    /// No other takes part; works are short and few, as for a slow guest
+    #[arg(long, value_name = "NAME=DIR", conflicts_with_all = ["contenders", "ab", "growth"])]
+    mounted: Vec<String>,
+    /// Told first: a file whose first line the report has as its label, and the rest beside the
+    /// versions
+    #[arg(long, value_name = "FILE")]
+    about: Option<PathBuf>,
     /// Count system calls, bytes on the wire and records a batch in a pass of their own; always
     /// without --quick
     #[arg(long)]
@@ -121,7 +129,9 @@ fn start() -> Result<()> {
         ensure!(status.success(), "engine-ab ended with {status}");
         return Ok(());
     }
-    watchdog::start(|| drop(report()))?;
+    let emulated = !cli.mounted.is_empty();
+    let limit = if emulated { watchdog::LIMIT_EMULATED } else { watchdog::LIMIT };
+    watchdog::start(limit, || drop(report()))?;
     raise_files_limit();
     let (scratch, _guard) = temporary_dir(&std::env::temp_dir())?;
     let outcome = run(cli, &scratch);
@@ -135,6 +145,8 @@ static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// What was measured so far.
 static SAMPLES: Mutex<Samples> = Mutex::new(Samples { rows: Vec::new() });
 
+/// What the reader must know first.
+static LABEL: OnceLock<String> = OnceLock::new();
 /// Who takes part, for people.
 static INTRODUCTION: Mutex<String> = Mutex::new(String::new());
 
@@ -149,13 +161,17 @@ fn report() -> Result<()> {
     }
     let held: Vec<String> =
         names.iter().filter(|name| !contender::is_peer(name)).cloned().collect();
+    let label = LABEL.get().map_or("", String::as_str);
+    if !label.is_empty() {
+        println!("\n{label}");
+    }
     print!("{}", table::works(&samples, &names, &cli.base));
     print!("{}", table::goals(&samples, &held));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     let dir =
         cli.report.clone().unwrap_or_else(|| Path::new("target/bench").join(report::stamp(now)));
     let base = cli.base.as_str();
-    let about = About { introduction: &introduction, names: &names, held: &held, base };
+    let about = About { label, introduction: &introduction, names: &names, held: &held, base };
     report::write(&dir, &samples, &about)?;
     println!("report: {}", dir.join("index.html").display());
     Ok(())
@@ -164,8 +180,10 @@ fn report() -> Result<()> {
 fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     let works = cli.works()?;
     let tools = Tools { scratch: scratch.to_owned(), peers: cli.peers.clone() };
-    build_passthrough(&tools.passthrough(), scratch)?;
     let specs = cli.specs(&tools)?;
+    if specs.iter().any(|spec| spec.kind == Kind::Local) {
+        build_passthrough(&tools.passthrough(), scratch)?;
+    }
     ensure!(specs.iter().any(|spec| spec.name == cli.base), "`{}` must take part", cli.base);
     let ground = Ground::new(&cli.backing, scratch)?;
     let backing = ground.dir().join("backing");
@@ -183,14 +201,14 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
         NAMES.lock().unwrap_or_else(PoisonError::into_inner).push(spec.name.clone());
     }
     same_readahead(&sites)?;
-    introduce(&sites, &tools)?;
-    let mut scale = if cli.quick { Scale::QUICK } else { Scale::FULL };
+    introduce(&sites, &tools, cli.about.as_deref())?;
+    let mut scale = cli.scale();
     // A passthrough holds a descriptor for each.
     scale.nodes = scale.nodes.min(files_limit() / 2);
     let rounds = cli.rounds.unwrap_or(if cli.quick { 3 } else { 7 });
     let place = Place { backing: &backing, scratch, tools: &tools, label: "", relayed: false };
     rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES)?;
-    if cli.costs || !cli.quick {
+    if cli.mounted.is_empty() && (cli.costs || !cli.quick) {
         count(&specs, sites, &works, &place, &scale)?;
     }
     Ok(())
@@ -218,12 +236,26 @@ fn count(
 }
 
 impl Cli {
+    fn scale(&self) -> Scale {
+        match (self.mounted.is_empty(), self.quick) {
+            (true, true) => Scale::QUICK,
+            (true, false) => Scale::FULL,
+            (false, true) => Scale::EMULATED_QUICK,
+            (false, false) => Scale::EMULATED,
+        }
+    }
+
     fn works(&self) -> Result<Vec<Work>> {
         let wanted = |work: &Work| {
             let named = self.work.iter().any(|part| named(work.name, part));
             let usual = work.growth == self.growth && !(self.quick && work.long);
             let by_hand = work.name != BY_HAND || self.work.iter().any(|part| part == BY_HAND);
-            by_hand && if self.work.is_empty() { usual } else { named }
+            let usual = match self.mounted.is_empty() {
+                true => usual && by_hand,
+                false => work::ON_MOUNTED.contains(&work.name),
+            };
+            let possible = self.mounted.is_empty() || work.costed();
+            possible && if self.work.is_empty() { usual } else { named && by_hand }
         };
         let mut works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
         for work in works.iter_mut().filter(|work| self.quick && work.rounds_max < usize::MAX) {
@@ -240,6 +272,12 @@ impl Cli {
             (true, true) => contender::QUICK,
             (true, false) => contender::DEFAULT,
         };
+        if !self.mounted.is_empty() {
+            let Backing::Dir(behind) = &self.backing else {
+                bail!("--mounted needs --backing DIR")
+            };
+            return self.mounted.iter().map(|text| Spec::parse_mounted(text, behind)).collect();
+        }
         let chosen: Vec<String> = match self.contenders.is_empty() {
             true => usual.split(',').map(str::to_owned).collect(),
             false => self.contenders.clone(),
@@ -250,7 +288,7 @@ impl Cli {
             ensure!(specs.iter().all(|other| other.name != spec.name), "two are `{}`", spec.name);
             // Whom one asks for by hand must be there.
             if let Some(why) = spec.obstacle(tools) {
-                anyhow::bail!("{} cannot run: {why}", spec.name);
+                bail!("{} cannot run: {why}", spec.name);
             }
             specs.push(spec);
         }
@@ -284,11 +322,17 @@ fn same_readahead(sites: &[Site]) -> Result<()> {
     Ok(())
 }
 
-/// Who takes part: names, versions, command lines.
-fn introduce(sites: &[Site], tools: &Tools) -> Result<()> {
+/// Who takes part: what `about` tells, names, versions, command lines.
+fn introduce(sites: &[Site], tools: &Tools, about: Option<&Path>) -> Result<()> {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let cpus = std::thread::available_parallelism()?;
     let mut text = format!("Linux {}, {cpus} CPUs\n", kernel.trim());
+    if let Some(file) = about {
+        let told = fs::read_to_string(file).with_context(|| format!("read {file:?}"))?;
+        let (label, rest) = told.split_once('\n').unwrap_or((&told, ""));
+        text.push_str(rest);
+        LABEL.get_or_init(|| label.to_owned());
+    }
     for site in sites {
         text += &format!("{:<14} {}\n", site.spec.name, site.spec.version(tools));
         site.lines().iter().for_each(|line| text += &format!("{:<14} $ {line}\n", ""));

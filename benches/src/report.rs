@@ -20,6 +20,8 @@ const CHARTED: &[(&str, &str)] = &[
 
 /// What a report says beside the figures.
 pub struct About<'a> {
+    /// What the reader must know first, such as that nothing here is fast; empty for nothing.
+    pub label: &'a str,
     /// Contenders, versions, command lines, the machine.
     pub introduction: &'a str,
     /// In the order of the columns.
@@ -37,12 +39,16 @@ pub fn write(dir: &Path, samples: &Samples, about: &About<'_>) -> Result<()> {
         fs::write(dir.join(name), text).with_context(|| format!("cannot write {name} in {dir:?}"))
     };
     let figures = json!({
+        "label": about.label,
         "introduction": about.introduction.lines().collect::<Vec<_>>(),
         "base": about.base,
         "figures": samples.to_json(about.base),
     });
     put("results.json", &serde_json::to_string_pretty(&figures)?)?;
     let mut page = String::from(HEAD);
+    if !about.label.is_empty() {
+        page += &format!("<p><strong>{}</strong></p>\n", escape(about.label));
+    }
     page += &format!("<pre>{}</pre>\n", escape(about.introduction));
     if let Some(svg) = charts::goals(samples, about.held)? {
         put("goals.svg", &svg)?;
@@ -111,9 +117,11 @@ mod tests {
     fn a_report_is_written_even_of_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let at = dir.path().join("new");
-        let about = About { introduction: "<who>", names: &[], held: &[], base: "local" };
+        let (introduction, names, held) = ("<who>", &[], &[]);
+        let about = About { label: "<slow>", introduction, names, held, base: "local" };
         write(&at, &Samples::default(), &about).unwrap();
         assert!(fs::read_to_string(at.join("index.html")).unwrap().contains("&lt;who&gt;"));
+        assert!(fs::read_to_string(at.join("index.html")).unwrap().contains("<strong>&lt;slow"));
         assert!(at.join("results.json").is_file());
     }
 }

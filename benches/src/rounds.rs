@@ -30,14 +30,15 @@ pub fn run(
                 }
                 let site = &mut sites[(round + turn) % sites.len()];
                 let name = site.spec.name.clone();
-                progress(&format!(
+                let line = format!(
                     "[{}/{} {:>4} s] {}: round {}/{rounds}, {name}",
                     index + 1,
                     works.len(),
                     start.elapsed().as_secs(),
                     work.name,
                     round + 1,
-                ));
+                );
+                progress(&line, round == 0 && turn == 0);
                 let what = format!("{} on {name}", work.name);
                 watchdog::begin(&what);
                 site.check().context(what.clone())?;
@@ -56,7 +57,7 @@ pub fn run(
             }
         }
     }
-    progress("");
+    progress("", false);
     watchdog::begin("the report");
     ensure!(failures.is_empty(), "{} runs failed:\n{}", failures.len(), failures.join("\n"));
     Ok(())
@@ -76,7 +77,7 @@ pub fn count(
                 bail!("stopped; what was measured so far is reported");
             }
             let what = format!("counting {} on {}", work.name, site.spec.name);
-            progress(&what);
+            progress(&what, false);
             watchdog::begin(&what);
             site.counting = true;
             let metrics = work.run(site, place, scale).context(what.clone());
@@ -95,16 +96,16 @@ pub fn count(
             }
         }
     }
-    progress("");
+    progress("", false);
     watchdog::begin("the report");
     Ok(())
 }
 
-/// One line that is written over on a terminal; a log gets the works' names alone.
-fn progress(line: &str) {
+/// One line that is written over on a terminal; a log gets each work's first one alone.
+fn progress(line: &str, first: bool) {
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[K{line}");
-    } else if line.contains("round 1/") && line.ends_with("local") {
+    } else if first {
         eprintln!("{line}");
     }
 }

@@ -5,10 +5,10 @@
 
 use crate::contender::{ENABLE_URING, Kind, Spec, Tools, sftp_server};
 use crate::counting::{self, Counted, Relay};
-use crate::proc::{Snapshot, Usage};
+use crate::proc::{Snapshot, Usage, mounts_at};
 use crate::server::{Mount, Server};
 use crate::undo::{Guard, Undo};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,8 @@ pub struct Site {
     /// The daemon's counters, where it is ringfs's.
     control: Option<PathBuf>,
     relay: Option<Relay>,
+    /// How it is mounted, where that was done by others.
+    mounted: Option<String>,
     scratch: PathBuf,
     /// Whether `measure` counts what cannot be counted without disturbing.
     pub counting: bool,
@@ -61,12 +63,20 @@ impl Site {
             backing: place.backing.to_owned(),
             control: None,
             relay: None,
+            mounted: None,
             scratch: place.scratch.to_owned(),
             counting: place.relayed,
         };
         let (mount, server) = match spec.kind {
             Kind::Bare => {
                 site.path = place.backing.to_owned();
+                return Ok(site);
+            }
+            Kind::Mounted => {
+                let inside = place.backing.strip_prefix(&spec.behind);
+                let inside = inside.with_context(|| format!("--backing {:?}", spec.behind))?;
+                site.path = spec.mounted.join(inside);
+                site.mounted = Some(mounted_line(&spec.mounted)?);
                 return Ok(site);
             }
             Kind::Local => Mount::new(&at, || local(place, &at))?,
@@ -117,13 +127,16 @@ impl Site {
 
     /// All command lines.
     pub fn lines(&self) -> Vec<&str> {
-        self.servers.iter().map(Server::line).collect()
+        self.servers.iter().map(Server::line).chain(self.mounted.as_deref()).collect()
     }
 
     /// An error if a server has ended or the mount has gone.
     pub fn check(&mut self) -> Result<()> {
         for server in &mut self.servers {
             server.check()?;
+        }
+        if self.mounted.is_some() {
+            mounted_line(&self.spec.mounted)?;
         }
         self.mount.as_ref().map_or(Ok(()), |mount| mount.check().map(drop))
     }
@@ -274,6 +287,14 @@ fn sshfs(place: &Place<'_>, at: &Path, socket: UnixStream) -> Result<Server> {
     let mut shell = Command::new("sh");
     shell.args(["-c", line, &source]).arg(at).stdin(OwnedFd::from(socket));
     Server::start(shell)
+}
+
+/// What the kernel says of the one mount at that place; an error unless there is one.
+fn mounted_line(at: &Path) -> Result<String> {
+    ensure!(mounts_at(at).len() == 1, "not one mount is at {at:?}");
+    let text = fs::read_to_string("/proc/self/mounts").context("read the mounts")?;
+    let line = text.lines().find(|line| line.split(' ').nth(1).map(Path::new) == Some(at));
+    Ok(format!("mount: {}", line.context("a mount that has no line")?))
 }
 
 /// Switches FUSE over io_uring on, until the guard is dropped.

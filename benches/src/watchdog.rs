@@ -10,21 +10,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// What one run of a work may take.
-const LIMIT: Duration = Duration::from_secs(90);
+pub const LIMIT: Duration = Duration::from_secs(90);
+/// The same where another kind of machine is emulated, maybe beside builds.
+pub const LIMIT_EMULATED: Duration = Duration::from_secs(240);
 /// What the current one may take once the user has asked for the end.
 const GRACE: Duration = Duration::from_secs(10);
 
 struct Now {
     what: String,
     until: Option<Instant>,
+    limit: Duration,
 }
 
-static NOW: Mutex<Now> = Mutex::new(Now { what: String::new(), until: None });
+static NOW: Mutex<Now> = Mutex::new(Now { what: String::new(), until: None, limit: LIMIT });
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Starts it. A second signal ends the bench at once. `last` is what is still done before an end
 /// by force; it must not touch a mount.
-pub fn start(last: fn()) -> std::io::Result<()> {
+pub fn start(limit: Duration, last: fn()) -> std::io::Result<()> {
+    NOW.lock().unwrap_or_else(PoisonError::into_inner).limit = limit;
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::spawn(move || {
         for (nth, _) in signals.forever().enumerate() {
@@ -60,7 +64,7 @@ pub fn begin(what: &str) {
     let mut now = NOW.lock().unwrap_or_else(PoisonError::into_inner);
     now.what = what.to_owned();
     if !stopping() {
-        now.until = Some(Instant::now() + LIMIT);
+        now.until = Some(Instant::now() + now.limit);
     }
 }
 

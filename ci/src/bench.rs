@@ -3,7 +3,7 @@
 //!
 //! The measuring itself is the crate `ringfs-benches`; its `--help` lists the arguments. The peers
 //! (`benches/peers`) are a workspace of their own, because they depend on what the product must
-//! not.
+//! not. With `--vm` the same program measures inside a guest (`vm/bench.rs`).
 
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::deps;
 use crate::paths::{self, Bins};
+use crate::vm;
 
 /// A full run of all work and contenders takes an hour; nothing takes longer than this.
 const LIMIT: Duration = Duration::from_secs(3 * 3600);
@@ -20,6 +21,10 @@ const BUILD_LIMIT: Duration = Duration::from_secs(900);
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Instead, in an emulated guest: virtiofsd, QEMU's 9p and ringfs over vsock. Orders only.
+    /// Takes --quick, --rounds N, --work A,B, --keep
+    #[arg(long)]
+    vm: bool,
     /// Passed to ringfs-bench: --quick, --rounds N, --backing tmpfs|ext4|DIR, --contenders A,B,
     /// --work PART, --ab LABEL=DIR, --engine-ab, --growth; see `cargo xtask bench --help-all`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -34,6 +39,10 @@ pub fn run(args: &Args) -> Result<()> {
     let bench = || paths::cargo().args(["run", "--release", "--locked", "-p", "ringfs-benches"]);
     if args.help_all {
         return bench().args(["--", "--help"]).limit(BUILD_LIMIT).show();
+    }
+    // Also behind another argument, where clap leaves it to the bench.
+    if args.vm || args.args.iter().any(|arg| arg == "--vm") {
+        return vm::bench::run(args.args.iter().filter(|arg| *arg != "--vm"));
     }
     deps::debian(deps::BENCH_PACKAGES)?;
     let bins = Bins::build()?;

@@ -58,6 +58,10 @@ pub const PJDFSTEST: CargoTool = ("pjdfstest", "0.2.2");
 const FSX: CargoTool = ("fsx", "0.3.2");
 /// The vhost-user vsock device that docs and step limits were measured with.
 pub const VHOST_VSOCK: CargoTool = ("vhost-device-vsock", "0.3.0");
+/// The host's end of virtio-fs, whom `bench --vm` compares with.
+pub const VIRTIOFSD: CargoTool = ("virtiofsd", "1.14.0");
+/// What it is built with.
+pub const VIRTIOFSD_PACKAGES: &[&str] = &["libcap-ng-dev", "libseccomp-dev"];
 /// Drives libFuzzer; wants a nightly compiler.
 pub const CARGO_FUZZ: CargoTool = ("cargo-fuzz", "0.13.1");
 

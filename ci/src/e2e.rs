@@ -5,7 +5,7 @@
 //! a plain function; what it needs more than the rig it makes itself.
 
 mod bad;
-mod load;
+pub mod load;
 mod signals;
 mod smoke;
 mod trees;

@@ -83,7 +83,6 @@ pub fn run(args: &Args) -> Result<String> {
     deps::all()?;
     let sandbox = Sandbox::new()?;
     let backing = LoopFs::new(&sandbox, "backing", LoopShape::ext4(IMAGE_BYTES))?;
-    fs::write(sandbox.path("fsx.toml"), CONFIG)?;
     if args.bare {
         for seed in 1..=args.seeds {
             exercise(&sandbox, &backing.dir, "bare", seed, args.ops)?;
@@ -114,17 +113,19 @@ pub fn run(args: &Args) -> Result<String> {
 }
 
 /// Rings are there for new mounts as long as the guard lives.
-fn switch_rings_on() -> Result<Guard> {
+pub fn switch_rings_on() -> Result<Guard> {
     let before = fs::read_to_string(RINGS).context("Linux 6.14 is needed")?;
     let guard = Guard::new(Undo::Setting(RINGS.into(), before.trim().to_owned()));
     fs::write(RINGS, "Y").context("not allowed")?;
     Ok(guard)
 }
 
-fn exercise(sandbox: &Sandbox, dir: &Path, mode: &str, seed: u64, ops: u64) -> Result<()> {
+/// One seed on one directory; the sandbox holds the configuration and what a failure leaves.
+pub fn exercise(sandbox: &Sandbox, dir: &Path, mode: &str, seed: u64, ops: u64) -> Result<()> {
     let begun = Instant::now();
     let file = dir.join(format!("fsx-{seed}"));
     let artifacts = sandbox.path("");
+    fs::write(sandbox.path("fsx.toml"), CONFIG)?;
     let fsx = Cmd::new(paths::tool("fsx")?).arg("-f").arg(sandbox.path("fsx.toml"));
     let fsx = fsx.arg("-P").arg(artifacts).args(["-N", &ops.to_string()]);
     let text = fsx.args(["-S", &seed.to_string()]).arg(&file).limit(RUN_LIMIT).run();

@@ -7,6 +7,7 @@
 //! mounts are looked up in /proc/self/mountinfo, and FUSE is aborted before it is detached.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, mpsc};
 use std::time::{Duration, Instant};
 use std::{fs, process, thread};
@@ -23,6 +24,8 @@ use crate::mounts;
 
 /// How long a process may take to follow SIGTERM before SIGKILL.
 const TERM_GRACE: Duration = Duration::from_secs(5);
+/// How long the end after a signal may take; beyond it something hangs.
+const END_LIMIT: Duration = Duration::from_secs(60);
 
 /// One thing to undo.
 #[derive(Debug)]
@@ -42,9 +45,11 @@ pub enum Undo {
 struct List {
     next: u64,
     entries: Vec<(u64, Undo)>,
+    /// Guards that are undoing their entry, which is off the list by then.
+    dropping: usize,
 }
 
-static LIST: Mutex<List> = Mutex::new(List { next: 0, entries: Vec::new() });
+static LIST: Mutex<List> = Mutex::new(List { next: 0, entries: Vec::new(), dropping: 0 });
 
 fn list() -> MutexGuard<'static, List> {
     // A panic while the list was held cannot have left it half changed: go on with it.
@@ -68,11 +73,10 @@ impl Guard {
 
     /// Takes the entry out without undoing it: it was undone in an orderly way.
     pub fn disarm(self) {
-        drop(self.take());
+        drop(self.take(&mut list()));
     }
 
-    fn take(&self) -> Option<Undo> {
-        let mut list = list();
+    fn take(&self, list: &mut List) -> Option<Undo> {
         let at = list.entries.iter().position(|(id, _)| *id == self.0)?;
         Some(list.entries.remove(at).1)
     }
@@ -80,11 +84,18 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(undo) = self.take() {
+        let mut locked = list();
+        if let Some(undo) = self.take(&mut locked) {
+            locked.dropping += 1;
+            drop(locked);
             undo.perform();
+            list().dropping -= 1;
         }
     }
 }
+
+/// A signal has come, and the signal thread ends the process.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// Where the next signal goes instead of ending the process.
 static NEXT_SIGNAL: Mutex<Option<mpsc::Sender<()>>> = Mutex::new(None);
@@ -99,11 +110,22 @@ pub fn on_signals() -> Result<()> {
                 continue;
             }
             eprintln!("\nxtask: signal {signal}: cleaning up");
+            ENDING.store(true, Ordering::SeqCst);
             undo_all();
+            // What another thread has begun to undo is not cut off.
+            let _ = poll_until(END_LIMIT, || Ok(list().dropping == 0));
             process::exit(128 + signal);
         }
     });
     Ok(())
+}
+
+/// After a signal, leaves the end to the signal thread: whoever sees its work fail because that
+/// thread has taken away what it stood on must neither report a failure nor end the process.
+pub fn rest_if_ending() {
+    if ENDING.load(Ordering::SeqCst) {
+        thread::sleep(END_LIMIT);
+    }
 }
 
 /// Gives the next signal to the receiver, as the ordinary end of a command; one after that cleans
@@ -225,7 +247,8 @@ pub fn with_limit<T>(limit: Duration, work: impl FnOnce() -> Result<T>) -> Resul
     }
 }
 
-fn abort_mounts() {
+/// Ends all our FUSE mounts: what waits in them fails.
+pub fn abort_mounts() {
     let paths: Vec<PathBuf> = {
         let list = list();
         let paths = list.entries.iter().filter_map(|(_, undo)| match undo {

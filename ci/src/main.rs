@@ -1,14 +1,15 @@
 //! `cargo xtask`: the project's own commands, from the first demo to all of CI.
 //!
 //! Invariant: a command leaves nothing behind (mounts, processes, loop devices, files), also when
-//! it fails or is interrupted; see `guard`. Nothing of the product is linked in: both ends are
-//! driven by their command lines, as a user drives them.
+//! it fails or is interrupted; see `guard`. Nothing of the product is linked in but the wire's
+//! layouts, for the fault proxy: both ends are driven by their command lines, as a user does.
 
 mod bench;
 mod demo;
 mod deny;
 mod deps;
 mod e2e;
+mod faults;
 mod fsx;
 mod fuzz;
 mod guard;
@@ -54,6 +55,8 @@ enum Command {
     Pjdfstest(pjdfstest::Args),
     /// The file system exerciser in every cache mode
     Fsx(fsx::Args),
+    /// Connections cut, silenced and garbled by a seeded proxy while everything is checked
+    Faults(faults::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
     /// stress-ng's file-system stressors on one and on several mounts
@@ -67,6 +70,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = guard::on_signals().and_then(|()| dispatch(cli.command));
+    guard::rest_if_ending();
     guard::undo_all();
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -87,6 +91,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::E2e(args) => close("e2e", e2e::run(&args)?),
         Command::Pjdfstest(args) => close("pjdfstest", pjdfstest::run(&args)?),
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
+        Command::Faults(args) => close("faults", faults::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),

@@ -4,7 +4,8 @@
 //! us. They are driven by their command lines alone, as a user drives them; nothing of theirs is
 //! linked in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -13,6 +14,8 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{CWD, Mode, mkfifoat};
+use rustix::process::Signal;
 use serde::Deserialize;
 
 use crate::guard::{self, Guard, Undo};
@@ -50,6 +53,9 @@ pub struct Counters {
     /// Payload taken from guests since the start.
     #[serde(default)]
     pub bytes_written: u64,
+    /// What else it counts.
+    #[serde(flatten)]
+    pub others: BTreeMap<String, serde_json::Value>,
 }
 
 impl Counters {
@@ -75,6 +81,13 @@ pub struct Daemon {
     control: PathBuf,
     log: PathBuf,
     ringfs: PathBuf,
+    ringfsd: PathBuf,
+    /// All that it is given.
+    arguments: Vec<OsString>,
+    /// How often it was killed and started again.
+    restarts: u32,
+    /// Those that take over, each with the FIFO that lets it go and its log.
+    spares: VecDeque<(PathBuf, Process, PathBuf)>,
 }
 
 impl Daemon {
@@ -90,16 +103,60 @@ impl Daemon {
         let socket = sandbox.path(&format!("{name}.sock"));
         let control = sandbox.path(&format!("{name}.ctl"));
         let log = sandbox.path(&format!("{name}.log"));
-        let mut cmd = Cmd::new(&bins.ringfsd).env("NO_COLOR", "1");
+        let mut arguments: Vec<OsString> = Vec::new();
         for share in shares {
-            cmd = cmd.arg("--share").arg(share);
+            arguments.extend(["--share".into(), share.into()]);
         }
-        cmd = cmd.arg("--listen").arg(format!("unix:{}", socket.display()));
-        let process = cmd.arg("--control").arg(&control).args(extra).spawn(&log)?;
-        let ringfs = bins.ringfs.clone();
-        let mut daemon = Self { process, socket, control, log, ringfs };
+        arguments.extend(["--listen".into(), format!("unix:{}", socket.display()).into()]);
+        arguments.extend(["--control".into(), control.clone().into()]);
+        arguments.extend(extra.iter().map(OsString::from));
+        let process = launch(&bins.ringfsd, &arguments, &log)?;
+        let (ringfs, ringfsd) = (bins.ringfs.clone(), bins.ringfsd.clone());
+        let mut daemon = Self {
+            process,
+            socket,
+            control,
+            log,
+            ringfs,
+            ringfsd,
+            arguments,
+            restarts: 0,
+            spares: VecDeque::new(),
+        };
         daemon.wait_ready()?;
         Ok(daemon)
+    }
+
+    /// Kills it without a warning and starts it again on the same sockets; its log goes on in a
+    /// file of its own.
+    pub fn kill_and_start_again(&mut self) -> Result<()> {
+        self.process.signal(Signal::KILL)?;
+        ensure!(self.process.wait(SETTLE)?.is_some(), "ringfsd survives SIGKILL for {SETTLE:?}");
+        self.restarts += 1;
+        if let Some((go, process, log)) = self.spares.pop_front() {
+            (self.process, self.log) = (process, log);
+            fs::write(&go, "\n").with_context(|| format!("write {}", go.display()))?;
+        } else {
+            self.log.set_extension(format!("{}.log", self.restarts));
+            self.process = launch(&self.ringfsd, &self.arguments, &self.log)?;
+        }
+        self.wait_ready()
+    }
+
+    /// Makes processes ready for that many restarts. One that is forked later inherits the files
+    /// that we hold on a mount, and closes them at its exec: a FLUSH, which waits for the daemon
+    /// that it is to become.
+    pub fn make_spares(&mut self, count: u32) -> Result<()> {
+        for n in 1..=count {
+            let go = self.socket.with_extension(format!("{n}.go"));
+            mkfifoat(CWD, &go, Mode::from_raw_mode(0o600)).context("make a FIFO")?;
+            let log = self.socket.with_extension(format!("{n}.log"));
+            let wait = Cmd::new("sh").env("NO_COLOR", "1");
+            let wait = wait.args(["-c", "read -r _ <\"$0\"; exec \"$@\""]).arg(&go);
+            let process = wait.arg(&self.ringfsd).args(&self.arguments).spawn(&log)?;
+            self.spares.push_back((go, process, log));
+        }
+        Ok(())
     }
 
     fn wait_ready(&mut self) -> Result<()> {
@@ -182,20 +239,33 @@ impl Daemon {
 
     /// Mounts `share` on the existing directory `dir`.
     pub fn mount_on(&self, share: &str, dir: &Path, options: &str) -> Result<Mount> {
+        self.mounted(self.mount_cmd(share, dir, options), dir)
+    }
+
+    /// The same by the way of `socket`, where somebody passes on to the daemon; the client writes
+    /// what it has to say into `log`.
+    pub fn mount_through(
+        &self,
+        socket: &Path,
+        share: &str,
+        dir: &Path,
+        options: &str,
+        log: &Path,
+    ) -> Result<Mount> {
+        let cmd = mount_cmd(&self.ringfs, socket, share, dir, options);
+        self.mounted(cmd.arg("--log").arg(log), dir)
+    }
+
+    fn mounted(&self, cmd: Cmd, dir: &Path) -> Result<Mount> {
         let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
-        self.mount_cmd(share, dir, options).run()?;
+        cmd.run()?;
         ensure!(!mounts::at(dir)?.is_empty(), "`ringfs mount` ended with 0 and mounted nothing");
         Ok(Mount { dir: dir.to_path_buf(), ringfs: self.ringfs.clone(), guard: Some(guard) })
     }
 
     /// The command that mounts `share` on `dir`, not run yet.
     pub fn mount_cmd(&self, share: &str, dir: &Path, options: &str) -> Cmd {
-        let source = format!("{share}@unix:{}", self.socket.display());
-        let mut cmd = Cmd::new(&self.ringfs).arg("mount").arg(source).arg(dir);
-        if !options.is_empty() {
-            cmd = cmd.args(["-o", options]);
-        }
-        cmd.limit(SETTLE)
+        mount_cmd(&self.ringfs, &self.socket, share, dir, options)
     }
 
     /// Ends it with SIGTERM; it must say 0.
@@ -217,6 +287,11 @@ pub struct Mount {
 }
 
 impl Mount {
+    /// Asks the client to join its connections anew, at once.
+    pub fn reconnect(&self) -> Result<()> {
+        Cmd::new(&self.ringfs).arg("reconnect").arg(&self.dir).limit(SETTLE).run().map(drop)
+    }
+
     /// Unmounts in the orderly way, and sees it gone.
     pub fn umount(mut self) -> Result<()> {
         Cmd::new(&self.ringfs).arg("umount").arg(&self.dir).limit(SETTLE).run()?;
@@ -226,6 +301,19 @@ impl Mount {
         }
         Ok(())
     }
+}
+
+fn launch(ringfsd: &Path, arguments: &[OsString], log: &Path) -> Result<Process> {
+    Cmd::new(ringfsd).env("NO_COLOR", "1").args(arguments).spawn(log)
+}
+
+fn mount_cmd(ringfs: &Path, socket: &Path, share: &str, dir: &Path, options: &str) -> Cmd {
+    let source = format!("{share}@unix:{}", socket.display());
+    let mut cmd = Cmd::new(ringfs).arg("mount").arg(source).arg(dir);
+    if !options.is_empty() {
+        cmd = cmd.args(["-o", options]);
+    }
+    cmd.limit(SETTLE)
 }
 
 /// `NAME=DIR`, as `--share` takes it.
@@ -254,6 +342,7 @@ mod tests {
         let counters: Counters = serde_json::from_str(text).unwrap();
         assert_eq!(counters.held().map(|(_, n)| n), [1, 2, 3, 4, 5, 6]);
         assert_eq!(counters.ops["LOOKUP"], 7);
+        assert_eq!(counters.others["later"], 0);
         assert!(serde_json::from_str::<Counters>("{}").is_err());
     }
 }

@@ -28,10 +28,19 @@ pub struct Sandbox {
 impl Sandbox {
     /// Makes an empty one, after sweeping what dead runs left.
     pub fn new() -> Result<Self> {
+        Self::within(&std::env::temp_dir())
+    }
+
+    /// The same in memory, whatever holds the machine's temporary files.
+    pub fn in_memory() -> Result<Self> {
+        Self::within(Path::new("/dev/shm"))
+    }
+
+    fn within(parent: &Path) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        sweep();
+        sweep(parent);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("{PREFIX}.{}.{n}", std::process::id()));
+        let dir = parent.join(format!("{PREFIX}.{}.{n}", std::process::id()));
         fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
         Ok(Self { _guard: Guard::new(Undo::Dir(dir.clone())), dir })
     }
@@ -50,8 +59,8 @@ impl Sandbox {
 }
 
 /// Takes away what runs that were killed left: only what carries our name and a dead process id.
-fn sweep() {
-    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return };
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Some(rest) = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('.')) else {

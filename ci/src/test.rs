@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 
 use crate::paths::{self, Bins};
 use crate::vm::{self, VmArgs};
-use crate::{demo, deny, deps, e2e, fsx, pjdfstest, stress};
+use crate::{demo, deny, deps, e2e, faults, fsx, pjdfstest, stress};
 
 /// The slowest single cargo call, a release build from nothing on two busy cores.
 const CARGO_LIMIT: Duration = Duration::from_secs(1500);
@@ -46,6 +46,7 @@ const STEPS: &[Step] = &[
     Step { name: "pjdfstest", run: || pjdfstest::run(&pjdfstest::Args::default()) },
     Step { name: "fsx", run: || fsx::run(&fsx::Args::short()) },
     Step { name: "stress", run: || stress::run(&stress::Args::short()) },
+    Step { name: "faults", run: faults::run_short },
     Step { name: "vm", run: || vm::run(VmArgs::short()).map(|()| "smoke on 6.12".into()) },
     Step { name: "demo", run: || demo::run(&demo::Args::once()) },
 ];

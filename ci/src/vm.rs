@@ -12,12 +12,15 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 
+use self::guest::Extras;
 use self::host::Host;
 use self::kernel::Series;
 use self::protocol::Outcome;
 use self::scenario::{Scenario, Step};
 use self::tools::Tools;
+use crate::guard::{Guard, Undo};
 
+pub mod bench;
 mod guest;
 mod host;
 mod initramfs;
@@ -94,6 +97,7 @@ pub fn run(args: VmArgs) -> anyhow::Result<()> {
     for kernel in &kernels {
         println!("vm: booting {} for {} steps", kernel.package, plan.len());
         let run_dir = cache.join(format!("run-{}", std::process::id()));
+        let made = make_run_dir(&run_dir)?;
         let boot = Instant::now();
         let failed_before = failed;
         for (_, outcome, _) in run_one(kernel, &tools, &plan, &run_dir)? {
@@ -104,7 +108,7 @@ pub fn run(args: VmArgs) -> anyhow::Result<()> {
             }
         }
         println!("vm: {} took {:.1} s", kernel.package, boot.elapsed().as_secs_f64());
-        tidy_run(&run_dir, args.keep || failed > failed_before)?;
+        tidy_run(&run_dir, made, args.keep || failed > failed_before)?;
     }
     println!("vm: {passed} passed, {failed} failed, {skipped} skipped");
     if failed > 0 {
@@ -119,19 +123,24 @@ fn run_one(
     plan: &[Step],
     run_dir: &Path,
 ) -> anyhow::Result<guest::Results> {
-    if run_dir.exists() {
-        std::fs::remove_dir_all(run_dir)?;
-    }
-    std::fs::create_dir_all(run_dir)?;
     let daemon = tools.product.as_ref().map(|product| product.daemon.as_path());
     let mut host = Host::start(run_dir, daemon)?;
-    let results = guest::boot(kernel, tools, plan, &mut host, run_dir)?;
+    let results = guest::boot(kernel, tools, plan, &mut host, run_dir, &Extras::default())?;
     if results.iter().any(|(_, outcome, _)| matches!(outcome, Outcome::Failed(_)))
         && let Some(log) = host.daemon_log()
     {
         println!("  end of the daemon's log:\n{log}");
     }
     Ok(results)
+}
+
+/// Makes it, empty, until the guard is dropped.
+fn make_run_dir(run_dir: &Path) -> anyhow::Result<Guard> {
+    if run_dir.exists() {
+        std::fs::remove_dir_all(run_dir)?;
+    }
+    std::fs::create_dir_all(run_dir)?;
+    Ok(Guard::new(Undo::Dir(run_dir.to_owned())))
 }
 
 fn series(args: &VmArgs) -> Vec<Series> {
@@ -144,15 +153,16 @@ fn series(args: &VmArgs) -> Vec<Series> {
 }
 
 /// Keeps what explains a failure under its own name; the next run's directory is another.
-fn tidy_run(run_dir: &Path, keep: bool) -> anyhow::Result<()> {
+fn tidy_run(run_dir: &Path, made: Guard, keep: bool) -> anyhow::Result<()> {
     if !keep {
-        return Ok(std::fs::remove_dir_all(run_dir)?);
+        return Ok(()); // with the guard
     }
     let kept = run_dir.with_file_name(format!(
         "kept-{}",
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs()
     ));
     std::fs::rename(run_dir, &kept)?;
+    made.disarm();
     println!("vm: logs and share are kept in {}", kept.display());
     Ok(())
 }

@@ -71,6 +71,12 @@ impl Scale {
         nodes: 10_000,
         sessions: 4,
     };
+    /// The same two in an emulated guest, where all is many times slower.
+    pub const EMULATED: Scale =
+        Scale { runtime: Duration::from_millis(1500), names: 400, entries: 1_000, ..Scale::FULL };
+    /// To see that it works.
+    pub const EMULATED_QUICK: Scale =
+        Scale { runtime: Duration::from_millis(500), names: 150, entries: 1_000, ..Scale::QUICK };
 }
 
 /// One kind of work.
@@ -98,6 +104,20 @@ enum What {
     Tree,
     Growth(growth::Step),
 }
+
+/// What is done on mounts that others made, unless it is chosen.
+pub const ON_MOUNTED: &[&str] = &[
+    "randread-4k-d1",
+    "randread-4k-j4",
+    "randwrite-4k-d1",
+    "read-1m",
+    "write-1m",
+    "stat-cold",
+    "create-write-close",
+    "open-read-close",
+    "unlink",
+    "readdir",
+];
 
 /// Metrics that a pass of its own counts.
 pub const COUNTED: &[&str] = &["syscalls", "wire", "batch"];
@@ -142,7 +162,7 @@ impl Work {
         all
     }
 
-    /// Whether it says what an operation costs.
+    /// Whether it says what an operation costs; such works need nothing but a mount.
     pub fn costed(&self) -> bool {
         matches!(self.what, What::Fio(_) | What::Stream | What::Names(_) | What::Workers(_))
     }
@@ -255,5 +275,7 @@ mod tests {
         let names: BTreeSet<_> = all.iter().map(|work| work.name).collect();
         assert_eq!(names.len(), all.len());
         assert!(names.iter().all(|name| !name.contains([' ', ',', '/'])));
+        let known = |name| all.iter().any(|work| work.name == name && work.costed());
+        assert!(ON_MOUNTED.iter().all(|&name| known(name)));
     }
 }

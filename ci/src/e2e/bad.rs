@@ -303,10 +303,14 @@ fn false_daemon(rig: &Rig) -> Result<()> {
 }
 
 /// A mount whose client runs in the foreground, so that its process is at hand.
-fn foreground(rig: &Rig, name: &str) -> Result<(Process, std::path::PathBuf, Guard)> {
+fn foreground(
+    rig: &Rig,
+    daemon: &Daemon,
+    name: &str,
+) -> Result<(Process, std::path::PathBuf, Guard)> {
     let dir = rig.sandbox.make_dir(name)?;
     let guard = Guard::new(Undo::Mount(dir.clone()));
-    let client = rig.daemon.mount_cmd("d", &dir, "").arg("-f");
+    let client = daemon.mount_cmd("d", &dir, "").arg("-f");
     let client = client.spawn(&rig.sandbox.path(&format!("{name}.log")))?;
     let up = guard::poll_until(SETTLE, || Ok(!mounts::at(&dir)?.is_empty()))?;
     ensure!(up, "not mounted: {}", crate::proc::tail_of(&rig.sandbox.path(&format!("{name}.log"))));
@@ -315,7 +319,7 @@ fn foreground(rig: &Rig, name: &str) -> Result<(Process, std::path::PathBuf, Gua
 }
 
 fn stopped_guest(rig: &Rig) -> Result<()> {
-    let (client, dir, guard) = foreground(rig, "stopped")?;
+    let (client, dir, guard) = foreground(rig, &rig.daemon, "stopped")?;
     let reading = dir.join("stopped");
     client.signal(Signal::STOP)?;
     let waiting = Cmd::new("sh").args(["-c", "echo more >> \"$1\"", "sh"]).arg(&reading);
@@ -338,20 +342,26 @@ fn umount_foreground(rig: &Rig, mut client: Process, dir: &Path, guard: Guard) -
     Ok(())
 }
 
+/// Nobody tells the daemon that such a guest will not come back: its session stays for the grace
+/// time, and no longer.
 fn killed_guest(rig: &Rig) -> Result<()> {
-    let (mut client, dir, guard) = foreground(rig, "killed")?;
+    let shares = [rig::share("d", &rig.backing)];
+    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "patient", &shares, &["--grace=1"])?;
+    let (mut client, dir, guard) = foreground(rig, &daemon, "killed")?;
     client.signal(Signal::KILL)?;
     client.wait(SETTLE)?.context("it survives SIGKILL")?;
-    rig.daemon.counters_at_rest().context("the daemon keeps the session")?;
+    daemon.counters_at_rest().context("the daemon keeps the session")?;
     // The mount is dead: umount must not touch what is behind it.
     Cmd::new(&rig.bins.ringfs).arg("umount").arg(&dir).limit(SETTLE).run()?;
     wait_unmounted(&dir, SETTLE)?;
     guard.disarm();
+    daemon.stop()?;
     others_work(rig, "others")
 }
 
-/// No resume yet: what the daemon held is lost with an error, at once, and the mount can be taken
-/// off. Nothing may hang.
+/// A daemon that comes no more, and one that comes back without its memory: while it is away the
+/// mount waits, and whoever is killed gets out; the next one does not know the session, so what
+/// waits has an error and the mount ends, until sessions can be rebuilt.
 fn killed_daemon(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;
@@ -359,10 +369,16 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
     fs::write(mount.dir.join("f"), "x")?;
     daemon.process().signal(Signal::KILL)?;
     drop(daemon);
-    let read = Cmd::new("cat").arg(mount.dir.join("f")).limit(REFUSAL_LIMIT).output()?;
-    ensure!(!read.status.success(), "reads from a dead daemon: {}", read.text);
-    // Without its daemon the mount ends by itself, until sessions can be resumed.
-    wait_unmounted(&mount.dir, SETTLE)
+    let mut killed = Cmd::new("cat").arg(mount.dir.join("f")).spawn(&rig.sandbox.path("killed"))?;
+    let mut waits = Cmd::new("cat").arg(mount.dir.join("f")).spawn(&rig.sandbox.path("waits"))?;
+    ensure!(waits.wait(Duration::from_secs(1))?.is_none(), "it does not wait for the daemon");
+    killed.signal(Signal::KILL)?;
+    killed.wait(REFUSAL_LIMIT)?.context("a killed program waits for a dead daemon")?;
+    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;
+    let status = waits.wait(REFUSAL_LIMIT)?.context("it waits for a daemon that is there")?;
+    ensure!(!status.success(), "it reads from a daemon that does not know it");
+    wait_unmounted(&mount.dir, SETTLE)?;
+    daemon.stop()
 }
 
 /// A share on a mount whose own daemon is stopped: whoever wants it waits and gives up, and guests
@@ -397,7 +413,7 @@ fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
 
 fn unmount_signals(rig: &Rig) -> Result<()> {
     for (name, signal) in [("term", Signal::TERM), ("int", Signal::INT), ("hup", Signal::HUP)] {
-        let (mut client, dir, guard) = foreground(rig, name)?;
+        let (mut client, dir, guard) = foreground(rig, &rig.daemon, name)?;
         client.signal(signal)?;
         let status = client.wait(SETTLE)?.with_context(|| format!("{name} does not end it"))?;
         ensure!(status.success(), "after {name} the client ended with {status}");

@@ -25,7 +25,8 @@ pub const CASES: &[Case] = &[
 
 const LIMIT: Duration = Duration::from_secs(150);
 
-fn fio(dir: &Path, name: &str, more: &[&str]) -> Result<()> {
+/// Random writes below `dir`, verified while and after they are made.
+pub fn fio(dir: &Path, name: &str, more: &[&str]) -> Result<()> {
     let fio = Cmd::new("fio").arg(format!("--name={name}")).arg("--directory").arg(dir);
     let fio = fio.args(["--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1"]);
     // Without this fio leaves a file in the working directory.

@@ -17,6 +17,7 @@ use super::process::{Process, tail};
 use super::protocol::{Event, Outcome, parse};
 use super::scenario::{self, Step};
 use super::tools::Tools;
+use crate::guard;
 
 const VHOST_SOCKET: &str = "vhost.sock";
 const GUEST_CID: u32 = 3;
@@ -33,6 +34,15 @@ const LINES_QUEUED_MAX: usize = 1024;
 /// How the planned steps ended, with the time each took.
 pub type Results = Vec<(&'static str, Outcome, Duration)>;
 
+/// What a boot has beside the plan's needs.
+#[derive(Default)]
+pub struct Extras {
+    /// Further arguments of QEMU.
+    pub devices: Vec<String>,
+    /// Further files below the guest's /run/guest, by name.
+    pub files: Vec<(&'static str, String)>,
+}
+
 /// Boots `kernel` in `run_dir` and runs `plan`.
 pub fn boot(
     kernel: &Kernel,
@@ -40,27 +50,24 @@ pub fn boot(
     plan: &[Step],
     host: &mut Host,
     run_dir: &Path,
+    extras: &Extras,
 ) -> anyhow::Result<Results> {
-    let initrd = run_dir.join("initrd");
-    std::fs::write(&initrd, build_initramfs(kernel, tools, plan)?)?;
+    std::fs::write(initrd(run_dir), build_initramfs(kernel, tools, plan, extras)?)?;
     let mut vhost = Process::start(
         "vhost-device-vsock",
         &tools.vhost_vsock,
-        &[
-            format!("--guest-cid={GUEST_CID}"),
-            format!("--socket={VHOST_SOCKET}"),
-            format!("--uds-path={UDS_BASE}"),
-        ],
+        &vhost_arguments(),
         run_dir,
         false,
     )?;
     vhost.wait_for(&run_dir.join(VHOST_SOCKET), LISTEN_LIMIT)?;
     let started = Instant::now();
-    let arguments = qemu_arguments(&kernel.image, &initrd);
+    let arguments = qemu_arguments(kernel, run_dir, extras);
     let mut qemu = Process::start("qemu", &tools.qemu, &arguments, run_dir, true)?;
     let lines = read_lines(&mut qemu)?;
     let mut run = Run { plan, host, results: Vec::new(), running: None, started };
     let end = run.follow(&mut qemu, &lines);
+    guard::rest_if_ending();
     if end.is_ok() && !qemu.wait_end(POWEROFF_LIMIT) {
         println!("  the guest did not power off; it is killed");
     }
@@ -181,7 +188,16 @@ fn read_lines(qemu: &mut Process) -> anyhow::Result<Receiver<String>> {
     Ok(lines)
 }
 
-fn build_initramfs(kernel: &Kernel, tools: &Tools, plan: &[Step]) -> anyhow::Result<Vec<u8>> {
+fn initrd(run_dir: &Path) -> PathBuf {
+    run_dir.join("initrd")
+}
+
+fn build_initramfs(
+    kernel: &Kernel,
+    tools: &Tools,
+    plan: &[Step],
+    extras: &Extras,
+) -> anyhow::Result<Vec<u8>> {
     let read =
         |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
     let mut root = Initramfs::default();
@@ -206,6 +222,9 @@ fn build_initramfs(kernel: &Kernel, tools: &Tools, plan: &[Step]) -> anyhow::Res
     let lines: String =
         programs.iter().map(|(name, path)| format!("{name} {}\n", path.display())).collect();
     root.file("guest/programs", lines.as_bytes());
+    for (name, text) in &extras.files {
+        root.file(&format!("guest/{name}"), text.as_bytes());
+    }
     if let Some(product) = &tools.product {
         root.file("guest/ringfs", &read(&product.client)?);
     }
@@ -225,8 +244,12 @@ fn environment(programs: &[(&str, PathBuf)]) -> String {
 /// Programs that the guest takes from the host's root, under the names that steps know them by.
 fn host_programs(tools: &Tools) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
     let daemon = tools.product.as_ref().map(|product| &product.daemon);
-    let all =
-        [("ping", Some(&tools.ping)), ("ringfsd", daemon), ("pjdfstest", tools.pjdfstest.as_ref())];
+    let all = [
+        ("ping", Some(&tools.ping)),
+        ("ringfsd", daemon),
+        ("pjdfstest", tools.pjdfstest.as_ref()),
+        ("bench", tools.bench.as_ref().map(|bench| &bench.program)),
+    ];
     let mut programs = Vec::new();
     for (name, path) in all {
         if let Some(path) = path {
@@ -237,11 +260,21 @@ fn host_programs(tools: &Tools) -> anyhow::Result<Vec<(&'static str, PathBuf)>> 
     Ok(programs)
 }
 
-fn qemu_arguments(image: &Path, initrd: &Path) -> Vec<String> {
+/// What vhost-device-vsock is started with.
+pub fn vhost_arguments() -> [String; 3] {
+    [
+        format!("--guest-cid={GUEST_CID}"),
+        format!("--socket={VHOST_SOCKET}"),
+        format!("--uds-path={UDS_BASE}"),
+    ]
+}
+
+/// What QEMU is started with.
+pub fn qemu_arguments(kernel: &Kernel, run_dir: &Path, extras: &Extras) -> Vec<String> {
     let memory = format!("memory-backend-memfd,id=mem0,size={MEMORY_MIB}M,share=on");
     let text = |path: &Path| path.display().to_string();
     let megabytes = MEMORY_MIB.to_string();
-    let (image, initrd) = (text(image), text(initrd));
+    let (image, initrd) = (text(&kernel.image), text(&initrd(run_dir)));
     let vhost = format!("socket,id=vs,path={VHOST_SOCKET}");
     [
         "-M q35 -accel tcg,thread=multi -cpu max -smp 2 -nodefaults -no-user-config -no-reboot",
@@ -256,5 +289,6 @@ fn qemu_arguments(image: &Path, initrd: &Path) -> Vec<String> {
     // A panic must stop the machine: panic=-1 reboots, and -no-reboot turns that into an end.
     .chain(["-append", "console=ttyS0 quiet panic=-1 oops=panic"])
     .map(str::to_owned)
+    .chain(extras.devices.iter().cloned())
     .collect()
 }

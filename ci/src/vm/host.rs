@@ -60,6 +60,12 @@ impl Host {
         Ok(Self { share, daemon })
     }
 
+    /// Only the daemon, serving a directory that is there.
+    pub fn serve(run_dir: &Path, ringfsd: &Path, share: &Path) -> anyhow::Result<Self> {
+        let daemon = Some(start_daemon(ringfsd, run_dir, share)?);
+        Ok(Self { share: share.to_owned(), daemon })
+    }
+
     /// Answers one request of the guest: `ok ...` or `failed ...`.
     pub fn answer(&mut self, request: &str) -> String {
         let words: Vec<&str> = request.split_whitespace().collect();
@@ -159,14 +165,7 @@ impl Held {
 
 fn start_daemon(program: &Path, run_dir: &Path, share: &Path) -> anyhow::Result<Daemon> {
     let socket = format!("{UDS_BASE}_{PORT}");
-    let arguments = [
-        "--share".to_owned(),
-        format!("{SHARE}={},dev", share.display()),
-        "--listen".to_owned(),
-        format!("unix:{socket}"),
-        "--control".to_owned(),
-        CONTROL.to_owned(),
-    ];
+    let arguments = daemon_arguments(share);
     let mut process = Process::start("ringfsd", program, &arguments, run_dir, false)?;
     let control = run_dir.join(CONTROL);
     process.wait_for(&run_dir.join(&socket), LISTEN_LIMIT)?;
@@ -176,6 +175,19 @@ fn start_daemon(program: &Path, run_dir: &Path, share: &Path) -> anyhow::Result<
     let mut daemon = Daemon { process, control, idle: Held::default() };
     daemon.idle = settled(&daemon)?;
     Ok(daemon)
+}
+
+/// What the daemon is started with.
+pub fn daemon_arguments(share: &Path) -> Vec<String> {
+    [
+        "--share".to_owned(),
+        format!("{SHARE}={},dev", share.display()),
+        "--listen".to_owned(),
+        format!("unix:{UDS_BASE}_{PORT}"),
+        "--control".to_owned(),
+        CONTROL.to_owned(),
+    ]
+    .into()
 }
 
 /// What it holds once that is the same in ten looks in a row.

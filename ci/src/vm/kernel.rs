@@ -14,9 +14,10 @@ use super::tools;
 
 /// What the guest needs beyond the kernel's image, in no particular order. A name that a kernel
 /// has built in, or does not know at all, is left out: the guest's steps show what is missing.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 8] = [
     "virtio_pci",
     "fuse",
+    "virtiofs",
     "vmw_vsock_virtio_transport",
     "vsock_loopback",
     "9p",

@@ -2,7 +2,7 @@
 //!
 //! `setpriv --pdeathsig KILL` has the kernel end the child when the thread that started it ends,
 //! so start from the main thread only. On ordinary ways out the guard asks first (SIGTERM), waits
-//! for a limited time, and kills by pid.
+//! for a limited time, and kills by pid; on Ctrl-C the list of `guard` does.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::guard::{Guard, Undo};
 
 /// How long a process may take to end on SIGTERM.
 const TERM_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -23,6 +25,8 @@ pub struct Process {
     child: Child,
     name: &'static str,
     log: PathBuf,
+    /// Ends it on Ctrl-C.
+    guard: Option<Guard>,
 }
 
 impl Process {
@@ -54,7 +58,8 @@ impl Process {
             .stderr(file)
             .spawn()
             .with_context(|| format!("starting {name} ({})", program.display()))?;
-        Ok(Self { child, name, log })
+        let guard = Some(Guard::new(Undo::Group(Pid::from_child(&child))));
+        Ok(Self { child, name, log, guard })
     }
 
     /// The child, for its pipes.
@@ -112,6 +117,9 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.disarm();
+        }
         if !matches!(self.child.try_wait(), Ok(None)) {
             return;
         }

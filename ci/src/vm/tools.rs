@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::scenario::{Scenario, Step};
+use super::scenario::{self, Scenario, Step};
 use crate::deps;
 
 /// The guest client must run where no libc is installed.
@@ -30,6 +30,16 @@ pub struct Tools {
     pub product: Option<Product>,
     /// The guest's end of the echo, `ci/examples/vsock_ping.rs`.
     pub ping: PathBuf,
+    /// What `bench --vm` needs beside.
+    pub bench: Option<Bench>,
+}
+
+/// The programs of `bench --vm`.
+pub struct Bench {
+    /// The host's end of virtio-fs.
+    pub virtiofsd: PathBuf,
+    /// `ringfs-bench`, run in the guest.
+    pub program: PathBuf,
 }
 
 /// The programs under test.
@@ -44,14 +54,18 @@ impl Tools {
     /// Installs and builds what `plan` needs and is missing. `root` is the repository.
     pub fn ready(root: &Path, plan: &[Step]) -> anyhow::Result<Self> {
         let want_pjdfstest = plan.iter().any(|step| step.name.contains("pjdfstest"));
+        let want_bench = plan.iter().any(|step| step.name == scenario::BENCH.name);
         // The steps of the scenario `boot`, and some on demand, go without.
-        let want_product =
-            plan.iter().any(|step| matches!(step.from, Scenario::Smoke | Scenario::Full));
+        let want_product = want_bench
+            || plan.iter().any(|step| matches!(step.from, Scenario::Smoke | Scenario::Full));
         // util-linux: setpriv; xz-utils: the modules of a guest's kernel.
         let mut packages =
             vec!["qemu-system-x86", "busybox-static", "xz-utils", "util-linux", "fio"];
         if want_pjdfstest {
             packages.extend(["acl", "libacl1-dev"]);
+        }
+        if want_bench {
+            packages.extend(deps::VIRTIOFSD_PACKAGES);
         }
         deps::debian(&packages)?;
         let pjdfstest = want_pjdfstest.then(|| deps::cargo_tool(deps::PJDFSTEST)).transpose()?;
@@ -62,6 +76,7 @@ impl Tools {
             pjdfstest,
             product: want_product.then(|| product(root)).transpose()?,
             ping: ping(root)?,
+            bench: want_bench.then(|| bench(root)).transpose()?,
         })
     }
 }
@@ -165,6 +180,12 @@ fn daemon(root: &Path) -> anyhow::Result<PathBuf> {
         "ringfsd",
     ]))?;
     Ok(root.join("target/release/ringfsd"))
+}
+
+fn bench(root: &Path) -> anyhow::Result<Bench> {
+    let virtiofsd = deps::cargo_tool(deps::VIRTIOFSD)?;
+    run(cargo(root).args(["build", "--quiet", "--release", "-p", "ringfs-benches"]))?;
+    Ok(Bench { virtiofsd, program: root.join("target/release/ringfs-bench") })
 }
 
 fn ping(root: &Path) -> anyhow::Result<PathBuf> {

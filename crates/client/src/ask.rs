@@ -1,7 +1,7 @@
 //! `ringfs reconnect` and `ringfs wait`: what orchestrators ask of the clients of mounts.
 //!
-//! Invariant: a mount point is never touched; mounts are found in the mount table, and their clients
-//! by their sockets. Whoever asks learns the truth by the exit code.
+//! Invariant: a mount point is never touched; mounts are found in the mount table, and their
+//! clients by their sockets. Whoever asks learns the truth by the exit code.
 
 use crate::status::{self, Ask, Entry};
 use std::io;

@@ -16,9 +16,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// How long a farewell may take.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
-
 /// One connection.
 #[derive(Debug)]
 pub struct Conn {
@@ -114,13 +111,10 @@ impl Conn {
         let mut builder = BatchBuilder::new();
         let header =
             RecordHeader { kind: Kind::Goodbye as u8, code: reason as u32, ..Default::default() };
-        if !self.is_sending.load(Ordering::Acquire)
-            && builder.push(&mut buffer, header, &[])
-            && self.socket.set_limit(Some(GOODBYE_LIMIT)).is_ok()
-        {
-            // The daemon learns it by the closed connection otherwise.
+        if !self.is_sending.load(Ordering::Acquire) && builder.push(&mut buffer, header, &[]) {
+            // Without room for it the daemon learns it when the session's grace is over.
             let bytes = self.seal_locked(&mut tx, &mut builder, &mut buffer);
-            let _ = self.socket.send_all(bytes);
+            let _ = self.socket.try_send(bytes);
         }
     }
 }

@@ -39,8 +39,8 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// The kernel interrupts `unique`, which the lane has in flight or parked for the task `pid`, or
-    /// might without telling. Once a request and cut: what lanes hold bounds this.
+    /// The kernel interrupts `unique`, which the lane has in flight or parked for the task `pid`,
+    /// or might without telling. Once a request and cut: what lanes hold bounds this.
     pub fn add(&self, lane: u8, unique: u64, pid: u32) {
         lock(&self.fresh).push(Suspect { lane: usize::from(lane), unique, pid });
         self.bell.notify_one();

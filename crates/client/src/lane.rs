@@ -338,6 +338,11 @@ impl Lane {
         uniques.iter().for_each(|&unique| self.answer_error(unique, errno));
     }
 
+    /// There will be a connection at once: to wait makes sense again.
+    pub fn renew(&self) {
+        lock(&self.table).overdue = None;
+    }
+
     /// There is a connection: what has to be sent on it before all else.
     pub fn resend(&self) -> VecDeque<Resend> {
         let mut table = lock(&self.table);

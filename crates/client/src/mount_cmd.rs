@@ -143,19 +143,19 @@ impl Life {
         let hello = hello(request, rings.extra_lanes(request.options.lanes()));
         let address = &request.target.address;
         let (first, first_rx, welcome) = connect(address, &hello)?;
+        let mut conns = Joined(vec![(first, first_rx)]);
         let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
         // From here on a failure drops `mount`, which unmounts.
         // A lane has a clone and a connection of its own.
         let wanted = welcome.lanes.min(welcome.conns);
         let clones = Clones::open(device, usize::from(wanted));
         let lanes_got = clones.devices().len();
-        let mut conns = vec![(first, first_rx)];
         let mut newest = welcome;
         for conn in 1..lanes_got as u16 {
             let hello =
                 Hello { ticket: newest.ticket, epoch_seen: newest.epoch, conn, ..hello.clone() };
             let (conn, half, welcome) = connect(address, &hello)?;
-            conns.push((conn, half));
+            conns.0.push((conn, half));
             newest = welcome;
         }
         let lanes = clones.devices().iter().enumerate().map(|(index, device)| {
@@ -168,7 +168,7 @@ impl Life {
             let (got, asked) = (facts.lanes.got, facts.lanes.asked);
             tracing::warn!(got, asked, why, "fewer lanes than asked for");
         }
-        let resume = Resume::new(conns, request.options.soft);
+        let resume = Resume::new(std::mem::take(&mut conns.0), request.options.soft);
         let known = Known::new(welcome.features & feature::RESTORE != 0);
         let session = Session::new(lanes, resume, known, limits(&request.options))
             .map_err(system("set up the session"))?;
@@ -410,12 +410,10 @@ impl Life {
         // A mount that is still in the table although the kernel let go was aborted.
         let aborted = outcome.is_ok()
             && self.mount.as_ref().is_some_and(|m| m.dev_minor().is_some() && m.is_mounted());
-        if matches!(outcome, Ok(()) | Err(Failure::Interrupted | Failure::Root(_))) {
-            self.session.say_goodbye(Reason::Unmounted);
-        }
-        if outcome.is_err() {
+        match outcome {
+            Ok(()) => self.session.resume.say_goodbye(Reason::Unmounted),
             // Whatever waits gets an answer, so that the unmount cannot hang.
-            self.session.end(End::Aborted);
+            Err(_) => self.session.end(End::Aborted),
         }
         self.begin_unmount();
         if let Some(unmounting) = self.unmounting.take() {
@@ -445,6 +443,15 @@ impl Life {
         if let Err(error) = unmount_path(&self.mountpoint, true) {
             tracing::debug!(%error, "nothing left to unmount");
         }
+    }
+}
+
+/// Connections that no session of ours has yet: if it comes to nothing, the daemon is told.
+struct Joined(Vec<(Conn, ConnRx)>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(conn, _)| conn.say_goodbye(Reason::Unmounted));
     }
 }
 

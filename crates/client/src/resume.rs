@@ -15,7 +15,7 @@ use crate::rings::with_causes;
 use crate::session::{End, Session};
 use crate::status::unix_now_s;
 use crate::transport::{Address, ConnectError, Socket};
-use ringfs_wire::hello::{Hello, Reason, Welcome, feature, welcome_flag};
+use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, welcome_flag};
 use ringfs_wire::slot::SlotUse;
 use rustix::net::Shutdown;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -30,6 +30,9 @@ use thiserror::Error;
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 /// Between two tries at most.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A daemon that refuses the ticket so often in a row, at first perhaps as it is just letting go
+/// of the session, does not have it for us.
+const UNKNOWN_MAX: u32 = 2;
 /// A connection that lived shorter did not help: the back-off goes on where it was.
 const WORTH: Duration = Duration::from_secs(1);
 
@@ -92,6 +95,8 @@ struct State {
     backoff: Backoff,
     /// A handshake in progress: its socket.
     trying: Option<OwnedFd>,
+    /// The connection whose last try ended without a word.
+    unsure: Option<u16>,
     /// Somebody wants a try at once.
     hurry: bool,
     stopping: bool,
@@ -147,6 +152,7 @@ impl Resume {
                 ports: conns.into_iter().map(port).collect(),
                 backoff: Backoff::default(),
                 trying: None,
+                unsure: None,
                 hurry: false,
                 stopping: false,
                 since: now,
@@ -288,7 +294,7 @@ impl Resume {
             if state.stopping {
                 return None;
             }
-            let Some(port) = state.ports.iter().position(|port| port.conn.is_none()) else {
+            let Some(port) = state.missing_port() else {
                 due = None;
                 state = self.bell.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -337,6 +343,14 @@ impl Resume {
 }
 
 impl State {
+    /// The connection to try next. Where a WELCOME may be lost, with a new ticket, the one that we
+    /// have is good for the same connection alone (docs/sessions.md).
+    fn missing_port(&self) -> Option<usize> {
+        let is_missing = |port: &usize| self.ports[*port].conn.is_none();
+        let unsure = self.unsure.map(usize::from).filter(is_missing);
+        unsure.or_else(|| (0..self.ports.len()).find(is_missing))
+    }
+
     fn missing(&self) -> usize {
         self.ports.iter().filter(|port| port.conn.is_none()).count()
     }
@@ -375,13 +389,21 @@ pub struct Terms {
     joined: u8,
     /// A daemon asked for a rebuild and has not been told all.
     is_untold: bool,
+    /// How often in a row a daemon would not know the session by its ticket.
+    unknown: u32,
 }
 
 impl Terms {
     /// After the first connections.
     pub fn new(address: &Address, hello: Hello, welcome: Welcome, is_strict: bool) -> Terms {
         let address = address.clone();
-        Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false }
+        Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false, unknown: 0 }
+    }
+
+    /// Whether it makes sense to ask for a session of our own instead.
+    fn can_begin_anew(&self) -> bool {
+        let restores = self.welcome.features & feature::RESTORE != 0;
+        restores && !self.is_strict && self.welcome.ticket != Ticket::NONE
     }
 }
 
@@ -414,6 +436,20 @@ pub enum ResumeError {
 }
 
 impl ResumeError {
+    /// Whether the ticket is no good there: somebody else, a clone of ours, has the session.
+    fn is_unknown_session(&self) -> bool {
+        let ResumeError::Handshake(HandshakeError::Refused { reason, .. }) = self else {
+            return false;
+        };
+        *reason == Some(Reason::UnknownSession)
+    }
+
+    /// Whether the daemon may have welcomed us, and we do not know.
+    fn may_have_lost_a_ticket(&self) -> bool {
+        let is_refused = |error: &_| matches!(error, HandshakeError::Refused { .. });
+        matches!(self, ResumeError::Handshake(error) if !is_refused(error))
+    }
+
     /// Whether another try makes sense.
     fn is_passing(&self) -> bool {
         match self {
@@ -444,13 +480,25 @@ impl ResumeError {
 pub fn run(session: &Session, mut terms: Terms) {
     let mut has_told = false;
     while let Some(port) = session.resume.next_job() {
-        match resume(session, &mut terms, port) {
+        let tried = resume(session, &mut terms, port);
+        let is_unsure = tried.as_ref().is_err_and(ResumeError::may_have_lost_a_ticket);
+        lock(&session.resume.state).unsure = Some(port).filter(|_| is_unsure);
+        match tried {
             Ok(()) => {
                 session.lanes[usize::from(port)].kick();
                 session.notify();
+                terms.unknown = 0;
                 has_told &= session.resume.outlook().missing > 0;
             }
             Err(ResumeError::Overtaken) => {}
+            Err(error) if error.is_unknown_session() && terms.can_begin_anew() => {
+                terms.unknown += 1;
+                if terms.unknown == UNKNOWN_MAX {
+                    tracing::warn!("the session is another guest's: asking for one of our own");
+                    session.resume.leave_old_daemon(true);
+                    terms.welcome.ticket = Ticket::NONE;
+                }
+            }
             Err(error) if error.is_passing() => {
                 let why = with_causes(&error);
                 // The first of an outage; the others would say the same.
@@ -496,7 +544,10 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     }
     terms.joined |= 1 << port;
     match resume.end_try(port, Some(joined)) {
-        true => Ok(()),
+        true => {
+            session.lanes[usize::from(port)].renew();
+            Ok(())
+        }
         false => Err(ResumeError::Overtaken),
     }
 }

@@ -188,6 +188,8 @@ impl Session {
             return;
         }
         if !unmounted {
+            // It need not keep the session for a resume.
+            self.resume.say_goodbye(Reason::Unmounted);
             self.resume.shutdown(false);
             self.lanes.iter().for_each(|lane| lane.close(Errno::IO));
         }
@@ -199,8 +201,8 @@ impl Session {
         self.end.get().cloned()
     }
 
-    /// A lane's connection is over. Once the mount is ready that may be no more than a cut: then the
-    /// lane gets another one, and a kick when it has come.
+    /// A lane's connection is over. Once the mount is ready that may be no more than a cut: then
+    /// the lane gets another one, and a kick when it has come.
     pub fn lost(&self, lane: &Lane, conn: &Arc<Conn>, end: End) {
         conn.shutdown();
         if !self.resume.is_on() || !end.is_cut() || self.end.get().is_some() {
@@ -211,11 +213,6 @@ impl Session {
         // It may have come before the old one was seen to be gone.
         lane.kick();
         self.notify();
-    }
-
-    /// Tells the daemon that the mount is gone for good.
-    pub fn say_goodbye(&self, reason: Reason) {
-        self.resume.say_goodbye(reason);
     }
 
     /// Has all threads end, after the mount is gone.

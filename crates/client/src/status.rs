@@ -1,8 +1,8 @@
 //! What a mount tells about itself, and `ringfs status`, which asks.
 //!
 //! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`), reads
-//! one line ([`Ask`]) and writes one JSON document. Invariant: a mount point is never touched, since
-//! the mount may be dead; what is mounted comes from the mount table.
+//! one line ([`Ask`]) and writes one JSON document. Invariant: a mount point is never touched,
+//! since the mount may be dead; what is mounted comes from the mount table.
 
 use crate::lane::LaneCounters;
 use crate::resume::Outlook;

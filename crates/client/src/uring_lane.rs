@@ -216,10 +216,11 @@ impl<'s> RingLane<'s> {
                 self.ring.arm(sockets.room, true)?;
             }
         }
-        Ok(match limit {
+        match limit {
             Some(limit) => self.ring.wait_for(limit)?,
             None => self.ring.wait()?,
-        })
+        }
+        Ok(())
     }
 
     /// Before a sleep: how long it may be.

@@ -9,6 +9,7 @@ use bench::{Bench, PROGRAM, Reader, signalled, status_of, wait_until, within};
 use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Reason, feature};
+use ringfs_wire::restore::push_node;
 use rustix::process::{Pid, Signal};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -335,7 +336,9 @@ fn pings_are_answered_and_optional_records_skipped() {
     bench.host.wait_for("both connections", |seen| (seen.hellos.len() == 2).then_some(()));
     bench.host.say(Kind::Ping as u8, 0, &[]);
     bench.host.say(200, 0, b"from the future");
-    bench.host.say(Kind::Node as u8, 0, &[0; 64]);
+    let mut node = Vec::new();
+    assert!(push_node(&mut node, 99, |recipe| recipe.push(1)));
+    bench.host.say(Kind::Node as u8, 0, &node);
     bench.host.say(Kind::Notify as u8, 0, &[]);
     bench.host.wait_for("pongs", |seen| (seen.pongs >= 1).then_some(()));
     wait_until("the counters", || {
@@ -343,7 +346,7 @@ fn pings_are_answered_and_optional_records_skipped() {
         status["nodes_seen"] == 2 && status["records_skipped"] == 4
     });
     let features = bench.host.wait_for("hello", |seen| Some(seen.hellos[0].features));
-    assert_eq!(features, feature::PAYLOAD_CRC);
+    assert_eq!(features, feature::PAYLOAD_CRC | feature::RESTORE);
     assert!(bench.umount(&[]).status.success());
     assert!(client.wait().0.success());
 }

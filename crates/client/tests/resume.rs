@@ -1,5 +1,6 @@
-//! Connections that are lost come again, by `/dev/fuse` (rings.rs has the same by rings): nobody who
-//! uses the mount sees it, nothing runs twice, and what waits can be let go. Needs root and FUSE.
+//! Connections that are lost come again, by `/dev/fuse` (rings.rs has the same by rings): nobody
+//! who uses the mount sees it, nothing runs twice, and what waits can be let go. Needs root and
+//! FUSE.
 
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod bench;
@@ -52,6 +53,11 @@ fn wait_resumes(host: &Host, at_least: u64) {
     host.wait_for("resumes", |seen| (seen.resumes >= at_least).then_some(()));
 }
 
+/// The request that hangs has come again: only then may a reply leave by the new connection.
+fn wait_repeats(host: &Host, at_least: u64) {
+    host.wait_for("the request again", |seen| (seen.repeats_running >= at_least).then_some(()));
+}
+
 /// The mount goes as any other does, and nothing is left.
 fn umount(bench: &Bench, client: Client) -> String {
     wait_until("the unmount", || bench.umount(&[]).status.success());
@@ -78,9 +84,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
         for round in 1..4 {
             fault(&bench.host);
             wait_resumes(&bench.host, round * lanes);
-            bench.host.wait_for("the request again", |seen| {
-                (seen.repeats_running == round).then_some(())
-            });
+            wait_repeats(&bench.host, round);
             use_mount(&bench);
         }
         bench.host.answer_hanging(lane, at, 13);
@@ -188,6 +192,7 @@ fn a_refused_reconnect_is_tried_until_it_is_accepted() {
     assert!(text.contains("RESUMING"), "{text}");
     bench.host.refuse(None);
     wait_resumes(&bench.host, 2);
+    wait_repeats(&bench.host, 1);
     bench.host.answer_hanging(lane, at, 13);
     assert!(!reader.wait().status.success());
     let stderr = umount(&bench, client);
@@ -259,6 +264,8 @@ fn a_soft_mount_fails_what_waits_too_long_and_works_again_later() {
     drop(hidden);
     wait_resumes(&bench.host, 2);
     bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
+    let path = bench.mountpoint.display().to_string();
+    assert!(bench.run(&["wait", "--resumed", &path]).status.success());
     use_mount(&bench);
     wait_until("the slots", || bench.host.slots_in_use() == 0);
     let stderr = umount(&bench, client);
@@ -278,6 +285,7 @@ fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
         assert!(waited.status.success(), "{waited:?}");
         wait_resumes(&bench.host, 2 * round);
         assert_eq!(status_of(&bench)["resumes"], 2 * round);
+        wait_repeats(&bench.host, round);
     }
     let hidden = bench.host.hide();
     assert!(bench.run(&["reconnect", &path]).status.success());
@@ -285,6 +293,7 @@ fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
     assert_eq!(waited.status.code(), Some(4), "{waited:?}");
     drop(hidden);
     assert!(bench.run(&["wait", "--resumed", &path]).status.success());
+    wait_repeats(&bench.host, 4);
     bench.host.answer_hanging(lane, at, 13);
     assert!(!reader.wait().status.success());
     let none = bench.run(&["wait", "--resumed", "/nonexistent"]);
@@ -327,6 +336,7 @@ fn a_silent_death_is_found_by_asking() {
     let found = begun.elapsed();
     // 2 s (heart.rs), and what a loaded machine takes to notice.
     assert!(found < Duration::from_secs(8), "after {found:?}");
+    wait_repeats(&bench.host, 1);
     bench.host.answer_hanging(lane, at, 13);
     assert!(!reader.wait().status.success());
     let stderr = umount(&bench, client);

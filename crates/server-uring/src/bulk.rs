@@ -5,8 +5,8 @@
 //! it, or come meanwhile, are answered, and until the peer has taken most of the one before: what
 //! a small reply finds before it in the socket is one large one, not a buffer full of them.
 //!
-//! Invariant: a reply that is put off counts in its connection's `in_flight`, and is looked at
-//! again: its connection is touched, sends, or waits for room.
+//! Invariant: a reply that is put off counts in its connection's `running`, is looked at again (its
+//! connection is touched, sends, or waits for room), and is forgotten when its stream is cut.
 
 use super::serve::{Cached, read_cached};
 use super::*;
@@ -24,7 +24,7 @@ pub(super) struct Bulk {
 
 impl<R: Ring> Shard<R> {
     pub(super) fn put_off(&mut self, bulk: Bulk) {
-        self.conns[bulk.tag.conn].in_flight += 1;
+        self.conns[bulk.tag.conn].running += 1;
         self.bulk.push_back(bulk);
     }
 
@@ -39,12 +39,12 @@ impl<R: Ring> Shard<R> {
             }
             let Some(bulk) = self.bulk.remove(at) else { return };
             made += bulk.len;
-            self.conns[bulk.tag.conn].in_flight -= 1;
+            self.conns[bulk.tag.conn].running -= 1;
             let key = bulk.tag.conn;
             self.make(bulk);
             // It may have waited for its replies to leave, or to end.
             let conn = &self.conns[key];
-            if conn.has_input() || conn.closing.is_some() {
+            if conn.link.has_input() || conn.link.closing.is_some() {
                 self.touched.push(key);
             }
         }
@@ -55,31 +55,54 @@ impl<R: Ring> Shard<R> {
 
     /// Whether the peer has taken so much that a large reply is next.
     fn takes_bulk(&mut self, key: usize) -> bool {
-        let conn = &mut self.conns[key];
+        let link = &mut self.conns[key].link;
         // What it has set aside keeps its requests out: a reply that is made may be shorter.
-        if conn.has_input() {
+        if link.has_input() {
             return true;
         }
-        if conn.room_since.is_some() || conn.has_output() {
+        if link.room_since.is_some() || link.has_output() {
             return false;
         }
         // The kernel says that there is room when three quarters of the buffer are free.
-        let SendBuffer::Bytes(bytes) = conn.send_buffer else { return true };
-        if fdops::unsent_bytes(conn.socket.as_fd()).is_ok_and(|unsent| unsent <= bytes / 4) {
+        let SendBuffer::Bytes(bytes) = link.send_buffer else { return true };
+        let Some(socket) = link.socket.clone() else { return true };
+        if fdops::unsent_bytes(socket.as_fd()).is_ok_and(|unsent| unsent <= bytes / 4) {
             return true;
         }
-        conn.room_since = Some(Instant::now());
-        conn.in_flight += 1;
-        let socket = conn.socket.clone();
+        link.room_since = Some(Instant::now());
+        link.in_flight += 1;
         self.submit(Op { io: Io::Room { socket }, tag: Tag::Stream(key) });
         false
     }
 
     pub(super) fn has_room(&mut self, key: usize) {
-        let conn = &mut self.conns[key];
-        conn.room_since = None;
-        conn.in_flight -= 1;
+        let link = &mut self.conns[key].link;
+        link.room_since = None;
+        link.in_flight -= 1;
         self.touched.push(key);
+    }
+
+    /// The stream is cut: what was put off has not run, and is asked for again.
+    pub(super) fn drop_bulk(&mut self, key: usize) {
+        while let Some(at) = self.bulk.iter().position(|bulk| bulk.tag.conn == key) {
+            self.drop_bulk_at(at);
+        }
+    }
+
+    /// Answers one that is put off without making it; see [`Shard::abandon`].
+    pub(super) fn drop_bulk_of(&mut self, tag: &RequestTag) {
+        let of = |bulk: &bulk::Bulk| (bulk.tag.conn, bulk.tag.lane, bulk.tag.at);
+        let named = (tag.conn, tag.lane, tag.at);
+        if let Some(at) = self.bulk.iter().position(|bulk| of(bulk) == named) {
+            self.drop_bulk_at(at);
+        }
+    }
+
+    fn drop_bulk_at(&mut self, at: usize) {
+        if let Some(Bulk { tag, buf, .. }) = self.bulk.remove(at) {
+            self.buffers.give(buf);
+            self.finish(tag, Err(Errno::INTR));
+        }
     }
 
     /// The pages themselves, else what the page cache has, else by the ring.

@@ -9,6 +9,7 @@ use crate::control::Control;
 use crate::fds::Fds;
 use crate::fs::{Fs, FsOptions, ShareRoot, Submounts};
 use crate::greet::Share;
+use crate::state_dir::{StateError, StateOption};
 use crate::worker::Worker;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -18,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 use thiserror::Error;
 
 /// How files and sockets are driven.
@@ -41,6 +43,10 @@ pub struct Config {
     pub engine: Engine,
     /// Looks for input before a thread sleeps; 0: none.
     pub spin: u32,
+    /// How long a session without connections is kept.
+    pub grace: Duration,
+    /// Where what is known of sessions outlives this daemon.
+    pub state_dir: StateOption,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
 }
@@ -66,6 +72,8 @@ pub enum DaemonError {
     Serve { name: String, source: crate::fs::FsError },
     #[error(transparent)]
     Listen(#[from] ListenError),
+    #[error(transparent)]
+    State(#[from] StateError),
     #[error("cannot make the control socket")]
     Control(#[source] ListenError),
     #[error(
@@ -203,7 +211,12 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let cpus = choose_cpus(config.cpus)?;
     let listeners: Vec<Listener> =
         config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
-    let worker = Worker::start(shares, &cpus, config.engine, config.spin)?;
+    // Without a grace time nobody comes back.
+    let state = match config.grace.is_zero() {
+        true => None,
+        false => config.state_dir.open(&config.listen, config.grace)?,
+    };
+    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
     let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
     for address in &config.listen {
         tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");

@@ -304,10 +304,15 @@ impl Fs {
         let bytes_max = self.reply_bytes_max(request);
         let out = out.get_mut(..bytes_max).ok_or(Errno::OVERFLOW)?;
         self.open_named(opcode, request)?;
+        let noted = request.notes.map_or(0, Notes::len);
         let begun = matches!(rule.place, Place::Frees).then(Instant::now);
         let result = (rule.run)(self, request, out);
         if let Some(begun) = begun {
             self.history.done(begun, Instant::now());
+        }
+        if let (Err(_), Some(notes)) = (&result, request.notes) {
+            // What it would have given was taken back.
+            notes.truncate(noted);
         }
         result
     }
@@ -336,4 +341,20 @@ pub(crate) fn name_first(bytes: &[u8]) -> Result<(&CStr, &[u8]), Errno> {
 pub(crate) fn text_first(bytes: &[u8]) -> Result<(&CStr, &[u8]), Errno> {
     let text = CStr::from_bytes_until_nul(bytes).map_err(|_| Errno::INVAL)?;
     Ok((text, &bytes[text.count_bytes() + 1..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfs_wire::table::REPLY_KEPT_BYTES_MAX;
+
+    #[test]
+    fn a_reply_that_must_be_kept_fits_its_cell() {
+        for &opcode in Opcode::ALL.iter().filter(|opcode| !opcode.may_rerun()) {
+            match rule(opcode).bound {
+                Bound::Fixed(bytes) => assert!(bytes <= REPLY_KEPT_BYTES_MAX, "{opcode:?}"),
+                Bound::Asked { .. } => panic!("{opcode:?} has no bound that is small"),
+            }
+        }
+    }
 }

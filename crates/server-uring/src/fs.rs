@@ -13,6 +13,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use ringfs_wire::abi;
 pub use ringfs_wire::hello::CacheMode;
+use ringfs_wire::table::Given;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
@@ -265,6 +266,13 @@ impl Fs {
             self.nodes.forget(id, count, &mut released);
         }
         released
+    }
+
+    /// Takes back what a reply gave that no guest will take. The caller closes it, on a thread
+    /// that may wait.
+    pub fn give_back(&self, given: &Given) -> (Released, Option<Handle>) {
+        let released = self.forget_later(given.nodes.iter().map(|&id| (id, 1)));
+        (released, given.handle.and_then(|fh| self.handles.take_back(fh)))
     }
 
     /// Blocks of 512 bytes, and inodes, that a shard may free itself: memory is freed in a moment

@@ -5,14 +5,15 @@
 //! may wait for a share's file system is on further ones, bounded for each share.
 
 use crate::accept::Accepted;
-use crate::connection::{Connection, Link};
 use crate::fs::{Fs, FsOptions, ShareRoot};
 use crate::limits::*;
-use crate::mailbox::{Mail, Mailbox};
-use crate::session::{Registry, Session, Terms};
+use crate::link::Numbers;
+use crate::mailbox::Mail;
+use crate::session::{Registry, Session, Terms, let_go};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{
     Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, Welcome, common_version, feature, mount_flag,
+    welcome_flag,
 };
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
@@ -44,10 +45,26 @@ pub struct Greeter {
     pub shares: Vec<Share>,
     /// Sessions.
     pub registry: Arc<Registry>,
-    /// The shards.
-    pub shards: Vec<Arc<Mailbox>>,
     /// Of each share, how many sessions are being opened now.
     pub opening: Vec<AtomicUsize>,
+}
+
+/// A connection whose HELLO was read, on its way to the shard that welcomes it.
+pub struct Newcomer {
+    /// The stream; not blocking yet.
+    pub socket: OwnedFd,
+    /// The peer, for people.
+    pub peer: String,
+    /// The session that it names.
+    pub session: Arc<Session>,
+    /// Which of the session's connections it is.
+    pub conn: u16,
+    /// The version in force.
+    pub version: u16,
+    /// By which it came.
+    pub ticket: Ticket,
+    /// The HELLO was the first batch.
+    pub numbers: Numbers,
 }
 
 /// A HELLO that was read.
@@ -64,12 +81,15 @@ struct Greeting {
 }
 
 /// What a refused peer is told.
-struct Refusal {
-    reason: Reason,
-    text: String,
+pub struct Refusal {
+    /// Why.
+    pub reason: Reason,
+    /// For people.
+    pub text: String,
 }
 
-fn refuse(reason: Reason, text: impl Into<String>) -> Refusal {
+/// A refusal.
+pub fn refuse(reason: Reason, text: impl Into<String>) -> Refusal {
     Refusal { reason, text: text.into() }
 }
 
@@ -151,8 +171,8 @@ impl Greeter {
                 self.greet(greeting);
                 None
             }
-            Err(refusal) => {
-                say_goodbye(&greeting.accepted, &refusal);
+            Err(unread) => {
+                unread.answer(&greeting.accepted);
                 None
             }
         }
@@ -163,17 +183,42 @@ impl Greeter {
         let mut rx = LinkRx::new(true);
         let hello = match read_hello(&mut rx, &bytes) {
             Ok(hello) => hello,
-            Err(refusal) => return say_goodbye(&accepted, &refusal),
+            Err(unread) => return unread.answer(&accepted),
         };
         let hailed = Hailed { accepted, hello, rx };
-        if hailed.hello.ticket != Ticket::NONE {
+        let ticket = hailed.hello.ticket;
+        if let Some(session) = self.registry.find(ticket) {
+            return self.join(hailed, Ok((session, ticket)));
+        }
+        if ticket != Ticket::NONE && !is_rebuild(&hailed.hello) {
             let text = "no such session here; mount again";
-            let found = self.registry.find(hailed.hello.ticket);
-            return self.join(hailed, found.ok_or(refuse(Reason::UnknownSession, text)));
+            return say_goodbye(&hailed.accepted, &refuse(Reason::UnknownSession, text));
+        }
+        if is_rebuild(&hailed.hello) && hailed.hello.conn != 0 {
+            return self.ask_for_first(&hailed);
         }
         if let Err((accepted, refusal)) = self.begin_opening(hailed) {
             say_goodbye(&accepted, &refusal);
         }
+    }
+
+    /// A session is rebuilt on its first connection: has the guest come by that.
+    fn ask_for_first(&self, hailed: &Hailed) {
+        let Hailed { accepted, hello, .. } = hailed;
+        let welcome = Welcome {
+            version: hello.common_version().unwrap_or_default(),
+            lanes: hello.lanes,
+            slots: hello.slots,
+            conns: hello.conns,
+            features: hello.features & feature::KNOWN,
+            ticket: hello.ticket,
+            epoch: self.registry.epoch,
+            grace_s: 0,
+            flags: welcome_flag::REBUILD,
+        };
+        // Whoever has not heard it comes again by any connection.
+        let mut tx = LinkTx::new(true);
+        send(&accepted.socket, &mut tx, 1, (Kind::Welcome, 0), welcome.as_bytes());
     }
 
     /// Opens a session on a thread of its own: the share's file system may be stuck, and others
@@ -204,42 +249,28 @@ impl Greeter {
         Ok(())
     }
 
-    /// Adds the connection to its session.
-    fn join(&self, hailed: Hailed, session: Result<Arc<Session>, Refusal>) {
+    /// Hands the connection to the shard that has it already, or will have it.
+    fn join(&self, hailed: Hailed, session: Result<(Arc<Session>, Ticket), Refusal>) {
         let Hailed { accepted, hello, rx } = hailed;
-        let session = match session.and_then(|session| self.attach(&hello, session)) {
-            Ok(session) => session,
+        let (session, ticket) = match session {
+            Ok(found) => found,
             Err(refusal) => return say_goodbye(&accepted, &refusal),
         };
-        let mut tx = LinkTx::new(true);
-        let welcome = Welcome {
-            version: hello.common_version().unwrap_or_default(),
-            lanes: session.lanes,
-            slots: session.slots,
-            conns: session.conns,
-            features: session.features,
-            ticket: session.ticket,
-            epoch: self.registry.epoch,
-            grace_s: 0,
-            flags: 0,
+        let shard = self.registry.shard(&session, hello.conn).cloned();
+        let Some(shard) = shard.filter(|_| hello.conns == session.conns) else {
+            let text = format!("this session has {} connections", session.conns);
+            say_goodbye(&accepted, &refuse(Reason::Protocol, text));
+            return let_go(session);
         };
-        if !send(&accepted, &mut tx, Kind::Welcome, 0, welcome.as_bytes()) {
-            return self.registry.detach(&session, hello.conn);
-        }
-        // The ring waits for readiness itself; a non-blocking socket would answer EAGAIN instead.
-        let _ = rustix::io::ioctl_fionbio(&accepted.socket, false);
-        let shard = (session.id as usize + hello.conn as usize) % self.shards.len();
-        let socket = Arc::new(accepted.socket);
-        let conn = Connection::new(socket, session, hello.conn, Link { tx, rx });
-        self.shards[shard].post(Mail::Connection(Box::new(conn)));
-    }
-
-    fn attach(&self, hello: &Hello, session: Arc<Session>) -> Result<Arc<Session>, Refusal> {
-        if hello.conns != session.conns || !self.registry.attach(&session, hello.conn) {
-            let text = format!("connection {} of this session is open already", hello.conn);
-            return Err(refuse(Reason::Protocol, text));
-        }
-        Ok(session)
+        shard.post(Mail::Join(Box::new(Newcomer {
+            socket: accepted.socket,
+            peer: accepted.peer,
+            session,
+            conn: hello.conn,
+            version: hello.common_version().unwrap_or_default(),
+            ticket,
+            numbers: Numbers { tx: LinkTx::new(true), rx },
+        })));
     }
 
     fn open(
@@ -247,7 +278,7 @@ impl Greeter {
         hello: &Hello,
         share: &Share,
         accepted: &Accepted,
-    ) -> Result<Arc<Session>, Refusal> {
+    ) -> Result<(Arc<Session>, Ticket), Refusal> {
         if !self.registry.has_room() {
             return Err(refuse(Reason::Limit, format!("{SESSIONS_MAX} sessions are open already")));
         }
@@ -260,10 +291,15 @@ impl Greeter {
         options.cache = hello.cache;
         options.writeback = hello.mount_flags & mount_flag::WRITEBACK != 0;
         options.read_only |= hello.mount_flags & mount_flag::READ_ONLY != 0;
+        options.recipes = hello.features & feature::RESTORE != 0;
+        let rebuilt = is_rebuild(hello);
         let fs = Fs::on(root, options).map_err(|error| {
             tracing::error!(share = share.name, dir = %share.dir.display(), %error, "cannot serve");
             refuse(Reason::Internal, "the share cannot be served; the daemon's log says why")
         })?;
+        if let Some(init) = &hello.init {
+            fs.serve_init(init).map_err(|field| refuse(Reason::Incompatible, field))?;
+        }
         let terms = Terms {
             share: share.name.clone(),
             peer: accepted.peer.clone(),
@@ -272,31 +308,65 @@ impl Greeter {
             conns: hello.conns,
             slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
             features: hello.features & feature::KNOWN,
+            rebuilt,
+            subdir: hello.subdir.clone(),
+            presented: Some(hello.ticket).filter(|&ticket| ticket != Ticket::NONE),
         };
-        let session = self
+        let (session, ticket) = self
             .registry
             .open(terms, fs)
             .map_err(|reason| refuse(reason, "no further session can be opened"))?;
         tracing::info!(session = session.id, share = share.name, session.peer, "session opened");
-        Ok(session)
+        Ok((session, ticket))
     }
 }
 
-/// Whether the bytes are one whole batch; more than one, or none that can be, is refused.
-fn complete(bytes: &[u8]) -> Result<bool, Refusal> {
+/// Whether the guest will tell what its session was: another daemon's, or another guest's too.
+fn is_rebuild(hello: &Hello) -> bool {
+    let had_one = hello.ticket != Ticket::NONE || hello.init.is_some();
+    had_one && hello.features & feature::RESTORE != 0
+}
+
+/// Why there is no HELLO.
+enum Unread {
+    /// Its bytes are not what the guest sent, or it is none of ours. It hears nothing, which is a
+    /// cut to it: it comes again.
+    Damaged(String),
+    Refused(Refusal),
+}
+
+impl From<Refusal> for Unread {
+    fn from(refusal: Refusal) -> Unread {
+        Unread::Refused(refusal)
+    }
+}
+
+impl Unread {
+    fn answer(self, accepted: &Accepted) {
+        match self {
+            Unread::Damaged(what) => {
+                tracing::warn!(peer = accepted.peer, "no HELLO but damaged bytes: {what}");
+            }
+            Unread::Refused(refusal) => say_goodbye(accepted, &refusal),
+        }
+    }
+}
+
+/// Whether the bytes are one whole batch.
+fn complete(bytes: &[u8]) -> Result<bool, Unread> {
     match peek_len(bytes) {
-        Err(error) => Err(refuse(Reason::Protocol, error.to_string())),
+        Err(error) => Err(Unread::Damaged(error.to_string())),
         Ok(Some(len)) if len > HELLO_BYTES_MAX || bytes.len() > len => {
-            Err(refuse(Reason::Protocol, "the first batch is one HELLO"))
+            Err(Unread::Damaged("more than one HELLO".into()))
         }
         Ok(Some(len)) => Ok(bytes.len() == len),
         Ok(None) => Ok(false),
     }
 }
 
-fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
-    let protocol = |text: String| refuse(Reason::Protocol, text);
-    let header = rx.accept(bytes, 0).map_err(|error| protocol(error.to_string()))?;
+fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Unread> {
+    let protocol = |text: String| Unread::Refused(refuse(Reason::Protocol, text));
+    let header = rx.accept(bytes, 0).map_err(|error| Unread::Damaged(error.to_string()))?;
     let mut cursor = Cursor::new(&header);
     match (cursor.next(bytes), cursor.next(bytes)) {
         (Some((record, span)), None) if record.kind == Kind::Hello as u8 => {
@@ -308,7 +378,7 @@ fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
                         "the guest speaks wire versions {min} to {max}, this daemon {VERSION_MIN} \
                          to {VERSION_MAX}"
                     );
-                    return Err(refuse(Reason::Version, text));
+                    return Err(refuse(Reason::Version, text).into());
                 }
                 _ => {}
             }
@@ -319,22 +389,34 @@ fn read_hello(rx: &mut LinkRx, bytes: &[u8]) -> Result<Hello, Refusal> {
 }
 
 fn say_goodbye(accepted: &Accepted, refusal: &Refusal) {
+    say_no(&accepted.socket, &accepted.peer, refusal);
+}
+
+/// Refuses a peer that has not been welcomed.
+pub fn say_no(socket: &OwnedFd, peer: &str, refusal: &Refusal) {
     let Refusal { reason, text } = refusal;
-    tracing::warn!(peer = accepted.peer, ?reason, "refused: {text}");
+    tracing::warn!(peer, ?reason, "refused: {text}");
     let text = &text[..text.floor_char_boundary(GOODBYE_TEXT_BYTES_MAX)];
-    send(accepted, &mut LinkTx::new(true), Kind::Goodbye, *reason as u32, text.as_bytes());
+    let mut tx = LinkTx::new(true);
+    send(socket, &mut tx, 1, (Kind::Goodbye, *reason as u32), text.as_bytes());
 }
 
 /// Sends one record in a batch of its own. Small enough for any socket's empty buffer: a peer that
 /// cannot take it is given up.
-fn send(accepted: &Accepted, tx: &mut LinkTx, kind: Kind, code: u32, body: &[u8]) -> bool {
+pub fn send(
+    socket: &OwnedFd,
+    tx: &mut LinkTx,
+    received: u64,
+    (kind, code): (Kind, u32),
+    body: &[u8],
+) -> bool {
     let mut buffer = [0; HELLO_BYTES_MAX];
     let mut builder = BatchBuilder::new();
     let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
     builder.push(&mut buffer, header, body);
-    let bytes = tx.seal(&mut builder, &mut buffer, 1);
-    let flags = rustix::net::SendFlags::NOSIGNAL;
-    rustix::net::send(&accepted.socket, bytes, flags) == Ok(bytes.len())
+    let bytes = tx.seal(&mut builder, &mut buffer, received);
+    let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
+    rustix::net::send(socket, bytes, flags) == Ok(bytes.len())
 }
 
 fn timespec(duration: Duration) -> Timespec {

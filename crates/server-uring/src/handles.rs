@@ -291,6 +291,13 @@ impl Handles {
         Ok(handle)
     }
 
+    /// Takes a handle out that nobody will use: the guest never learned of it.
+    pub fn take_back(&self, fh: u64) -> Option<Handle> {
+        let handle = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner).remove(&fh);
+        self.count.fetch_sub(usize::from(handle.is_some()), Ordering::Relaxed);
+        handle
+    }
+
     /// Handles open now.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)

@@ -43,11 +43,21 @@ pub const STALL_LIMIT_MS: u64 = 5_000;
 pub const SWEEP_INTERVAL_MS: u64 = 500;
 /// Sessions of one daemon.
 pub const SESSIONS_MAX: usize = 1024;
+/// Sessions that have lost all their connections and are kept for a while.
+pub const DETACHED_MAX: usize = SESSIONS_MAX / 2;
+/// Those of them that belong to one peer.
+pub const DETACHED_PER_PEER_MAX: usize = 64;
+/// How long such a session is kept, where nobody says otherwise.
+pub const GRACE_SECS_DEFAULT: u32 = 600;
+/// Time for the old connection of a newcomer to show that it lives.
+pub const PROBE_MS: u64 = 500;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer
 /// that it came in.
 pub const POOL_COPY_BYTES_MAX: usize = 8 << 10;
+/// Nodes of a rebuilt session that a pool thread takes in before others have their turn.
+pub const WARMED_A_TURN_MAX: usize = 64;
 /// Sessions of one share that are being opened at once; with more, its file system is stuck.
 pub const OPENINGS_PER_SHARE_MAX: usize = 64;
 /// Entries of a shard's submission queue.

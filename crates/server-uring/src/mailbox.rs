@@ -1,16 +1,33 @@
 //! What other threads tell a shard. The only queue between threads: filled under a lock, announced
 //! by an eventfd that the shard's ring waits on.
 
-use crate::connection::Connection;
+use crate::greet::Newcomer;
 use crate::pool::Done;
+use ringfs_wire::hello::Reason;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 /// A message to a shard.
 pub enum Mail {
-    /// A connection that said HELLO and was welcomed.
-    Connection(Box<Connection>),
+    /// Somebody said HELLO, whose connection is this shard's or will be.
+    Join(Box<Newcomer>),
+    /// A session has ended, of which this shard has a connection.
+    End {
+        /// Which session.
+        session: u64,
+        /// Which of its connections.
+        conn: u16,
+        /// Why.
+        reason: Reason,
+    },
+    /// A session that is rebuilt has all that its requests need.
+    Restored {
+        /// Which session.
+        session: u64,
+        /// Which of its connections.
+        conn: u16,
+    },
     /// A pool job is done.
     Done(Done),
     /// Say goodbye to everybody and end.

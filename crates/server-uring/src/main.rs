@@ -4,8 +4,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringfs_server::accept::Address;
 use ringfs_server::daemon::{self, Config, Engine, ShareConfig};
+use ringfs_server::limits::GRACE_SECS_DEFAULT;
+use ringfs_server::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Shares host directories with guests that mount them by `ringfs`.
 ///
@@ -57,6 +60,17 @@ struct Serve {
     /// An idle daemon sleeps either way.
     #[arg(long, value_name = "N", default_value_t = SPIN_TRIES_DEFAULT)]
     spin: u32,
+    /// How long the session of a guest that has lost its connections is kept, so that it can go on
+    /// where it was cut: its files stay open and its nodes known. 0: it ends with the last
+    /// connection.
+    #[arg(long, value_name = "SECONDS", default_value_t = GRACE_SECS_DEFAULT)]
+    grace: u32,
+    /// Directory in memory (a tmpfs) that tells the next daemon which requests were running if this
+    /// one is killed, so that none is lost or done twice. Of this daemon alone: it is made with
+    /// mode 0700, and another daemon that names it ends at once. none: there is none. [default: one
+    /// below /run/ringfsd, by the listeners]
+    #[arg(long, value_name = "DIR|none")]
+    state_dir: Option<StateOption>,
     /// Unix socket that gives whoever connects one JSON object of counters.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -134,6 +148,8 @@ fn serve(args: Serve) -> Result<()> {
             EngineArg::Threads => Engine::Threads,
         },
         spin: args.spin,
+        grace: Duration::from_secs(u64::from(args.grace)),
+        state_dir: args.state_dir.unwrap_or_default(),
         control: args.control,
     };
     daemon::run(config)?;

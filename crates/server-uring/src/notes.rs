@@ -12,7 +12,7 @@
 //! [`Fs::execute`]: crate::fs::Fs::execute
 //! [`Request::noting`]: crate::dispatch::Request::noting
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -43,23 +43,28 @@ const _: () = {
 #[derive(Debug, Default)]
 pub struct Notes {
     body: RefCell<Vec<u8>>,
-    all: bool,
+    all: Cell<bool>,
 }
 
 impl Notes {
     /// Empty; it allocates with the first entry, and keeps its room when it is cleared.
     pub const fn new() -> Notes {
-        Notes { body: RefCell::new(Vec::new()), all: false }
+        Notes { body: RefCell::new(Vec::new()), all: Cell::new(false) }
     }
 
-    /// For a request that runs again because its reply was lost: what it gives may be known by
-    /// now, and have been noted in that reply alone. All that it gives is noted.
-    pub const fn of_rerun() -> Notes {
-        Notes { body: RefCell::new(Vec::new()), all: true }
+    /// What [`Notes::into_body`] gave on another thread.
+    pub fn of(body: Vec<u8>) -> Notes {
+        Notes { body: RefCell::new(body), all: Cell::new(false) }
     }
 
-    pub(crate) const fn wants(&self, news: bool) -> bool {
-        news || self.all
+    /// Whether the next request runs again because its reply was lost: what it gives may be known
+    /// by now, and have been noted in that reply alone. Then all that it gives is noted.
+    pub fn note_all(&self, all: bool) {
+        self.all.set(all);
+    }
+
+    pub(crate) fn wants(&self, news: bool) -> bool {
+        news || self.all.get()
     }
 
     /// Nothing is due.
@@ -67,9 +72,18 @@ impl Notes {
         self.body.borrow().is_empty()
     }
 
-    /// The body of the NODE record that is due. It stays until [`Notes::clear`].
+    /// The body of the NODE record that is due; `restore::split_nodes` makes several of it where a
+    /// batch has less room. It stays until [`Notes::clear`].
     pub fn body(&self) -> std::cell::Ref<'_, [u8]> {
         std::cell::Ref::map(self.body.borrow(), Vec::as_slice)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.body.borrow().len()
+    }
+
+    pub(crate) fn truncate(&self, len: usize) {
+        self.body.borrow_mut().truncate(len);
     }
 
     /// It was sent.
@@ -82,7 +96,8 @@ impl Notes {
         self.body.into_inner()
     }
 
-    fn push(&self, id: u64, write: impl FnOnce(&mut Vec<u8>)) -> bool {
+    /// `false`: no room.
+    pub(crate) fn push(&self, id: u64, write: impl FnOnce(&mut Vec<u8>)) -> bool {
         push_node(&mut self.body.borrow_mut(), id, write)
     }
 }
@@ -181,7 +196,11 @@ impl Nodes {
 
     /// A directory's fd, kept with the node while there are plenty: what a directory holds is
     /// mostly looked up together.
-    fn with_dir<T>(&self, dir: &Node, then: impl FnOnce(BorrowedFd<'_>) -> T) -> Result<T, Errno> {
+    pub(crate) fn with_dir<T>(
+        &self,
+        dir: &Node,
+        then: impl FnOnce(BorrowedFd<'_>) -> T,
+    ) -> Result<T, Errno> {
         if dir.id == FUSE_ROOT_ID {
             return Ok(then(self.root.dir()));
         }

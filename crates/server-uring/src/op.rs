@@ -5,6 +5,7 @@
 
 use crate::buffers::Buf;
 use crate::handles::OpenFile;
+use ringfs_wire::batch::RecordHeader;
 use ringfs_wire::slot::SlotUse;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -78,4 +79,12 @@ pub struct RequestTag {
     pub stored: u32,
     /// A WRITE of pages: all or an error.
     pub pages: bool,
+}
+
+impl RequestTag {
+    /// Of a request that a record brought or names.
+    pub fn of(conn: usize, record: &RecordHeader) -> RequestTag {
+        let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+        RequestTag { conn, lane: record.lane, at, reserved: 0, stored: 0, pages: false }
+    }
 }

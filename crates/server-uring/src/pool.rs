@@ -5,13 +5,18 @@
 //! frozen file system hang for as long as it is frozen.
 
 use crate::buffers::Buf;
-use crate::connection::BODY_AT;
+use crate::decide::Outcome;
 use crate::dispatch::Request;
 use crate::fs::Fs;
-use crate::limits::POOL_COPY_BYTES_MAX;
+use crate::handles::Handle;
+use crate::limits::{POOL_COPY_BYTES_MAX, WARMED_A_TURN_MAX};
+use crate::link::BODY_AT;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
+use crate::notes::Notes;
 use crate::op::RequestTag;
+use crate::state_dir::IntentPlace;
+use ringfs_wire::table::Past;
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::collections::VecDeque;
@@ -67,8 +72,20 @@ pub struct Job {
     pub tag: RequestTag,
     /// For the body of a large reply, at [`BODY_AT`].
     pub own: Option<Buf>,
+    /// It runs again: its reply was lost.
+    pub again: bool,
+    /// Where what must be known before it runs is written.
+    pub place: Option<IntentPlace>,
+    /// A dead daemon began it.
+    pub past: Option<PastOf>,
     /// The shard that waits.
     pub mailbox: Arc<Mailbox>,
+}
+
+/// What is known of a request that a dead daemon began.
+pub struct PastOf {
+    /// It was done, with this reply.
+    pub done: Option<Vec<u8>>,
 }
 
 /// What became of a job.
@@ -81,6 +98,10 @@ pub struct Done {
     pub small: Vec<u8>,
     /// The job's, with the body at [`BODY_AT`].
     pub own: Option<Buf>,
+    /// A dead daemon had begun it: how that ended.
+    pub outcome: Option<Outcome>,
+    /// What finds the nodes again that the reply gives; see notes.rs.
+    pub notes: Vec<u8>,
     /// The job's batch, so that its memory returns to the shard.
     pub batch: Option<Arc<Buf>>,
 }
@@ -89,7 +110,9 @@ pub struct Done {
 enum Task {
     Request(Box<Job>),
     /// Files to close, nobody waits for it.
-    Release(Released),
+    Release(Released, Option<Handle>),
+    /// Nodes to take in before they are used, nobody waits for it.
+    Warm(Arc<Fs>, Vec<u64>),
 }
 
 #[derive(Default)]
@@ -142,7 +165,23 @@ impl Pool {
 
     /// Closes files that a peer has given back. Bounded by the nodes that it may know.
     pub fn release(self: &Arc<Self>, owner: u64, released: Released) {
-        self.queue(owner, Task::Release(released));
+        self.queue(owner, Task::Release(released, None));
+    }
+
+    /// As [`Pool::release`], and closes a handle.
+    pub fn give_back(self: &Arc<Self>, owner: u64, (released, handle): (Released, Option<Handle>)) {
+        if !released.is_empty() || handle.is_some() {
+            self.queue(owner, Task::Release(released, handle));
+        }
+    }
+
+    /// Takes in what a rebuilt session knows, a few nodes a turn: while any is cold, what changes
+    /// names has to look for it.
+    pub fn warm(self: &Arc<Self>, owner: u64, fs: Arc<Fs>) {
+        let cold = fs.cold_nodes();
+        if !cold.is_empty() {
+            self.queue(owner, Task::Warm(fs, cold));
+        }
     }
 
     fn queue(self: &Arc<Self>, owner: u64, task: Task) {
@@ -172,7 +211,8 @@ impl Pool {
                     drop(handles);
                     let next = self.lock().take_next(self.share);
                     if let Some((owner, task)) = next {
-                        execute(task);
+                        // What is left of it may be left: nobody waits.
+                        let _ = execute(task);
                         self.lock().finished(owner);
                     }
                 }
@@ -192,7 +232,7 @@ impl Pool {
                 (job.session, job.tag.conn, job.tag.lane, job.tag.at)
                     == (session, tag.conn, tag.lane, tag.at)
             }
-            Task::Release(_) => false,
+            Task::Release(..) | Task::Warm(..) => false,
         })?;
         let task = turn.waiting.remove(index);
         if turn.running == 0 && turn.waiting.is_empty() {
@@ -200,11 +240,11 @@ impl Pool {
         }
         match task {
             Some(Task::Request(job)) => Some(*job),
-            Some(Task::Release(_)) | None => None,
+            Some(Task::Release(..) | Task::Warm(..)) | None => None,
         }
     }
 
-    fn run(&self) {
+    fn run(self: &Arc<Self>) {
         if let Err(error) = sched_setaffinity(None, &self.cpus) {
             tracing::debug!(%error, "cannot let a pool thread run on all CPUs");
         }
@@ -220,8 +260,11 @@ impl Pool {
                 queue = self.work.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner());
             };
             drop(queue);
-            execute(task);
+            let rest = execute(task);
             self.lock().finished(owner);
+            if let Some(rest) = rest.filter(|_| !self.lock().closed) {
+                self.queue(owner, rest);
+            }
             // A peer that was at its share may go on.
             self.work.notify_one();
         }
@@ -264,16 +307,28 @@ impl Queue {
     }
 }
 
-fn execute(task: Task) {
+/// What is left to do of it.
+fn execute(task: Task) -> Option<Task> {
     match task {
         Task::Request(job) => execute_request(*job),
-        Task::Release(released) => drop(released),
+        Task::Release(released, handle) => drop((released, handle)),
+        Task::Warm(fs, mut cold) => {
+            // A session that has ended is not kept for it.
+            if Arc::strong_count(&fs) > 1 && fs.warm(&mut cold, WARMED_A_TURN_MAX) {
+                return Some(Task::Warm(fs, cold));
+            }
+        }
     }
+    None
 }
 
 fn execute_request(job: Job) {
-    let Job { fs, opcode, body, tag, mut own, mailbox, owner: _, session: _ } = job;
+    let Job { fs, opcode, body, tag, mut own, again, place, past, mailbox, owner: _, session: _ } =
+        job;
+    let mut outcome = None;
     let mut small = Vec::new();
+    let notes = Notes::new();
+    notes.note_all(again);
     let result = match Request::parse(opcode, body.bytes()) {
         Some(request) => {
             let out = match &mut own {
@@ -283,9 +338,32 @@ fn execute_request(job: Job) {
                     &mut small[..]
                 }
             };
-            fs.execute(&request, out)
+            let request = request.noting(&notes);
+            match (past, &place) {
+                (Some(past), Some(place)) => {
+                    let past = past.done.as_deref().map_or(Past::Running, Past::Done);
+                    let (how, result) = fs.recover(&request, past, place, out);
+                    outcome = Some(how);
+                    result
+                }
+                (None | Some(_), place) => {
+                    let intent = place.as_ref().and_then(|_| fs.intent(&request));
+                    if let (Some(place), Some(intent)) = (place, intent) {
+                        place.write(&intent);
+                    }
+                    fs.execute(&request, out)
+                }
+            }
         }
         None => Err(Errno::INVAL),
     };
-    mailbox.post(Mail::Done(Done { tag, result, small, own, batch: body.into_batch() }));
+    mailbox.post(Mail::Done(Done {
+        tag,
+        result,
+        small,
+        own,
+        outcome,
+        notes: notes.into_body(),
+        batch: body.into_batch(),
+    }));
 }

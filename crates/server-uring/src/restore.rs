@@ -28,6 +28,9 @@ pub enum TakeOverError {
     /// No RESTORE.
     #[error("malformed RESTORE: {0}")]
     Malformed(#[from] RestoreError),
+    /// Of a session that is not rebuilt.
+    #[error("a RESTORE that was not asked for")]
+    Uncalled,
     /// An id or a handle twice.
     #[error("RESTORE names {0} twice")]
     Twice(u64),
@@ -174,6 +177,10 @@ impl Fs {
             Gives::Nothing => {}
             Gives::Entry => {
                 let Ok((entry, _)) = abi::EntryOut::read_from_prefix(reply) else { return };
+                if let Some(recipe) = self.nodes.cold.recipe(entry.nodeid) {
+                    notes.push(entry.nodeid, |out| out.extend_from_slice(&recipe.pack()));
+                    return;
+                }
                 let Some(node) = self.nodes.find_resident(entry.nodeid) else { return };
                 let place = node.place();
                 let Some(parent) = self.nodes.find_resident(place.parent) else { return };

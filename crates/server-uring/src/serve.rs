@@ -3,8 +3,11 @@
 //! Part of [`Shard`]: here is what happens between a REQUEST and its REPLY.
 
 use super::*;
+use crate::decide::Outcome;
 use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
+use crate::intent;
+use ringfs_wire::abi::Opcode;
 use ringfs_wire::limits::RECORD_ALIGN;
 use rustix::net::SendFlags;
 use std::os::fd::AsFd;
@@ -41,23 +44,46 @@ impl<R: Ring> Shard<R> {
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
-        let mut tag = match conn.begin(&header) {
-            Ok(tag) => tag,
-            Err(error) => {
-                own.into_iter().for_each(|buf| self.buffers.give(buf));
-                return Err(self.protocol(key, error));
+        let (mut again, mut past) = (false, None);
+        match conn.begin(&header, header.code) {
+            Ok(Begin::Execute) => {}
+            begun => {
+                again = true;
+                if begun == Ok(Begin::Decide) {
+                    past = conn.past(&header);
+                }
+                let rerun = self.come_again(key, &header, Some(&request), begun);
+                if !matches!(rerun, Ok(true)) {
+                    self.conns[key].unreserve(reserved);
+                    own.into_iter().for_each(|buf| self.buffers.give(buf));
+                    return rerun.map(|_| Step::Taken);
+                }
             }
-        };
-        tag.conn = key;
+        }
+        let mut tag = RequestTag::of(key, &header);
         tag.reserved = reserved as u32;
         self.shared.stats.begin_op(header.code);
+        let session = &self.conns[key].session;
+        // Finding out what became of it may wait.
+        let route = if past.is_some() { Route::Pool } else { route };
         match route {
-            Route::Inline => return Ok(self.execute(tag, &fs, &request, own)),
+            Route::Inline => {
+                if let Some(file) = &session.file
+                    && let Some(intent) = fs.intent(&request)
+                {
+                    file.intend(tag.lane, tag.at, &intent);
+                }
+                self.notes.note_all(again);
+                return Ok(self.execute(tag, &fs, &request, own));
+            }
             Route::Read { file, offset, len } => {
                 self.begin_read(tag, file, offset, reserved.min(len as usize), own.take());
             }
             Route::Write { file, offset, payload, pages } => {
                 tag.pages = pages;
+                if let Some(state) = session.file.as_ref().filter(|_| file.append && !pages) {
+                    state.intend(tag.lane, tag.at, &intent::of_append(&file));
+                }
                 // `payload` counts from the arguments, which end where the body's extension starts.
                 let args_at = body.start + REQUEST_HEAD_BYTES;
                 let range = args_at + payload.start..args_at + payload.end;
@@ -76,7 +102,7 @@ impl<R: Ring> Shard<R> {
             }
             Route::Pool => {
                 let conn = &mut self.conns[key];
-                conn.in_flight += 1;
+                conn.running += 1;
                 self.shared.pool.submit(Job {
                     owner: conn.session.owner,
                     session: conn.session.id,
@@ -85,6 +111,9 @@ impl<R: Ring> Shard<R> {
                     body: Body::of(batch, body),
                     tag,
                     own: own.take(),
+                    again,
+                    place: conn.session.file.as_ref().and_then(|f| f.intent(tag.lane, tag.at)),
+                    past,
                     mailbox: self.shared.mailbox.clone(),
                 });
             }
@@ -104,18 +133,28 @@ impl<R: Ring> Shard<R> {
         own: Option<Buf>,
     ) -> Step {
         let conn = &mut self.conns[tag.conn];
+        let request = &request.noting(&self.notes);
         match own {
             None => {
                 let len = tag.reserved as usize;
-                let room = conn.reply_room(len, &mut self.buffers);
+                let room = conn.link.reply_room(len, &mut self.buffers);
                 match fs.execute(request, &mut room[..len]) {
-                    Ok(len) => conn.reply_made(&tag, 0, len),
+                    Ok(len) if self.notes.is_empty() => conn.reply_made(&tag, 0, len),
+                    Ok(len) => {
+                        self.scratch.clear();
+                        self.scratch.extend_from_slice(&room[..len]);
+                        conn.link.push_nodes(&self.notes.body(), &mut self.buffers);
+                        self.notes.clear();
+                        let room = conn.link.reply_room(len, &mut self.buffers);
+                        room[..len].copy_from_slice(&self.scratch);
+                        conn.reply_made(&tag, 0, len);
+                    }
                     Err(errno) => {
                         conn.reply_made(&tag, errno.raw_os_error() as u32, 0);
                         add(&self.shared.stats.errors, 1);
                     }
                 }
-                self.shared.stats.end_op();
+                self.shared.stats.end_op(true);
             }
             Some(mut buf) => match fs.execute(request, &mut buf[BODY_AT..]) {
                 Ok(len) => self.reply_from(tag, buf, len),
@@ -130,41 +169,62 @@ impl<R: Ring> Shard<R> {
 
     /// Answers from a buffer with the body at [`BODY_AT`]: as it is if large, else copied.
     fn reply_from(&mut self, tag: RequestTag, buf: Buf, len: usize) {
-        self.shared.stats.end_op();
-        let conn = &mut self.conns[tag.conn];
+        if !self.settle(&tag, 0, &buf[BODY_AT..BODY_AT + len]) {
+            self.notes.clear();
+            return self.buffers.give(buf);
+        }
+        self.send_notes(tag.conn);
+        let link = &mut self.conns[tag.conn].link;
+        let header = reply_header(&tag, 0, len);
         if len > REPLY_INLINE_BYTES_MAX {
-            conn.reply_large(&tag, buf, len);
+            link.reply_large(header, buf);
         } else {
-            conn.reply(&tag, 0, &buf[BODY_AT..BODY_AT + len], &mut self.buffers);
+            link.reply(header, &buf[BODY_AT..BODY_AT + len], &mut self.buffers);
             self.buffers.give(buf);
         }
     }
 
     pub(super) fn answer(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
-        let conn = &mut self.conns[tag.conn];
         let (errno, body) = match result {
             Ok(body) => (0, body),
             Err(errno) => (errno.raw_os_error() as u32, &[][..]),
         };
         add(&self.shared.stats.errors, usize::from(errno != 0));
-        self.shared.stats.end_op();
-        conn.reply(&tag, errno, body, &mut self.buffers);
+        if self.settle(&tag, errno, body) {
+            self.send_notes(tag.conn);
+            let header = reply_header(&tag, errno, body.len());
+            self.conns[tag.conn].link.reply(header, body, &mut self.buffers);
+        }
+        self.notes.clear();
         self.touched.push(tag.conn);
+    }
+
+    /// What finds the nodes again that the next reply gives.
+    fn send_notes(&mut self, key: usize) {
+        if !self.notes.is_empty() {
+            self.conns[key].link.push_nodes(&self.notes.body(), &mut self.buffers);
+            self.notes.clear();
+        }
     }
 
     /// Answers a request that was in flight.
     pub(super) fn finish(&mut self, tag: RequestTag, result: Result<&[u8], Errno>) {
-        self.conns[tag.conn].in_flight -= 1;
+        self.conns[tag.conn].running -= 1;
         self.answer(tag, result);
     }
 
     /// Answers a request that the pool has executed.
     pub(super) fn executed(&mut self, done: Done) {
-        let Done { tag, result, small, own, batch } = done;
+        let Done { tag, result, small, own, outcome, notes, batch } = done;
+        add(&self.shared.stats.recovered, usize::from(outcome.is_some()));
+        add(&self.shared.stats.ambiguous, usize::from(outcome == Some(Outcome::Ambiguous)));
         batch.into_iter().for_each(|batch| self.buffers.give_shared(batch));
+        if !notes.is_empty() {
+            self.notes = Notes::of(notes);
+        }
         match (own, result) {
             (Some(buf), Ok(len)) => {
-                self.conns[tag.conn].in_flight -= 1;
+                self.conns[tag.conn].running -= 1;
                 self.reply_from(tag, buf, len);
                 self.touched.push(tag.conn);
             }
@@ -176,7 +236,7 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(super) fn begin(&mut self, tag: RequestTag, io: Io) {
-        self.conns[tag.conn].in_flight += 1;
+        self.conns[tag.conn].running += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
     }
 
@@ -202,12 +262,12 @@ impl<R: Ring> Shard<R> {
             Some(buf) => buf,
             None if !try_cache => self.buffers.small(),
             None => {
-                let room = conn.reply_room(len, &mut self.buffers);
+                let room = conn.link.reply_room(len, &mut self.buffers);
                 match read_cached(&file, &mut room[..len], offset) {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
                         add(&self.shared.stats.bytes_read, n);
-                        return self.shared.stats.end_op();
+                        return self.shared.stats.end_op(true);
                     }
                     Cached::Part(_) => {}
                     Cached::Failed(errno) => return self.answer(tag, Err(errno)),
@@ -228,7 +288,7 @@ impl<R: Ring> Shard<R> {
         offset: u64,
         result: IoResult,
     ) {
-        self.conns[tag.conn].in_flight -= 1;
+        self.conns[tag.conn].running -= 1;
         let n = match result {
             Ok(n) => n,
             Err(Errno::INTR | Errno::AGAIN) => {
@@ -269,11 +329,15 @@ impl<R: Ring> Shard<R> {
             self.splicer.discard();
             return Err(buf);
         }
-        let conn = &mut self.conns[tag.conn];
-        let batch = conn.reply_spliced(&tag, &mut buf, taken);
-        let socket = conn.socket.clone();
         add(&self.shared.stats.bytes_read, taken);
-        self.shared.stats.end_op();
+        let wanted = self.settle(&tag, 0, &[]);
+        let link = &mut self.conns[tag.conn].link;
+        let Some(socket) = link.socket.clone().filter(|_| wanted) else {
+            self.splicer.discard();
+            self.buffers.give(buf);
+            return Ok(());
+        };
+        let batch = link.reply_spliced(reply_header(&tag, 0, taken), &mut buf);
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | SendFlags::MORE;
         let sent = rustix::net::send(&socket, &buf[batch.start..head.end], flags).unwrap_or(0);
         let mut at = batch.start + sent;
@@ -292,21 +356,19 @@ impl<R: Ring> Shard<R> {
             self.buffers.give(buf);
             return Ok(());
         }
-        self.conns[tag.conn].queue_rest(buf, at..batch.end);
+        self.conns[tag.conn].link.queue_rest(buf, at..batch.end);
         self.touched.push(tag.conn);
         Ok(())
     }
 
     fn socket_takes(&mut self, key: usize, len: usize) -> bool {
-        let conn = &mut self.conns[key];
-        if !conn.can_splice() {
-            return false;
+        let link = &mut self.conns[key].link;
+        let Some(socket) = link.socket.as_ref().filter(|_| link.can_splice()) else { return false };
+        if link.send_buffer == SendBuffer::Unknown && self.large_sockets < SPLICE_SOCKETS_MAX {
+            link.send_buffer = SendBuffer::enlarge(socket.as_fd());
+            self.large_sockets += usize::from(matches!(link.send_buffer, SendBuffer::Bytes(_)));
         }
-        if conn.send_buffer == SendBuffer::Unknown && self.large_sockets < SPLICE_SOCKETS_MAX {
-            conn.send_buffer = SendBuffer::enlarge(conn.socket.as_fd());
-            self.large_sockets += usize::from(matches!(conn.send_buffer, SendBuffer::Bytes(_)));
-        }
-        conn.send_buffer.has_room(conn.socket.as_fd(), len)
+        link.send_buffer.has_room(socket.as_fd(), len)
     }
 
     pub(super) fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
@@ -348,7 +410,7 @@ impl<R: Ring> Shard<R> {
         offset: u64,
         result: IoResult,
     ) {
-        self.conns[tag.conn].in_flight -= 1;
+        self.conns[tag.conn].running -= 1;
         let result = match result {
             Err(Errno::INTR | Errno::AGAIN) => {
                 return self.begin(tag, Io::Write { file, buf, range, offset });
@@ -392,12 +454,16 @@ impl<R: Ring> Shard<R> {
         if !conn.reserve(0) {
             return Ok(Step::PeerFull);
         }
-        let mut tag = match conn.begin(&header) {
-            Ok(tag) => tag,
-            Err(error) => return Err(self.protocol(key, error)),
-        };
-        tag.conn = key;
-        let fs = conn.session.fs.clone();
+        let opcode = Opcode::Forget as u32;
+        match conn.begin(&header, opcode) {
+            Ok(Begin::Execute) => {}
+            begun => {
+                if !self.come_again(key, &header, None, begun)? {
+                    return Ok(Step::Taken);
+                }
+            }
+        }
+        let fs = self.conns[key].session.fs.clone();
         let released = match forgets {
             Some(forgets) => fs.forget_later(forgets.iter().map(|one| (one.nodeid, one.nlookup))),
             // Not aligned where it lies.
@@ -413,25 +479,9 @@ impl<R: Ring> Shard<R> {
         {
             self.shared.pool.release(self.conns[key].session.owner, released);
         }
-        self.shared.stats.begin_op(ringfs_wire::abi::Opcode::Forget as u32);
-        self.answer(tag, Ok(&[]));
+        self.shared.stats.begin_op(opcode);
+        self.answer(RequestTag::of(key, &header), Ok(&[]));
         Ok(Step::Taken)
-    }
-
-    pub(super) fn cancel(&mut self, key: usize, header: RecordHeader) {
-        let conn = &mut self.conns[key];
-        if !conn.is_running(&header) {
-            return;
-        }
-        let at = ringfs_wire::slot::SlotUse { slot: header.slot, seq: header.slot_seq };
-        let lane = header.lane;
-        let named = RequestTag { conn: key, lane, at, reserved: 0, stored: 0, pages: false };
-        let (owner, session) = (conn.session.owner, conn.session.id);
-        if let Some(job) = self.shared.pool.cancel(owner, session, named) {
-            job.body.into_batch().into_iter().for_each(|batch| self.buffers.give_shared(batch));
-            job.own.into_iter().for_each(|buf| self.buffers.give(buf));
-            self.finish(job.tag, Err(Errno::INTR));
-        }
     }
 }
 

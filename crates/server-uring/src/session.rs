@@ -1,21 +1,25 @@
 //! Sessions: what the connections of one guest share, and the registry that finds them by ticket.
 //!
 //! Nothing here is touched on the way of a frame but through an `Arc` that the connection holds.
+//! A session lives until it is ended: by its guest, by a violation of the protocol, or because all
+//! its connections were cut for longer than the grace time. Invariant: whoever lets go of a session
+//! does it by [`let_go`], so that no shard closes its files.
 
 use crate::fs::Fs;
-use crate::limits::SESSIONS_MAX;
+use crate::limits::*;
+use crate::mailbox::{Mail, Mailbox};
+use crate::restore::{Restoring, TakeOverError};
+use crate::state_dir::{StateDir, StateFile, StateTerms};
 use ringfs_wire::hello::{Reason, Ticket};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// One guest's mount of one share.
 pub struct Session {
     /// Counts up from 1 in this daemon.
     pub id: u64,
-    /// What the guest names it by.
-    pub ticket: Ticket,
     /// The share's name.
     pub share: String,
     /// The peer, for people.
@@ -34,20 +38,35 @@ pub struct Session {
     pub slots: u16,
     /// Features in force.
     pub features: u64,
-    /// Which connections are open, a bit each.
-    open: AtomicUsize,
+    /// Another daemon had it, and the guest tells what it was.
+    pub rebuilt: Option<Rebuild>,
+    /// Its file in the state directory.
+    pub file: Option<Arc<StateFile>>,
+}
+
+/// How far a rebuild is.
+#[derive(Default)]
+pub struct Rebuild {
+    restoring: Mutex<Restoring>,
+    complete: AtomicBool,
 }
 
 impl Session {
-    /// Marks a connection as open; false if it was already, or is none of the session's.
-    fn attach(&self, conn: u16) -> bool {
-        conn < self.conns && self.open.fetch_or(1 << conn, Ordering::AcqRel) & (1 << conn) == 0
+    /// Whether requests may run: all that is to be restored is there.
+    pub fn is_ready(&self) -> bool {
+        self.rebuilt.as_ref().is_none_or(|rebuild| rebuild.complete.load(Ordering::Acquire))
     }
 
-    /// The connection ended; true if it was the last one.
-    fn detach(&self, conn: u16) -> bool {
-        let bit = 1 << conn;
-        self.open.fetch_and(!bit, Ordering::AcqRel) == bit
+    /// Takes the body of a RESTORE; `true` with the last one.
+    ///
+    /// # Errors
+    /// See [`TakeOverError`]; the session is of no use then.
+    pub fn restore(&self, body: &[u8]) -> Result<bool, TakeOverError> {
+        let Some(rebuild) = &self.rebuilt else { return Err(TakeOverError::Uncalled) };
+        let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        let complete = restoring.record(&self.fs, body)?;
+        rebuild.complete.store(complete, Ordering::Release);
+        Ok(complete)
     }
 }
 
@@ -67,42 +86,117 @@ pub struct Terms {
     pub slots: u16,
     /// Features in force.
     pub features: u64,
+    /// See [`Session::rebuilt`].
+    pub rebuilt: bool,
+    /// The directory below the share that the guest has.
+    pub subdir: Vec<u8>,
+    /// By which the guest came, where this daemon has not given it.
+    pub presented: Option<Ticket>,
+}
+
+impl Terms {
+    fn of_file(&self) -> StateTerms {
+        StateTerms {
+            share: self.share.clone(),
+            subdir: self.subdir.clone(),
+            lanes: self.lanes,
+            slots: self.slots,
+            conns: self.conns,
+        }
+    }
+}
+
+/// Lets go of a session. The last one closes its files, which takes long: not on this thread.
+pub fn let_go(session: Arc<Session>) {
+    let Some(session) = Arc::into_inner(session) else { return };
+    let closing = std::thread::Builder::new().name("ringfs-close".into());
+    if closing.spawn(move || drop(session)).is_err() {
+        tracing::warn!("no thread to close a session's files; closing them here");
+    }
+}
+
+/// A session that has not ended.
+struct Live {
+    session: Arc<Session>,
+    /// The newest ticket that the guest has used.
+    ticket: Ticket,
+    /// One that it was given since, and by which connection. Until the guest shows that it has it,
+    /// the WELCOME may be lost.
+    unused: Option<(Ticket, u16)>,
+    /// Another daemon had given the first ticket, and copies of the guest may have it.
+    adopted: bool,
+    /// Connections that a shard has a table of, a bit each.
+    known: u32,
+    /// Those of them that have a socket.
+    joined: u32,
+    /// Since when none has.
+    cut: Option<Instant>,
+    /// One that was cut had brought a request: there is something to keep.
+    used: bool,
+}
+
+#[derive(Default)]
+struct Sessions {
+    live: HashMap<u64, Live>,
+    tickets: HashMap<Ticket, u64>,
+    stopped: bool,
 }
 
 /// All sessions of this daemon.
 pub struct Registry {
     /// New at each start: tells a guest whether the daemon is the one that it knew.
     pub epoch: u64,
+    /// How long a session without connections is kept.
+    pub grace: Duration,
+    /// Where what outlives this daemon is.
+    state: Option<StateDir>,
     next_id: AtomicU64,
-    sessions: Mutex<HashMap<Ticket, Arc<Session>>>,
-}
-
-impl Default for Registry {
-    fn default() -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Registry {
-            epoch: now.as_nanos() as u64,
-            next_id: AtomicU64::new(1),
-            sessions: Mutex::default(),
-        }
-    }
+    sessions: Mutex<Sessions>,
+    /// A session lost its last connection, or the daemon stops.
+    changed: Condvar,
+    /// Of the shards, in their order.
+    shards: OnceLock<Vec<Arc<Mailbox>>>,
 }
 
 impl Registry {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Ticket, Arc<Session>>> {
-        self.sessions.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Without sessions. Without `grace` a session ends with its last connection.
+    pub fn new(grace: Duration, state: Option<StateDir>) -> Registry {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Registry {
+            epoch: now.as_nanos() as u64,
+            grace,
+            state,
+            next_id: AtomicU64::new(1),
+            sessions: Mutex::default(),
+            changed: Condvar::new(),
+            shards: OnceLock::new(),
+        }
     }
 
-    /// Opens a session.
-    pub fn open(&self, terms: Terms, fs: Fs) -> Result<Arc<Session>, Reason> {
-        let mut ticket = Ticket::NONE;
-        let filled = rustix::rand::getrandom(&mut ticket.0, rustix::rand::GetRandomFlags::empty());
-        if filled != Ok(ticket.0.len()) || ticket == Ticket::NONE {
-            return Err(Reason::Internal);
-        }
+    /// Where the connections of sessions are; said once, before the first session.
+    pub fn set_shards(&self, shards: Vec<Arc<Mailbox>>) {
+        let known = self.shards.set(shards);
+        debug_assert!(known.is_ok(), "the shards were told twice");
+    }
+
+    /// The shard of a session's connection.
+    pub fn shard(&self, session: &Session, conn: u16) -> Option<&Arc<Mailbox>> {
+        let shards = self.shards.get()?;
+        shards.get((session.id as usize).wrapping_add(usize::from(conn)) % shards.len().max(1))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a session, and gives its first ticket. Where there are too many, the one that was cut
+    /// longest ago makes room.
+    pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
+        let fresh = new_ticket().ok_or(Reason::Internal)?;
+        let (file, ticket) = self.file(&terms, fresh);
+        let adopted = ticket != fresh;
         let session = Arc::new(Session {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            ticket,
             share: terms.share,
             peer: terms.peer,
             owner: terms.owner,
@@ -112,62 +206,301 @@ impl Registry {
             conns: terms.conns,
             slots: terms.slots,
             features: terms.features,
-            open: AtomicUsize::new(0),
+            rebuilt: terms.rebuilt.then(Rebuild::default),
+            file,
         });
         let mut sessions = self.lock();
-        if sessions.len() >= SESSIONS_MAX {
-            return Err(Reason::Limit);
+        let mut ended = None;
+        if sessions.live.len() >= SESSIONS_MAX {
+            let oldest = sessions.oldest_cut(|_| true).ok_or(Reason::Limit)?;
+            ended = sessions.remove(oldest);
         }
-        sessions.insert(ticket, session.clone());
-        Ok(session)
+        sessions.tickets.insert(ticket, session.id);
+        let live = Live {
+            session: session.clone(),
+            ticket,
+            unused: None,
+            adopted,
+            known: 0,
+            joined: 0,
+            cut: None,
+            used: false,
+        };
+        sessions.live.insert(session.id, live);
+        drop(sessions);
+        ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
+        Ok((session, ticket))
     }
 
-    /// Whether another session may be opened.
-    pub fn has_room(&self) -> bool {
-        self.lock().len() < SESSIONS_MAX
-    }
-
-    /// The session that a guest names.
-    pub fn find(&self, ticket: Ticket) -> Option<Arc<Session>> {
-        self.lock().get(&ticket).cloned()
-    }
-
-    /// Marks a connection of a session as open; false if it was already, is none of the session's,
-    /// or the session has ended meanwhile.
-    pub fn attach(&self, session: &Session, conn: u16) -> bool {
-        let sessions = self.lock();
-        sessions.contains_key(&session.ticket) && session.attach(conn)
-    }
-
-    /// A connection ended; with the last one the session ends, until sessions can be resumed.
-    pub fn detach(&self, session: &Session, conn: u16) {
-        // Under the lock, so that nobody joins a session that is just ending.
-        let mut sessions = self.lock();
-        if session.detach(conn) {
-            let ended = sessions.remove(&session.ticket);
-            drop(sessions);
-            tracing::info!(session = session.id, share = session.share, "session ended");
-            if let Some(ended) = ended {
-                // Closing the files of a large session takes long: not on a shard's thread.
-                let closing = std::thread::Builder::new().name("ringfs-close".into());
-                if closing.spawn(move || drop(ended)).is_err() {
-                    tracing::warn!("no thread to close a session's files; closing them here");
-                }
+    /// The file that a dead daemon left of a session, whose ticket stays good; else a new one.
+    fn file(&self, terms: &Terms, fresh: Ticket) -> (Option<Arc<StateFile>>, Ticket) {
+        let Some(state) = &self.state else { return (None, fresh) };
+        let of = terms.of_file();
+        if let Some(presented) = terms.presented
+            && let Some(file) = state.adopt(presented, &of)
+        {
+            return (Some(file), presented);
+        }
+        match state.create(&of, fresh, terms.rebuilt) {
+            Ok(file) => (Some(file), fresh),
+            Err(error) => {
+                tracing::warn!(%error, "what a session has in flight dies with this daemon");
+                (None, fresh)
             }
         }
     }
 
+    /// Whether another session may be opened.
+    pub fn has_room(&self) -> bool {
+        let sessions = self.lock();
+        sessions.live.len() < SESSIONS_MAX || sessions.oldest_cut(|_| true).is_some()
+    }
+
+    /// The session that a guest names.
+    pub fn find(&self, ticket: Ticket) -> Option<Arc<Session>> {
+        let sessions = self.lock();
+        let id = sessions.tickets.get(&ticket)?;
+        Some(sessions.live.get(id)?.session.clone())
+    }
+
+    /// Whether the session that a guest names has not ended.
+    pub fn knows(&self, ticket: Ticket) -> bool {
+        self.lock().tickets.contains_key(&ticket)
+    }
+
+    /// A connection joins by a ticket, or resumes, and then has a new one for the next time.
+    /// `None`: the session has ended, or the ticket was used up meanwhile.
+    pub fn join(
+        &self,
+        session: &Session,
+        conn: u16,
+        ticket: Ticket,
+        resumes: bool,
+    ) -> Option<Ticket> {
+        let fresh = new_ticket()?;
+        let mut sessions = self.lock();
+        let Sessions { live, tickets, .. } = &mut *sessions;
+        let live = live.get_mut(&session.id).filter(|_| conn < session.conns)?;
+        match live.unused {
+            Some((unused, _)) if unused == ticket => live.prove(ticket, tickets),
+            // Who has not got the new one comes again for the same connection. For another one
+            // comes a copy of the guest, which would share the session with it.
+            Some((_, told)) if told != conn => return None,
+            Some(_) | None if live.ticket != ticket => return None,
+            Some(_) | None => {}
+        }
+        let fresh = (resumes || live.adopted && live.known == 0).then_some(fresh);
+        if let Some(fresh) = fresh {
+            if let Some((lost, _)) = live.unused.replace((fresh, conn)) {
+                tickets.remove(&lost);
+            }
+            tickets.insert(fresh, session.id);
+        }
+        live.write_tickets();
+        live.known |= 1 << conn;
+        live.joined |= 1 << conn;
+        live.cut = None;
+        Some(fresh.unwrap_or(ticket))
+    }
+
+    /// Something came by the connection that was given this ticket, so it has arrived: whoever has
+    /// an older one is a copy of the guest from before, and must not find what was done since.
+    pub fn prove(&self, session: &Session, ticket: Ticket) {
+        let mut sessions = self.lock();
+        let Sessions { live, tickets, .. } = &mut *sessions;
+        let Some(live) = live.get_mut(&session.id) else { return };
+        if live.unused.is_some_and(|(unused, _)| unused == ticket) {
+            live.prove(ticket, tickets);
+            live.write_tickets();
+        }
+    }
+
+    /// A connection lost its socket, and its shard keeps what is needed to resume it. A session
+    /// that was never `used` ends with its last connection: a mount that failed has nothing to
+    /// keep.
+    pub fn cut(&self, session: &Session, conn: u16, used: bool) {
+        let mut sessions = self.lock();
+        let Some(live) = sessions.live.get_mut(&session.id) else { return };
+        live.joined &= !(1 << conn);
+        live.used |= used;
+        if live.joined != 0 || live.cut.is_some() {
+            return;
+        }
+        if !live.used {
+            drop(sessions);
+            return self.end(session.id, Reason::Unmounted);
+        }
+        live.cut = Some(Instant::now());
+        tracing::info!(session = session.id, grace = ?self.grace, "session cut");
+        let ended = sessions.make_room(session.owner);
+        drop(sessions);
+        self.changed.notify_all();
+        ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
+    }
+
+    /// A shard has dropped a connection for good; with the last one the session ends.
+    pub fn left(&self, session: Arc<Session>, conn: u16) {
+        let mut sessions = self.lock();
+        let mut ended = None;
+        if let Some(live) = sessions.live.get_mut(&session.id) {
+            live.known &= !(1 << conn);
+            live.joined &= !(1 << conn);
+            if live.known == 0 {
+                ended = sessions.remove(session.id);
+            } else if live.joined == 0 {
+                live.cut.get_or_insert_with(Instant::now);
+                self.changed.notify_all();
+            }
+        }
+        // A guest that is told of the shutdown comes again, to the next daemon.
+        let reason = if sessions.stopped { Reason::Shutdown } else { Reason::Unmounted };
+        drop(sessions);
+        ended.into_iter().for_each(|ended| self.bury(ended, reason));
+        let_go(session);
+    }
+
+    /// Ends a session at once, wherever its connections are.
+    pub fn end(&self, id: u64, reason: Reason) {
+        let ended = self.lock().remove(id);
+        ended.into_iter().for_each(|ended| self.bury(ended, reason));
+    }
+
+    /// All that a rebuilt session needs is there: its connections may go on.
+    pub fn tell_restored(&self, session: &Session) {
+        for conn in 0..session.conns {
+            if let Some(shard) = self.shard(session, conn) {
+                shard.post(Mail::Restored { session: session.id, conn });
+            }
+        }
+    }
+
+    fn bury(&self, ended: Live, reason: Reason) {
+        let Live { session, known, .. } = ended;
+        tracing::info!(session = session.id, share = session.share, ?reason, "session ended");
+        match (&session.file, &self.state) {
+            // The daemon after this one goes on with it.
+            (Some(_), _) if reason == Reason::Shutdown => {}
+            (Some(file), Some(state)) if file.adopted && !session.is_ready() => {
+                state.give_back(file);
+            }
+            (Some(file), _) => file.remove(),
+            (None, _) => {}
+        }
+        for conn in (0..session.conns).filter(|conn| known & 1 << conn != 0) {
+            if let Some(shard) = self.shard(&session, conn) {
+                shard.post(Mail::End { session: session.id, conn, reason });
+            }
+        }
+        let_go(session);
+    }
+
+    /// Ends sessions whose grace time is over, until [`Registry::stop`].
+    pub fn reap(&self) {
+        let mut sessions = self.lock();
+        while !sessions.stopped {
+            let now = Instant::now();
+            let files = self.state.as_ref().and_then(StateDir::reap);
+            let Some(id) = sessions.oldest_cut(|_| true) else {
+                sessions = match files {
+                    None => self.changed.wait(sessions).unwrap_or_else(PoisonError::into_inner),
+                    Some(left) => {
+                        let waited = self.changed.wait_timeout(sessions, left);
+                        waited.unwrap_or_else(PoisonError::into_inner).0
+                    }
+                };
+                continue;
+            };
+            let cut = sessions.live.get(&id).and_then(|live| live.cut).unwrap_or(now);
+            let left = self.grace.saturating_sub(now.saturating_duration_since(cut));
+            if left.is_zero() {
+                let ended = sessions.remove(id);
+                drop(sessions);
+                ended.into_iter().for_each(|ended| self.bury(ended, Reason::Timeout));
+                sessions = self.lock();
+                continue;
+            }
+            let left = files.map_or(left, |files| files.min(left));
+            let waited = self.changed.wait_timeout(sessions, left);
+            sessions = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Ends the reaping.
+    pub fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
     /// Numbers over all sessions: sessions, nodes, handles, fds.
     pub fn totals(&self) -> Vec<(&'static str, u64)> {
-        let sessions: Vec<Arc<Session>> = self.lock().values().cloned().collect();
+        let (sessions, cut): (Vec<Arc<Session>>, usize) = {
+            let sessions = self.lock();
+            let cut = sessions.live.values().filter(|live| live.cut.is_some()).count();
+            (sessions.live.values().map(|live| live.session.clone()).collect(), cut)
+        };
         let counts: Vec<_> = sessions.iter().map(|session| session.fs.counts()).collect();
-        vec![
+        let numbers = vec![
             ("sessions", sessions.len() as u64),
+            ("sessions_detached", cut as u64),
             ("nodes", counts.iter().map(|c| c.nodes as u64).sum()),
             ("nodes_with_fd", counts.iter().map(|c| c.nodes_with_fd as u64).sum()),
             ("handles", counts.iter().map(|c| c.handles as u64).sum()),
-        ]
+        ];
+        sessions.into_iter().for_each(let_go);
+        numbers
     }
+}
+
+impl Live {
+    /// The new ticket has arrived.
+    fn prove(&mut self, ticket: Ticket, tickets: &mut HashMap<Ticket, u64>) {
+        tickets.remove(&self.ticket);
+        (self.ticket, self.unused) = (ticket, None);
+    }
+
+    fn write_tickets(&self) {
+        if let Some(file) = &self.session.file {
+            file.set_tickets(self.ticket, self.unused.map(|(unused, _)| unused));
+        }
+    }
+}
+
+impl Sessions {
+    /// Which of the sessions without connections has been so longest.
+    fn oldest_cut(&self, which: impl Fn(&Live) -> bool) -> Option<u64> {
+        let cut = self.live.iter().filter(|(_, live)| which(live));
+        let cut = cut.filter_map(|(id, live)| Some((live.cut?, *id)));
+        cut.min().map(|(_, id)| id)
+    }
+
+    /// Takes out the oldest of the sessions without connections where there are too many.
+    fn make_room(&mut self, owner: u64) -> Option<Live> {
+        let cut = self.live.values().filter(|live| live.cut.is_some());
+        let owners = cut.clone().filter(|live| live.session.owner == owner).count();
+        let oldest = if owners > DETACHED_PER_PEER_MAX {
+            self.oldest_cut(|live| live.session.owner == owner)
+        } else if cut.count() > DETACHED_MAX {
+            self.oldest_cut(|_| true)
+        } else {
+            None
+        };
+        oldest.and_then(|id| self.remove(id))
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Live> {
+        let live = self.live.remove(&id)?;
+        self.tickets.remove(&live.ticket);
+        if let Some((unused, _)) = &live.unused {
+            self.tickets.remove(unused);
+        }
+        Some(live)
+    }
+}
+
+fn new_ticket() -> Option<Ticket> {
+    let mut ticket = Ticket::NONE;
+    let filled = rustix::rand::getrandom(&mut ticket.0, rustix::rand::GetRandomFlags::empty());
+    (filled == Ok(ticket.0.len()) && ticket != Ticket::NONE).then_some(ticket)
 }
 
 #[cfg(test)]
@@ -175,29 +508,140 @@ mod tests {
     use super::*;
     use crate::fs::FsOptions;
 
-    #[test]
-    fn nobody_joins_a_session_that_has_ended() {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let registry = Registry::default();
+    fn registry(grace: Duration) -> (tempfile::TempDir, Registry) {
+        (tempfile::tempdir().expect("a temporary directory"), Registry::new(grace, None))
+    }
+
+    fn open(dir: &tempfile::TempDir, registry: &Registry, owner: u64) -> (Arc<Session>, Ticket) {
         let terms = Terms {
             share: "share".into(),
             peer: "peer".into(),
-            owner: 0,
+            owner,
             lanes: 2,
             conns: 2,
             slots: 1,
             features: 0,
+            rebuilt: false,
+            subdir: Vec::new(),
+            presented: None,
         };
         let fs = Fs::new(dir.path(), FsOptions::default()).expect("a file system");
-        let session = registry.open(terms, fs).expect("a session");
-        assert!(registry.attach(&session, 1) && !registry.attach(&session, 1));
-        assert!(registry.attach(&session, 0) && !registry.attach(&session, 2));
-        registry.detach(&session, 1);
-        assert!(registry.attach(&session, 1));
+        registry.open(terms, fs).expect("a session")
+    }
+
+    #[test]
+    fn nobody_joins_a_session_that_has_ended() {
+        let (dir, registry) = registry(Duration::from_secs(600));
+        let (session, ticket) = open(&dir, &registry, 0);
+        let join = |conn| registry.join(&session, conn, ticket, false).is_some();
+        assert!(join(1) && join(0) && !join(2));
+        registry.left(session.clone(), 1);
+        assert!(join(1));
         // A greeter has found the session; then its last connection goes.
-        let found = registry.find(session.ticket).expect("open");
-        registry.detach(&session, 0);
-        registry.detach(&session, 1);
-        assert!(!registry.attach(&found, 0), "a session that nobody counts");
+        let found = registry.find(ticket).expect("open");
+        registry.left(session.clone(), 0);
+        registry.left(session.clone(), 1);
+        assert!(registry.join(&found, 0, ticket, false).is_none(), "a session that nobody counts");
+        assert!(registry.find(ticket).is_none());
+    }
+
+    #[test]
+    fn a_file_stays_for_the_next_daemon_alone() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let check = |name: &str, end: &dyn Fn(&Registry, Arc<Session>), expected: usize| {
+            let path = dir.path().join(name);
+            let state = StateDir::open(&path, Duration::from_secs(600)).expect("a state directory");
+            let registry = Registry::new(Duration::from_secs(600), Some(state));
+            let (session, ticket) = open(&dir, &registry, 0);
+            assert!(registry.join(&session, 0, ticket, false).is_some());
+            end(&registry, session);
+            let files = std::fs::read_dir(&path).expect("list").flatten();
+            let sessions = files.filter(|file| file.path().extension().is_some());
+            assert_eq!(sessions.count(), expected);
+        };
+        check("a", &|registry, session| registry.end(session.id, Reason::Unmounted), 0);
+        check("b", &|registry, session| registry.end(session.id, Reason::Protocol), 0);
+        check("c", &|registry, session| registry.left(session, 0), 0);
+        let shutdown = |registry: &Registry, session| {
+            registry.stop();
+            registry.left(session, 0);
+        };
+        check("d", &shutdown, 1);
+    }
+
+    #[test]
+    fn a_ticket_is_good_until_the_next_one_is_used() {
+        let (dir, registry) = registry(Duration::from_secs(600));
+        let (session, first) = open(&dir, &registry, 0);
+        let resume = |ticket| registry.join(&session, 0, ticket, true);
+        assert_eq!(registry.join(&session, 0, first, false), Some(first));
+        registry.cut(&session, 0, true);
+        let lost = resume(first).expect("the first one");
+        // The WELCOME that brought it was lost: the guest comes with what it has.
+        let second = resume(first).expect("the first one again");
+        assert!(second != lost && second != first);
+        assert_eq!((resume(lost), registry.find(lost).is_some()), (None, false));
+        let third = resume(second).expect("the second");
+        assert_eq!((resume(first), registry.find(first).is_some()), (None, false));
+        assert!(resume(second).is_some() && resume(third).is_none());
+        registry.end(session.id, Reason::Unmounted);
+        assert!(registry.find(second).is_none() && registry.lock().tickets.is_empty());
+    }
+
+    #[test]
+    fn a_copy_of_the_guest_finds_nothing_that_was_done_since() {
+        let (dir, registry) = registry(Duration::from_secs(600));
+        let (session, first) = open(&dir, &registry, 0);
+        for conn in [0, 1] {
+            assert_eq!(registry.join(&session, conn, first, false), Some(first));
+        }
+        // Guest and copy have the first ticket. Whoever resumes has the session to itself.
+        let second = registry.join(&session, 0, first, true).expect("the first ticket");
+        assert_eq!(registry.join(&session, 1, first, true), None, "half of a session");
+        // Its first batch: the copy could go on with none of its connections.
+        registry.prove(&session, second);
+        assert_eq!(registry.join(&session, 0, first, true), None);
+        assert!(registry.find(first).is_none() && registry.find(second).is_some());
+        // A late word about an older connection changes nothing.
+        let third = registry.join(&session, 1, second, true).expect("the second");
+        registry.prove(&session, second);
+        assert!(registry.join(&session, 0, third, true).is_some());
+        registry.end(session.id, Reason::Unmounted);
+        assert!(registry.lock().tickets.is_empty());
+    }
+
+    #[test]
+    fn the_session_that_was_cut_first_makes_room() {
+        let (dir, registry) = registry(Duration::from_secs(600));
+        let mut sessions = Vec::new();
+        for n in 0..DETACHED_PER_PEER_MAX + 2 {
+            let owner = u64::from(n == 0);
+            let (session, ticket) = open(&dir, &registry, owner);
+            assert!(registry.join(&session, 0, ticket, false).is_some());
+            registry.cut(&session, 0, true);
+            sessions.push(ticket);
+        }
+        let gone: Vec<usize> =
+            (0..sessions.len()).filter(|&n| registry.find(sessions[n]).is_none()).collect();
+        assert_eq!(gone, [1], "the oldest of that peer");
+    }
+
+    #[test]
+    fn a_session_is_reaped_after_its_grace_time() {
+        let (dir, registry) = registry(Duration::from_millis(20));
+        let registry = Arc::new(registry);
+        let reaper = registry.clone();
+        let reaper = std::thread::spawn(move || reaper.reap());
+        let (session, ticket) = open(&dir, &registry, 0);
+        assert!(registry.join(&session, 0, ticket, false).is_some());
+        let (other, kept) = open(&dir, &registry, 0);
+        assert!(registry.join(&other, 0, kept, false).is_some());
+        registry.cut(&session, 0, true);
+        while registry.find(ticket).is_some() {
+            std::thread::yield_now();
+        }
+        assert!(registry.find(kept).is_some());
+        registry.stop();
+        reaper.join().expect("the reaper");
     }
 }

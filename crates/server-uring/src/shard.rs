@@ -6,11 +6,13 @@
 //! number of records, and what it has to say goes out in one send.
 
 use crate::buffers::{Buf, BufferPool};
-use crate::connection::{BODY_AT, Connection, Next, SPLICE_HEAD_BYTES};
+use crate::connection::{Connection, reply_header};
 use crate::dispatch::{Request, Route};
 use crate::handles::OpenFile;
 use crate::limits::*;
+use crate::link::{BODY_AT, Next, SPLICE_HEAD_BYTES};
 use crate::mailbox::{Mail, Mailbox};
+use crate::notes::Notes;
 use crate::op::{Io, Op, RequestTag, Tag};
 use crate::pool::{Body, Done, Job, Pool};
 use crate::ring::{IoResult, Ring};
@@ -18,10 +20,12 @@ use crate::session::Registry;
 use crate::splice::{SendBuffer, Splicer};
 use crate::stats::{ShardStats, add};
 use ringfs_wire::abi::{ForgetOne, WriteOut};
-use ringfs_wire::batch::{Kind, RecordHeader};
+use ringfs_wire::batch::{Kind, RecordHeader, cancel};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
+use ringfs_wire::session::LinkError;
 use ringfs_wire::spin::Spin;
+use ringfs_wire::table::{Abandon, Begin, Fate};
 use rustix::io::Errno;
 use slab::Slab;
 use std::collections::VecDeque;
@@ -33,6 +37,10 @@ use zerocopy::{FromBytes, IntoBytes};
 
 #[path = "bulk.rs"]
 mod bulk;
+#[path = "join.rs"]
+mod join;
+#[path = "once.rs"]
+mod once;
 #[path = "serve.rs"]
 mod serve;
 #[path = "stream.rs"]
@@ -60,6 +68,8 @@ pub struct Shard<R: Ring> {
     conns: Slab<Connection>,
     buffers: BufferPool,
     splicer: Splicer,
+    /// Connections that have a socket.
+    attached: usize,
     /// Sockets with a buffer for the largest reply.
     large_sockets: usize,
     /// Connections that wait for input and may be looked at before the shard sleeps.
@@ -75,6 +85,10 @@ pub struct Shard<R: Ring> {
     large_returned: u64,
     /// When to look for peers that hold up others.
     sweep_at: Option<Instant>,
+    /// What finds the nodes again that a request has given.
+    notes: Notes,
+    /// A reply that lies where its NODE goes.
+    scratch: Vec<u8>,
     /// Operations that the ring had no room for.
     refused: Vec<Op>,
     ending: Option<Instant>,
@@ -88,6 +102,8 @@ enum Step {
     PeerFull,
     /// It must wait until a large buffer is free.
     Starved,
+    /// It must wait until the guest has told all of what its session was.
+    Unready,
 }
 
 impl<R: Ring> Shard<R> {
@@ -99,6 +115,7 @@ impl<R: Ring> Shard<R> {
             conns: Slab::new(),
             buffers: BufferPool::default(),
             splicer: Splicer::default(),
+            attached: 0,
             large_sockets: 0,
             listening: Vec::new(),
             spin: Spin::new(spin),
@@ -107,6 +124,8 @@ impl<R: Ring> Shard<R> {
             starved: Vec::new(),
             large_returned: 0,
             sweep_at: None,
+            notes: Notes::new(),
+            scratch: Vec::new(),
             refused: Vec::new(),
             ending: None,
         }
@@ -160,7 +179,7 @@ impl<R: Ring> Shard<R> {
 
     fn publish(&self) {
         let stats = &self.shared.stats;
-        stats.connections.store(self.conns.len() as u64, Relaxed);
+        stats.connections.store(self.attached as u64, Relaxed);
         // Each open connection has one buffer to receive into.
         stats.buffers_in_use.store(self.buffers.in_use() as u64, Relaxed);
     }
@@ -207,7 +226,9 @@ impl<R: Ring> Shard<R> {
 
     fn step_mail(&mut self, mail: Mail) {
         match mail {
-            Mail::Connection(conn) => self.adopt(*conn),
+            Mail::Join(newcomer) => self.join(newcomer),
+            Mail::End { session, conn, reason } => self.session_ended(session, conn, reason),
+            Mail::Restored { session, conn } => self.restored(session, conn),
             Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
@@ -217,48 +238,42 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    fn adopt(&mut self, mut conn: Connection) {
-        if self.conns.len() >= CONNS_PER_SHARD_MAX || self.ending.is_some() {
-            tracing::warn!(peer = conn.session.peer, "too many connections on this shard");
-            return self.shared.registry.detach(&conn.session, conn.index);
-        }
-        let (buf, range) = conn.start(&mut self.buffers);
-        let key = self.conns.insert(conn);
-        self.receive(key, buf, range);
-    }
-
     fn receive(&mut self, key: usize, buf: Buf, range: Range<usize>) {
-        let conn = &mut self.conns[key];
-        conn.in_flight += 1;
+        let link = &mut self.conns[key].link;
+        link.in_flight += 1;
         if buf.is_large() {
-            conn.receiving_since.get_or_insert_with(Instant::now);
+            link.receiving_since.get_or_insert_with(Instant::now);
         }
         self.listen(key, buf, range);
     }
 
     fn received(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
         let conn = &mut self.conns[key];
-        conn.in_flight -= 1;
+        let link = &mut conn.link;
+        link.in_flight -= 1;
         match result {
             Ok(n) if n > 0 => {
                 if n == range.len() {
                     // A large buffer is filled up to the end of its batch.
-                    conn.receiving_since = None;
+                    link.receiving_since = None;
                 }
-                conn.handle_received(buf, 0..range.start + n, &mut self.buffers);
+                link.handle_received(buf, 0..range.start + n, &mut self.buffers);
+                if let Some(ticket) = link.unproven.take() {
+                    self.shared.registry.prove(&conn.session, ticket);
+                }
+                conn.waiting.iter_mut().for_each(|waiting| waiting.heard = true);
                 self.touched.push(key);
             }
             Err(Errno::INTR | Errno::AGAIN) => self.receive(key, buf, range),
             end => {
                 self.buffers.give(buf);
-                conn.end_receiving();
+                link.end_receiving();
+                let (session, conn) = (conn.session.id, conn.index);
                 match end {
-                    Err(error) if conn.closing.is_none() => {
-                        tracing::info!(session = conn.session.id, %error, "connection lost");
+                    Err(error) if link.closing.is_none() => {
+                        tracing::info!(session, conn, %error, "connection lost");
                     }
-                    _ => {
-                        tracing::debug!(session = conn.session.id, "connection closed by the peer")
-                    }
+                    _ => tracing::debug!(session, conn, "connection closed by the peer"),
                 }
                 self.hang_up(key, Reason::Unmounted);
             }
@@ -266,30 +281,29 @@ impl<R: Ring> Shard<R> {
     }
 
     fn send(&mut self, key: usize, buf: Buf, range: Range<usize>) {
-        let conn = &mut self.conns[key];
-        conn.in_flight += 1;
-        conn.sending_since.get_or_insert_with(Instant::now);
-        let socket = conn.socket.clone();
+        let link = &mut self.conns[key].link;
+        let Some(socket) = link.socket.clone() else { return self.buffers.give(buf) };
+        link.in_flight += 1;
+        link.sending_since.get_or_insert_with(Instant::now);
         self.submit(Op { io: Io::Send { socket, buf, range }, tag: Tag::Stream(key) });
     }
 
     fn sent(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
         let conn = &mut self.conns[key];
-        conn.in_flight -= 1;
+        conn.link.in_flight -= 1;
         let done = match result {
             Ok(n) => n,
             Err(Errno::INTR | Errno::AGAIN) => 0,
             Err(error) => {
                 tracing::debug!(session = conn.session.id, %error, "cannot send");
                 self.buffers.give(buf);
-                conn.drop_output(&mut self.buffers);
                 return self.hang_up(key, Reason::Unmounted);
             }
         };
-        match conn.handle_sent(buf, range, done, &mut self.buffers) {
+        match conn.link.handle_sent(buf, range, done, &mut self.buffers) {
             Some((buf, rest)) => self.send(key, buf, rest),
             None => {
-                conn.sending_since = None;
+                conn.link.sending_since = None;
                 add(&self.shared.stats.batches_out, 1);
                 self.touched.push(key);
             }
@@ -302,7 +316,7 @@ impl<R: Ring> Shard<R> {
         let returned = self.buffers.large_returned();
         for key in starved {
             if let Some(conn) = self.conns.get_mut(key) {
-                conn.starving = false;
+                conn.link.starving = false;
                 self.work_on(key);
             }
         }
@@ -323,7 +337,7 @@ impl<R: Ring> Shard<R> {
         if self.buffers.large_returned() != returned {
             for key in std::mem::take(&mut self.starved) {
                 if let Some(conn) = self.conns.get_mut(key) {
-                    conn.starving = false;
+                    conn.link.starving = false;
                     self.touched.push(key);
                 }
             }
@@ -343,28 +357,30 @@ impl<R: Ring> Shard<R> {
     /// Whether it has more to do.
     fn work_through(&mut self, key: usize) -> bool {
         for _ in 0..RECORDS_A_TURN_MAX {
-            let conn = &mut self.conns[key];
-            let before = conn.batches_received();
-            let next = conn.poll_input(&mut self.buffers);
+            let link = &mut self.conns[key].link;
+            let before = link.batches_received();
+            let next = link.poll_input(&mut self.buffers);
             // Before its replies leave: who has one may look at the counters.
-            add(&self.shared.stats.batches_in, (conn.batches_received() - before) as usize);
+            add(&self.shared.stats.batches_in, (link.batches_received() - before) as usize);
             match next {
                 Ok(Next::Record(header, buf, body)) => match self.record(key, header, &buf, body) {
                     Ok(Step::Taken) => {
-                        self.conns[key].record_taken();
+                        self.conns[key].link.record_taken();
                         self.buffers.give_shared(buf);
                     }
                     Ok(wait) => {
                         self.buffers.give_shared(buf);
-                        let starved = matches!(wait, Step::Starved);
-                        if starved {
+                        if matches!(wait, Step::Starved) {
                             self.starve(key);
                         }
                         // A peer that was full has taken something: there may be room again.
-                        return self.flush(key) && !starved && self.conns.contains(key);
+                        let full = matches!(wait, Step::PeerFull);
+                        return self.flush(key) && full && self.conns.contains(key);
                     }
                     Err(reason) => {
                         self.buffers.give_shared(buf);
+                        let violation = reason == Reason::Protocol;
+                        add(&self.shared.stats.protocol_errors, usize::from(violation));
                         self.close(key, reason);
                         return false;
                     }
@@ -375,16 +391,14 @@ impl<R: Ring> Shard<R> {
                     return false;
                 }
                 Ok(Next::Wait) => {
-                    if conn.has_input() {
+                    if link.has_input() {
                         self.starve(key);
                     }
                     self.flush(key);
                     return false;
                 }
                 Err(error) => {
-                    let session = conn.session.id;
-                    tracing::warn!(session, %error, "closing a connection");
-                    self.close(key, Reason::Protocol);
+                    self.damaged(key, error);
                     return false;
                 }
             }
@@ -393,101 +407,26 @@ impl<R: Ring> Shard<R> {
         true
     }
 
+    /// A batch that is none. Its bytes are not what the peer sent, or nobody could tell: a cut. An
+    /// acknowledgement that cannot be stands in a batch that is whole: the peer's own fault.
+    fn damaged(&mut self, key: usize, error: LinkError) {
+        let session = self.conns[key].session.id;
+        add(&self.shared.stats.protocol_errors, 1);
+        tracing::warn!(session, %error, "closing a connection");
+        match error {
+            LinkError::Batch(_) | LinkError::Sequence { .. } => {
+                self.hang_up(key, Reason::Protocol);
+            }
+            LinkError::Ack { .. } => self.close(key, Reason::Protocol),
+        }
+    }
+
     fn starve(&mut self, key: usize) {
-        let conn = &mut self.conns[key];
-        if !std::mem::replace(&mut conn.starving, true) {
+        let link = &mut self.conns[key].link;
+        if !std::mem::replace(&mut link.starving, true) {
             self.starved.push(key);
             self.plan_sweep();
         }
-    }
-
-    fn plan_sweep(&mut self) {
-        let after = Duration::from_millis(SWEEP_INTERVAL_MS);
-        self.sweep_at.get_or_insert_with(|| Instant::now() + after);
-    }
-
-    /// Cuts off peers that take too long over a batch while somebody waits for their buffers, or
-    /// while they are being closed. Nobody else is in a hurry: a paused guest may take its time.
-    fn sweep(&mut self) {
-        let Some(at) = self.sweep_at else { return };
-        let now = Instant::now();
-        if now < at {
-            return;
-        }
-        self.sweep_at = None;
-        let limit = Duration::from_millis(STALL_LIMIT_MS);
-        let pressed = !self.starved.is_empty();
-        let mut stalled = Vec::new();
-        let mut again = pressed;
-        for (key, conn) in self.conns.iter() {
-            let closing = conn.closing.is_some();
-            again |= closing;
-            if (pressed || closing) && conn.is_stalled(now, limit) {
-                stalled.push(key);
-            }
-        }
-        for key in stalled {
-            let session = self.conns[key].session.id;
-            tracing::warn!(session, "cutting off a connection that takes no data");
-            self.hang_up(key, Reason::Timeout);
-        }
-        if again {
-            self.plan_sweep();
-        }
-    }
-
-    /// Sends what the connection has to say, and drops it when it is over; whether something has
-    /// left at once, of which no completion will tell.
-    fn flush(&mut self, key: usize) -> bool {
-        let mut has_sent = false;
-        while let Some((buf, range)) = self.conns[key].poll_send() {
-            if !self.send_now(key, buf, range) {
-                return has_sent;
-            }
-            has_sent = true;
-        }
-        let conn = &mut self.conns[key];
-        if conn.closing.is_some() && conn.in_flight == 0 {
-            let mut conn = self.conns.remove(key);
-            self.large_sockets -= usize::from(matches!(conn.send_buffer, SendBuffer::Bytes(_)));
-            conn.end_input(&mut self.buffers);
-            conn.drop_output(&mut self.buffers);
-            let abandoned = conn.slots_in_use() as u64;
-            self.shared.stats.slots_in_use.fetch_sub(abandoned, Relaxed);
-            self.shared.registry.detach(&conn.session, conn.index);
-        } else if conn.closing.is_some() && !conn.has_output() {
-            // Wakes the receive that is still in flight.
-            let _ = rustix::net::shutdown(&*conn.socket, rustix::net::Shutdown::Both);
-        }
-        has_sent
-    }
-
-    /// Ends a connection with a GOODBYE.
-    fn close(&mut self, key: usize, reason: Reason) {
-        let conn = &mut self.conns[key];
-        if conn.closing.is_none() {
-            if reason == Reason::Protocol {
-                add(&self.shared.stats.protocol_errors, 1);
-            }
-            let text = format!("{reason:?}");
-            conn.push(Kind::Goodbye, reason as u32, text.as_bytes(), &mut self.buffers);
-        }
-        self.end(key, reason);
-    }
-
-    /// Ends a connection whose stream is dead.
-    fn hang_up(&mut self, key: usize, reason: Reason) {
-        let conn = &mut self.conns[key];
-        conn.drop_output(&mut self.buffers);
-        self.end(key, reason);
-    }
-
-    fn end(&mut self, key: usize, reason: Reason) {
-        let conn = &mut self.conns[key];
-        conn.closing.get_or_insert(reason);
-        conn.end_input(&mut self.buffers);
-        self.plan_sweep();
-        self.flush(key);
     }
 
     fn record(
@@ -498,23 +437,34 @@ impl<R: Ring> Shard<R> {
         body: Range<usize>,
     ) -> Result<Step, Reason> {
         match Kind::from_u8(header.kind) {
+            Some(Kind::Request | Kind::Forget | Kind::Cancel)
+                if !self.conns[key].session.is_ready() =>
+            {
+                Ok(Step::Unready)
+            }
+            Some(Kind::Restore) => self.restore(key, &buf[body]),
             Some(Kind::Request) => self.request(key, header, buf, body),
             Some(Kind::Forget) => self.forget(key, header, &buf[body]),
-            Some(Kind::Cancel) => {
+            Some(Kind::Cancel) if header.code == cancel::INTERRUPT => {
                 self.cancel(key, header);
                 Ok(Step::Taken)
             }
+            Some(Kind::Cancel) if header.code == cancel::ABANDON => self.abandon(key, header),
+            Some(Kind::Cancel) => Err(self.protocol(key, "an unknown kind of CANCEL")),
             Some(Kind::Ping) => {
                 // Each costs an answer, and no slot bounds them.
                 if !self.conns[key].reserve(0) {
                     return Ok(Step::PeerFull);
                 }
-                self.conns[key].push(Kind::Pong, header.code, &[], &mut self.buffers);
+                self.conns[key].link.push(Kind::Pong, header.code, &[], &mut self.buffers);
                 Ok(Step::Taken)
             }
-            Some(Kind::Pong) => Ok(Step::Taken),
+            Some(Kind::Pong) => {
+                self.refuse_clone(key);
+                Ok(Step::Taken)
+            }
             Some(Kind::Goodbye) => Err(Reason::Unmounted),
-            Some(Kind::Hello | Kind::Welcome | Kind::Reply | Kind::Node | Kind::Restore) => {
+            Some(Kind::Hello | Kind::Welcome | Kind::Reply | Kind::Node) => {
                 Err(self.protocol(key, "a record that guests do not send"))
             }
             Some(Kind::Notify) => Err(self.protocol(key, "a record that guests do not send")),
@@ -524,7 +474,7 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(crate) fn protocol(&self, key: usize, what: impl std::fmt::Display) -> Reason {
-        tracing::warn!(session = self.conns[key].session.id, "closing a connection: {what}");
+        tracing::warn!(session = self.conns[key].session.id, "ending a session: {what}");
         Reason::Protocol
     }
 }

@@ -22,6 +22,22 @@ pub struct ShardStats {
     pub records_out: AtomicU64,
     /// Connections closed for breaking the protocol.
     pub protocol_errors: AtomicU64,
+    /// Connections that went on where another one was cut.
+    pub resumes: AtomicU64,
+    /// Sessions that another daemon had, rebuilt as their guests told.
+    pub rebuilds: AtomicU64,
+    /// Requests that a dead daemon had begun, and that were found out about.
+    pub recovered: AtomicU64,
+    /// Those of them of which nobody could tell what became.
+    pub ambiguous: AtomicU64,
+    /// Requests that came again and were answered by the reply that was kept.
+    pub replayed: AtomicU64,
+    /// Requests that came again and ran again.
+    pub reruns: AtomicU64,
+    /// Requests whose reply nobody takes.
+    pub abandoned: AtomicU64,
+    /// Connections refused because the one that they name is alive.
+    pub clones_refused: AtomicU64,
     /// Gauge: connections.
     pub connections: AtomicU64,
     /// Gauge: requests being executed.
@@ -43,6 +59,14 @@ impl Default for ShardStats {
             batches_out: AtomicU64::new(0),
             records_out: AtomicU64::new(0),
             protocol_errors: AtomicU64::new(0),
+            resumes: AtomicU64::new(0),
+            rebuilds: AtomicU64::new(0),
+            recovered: AtomicU64::new(0),
+            ambiguous: AtomicU64::new(0),
+            replayed: AtomicU64::new(0),
+            reruns: AtomicU64::new(0),
+            abandoned: AtomicU64::new(0),
+            clones_refused: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             slots_in_use: AtomicU64::new(0),
             buffers_in_use: AtomicU64::new(0),
@@ -58,10 +82,10 @@ impl ShardStats {
         self.slots_in_use.fetch_add(1, Relaxed);
     }
 
-    /// Its reply is made.
-    pub fn end_op(&self) {
+    /// It is over; whether its reply goes out.
+    pub fn end_op(&self, sent: bool) {
         self.slots_in_use.fetch_sub(1, Relaxed);
-        self.records_out.fetch_add(1, Relaxed);
+        self.records_out.fetch_add(u64::from(sent), Relaxed);
     }
 }
 
@@ -96,6 +120,14 @@ impl Totals {
             ("batches_in", sum(|s| &s.batches_in)),
             ("batches_out", sum(|s| &s.batches_out)),
             ("records_out", sum(|s| &s.records_out)),
+            ("resumes", sum(|s| &s.resumes)),
+            ("rebuilds", sum(|s| &s.rebuilds)),
+            ("recovered", sum(|s| &s.recovered)),
+            ("ambiguous", sum(|s| &s.ambiguous)),
+            ("replayed", sum(|s| &s.replayed)),
+            ("reruns", sum(|s| &s.reruns)),
+            ("abandoned", sum(|s| &s.abandoned)),
+            ("clones_refused", sum(|s| &s.clones_refused)),
         ];
         let count = |index: usize| shards.clone().map(|s| s.ops[index].load(Relaxed)).sum::<u64>();
         let mut ops = vec![("UNKNOWN".to_owned(), count(0))];

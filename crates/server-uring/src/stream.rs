@@ -21,8 +21,12 @@ impl<R: Ring> Shard<R> {
     }
 
     fn receive_by_ring(&mut self, (key, buf, range): Listening) {
-        let socket = self.conns[key].socket.clone();
-        self.submit(Op { io: Io::Recv { socket, buf, range }, tag: Tag::Stream(key) });
+        match self.conns[key].link.socket.clone() {
+            Some(socket) => {
+                self.submit(Op { io: Io::Recv { socket, buf, range }, tag: Tag::Stream(key) });
+            }
+            None => unreachable!("connection {key} waits for input without a socket"),
+        }
     }
 
     /// Waits until there is something to step, at most for [`Shard::patience`].
@@ -80,9 +84,11 @@ impl<R: Ring> Shard<R> {
         let mut any = false;
         let mut at = 0;
         while let Some((key, buf, range)) = self.listening.get_mut(at) {
-            let socket = &*self.conns[*key].socket;
+            let Some(socket) = &self.conns[*key].link.socket else {
+                unreachable!("connection {key} waits for input without a socket");
+            };
             let room = &mut buf[range.clone()];
-            match rustix::net::recv(socket, room, RecvFlags::DONTWAIT) {
+            match rustix::net::recv(&**socket, room, RecvFlags::DONTWAIT) {
                 Err(Errno::AGAIN | Errno::INTR) => at += 1,
                 result => {
                     any = true;
@@ -101,11 +107,12 @@ impl<R: Ring> Shard<R> {
             return false;
         }
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let conn = &mut self.conns[key];
-        let sent = rustix::net::send(&*conn.socket, &buf[range.clone()], flags);
+        let link = &mut self.conns[key].link;
+        let sent =
+            link.socket.as_ref().map(|to| rustix::net::send(&**to, &buf[range.clone()], flags));
         // The ring meets the error again, if it is one.
-        let done = sent.unwrap_or_default();
-        match conn.handle_sent(buf, range, done, &mut self.buffers) {
+        let done = sent.and_then(Result::ok).unwrap_or_default();
+        match link.handle_sent(buf, range, done, &mut self.buffers) {
             None => {
                 add(&self.shared.stats.batches_out, 1);
                 true

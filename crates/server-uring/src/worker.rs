@@ -10,6 +10,7 @@ use crate::ring::{Ring, UringRing};
 use crate::ring_threads::ThreadRing;
 use crate::session::Registry;
 use crate::shard::{Shard, Shared};
+use crate::state_dir::StateDir;
 use crate::stats::{ShardStats, Totals};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -17,6 +18,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// The running threads.
 pub struct Worker {
@@ -24,6 +26,7 @@ pub struct Worker {
     pool: Arc<Pool>,
     shards: Vec<ShardThread>,
     greeter: JoinHandle<()>,
+    reaper: JoinHandle<()>,
     accepted: mpsc::Sender<Accepted>,
     bell: Arc<OwnedFd>,
 }
@@ -59,8 +62,10 @@ impl Worker {
         cpus: &[usize],
         engine: Engine,
         spin: u32,
+        grace: Duration,
+        state: Option<StateDir>,
     ) -> Result<Worker, DaemonError> {
-        let registry = Arc::new(Registry::default());
+        let registry = Arc::new(Registry::new(grace, state));
         let mut pool_cpus = CpuSet::new();
         cpus.iter().for_each(|&cpu| pool_cpus.set(cpu));
         let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX), pool_cpus);
@@ -68,9 +73,9 @@ impl Worker {
         for &cpu in cpus {
             shards.push(start_shard(cpu, engine, spin, &registry, &pool)?);
         }
-        let mailboxes = shards.iter().map(|shard| shard.mailbox.clone()).collect();
+        registry.set_shards(shards.iter().map(|shard| shard.mailbox.clone()).collect());
         let opening = shares.iter().map(|_| AtomicUsize::new(0)).collect();
-        let greeter = Greeter { shares, registry: registry.clone(), shards: mailboxes, opening };
+        let greeter = Greeter { shares, registry: registry.clone(), opening };
         let greeter = Arc::new(greeter);
         let (accepted, incoming) = mpsc::channel();
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
@@ -79,7 +84,12 @@ impl Worker {
             let thread = std::thread::Builder::new().name("ringfs-greet".into());
             thread.spawn(move || greeter.run(&incoming, &bell))?
         };
-        Ok(Worker { registry, pool, shards, greeter, accepted, bell })
+        let reaper = {
+            let registry = registry.clone();
+            let thread = std::thread::Builder::new().name("ringfs-reap".into());
+            thread.spawn(move || registry.reap())?
+        };
+        Ok(Worker { registry, pool, shards, greeter, reaper, accepted, bell })
     }
 
     /// Takes a connection in.
@@ -97,7 +107,9 @@ impl Worker {
 
     /// Says goodbye to all guests and ends the threads.
     pub fn stop(self) {
-        let Worker { pool, shards, greeter, accepted, bell, .. } = self;
+        let Worker { registry, pool, shards, greeter, reaper, accepted, bell } = self;
+        registry.stop();
+        let _ = reaper.join();
         drop(accepted);
         let _ = rustix::io::write(&bell, &1u64.to_ne_bytes());
         let _ = greeter.join();

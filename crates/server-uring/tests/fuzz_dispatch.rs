@@ -3,10 +3,13 @@
 //! the session holds stays within its bounds and goes with it. RINGFS_FUZZ_SECONDS says for how
 //! long (5), RINGFS_FUZZ_SEED from where.
 
+use ringfs_server::decide::{Claims, Verdict};
 use ringfs_server::dispatch::{Request, Route};
 use ringfs_server::fs::{Fs, FsOptions};
 use ringfs_server::ring_sim::Rng;
 use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::table::Past;
+use rustix::io::Errno;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -261,6 +264,33 @@ fn learn(known: &mut Known, opcode: u32, nodeid: u64, reply: &[u8]) {
     }
 }
 
+/// As if a daemon that died had begun it, and left what it liked.
+fn recovered(
+    fs: &Fs,
+    rng: &mut Rng,
+    request: &Request<'_>,
+    out: &mut [u8],
+) -> Result<usize, Errno> {
+    let intent = fs.intent(request).map(|mut intent| {
+        intent.target.ino *= rng.below(2) as u64;
+        intent.other.ino *= rng.below(2) as u64;
+        intent.when *= rng.below(2) as u64;
+        intent.size = intent.size.saturating_sub(if rng.one_of(500) { number(rng) } else { 0 });
+        intent
+    });
+    let reply: Vec<u8> = match rng.below(3) {
+        0 => (0..rng.below(160)).map(|_| rng.below(256) as u8).collect(),
+        1 => out.iter().take(160).copied().collect(),
+        _ => vec![0xff; 128],
+    };
+    let past = if rng.one_of(500) { Past::Done(&reply) } else { Past::Running };
+    match fs.decide(request, past, intent.as_ref(), &Claims::default(), out) {
+        Verdict::Done(len) => Ok(len),
+        Verdict::NotRun => fs.execute(request, out),
+        Verdict::Unknown => Err(Errno::IO),
+    }
+}
+
 /// One frame, as a shard would take it.
 fn step(fs: &Fs, rng: &mut Rng, known: &mut Known, out: &mut [u8]) -> bool {
     let (opcode, nodeid, body) = frame(rng, known);
@@ -279,7 +309,10 @@ fn step(fs: &Fs, rng: &mut Rng, known: &mut Known, out: &mut [u8]) -> bool {
     drop(route);
     // Just the room that was promised to be enough, and a guard behind it.
     out[bytes_max..bytes_max + 8].fill(0xA5);
-    let result = fs.execute(&request, &mut out[..bytes_max]);
+    let result = match rng.below(4) {
+        0 => recovered(fs, rng, &request, &mut out[..bytes_max]),
+        _ => fs.execute(&request, &mut out[..bytes_max]),
+    };
     assert!(out[bytes_max..bytes_max + 8].iter().all(|&byte| byte == 0xA5));
     // copy_file_range(2) says EOVERFLOW by itself, of offsets that run past the end of all numbers.
     let copies = [Opcode::CopyFileRange as u32, Opcode::CopyFileRange64 as u32];

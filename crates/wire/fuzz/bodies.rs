@@ -8,7 +8,8 @@ use ringfs_wire::hello::{Hello, Welcome};
 use ringfs_wire::limits::*;
 use ringfs_wire::restore::{End, Nodes, Restore, Restores, push_node, push_restore};
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
-use ringfs_wire::slot::{ServerSlots, SlotUse};
+use ringfs_wire::slot::SlotUse;
+use ringfs_wire::table::{Abandon, Begin, Fate, Given, SlotTable};
 
 /// Bytes as they are, and with numbers and checksums made good, which no fuzzer guesses.
 pub fn both(data: &[u8], body: fn(&[u8])) {
@@ -127,9 +128,9 @@ pub fn handshake(data: &[u8]) {
                     if hello.common_version().is_none() {
                         return;
                     }
-                    session = Some(ServerSlots::new(hello.slots.min(8)));
+                    session = Some(SlotTable::new(hello.slots.min(8)));
                 }
-                Some(slots) => request(slots, &record),
+                Some(slots) => request(slots, &record, body),
             }
         }
     }
@@ -150,19 +151,32 @@ pub fn restore(data: &[u8]) {
     assert!(data.starts_with(&again));
 }
 
-fn request(slots: &mut ServerSlots, record: &RecordHeader) {
+fn request(slots: &mut SlotTable, record: &RecordHeader, body: &[u8]) {
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let in_use = slots.in_use();
     let running = slots.is_running(at);
-    match slots.begin(at) {
-        Ok(()) => {
-            assert!(!running && slots.is_running(at) && slots.in_use() == in_use + 1);
-            if record.code.is_multiple_of(2) {
-                assert_eq!(slots.finish(at), Ok(()));
-                assert!(slots.begin(at).is_err(), "the same use twice");
+    let _ = Given::by(record.code, body);
+    match record.kind {
+        // As if the connection had been cut here.
+        kind if kind == Kind::Ping as u8 => slots.cut(),
+        kind if kind == Kind::Cancel as u8 => match slots.abandon(at) {
+            Ok(Abandon::Running) => assert!(running),
+            Ok(Abandon::Over(_)) => assert_eq!(slots.abandon(at), Ok(Abandon::Void)),
+            Ok(Abandon::Void) | Err(_) => {}
+        },
+        _ => match slots.begin(at, record.code) {
+            Ok(Begin::Execute | Begin::Rerun(_)) => {
+                assert!(!running && slots.is_running(at) && slots.in_use() == in_use + 1);
+                if record.lane.is_multiple_of(2) {
+                    assert_eq!(slots.finish(at, 0, body), Ok(Fate::Send));
+                    assert!(slots.begin(at, record.code).is_err(), "the same use twice");
+                }
             }
-        }
-        Err(_) => assert_eq!(slots.in_use(), in_use),
+            Ok(Begin::Running) => assert!(running),
+            Ok(Begin::Replay) => assert!(slots.kept(at).is_some()),
+            Ok(Begin::Decide) => panic!("no daemon has died"),
+            Err(_) => assert_eq!(slots.in_use(), in_use),
+        },
     }
 }
 

@@ -10,8 +10,9 @@
 //! ```
 //!
 //! `len` counts the header in both. `code` is a REQUEST's opcode, a REPLY's errno, a GOODBYE's
-//! reason, a CANCEL's kind. The record header is as long as `fuse_out_header` and as the first three fields of
-//! `fuse_in_header`: it is written over them, so frames travel where the kernel wrote them.
+//! reason, a CANCEL's kind. The record header is as long as `fuse_out_header` and as the first
+//! three fields of `fuse_in_header`: it is written over them, so frames travel where the kernel
+//! wrote them.
 //!
 //! `head_crc` (CRC32C) covers the batch header without itself and the first
 //! [`RECORD_HEAD_BYTES`] of every record; `payload_crc` covers what the records have beyond that,

@@ -24,7 +24,7 @@ pub const VERSION_MAX: u16 = 1;
 pub mod feature {
     /// Payload checksums in both directions.
     pub const PAYLOAD_CRC: u64 = 1 << 0;
-    /// NODE and RESTORE: a daemon that does not know the session can rebuild it.
+    /// NODE and RESTORE: the guest keeps what rebuilds the session elsewhere.
     pub const RESTORE: u64 = 1 << 1;
     /// All that this version knows.
     pub const KNOWN: u64 = PAYLOAD_CRC | RESTORE;

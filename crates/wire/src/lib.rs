@@ -10,6 +10,7 @@
 //! - [`hello`]: the handshake's messages;
 //! - [`restore`]: what rebuilds a session on a daemon that does not know it;
 //! - [`slot`]: the session table: what is in flight, and exactly once;
+//! - [`table`]: the daemon's half of it, which outlives connections;
 //! - [`session`]: one connection's sequence numbers and acknowledgements;
 //! - [`spin`]: how often either end looks again before it sleeps.
 #![forbid(unsafe_code)]
@@ -23,3 +24,4 @@ pub mod restore;
 pub mod session;
 pub mod slot;
 pub mod spin;
+pub mod table;

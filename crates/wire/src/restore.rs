@@ -142,6 +142,26 @@ pub fn push_node(body: &mut Vec<u8>, id: u64, write: impl FnOnce(&mut Vec<u8>)) 
     true
 }
 
+/// Cuts a body that [`push_node`] made into several of at most `bytes_max` each, for a sender whose
+/// batches have less room. No entry is cut: one alone may be longer, by the bound of a recipe.
+pub fn split_nodes(body: &[u8], bytes_max: usize) -> impl Iterator<Item = &[u8]> {
+    let mut rest = body;
+    std::iter::from_fn(move || {
+        let mut nodes = Nodes::new(rest);
+        let mut end = 0;
+        while let Some(Ok(_)) = nodes.next() {
+            let here = rest.len() - nodes.rest.len();
+            if here > bytes_max && end > 0 {
+                break;
+            }
+            end = here;
+        }
+        let (first, behind) = rest.split_at(end);
+        rest = behind;
+        (end > 0).then_some(first)
+    })
+}
+
 /// Appends an entry to a RESTORE's body. `false`, and nothing is changed, where it is full (or the
 /// recipe is none): what is there is to be sent first.
 pub fn push_restore(body: &mut Vec<u8>, entry: &Restore<'_>) -> bool {
@@ -347,6 +367,28 @@ mod tests {
         let read: Result<Vec<_>, _> = Nodes::new(&body).collect();
         let expected = [Node { id: 0x0102, recipe: b"recipe..." }, Node { id: 3, recipe: b"" }];
         assert_eq!(read.as_deref(), Ok(&expected[..]));
+    }
+
+    #[test]
+    fn a_long_body_is_cut_between_entries() {
+        let mut body = Vec::new();
+        let mut id = 2;
+        while push_node(&mut body, id, |out| out.resize(out.len() + id as usize % 300, 1)) {
+            id += 1;
+        }
+        let all: Vec<_> = Nodes::new(&body).map(|node| node.expect("ours").id).collect();
+        for bytes_max in [1, 16, 1_000, 32 << 10, usize::MAX] {
+            let parts: Vec<_> = split_nodes(&body, bytes_max).collect();
+            assert_eq!(parts.concat(), body);
+            let ids: Vec<_> = parts.iter().flat_map(|part| Nodes::new(part)).collect();
+            assert!(
+                ids.iter().map(|node| node.map(|node| node.id)).eq(all.iter().map(|&id| Ok(id)))
+            );
+            let fits = |part: &&[u8]| part.len() <= bytes_max || Nodes::new(part).count() == 1;
+            assert!(parts.iter().all(fits), "{bytes_max}");
+        }
+        assert_eq!(split_nodes(&[], 100).count(), 0);
+        assert_eq!(split_nodes(&[1; 100], 100).count(), 0, "not ours");
     }
 
     #[test]

@@ -7,7 +7,8 @@ use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
-use ringfs_wire::slot::{ClientSlots, ServerSlots, SlotUse};
+use ringfs_wire::slot::{ClientSlots, SlotUse};
+use ringfs_wire::table::{Begin, Fate, SlotTable};
 
 /// A small generator whose whole state is the seed (xorshift64*).
 struct Rng(u64);
@@ -91,7 +92,7 @@ fn run(seed: u64) {
     let rng = &mut Rng(seed | 1);
     let (mut guest, mut host) = (End::new(), End::new());
     let mut slots = ClientSlots::new(16);
-    let mut table = ServerSlots::new(16);
+    let mut table = SlotTable::new(16);
     let mut running: Vec<(SlotUse, u32, Vec<u8>)> = Vec::new();
     let (mut sent, mut answered) = (0u32, 0u32);
     const TOTAL: u32 = 300;
@@ -108,12 +109,12 @@ fn run(seed: u64) {
         }
         for (record, body) in host.receive(&mut guest, rng) {
             let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-            table.begin(at).expect("a new use");
+            assert_eq!(table.begin(at, record.code), Ok(Begin::Execute));
             running.push((at, record.code, body));
         }
         if !running.is_empty() && rng.below(2) == 0 {
             let (at, code, body) = running.swap_remove(rng.below(running.len()));
-            table.finish(at).expect("running");
+            assert_eq!(table.finish(at, code, &[]), Ok(Fate::Send));
             host.push(Kind::Reply, at, code, &body);
         }
         if rng.below(3) == 0 {

@@ -461,7 +461,7 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     if !is_new && hello.ticket != Ticket([*ticket; 16]) {
         return refused(Reason::UnknownSession, "wrong ticket");
     }
-    if let Some(reason) = terms.refuses.filter(|_| resumes) {
+    if let Some(reason) = terms.refuses.filter(|_| resumes || hello.init.is_some()) {
         return refused(reason, "by order");
     }
     if resumes {

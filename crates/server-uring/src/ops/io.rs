@@ -173,6 +173,24 @@ pub fn create(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
     reply_created(fs, &entry, fh, create.flags, out)
 }
 
+/// Answers a CREATE with the file that it made before, opened as it is: who makes a file may open
+/// it, whatever its mode.
+pub(crate) fn open_made(
+    fs: &Fs,
+    request: &Request<'_>,
+    node: Arc<Node>,
+    inode: u64,
+    entry: &abi::EntryOut,
+    out: &mut [u8],
+) -> Result<usize, Errno> {
+    let create: abi::CreateIn = request.head()?;
+    check_regular(&node)?;
+    let flags = host_flags(fs, create.flags & !O_TRUNC)?;
+    let fd = fs.backend.open(inode, flags, false)?;
+    let fh = fs.insert_file(node, fd, flags);
+    reply_created(fs, entry, fh, create.flags, out)
+}
+
 /// TMPFILE: a file without a name; the name in the request means nothing.
 pub fn tmpfile(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let create: abi::CreateIn = request.head()?;
@@ -278,6 +296,17 @@ fn checked_write(fs: &Fs, request: &Request<'_>) -> Result<Write, Errno> {
         payload: start..start + size,
         kill: write.write_flags & abi::FUSE_WRITE_KILL_SUIDGID != 0,
     })
+}
+
+/// The file that a WRITE goes to.
+pub(crate) fn written(fs: &Fs, request: &Request<'_>) -> Result<Arc<OpenFile>, Errno> {
+    checked_write(fs, request).map(|write| write.file)
+}
+
+/// The bytes of a WRITE.
+pub(crate) fn payload<'a>(request: &Request<'a>) -> Result<&'a [u8], Errno> {
+    let (write, rest): (abi::WriteIn, _) = request.head_rest()?;
+    rest.get(..write.size as usize).ok_or(Errno::INVAL)
 }
 
 /// Where a WRITE goes: one that must clear suid and sgid runs without CAP_FSETID, on a thread.

@@ -101,7 +101,7 @@ fn check_served(fs: &Fs) -> Result<(), Errno> {
     if fs.options.xattr { Ok(()) } else { Err(Errno::NOSYS) }
 }
 
-fn checked_name(bytes: &[u8]) -> Result<(&CStr, &[u8]), Errno> {
+pub(crate) fn checked_name(bytes: &[u8]) -> Result<(&CStr, &[u8]), Errno> {
     let (name, rest) = text_first(bytes)?;
     let text = name.to_bytes();
     if text.is_empty() || text.len() > 255 {

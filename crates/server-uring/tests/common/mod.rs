@@ -3,9 +3,9 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use ringfs_wire::abi::{self, Opcode};
-use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader};
+use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
-use ringfs_wire::hello::{CacheMode, Hello, Reason, Ticket, Welcome, feature};
+use ringfs_wire::hello::{CacheMode, Hello, Reason, Ticket, Welcome, feature, welcome_flag};
 use ringfs_wire::limits::*;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
@@ -43,8 +43,20 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// One whose sessions end with their last connection.
     pub fn start(engine: &str) -> Daemon {
         Daemon::start_as(engine, |daemon, _| Command::new(daemon))
+    }
+
+    /// One that keeps sessions that were cut for so many seconds.
+    pub fn start_with_grace(engine: &str, seconds: u32) -> Daemon {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let grace = format!("--grace={seconds}");
+        Daemon::start_in(dir, engine, |daemon, _| {
+            let mut command = Command::new(daemon);
+            command.arg(grace);
+            command
+        })
     }
 
     /// One whose share lies in memory (tmpfs).
@@ -66,7 +78,11 @@ impl Daemon {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).expect("the share's directory");
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let child = command(env!("CARGO_BIN_EXE_ringfsd"), &share)
+        let mut command = command(env!("CARGO_BIN_EXE_ringfsd"), &share);
+        if !command.get_args().any(|arg| arg.to_string_lossy().starts_with("--grace")) {
+            command.arg("--grace=0");
+        }
+        let child = command
             .args(["--share", &format!("share={}", share.display())])
             .args(["--share", &format!("ro={},ro", share.display())])
             .args(["--listen", &format!("unix:{}", at("s"))])
@@ -236,6 +252,14 @@ pub struct Guest {
 impl Guest {
     /// The handshake.
     pub fn greet(stream: UnixStream, hello: &Hello) -> Result<Guest, End> {
+        let mut guest = Guest::hail(stream, hello);
+        guest.await_welcome()?;
+        guest.slots = ClientSlots::new(guest.welcome.slots);
+        Ok(guest)
+    }
+
+    /// Says HELLO.
+    pub fn hail(stream: UnixStream, hello: &Hello) -> Guest {
         let mut guest = Guest {
             stream,
             tx: LinkTx::new(true),
@@ -250,14 +274,56 @@ impl Guest {
         };
         guest.add(Kind::Hello as u8, SlotUse { slot: 0, seq: 0 }, 0, &hello.encode());
         guest.flush();
-        let (record, body) = guest.receive()?;
+        guest
+    }
+
+    pub fn await_welcome(&mut self) -> Result<(), End> {
+        let (record, body) = self.receive()?;
         assert_eq!(record.kind, Kind::Welcome as u8);
-        guest.welcome = Welcome::decode(&body).expect("a good WELCOME");
-        guest.slots = ClientSlots::new(guest.welcome.slots);
-        let crc = guest.welcome.features & feature::PAYLOAD_CRC != 0;
-        guest.tx.set_payload_crc(crc);
-        guest.rx.set_payload_crc(crc);
-        Ok(guest)
+        self.welcome = Welcome::decode(&body).expect("a good WELCOME");
+        let crc = self.welcome.features & feature::PAYLOAD_CRC != 0;
+        self.tx.set_payload_crc(crc);
+        self.rx.set_payload_crc(crc);
+        Ok(())
+    }
+
+    /// Cuts the connection and goes on with another one: the slots stay as they are. Gives the
+    /// old stream, for those who let it live.
+    pub fn resume(&mut self, stream: UnixStream, hello: &Hello) -> Result<UnixStream, End> {
+        let hello = Hello { ticket: self.welcome.ticket, ..hello.clone() };
+        let mut next = Guest::hail(stream, &hello);
+        next.slots = std::mem::replace(&mut self.slots, ClientSlots::new(0));
+        next.lane = self.lane;
+        let old = std::mem::replace(self, next).stream;
+        self.await_welcome()?;
+        assert_eq!(self.welcome.flags, welcome_flag::RESUMED);
+        Ok(old)
+    }
+
+    /// The same, where the old stream is closed first.
+    pub fn cut_and_resume(&mut self, daemon: &Daemon) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+        self.resume(daemon.connect(), &hello("share")).expect("resumed");
+    }
+
+    /// Waits for a PING and answers it.
+    pub fn answer_ping(&mut self) {
+        let (record, _) = self.receive().expect("a PING");
+        assert_eq!(record.kind, Kind::Ping as u8);
+        self.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, record.code, &[]);
+        self.flush();
+    }
+
+    /// Adds a request on a slot that is taken already.
+    pub fn again(&mut self, at: SlotUse, opcode: Opcode, nodeid: u64, args: &[u8]) {
+        assert!(self.add(Kind::Request as u8, at, opcode as u32, &body(nodeid, args)));
+    }
+
+    /// Gives up a request, and waits for the answer.
+    pub fn abandon(&mut self, at: SlotUse) {
+        self.add(Kind::Cancel as u8, at, cancel::ABANDON, &[]);
+        self.flush();
+        assert_eq!(self.reply().expect("an answer"), (at, Err(libc::EINTR as u32)));
     }
 
     /// Puts a record into the batch that is being built; false where it has no room.

@@ -2,6 +2,7 @@
 
 mod dirs;
 mod hostile;
+mod killed;
 mod life;
 mod pressure;
 mod random;

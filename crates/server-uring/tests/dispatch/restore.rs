@@ -355,10 +355,21 @@ fn a_reply_that_is_sent_again_is_noted_again() {
     }
     assert!(again(Opcode::Write, sub, &args, reply).is_empty());
 
+    // An error gives nothing, and so notes nothing.
+    std::fs::create_dir(dir.path().join("dir")).expect("directory");
+    let create = abi::CreateIn { flags: O_RDWR, mode: 0o600, umask: 0, open_flags: 0 };
+    let body = guest.body(ROOT, &named(create.as_bytes(), b"dir"), &[]);
+    let request = Request::parse(Opcode::Create as u32, &body).expect("whole request");
+    let (notes, mut out) = (Notes::new(), [0; 256]);
+    assert_eq!(guest.fs.execute(&request.noting(&notes), &mut out), Err(Errno::ISDIR));
+    assert!(notes.is_empty());
+
     // What runs again notes what it gives, known or not.
     let body = guest.body(ROOT, &named(&[], b"b"), &[]);
     let request = Request::parse(Opcode::Lookup as u32, &body).expect("whole request");
-    for (notes, expected) in [(Notes::new(), 0), (Notes::of_rerun(), 1)] {
+    for (again, expected) in [(false, 0), (true, 1)] {
+        let notes = Notes::new();
+        notes.note_all(again);
         let mut out = [0; size_of::<abi::EntryOut>()];
         guest.fs.execute(&request.noting(&notes), &mut out).expect("lookup");
         assert_eq!(Nodes::new(&notes.body()).count(), expected);

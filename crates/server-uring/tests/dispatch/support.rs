@@ -397,6 +397,15 @@ impl Mounted {
     /// An ext4 of its own at `path`, on a loop device that detaches itself with its mount. `None`,
     /// with a line that says why, where there is no loop device.
     pub fn ext4(image: &Path, path: PathBuf) -> Option<Mounted> {
+        Mounted::ext4_of(image, path, "256")
+    }
+
+    /// Its inodes have no room for the time of birth.
+    pub fn ext4_without_births(image: &Path, path: PathBuf) -> Option<Mounted> {
+        Mounted::ext4_of(image, path, "128")
+    }
+
+    fn ext4_of(image: &Path, path: PathBuf, inode_bytes: &str) -> Option<Mounted> {
         if !is_root() || !Path::new("/dev/loop-control").exists() {
             println!("SKIPPED: loop devices need root and /dev/loop-control");
             return None;
@@ -404,7 +413,9 @@ impl Mounted {
         let file = std::fs::File::create(image).expect("image");
         file.set_len(64 << 20).expect("length of the image");
         let run = |command: &mut Command| assert!(command.status().expect("run").success());
-        run(Command::new("mkfs.ext4").args(["-q", "-F", "-I", "256", "-N", "16384"]).arg(image));
+        run(Command::new("mkfs.ext4")
+            .args(["-q", "-F", "-I", inode_bytes, "-N", "16384"])
+            .arg(image));
         run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&path));
         Some(Mounted(path))
     }

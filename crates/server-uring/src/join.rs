@@ -1,0 +1,373 @@
+//! How connections come and go: they join, are cut, resume, and end.
+//!
+//! Part of [`Shard`]. A connection has a socket or is detached; its key stays the same until it is
+//! dropped, so that whatever is in flight finds it. Invariant: the next socket is taken only when
+//! the last operation on the one before has come back, and a newcomer is either welcomed or told
+//! why not.
+
+use super::*;
+use crate::connection::Waiting;
+use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
+use crate::link::{Link, Numbers};
+use crate::restore::TakeOverError;
+use crate::session::{Session, let_go};
+use ringfs_wire::hello::{Welcome, feature, welcome_flag};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::OwnedFd;
+
+/// Whether the peer has closed its end.
+fn has_hung_up(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(over)
+}
+
+/// Why nobody can have that session. One that was cut while it was rebuilt is to be had anew, with
+/// what it was, by the same HELLO.
+fn ended(session: &Session) -> Refusal {
+    match session.is_ready() {
+        true => refuse(Reason::UnknownSession, "no such session here any more; mount again"),
+        false => refuse(Reason::Timeout, "it was cut while it was rebuilt; come again"),
+    }
+}
+
+impl<R: Ring> Shard<R> {
+    /// Somebody said HELLO.
+    pub(super) fn join(&mut self, newcomer: Box<Newcomer>) {
+        if self.ending.is_some() {
+            return self.turn_away(*newcomer, refuse(Reason::Shutdown, "the daemon is stopping"));
+        }
+        let (session, index) = (newcomer.session.id, newcomer.conn);
+        if let Some(key) = self.key_of(session, index) {
+            return self.meet(key, newcomer);
+        }
+        if self.conns.len() >= CONNS_PER_SHARD_MAX {
+            return self.turn_away(*newcomer, refuse(Reason::Limit, "too many connections"));
+        }
+        let conn = Connection::new(newcomer.session.clone(), newcomer.conn);
+        let key = self.conns.insert(conn);
+        if !self.welcome(key, *newcomer, false) {
+            // Nothing was ever done on it.
+            self.conns[key].ended = true;
+            self.drop_if_over(key);
+        }
+    }
+
+    /// Sessions come rarely, so they are looked for.
+    fn key_of(&self, session: u64, index: u16) -> Option<usize> {
+        let mut conns = self.conns.iter();
+        conns.find(|(_, c)| c.session.id == session && c.index == index).map(|(key, _)| key)
+    }
+
+    /// The newcomer names a connection that is known. If its socket is still there, that one's peer
+    /// is asked whether it lives; the newest one of those who wait is the one that may go on.
+    fn meet(&mut self, key: usize, newcomer: Box<Newcomer>) {
+        if !self.shared.registry.knows(newcomer.ticket) {
+            let refusal = ended(&newcomer.session);
+            return self.turn_away(*newcomer, refusal);
+        }
+        let conn = &mut self.conns[key];
+        let link = &mut conn.link;
+        let older = conn.waiting.take();
+        let now = Instant::now();
+        let (until, heard) = match &older {
+            Some(older) => (older.until, older.heard),
+            None => (now + Duration::from_millis(PROBE_MS), false),
+        };
+        if older.is_none() && link.socket.is_some() && link.closing.is_none() {
+            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
+            link.push(Kind::Ping, 0, &[], &mut self.buffers);
+        }
+        conn.waiting = Some(Waiting { newcomer, until, heard });
+        if let Some(Waiting { newcomer: older, .. }) = older {
+            let text = "another connection came in its place";
+            self.turn_away(*older, refuse(Reason::Timeout, text));
+        }
+        self.plan_sweep_at(until);
+        self.flush(key);
+    }
+
+    /// The old socket's peer lives: whoever came in its place is a clone.
+    pub(super) fn refuse_clone(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        let Some(Waiting { newcomer, .. }) = conn.waiting.take() else { return };
+        tracing::warn!(session = conn.session.id, conn = conn.index, "a clone was refused");
+        add(&self.shared.stats.clones_refused, 1);
+        let text = "this session is in use by another guest; mount again";
+        self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
+    }
+
+    fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
+        say_no(&newcomer.socket, &newcomer.peer, &refusal);
+        let_go(newcomer.session);
+    }
+
+    /// Gives the connection, which has no socket, this one. False: the newcomer is gone or was
+    /// turned away.
+    fn welcome(&mut self, key: usize, newcomer: Newcomer, resumes: bool) -> bool {
+        let registry = self.shared.registry.clone();
+        let (index, presented) = (newcomer.conn, newcomer.ticket);
+        if has_hung_up(&newcomer.socket) {
+            // A ticket for it would void the one that its guest may have got since.
+            tracing::info!(session = newcomer.session.id, conn = index, "gone before the WELCOME");
+            let_go(newcomer.session);
+            return false;
+        }
+        let Some(ticket) = registry.join(&newcomer.session, index, presented, resumes) else {
+            let refusal = ended(&newcomer.session);
+            self.turn_away(newcomer, refusal);
+            return false;
+        };
+        let Newcomer { socket, session, version, numbers, .. } = newcomer;
+        let Numbers { mut tx, rx } = numbers;
+        let welcome = Welcome {
+            version,
+            lanes: session.lanes,
+            slots: session.slots,
+            conns: session.conns,
+            features: session.features,
+            ticket,
+            epoch: registry.epoch,
+            grace_s: u32::try_from(registry.grace.as_secs()).unwrap_or(u32::MAX),
+            flags: match resumes {
+                true => welcome_flag::RESUMED,
+                // On its first connection; the others come when that has been told all.
+                false if index == 0 && !session.is_ready() => welcome_flag::REBUILD,
+                false => 0,
+            },
+        };
+        if !send(&socket, &mut tx, rx.received(), (Kind::Welcome, 0), welcome.as_bytes()) {
+            tracing::info!(session = session.id, conn = index, "gone before the WELCOME");
+            if resumes {
+                registry.cut(&session, index, true);
+            }
+            let_go(session);
+            return false;
+        }
+        // The ring waits for readiness itself; a non-blocking socket would answer EAGAIN instead.
+        let _ = rustix::io::ioctl_fionbio(&socket, false);
+        let payload_crc = session.features & feature::PAYLOAD_CRC != 0;
+        let conn = &mut self.conns[key];
+        conn.link = Link::new(Arc::new(socket), Numbers { tx, rx }, payload_crc);
+        conn.link.unproven = Some(ticket).filter(|_| ticket != presented);
+        let (buf, range) = conn.link.start(&mut self.buffers);
+        self.attached += 1;
+        if resumes {
+            add(&self.shared.stats.resumes, 1);
+            tracing::info!(session = session.id, conn = index, "connection resumed");
+        }
+        let_go(session);
+        self.receive(key, buf, range);
+        true
+    }
+
+    /// Sends what the connection has to say, and goes on with its life when its socket is over;
+    /// whether something has left at once, of which no completion will tell.
+    pub(super) fn flush(&mut self, key: usize) -> bool {
+        let mut has_sent = false;
+        while let Some((buf, range)) = self.conns[key].link.poll_send() {
+            if !self.send_now(key, buf, range) {
+                return has_sent;
+            }
+            has_sent = true;
+        }
+        let conn = &self.conns[key];
+        let (link, running) = (&conn.link, conn.running);
+        if link.closing.is_some()
+            && let Some(socket) = &link.socket
+        {
+            // A GOODBYE leaves behind the replies; a dead stream takes none.
+            if link.in_flight == 0 && (link.dead || running == 0) {
+                self.unlink(key);
+            } else if !link.has_output() {
+                // Wakes the receive that is still in flight.
+                let _ = rustix::net::shutdown(&**socket, rustix::net::Shutdown::Both);
+            }
+        }
+        if !self.conns[key].is_attached() {
+            self.drop_if_over(key);
+        }
+        has_sent
+    }
+
+    /// The last operation on the socket has come back: closes it.
+    fn unlink(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        let mut link = std::mem::replace(&mut conn.link, Link::none());
+        link.end_input(&mut self.buffers);
+        link.drop_output(&mut self.buffers);
+        self.large_sockets -= usize::from(matches!(link.send_buffer, SendBuffer::Bytes(_)));
+        self.attached -= 1;
+        if !link.dead {
+            conn.cut();
+        }
+        if link.starving {
+            self.starved.retain(|&other| other != key);
+        }
+        let registry = &self.shared.registry;
+        conn.ended |= registry.grace.is_zero();
+        if !conn.ended && !conn.session.is_ready() {
+            // The guest tells all of it again, to a new one.
+            tracing::info!(session = conn.session.id, "cut before it was rebuilt");
+            conn.ended = true;
+            registry.end(conn.session.id, Reason::UnknownSession);
+        }
+        if !conn.ended {
+            tracing::info!(session = conn.session.id, conn = conn.index, "connection detached");
+            registry.cut(&conn.session, conn.index, conn.is_used());
+        }
+    }
+
+    /// A connection without a socket: goes on with the one that waits, or ends, or stays.
+    fn drop_if_over(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        if !conn.ended {
+            if let Some(Waiting { newcomer, .. }) = conn.waiting.take() {
+                self.welcome(key, *newcomer, true);
+            }
+            return;
+        }
+        if conn.running > 0 {
+            return;
+        }
+        let mut conn = self.conns.remove(key);
+        debug_assert_eq!(conn.slots_in_use(), 0, "requests that nobody will finish");
+        let waiting = conn.waiting.take();
+        let (session, index) = (conn.session.clone(), conn.index);
+        // Its tables may be the next one's.
+        drop(conn);
+        self.shared.registry.left(session, index);
+        // Without a grace time, whoever waits finds a new connection.
+        if let Some(Waiting { newcomer, .. }) = waiting {
+            self.join(newcomer);
+        }
+    }
+
+    /// The guest tells what its session was.
+    pub(super) fn restore(&mut self, key: usize, body: &[u8]) -> Result<Step, Reason> {
+        let session = self.conns[key].session.clone();
+        match session.restore(body) {
+            Ok(false) => {}
+            Ok(true) => {
+                let counts = session.fs.counts();
+                let (nodes, handles) = (counts.nodes, counts.handles);
+                tracing::info!(session = session.id, nodes, handles, "session rebuilt");
+                add(&self.shared.stats.rebuilds, 1);
+                self.shared.registry.tell_restored(&session);
+                self.shared.pool.warm(session.owner, session.fs.clone());
+            }
+            Err(error @ TakeOverError::TooMany) => {
+                tracing::warn!(session = session.id, %error, "cannot rebuild a session");
+                return Err(Reason::Limit);
+            }
+            Err(error) => return Err(self.protocol(key, error)),
+        }
+        Ok(Step::Taken)
+    }
+
+    /// Requests that have waited for a rebuild may run.
+    pub(super) fn restored(&mut self, session: u64, index: u16) {
+        self.touched.extend(self.key_of(session, index));
+    }
+
+    /// Ends a connection and its session, with a GOODBYE.
+    pub(super) fn close(&mut self, key: usize, reason: Reason) {
+        let conn = &mut self.conns[key];
+        if conn.is_attached() && conn.link.closing.is_none() {
+            let text = format!("{reason:?}");
+            conn.link.push(Kind::Goodbye, reason as u32, text.as_bytes(), &mut self.buffers);
+        }
+        conn.ended = true;
+        let session = conn.session.id;
+        self.shared.registry.end(session, reason);
+        self.end(key, reason);
+    }
+
+    /// A connection whose stream is dead: what is asked for on it is kept for the next one.
+    pub(super) fn hang_up(&mut self, key: usize, reason: Reason) {
+        let conn = &mut self.conns[key];
+        conn.link.drop_output(&mut self.buffers);
+        if !std::mem::replace(&mut conn.link.dead, true) {
+            conn.cut();
+            self.drop_bulk(key);
+        }
+        self.end(key, reason);
+    }
+
+    fn end(&mut self, key: usize, reason: Reason) {
+        let conn = &mut self.conns[key];
+        if conn.is_attached() {
+            conn.link.closing.get_or_insert(reason);
+            conn.link.end_input(&mut self.buffers);
+            self.plan_sweep();
+        }
+        self.flush(key);
+    }
+
+    /// The session has ended, perhaps by another of its connections.
+    pub(super) fn session_ended(&mut self, session: u64, index: u16, reason: Reason) {
+        let Some(key) = self.key_of(session, index) else { return };
+        let conn = &mut self.conns[key];
+        conn.ended = true;
+        // A guest that unmounts says so on each connection, or hangs up.
+        if reason == Reason::Unmounted && conn.is_attached() {
+            let until = Instant::now() + Duration::from_millis(STALL_LIMIT_MS);
+            conn.leave_by = Some(until);
+            self.plan_sweep_at(until);
+            self.flush(key);
+        } else {
+            self.close(key, reason);
+        }
+    }
+
+    pub(super) fn plan_sweep(&mut self) {
+        self.plan_sweep_at(Instant::now() + Duration::from_millis(SWEEP_INTERVAL_MS));
+    }
+
+    fn plan_sweep_at(&mut self, at: Instant) {
+        self.sweep_at = Some(self.sweep_at.map_or(at, |planned| planned.min(at)));
+    }
+
+    /// Cuts off peers that take too long over a batch while somebody waits for their buffers, or
+    /// while they are being closed, and those whose time is up. Nobody else is in a hurry: a paused
+    /// guest may take its time.
+    pub(super) fn sweep(&mut self) {
+        let Some(at) = self.sweep_at else { return };
+        let now = Instant::now();
+        if now < at {
+            return;
+        }
+        self.sweep_at = None;
+        let limit = Duration::from_millis(STALL_LIMIT_MS);
+        let pressed = !self.starved.is_empty();
+        let (mut stalled, mut clones) = (Vec::new(), Vec::new());
+        let mut next = pressed.then(|| now + Duration::from_millis(SWEEP_INTERVAL_MS));
+        let mut again = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
+        for (key, conn) in self.conns.iter().filter(|(_, conn)| conn.is_attached()) {
+            let closing = conn.link.closing.is_some();
+            if closing {
+                again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
+            }
+            let late = conn.leave_by.is_some_and(|until| until <= now);
+            if late || (pressed || closing) && conn.is_stalled(now, limit) {
+                stalled.push((key, "cutting off a connection that takes no data or stays"));
+                continue;
+            }
+            conn.leave_by.into_iter().for_each(&mut again);
+            match &conn.waiting {
+                Some(waiting) if waiting.until > now => again(waiting.until),
+                // Not its fault that nothing was received.
+                Some(_) if conn.link.starving => again(now + Duration::from_millis(PROBE_MS)),
+                Some(waiting) if waiting.heard && !closing => clones.push(key),
+                Some(_) => stalled.push((key, "an old connection is silent: it is dead")),
+                None => {}
+            }
+        }
+        next.into_iter().for_each(|next| self.plan_sweep_at(next));
+        for (key, why) in stalled {
+            tracing::warn!(session = self.conns[key].session.id, "{why}");
+            self.hang_up(key, Reason::Timeout);
+        }
+        clones.into_iter().for_each(|key| self.refuse_clone(key));
+    }
+}
