@@ -108,7 +108,8 @@ fn allowed(op: &Op, errno: Errno, before: &Model) -> bool {
     match errno {
         // It ran or did not, and nothing tells.
         Errno::IO => op.changes(),
-        // A file without a name cannot be opened again.
+        // A file without a name cannot be opened again, nor one that is to be given its name.
+        Errno::STALE if matches!(op, Op::TmpLink { .. }) => true,
         Errno::STALE => op.handle().is_some_and(|handle| before.nameless(handle)),
         _ => false,
     }
