@@ -1,5 +1,5 @@
-//! A daemon that does not know the session is told of it, and whoever uses the mount sees nothing of
-//! it: what is told, in which order, and when a mount ends instead. Needs root and FUSE.
+//! A daemon that does not know the session is told of it, and whoever uses the mount sees nothing
+//! of it: what is told, in which order, and when a mount ends instead. Needs root and FUSE.
 
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod bench;
@@ -56,8 +56,8 @@ fn known(bench: &Bench) -> (u64, u64) {
     (number("nodes_known"), number("handles_known"))
 }
 
-/// A process that has a file open: other tests drop the kernel's caches, and this process must not
-/// have it, or each program that it starts would close it first, which waits while the mount is cut.
+/// A process that has a file open: other tests drop the kernel's caches. This process must not have
+/// it, or each program that it starts would close it first, and wait while the mount is cut.
 struct Holder(Child);
 
 impl Drop for Holder {

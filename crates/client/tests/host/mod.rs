@@ -1,11 +1,11 @@
 //! A small daemon for tests: the wire over real Unix sockets, a tree in memory, faults on demand.
 //!
 //! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ is answered only when it is
-//! cancelled), and, not listed, `n0` and so on. It checks what a daemon may rely on: slots and their
-//! sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
+//! cancelled), and, not listed, `n0` and so on. It checks what a daemon may rely on: slots and
+//! their sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
 //! Its table of slots outlives connections, with every reply; a request runs once.
 
-use ringfs_wire::abi::*;
+use ringfs_wire::abi::{EntryOut, ForgetOne, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, welcome_flag};
@@ -20,13 +20,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tree::{EACH_FILE, HANG, answer};
 use zerocopy::{FromBytes, IntoBytes};
 
-pub const HELLO_TEXT: &[u8] = b"hello from the host\n";
-pub const BIG_BYTES: usize = 5 << 20;
-const EACH_FILE: [(&str, u64); 3] = [("hello", 2), ("big", 3), ("hang", 4)];
-/// The node of `n0`.
-const NUMBERED: u64 = 1000;
+mod tree;
+
+#[allow(unused_imports, reason = "not every test uses all of it")]
+pub use tree::{BIG_BYTES, HELLO_TEXT, big_byte};
 
 /// What the host grants and how it misbehaves.
 #[derive(Clone, Debug)]
@@ -708,131 +708,4 @@ fn give(shared: &Shared, conn: &Conn, opcode: u32, reply: &[u8]) {
         let kind = Kind::Node as u8;
         conn.send(RecordHeader { kind, ..Default::default() }, &body, false);
     }
-}
-
-const HANG: u32 = u32::MAX;
-const ENOENT: u32 = 2;
-const ENOSYS: u32 = 38;
-
-fn attr(nodeid: u64) -> Option<Attr> {
-    let size = match nodeid {
-        1 => 0,
-        2 => HELLO_TEXT.len(),
-        3 => BIG_BYTES,
-        4 => 4096,
-        NUMBERED.. => 0,
-        _ => return None,
-    };
-    let mode = if nodeid == 1 { 0o40755 } else { 0o100666 };
-    Some(Attr { ino: nodeid, size: size as u64, mode, nlink: 1, blksize: 4096, ..Attr::default() })
-}
-
-pub fn big_byte(offset: usize) -> u8 {
-    ((offset / 7) ^ (offset >> 13)) as u8
-}
-
-fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
-    match Opcode::from_u32(opcode).ok_or(ENOSYS)? {
-        Opcode::Init => {
-            let terms = shared.terms.lock().expect("terms").clone();
-            init(terms.init_errno, terms.init_flags)
-        }
-        Opcode::Lookup => {
-            let name = args.strip_suffix(b"\0").ok_or(22u32)?;
-            let found = EACH_FILE.iter().find(|(file, _)| file.as_bytes() == name);
-            let found = found.map(|&(_, nodeid)| nodeid).or_else(|| {
-                let digits = std::str::from_utf8(name.strip_prefix(b"n")?).ok()?;
-                Some(NUMBERED + digits.parse::<u64>().ok()?)
-            });
-            let nodeid = found.ok_or(ENOENT)?;
-            let attr = attr(nodeid).ok_or(ENOENT)?;
-            Ok(EntryOut { nodeid, attr, ..EntryOut::default() }.as_bytes().to_vec())
-        }
-        Opcode::Getattr if nodeid == 1 && !shared.terms.lock().expect("terms").answers_root => {
-            Err(HANG)
-        }
-        Opcode::Getattr => {
-            let attr = attr(nodeid).ok_or(ENOENT)?;
-            Ok(AttrOut { attr, ..AttrOut::default() }.as_bytes().to_vec())
-        }
-        Opcode::Open | Opcode::Opendir => {
-            let open_flags = fopen::DIRECT_IO;
-            let fh = shared.next_fh.fetch_add(1, Ordering::SeqCst);
-            Ok(OpenOut { fh, open_flags, backing_id: 0 }.as_bytes().to_vec())
-        }
-        Opcode::Read => read(nodeid, args),
-        Opcode::Write => {
-            let (write, data) = WriteIn::read_from_prefix(args).map_err(|_| 22u32)?;
-            let at = write.offset as usize;
-            if data.iter().enumerate().any(|(i, &byte)| byte != big_byte(at + i)) {
-                return Err(5);
-            }
-            shared.note(|seen| seen.written += data.len() as u64);
-            Ok(WriteOut { size: data.len() as u32, padding: 0 }.as_bytes().to_vec())
-        }
-        Opcode::Readdir => readdir(args),
-        Opcode::Readdirplus => readdirplus(args),
-        Opcode::Release | Opcode::Releasedir | Opcode::Flush => Ok(Vec::new()),
-        _ => Err(ENOSYS),
-    }
-}
-
-fn init(errno: u32, extra: u64) -> Result<Vec<u8>, u32> {
-    if errno != 0 {
-        return Err(errno);
-    }
-    let flags = init::MAX_PAGES | init::BIG_WRITES | init::ASYNC_DIO | init::PARALLEL_DIROPS;
-    let flags = flags | extra;
-    Ok(InitOut {
-        major: 7,
-        minor: 45,
-        max_readahead: 1 << 20,
-        flags: flags as u32,
-        max_background: 64,
-        max_write: 1 << 20,
-        time_gran: 1,
-        max_pages: 256,
-        ..InitOut::default()
-    }
-    .as_bytes()
-    .to_vec())
-}
-
-fn read(nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
-    let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
-    let (at, end) = (read.offset as usize, read.offset as usize + read.size as usize);
-    match nodeid {
-        2 => Ok(HELLO_TEXT[at.min(HELLO_TEXT.len())..end.min(HELLO_TEXT.len())].to_vec()),
-        3 => Ok((at.min(BIG_BYTES)..end.min(BIG_BYTES)).map(big_byte).collect()),
-        4 => Err(HANG),
-        _ => Err(21),
-    }
-}
-
-fn readdir(args: &[u8]) -> Result<Vec<u8>, u32> {
-    let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
-    let mut body = Vec::new();
-    for (index, (name, ino)) in EACH_FILE.iter().enumerate().skip(read.offset as usize) {
-        let (off, namelen) = (index as u64 + 1, name.len() as u32);
-        body.extend_from_slice(Dirent { ino: *ino, off, namelen, type_: 8 }.as_bytes());
-        body.extend_from_slice(name.as_bytes());
-        body.resize(body.len().next_multiple_of(8), 0);
-    }
-    Ok(body)
-}
-
-/// All entries at once, to whoever begins at the start.
-fn readdirplus(args: &[u8]) -> Result<Vec<u8>, u32> {
-    let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
-    let mut body = Vec::new();
-    for (index, (name, ino)) in EACH_FILE.iter().enumerate().skip(read.offset as usize) {
-        let (off, namelen) = (index as u64 + 1, name.len() as u32);
-        let attr = attr(*ino).ok_or(ENOENT)?;
-        let entry_out = EntryOut { nodeid: *ino, attr, ..EntryOut::default() };
-        let dirent = Dirent { ino: *ino, off, namelen, type_: 8 };
-        body.extend_from_slice(DirentPlus { entry_out, dirent }.as_bytes());
-        body.extend_from_slice(name.as_bytes());
-        body.resize(body.len().next_multiple_of(8), 0);
-    }
-    Ok(body)
 }
