@@ -31,8 +31,7 @@ use crate::e2e::load;
 use crate::fsx;
 use crate::guard::{self, Guard};
 use crate::paths::{self, Bins};
-use crate::proc::Cmd;
-use crate::rig::{self, Daemon, Mount};
+use crate::rig::{self, Asker, Daemon, Mount};
 use crate::sandbox::{LoopFs, LoopShape, Sandbox};
 use crate::{deps, mounts};
 
@@ -45,7 +44,7 @@ const PROGRESS: Duration = Duration::from_secs(5);
 /// A connection that is missing for so long is asked for.
 const HURRY: Duration = Duration::from_millis(40);
 /// Daemons that are made ready to take over from a killed one.
-const SPARES_MAX: u64 = 60;
+const SPARES_MAX: u64 = 1000;
 /// What a run may take beyond its seconds: fsx and fio end when they are done.
 const SLACK: Duration = Duration::from_secs(300);
 /// Too few cuts after the seconds: the threads go on, at most as many times as long.
@@ -262,12 +261,8 @@ impl<'a> Under<'a> {
         if args.engine == Engine::Threads {
             extra.push("--engine=threads");
         }
-        let state = sandbox.make_dir("state")?.display().to_string();
-        // A daemon that keeps nothing over a restart does not know the option.
-        let help = Cmd::new(&bins.ringfsd).arg("--help").run()?;
-        if help.contains("--state-dir") {
-            extra.extend(["--state-dir", &state]);
-        }
+        let state = sandbox.path("state").display().to_string();
+        extra.extend(["--state-dir", &state]);
         let mut daemon = Daemon::start(sandbox, bins, "d", &[rig::share("x", backing)], &extra)?;
         if let Some(ms) = args.kill_every {
             let kills = args.seconds.saturating_mul(4000) / ms.max(1);
@@ -381,13 +376,13 @@ impl<'a> Under<'a> {
         let log = self.sandbox.path(&format!("{name}.log"));
         let through = &self.proxy.socket;
         let mount = lock(&self.daemon).mount_through(through, "x", &dir, &options, &log)?;
+        let asker = mount.asker(self.sandbox, &name)?;
         self.proxy.arm(true);
         let before = account.count.load(Relaxed);
         let result = thread::scope(|scope| {
             let (done, over) = mpsc::channel::<()>();
-            let mount = &mount;
-            scope.spawn(move || self.hurry(mount, &over));
-            let result = work(mount, &name);
+            scope.spawn(move || self.hurry(asker, &over));
+            let result = work(&mount, &name);
             drop(done);
             result
         });
@@ -408,7 +403,7 @@ impl<'a> Under<'a> {
 
     /// A guest that is cut often waits for up to a second before it comes again; one that is told
     /// to comes at once, and so there is more to see.
-    fn hurry(&self, mount: &Mount, over: &mpsc::Receiver<()>) {
+    fn hurry(&self, mut asker: Asker, over: &mpsc::Receiver<()>) {
         let all = self.proxy.live();
         self.proxy.note(&format!("{all} connections"));
         let mut missing = false;
@@ -419,9 +414,8 @@ impl<'a> Under<'a> {
             }
             if was_missing
                 && missing
-                && let Err(error) = mount.reconnect()
+                && let Err(error) = asker.reconnect()
             {
-                // A client that is too old, or a mount that has ended: that shows elsewhere.
                 return self.proxy.note(&format!("ringfs reconnect: {error:#}"));
             }
         }

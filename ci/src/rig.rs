@@ -6,8 +6,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -286,10 +286,32 @@ pub struct Mount {
     guard: Option<Guard>,
 }
 
+/// Asks a client to reconnect, by a process that was made before files were opened on the mount.
+/// One that is forked later inherits them, and closes them at its exec: a FLUSH, which waits for
+/// the connection that it is to ask for.
+#[derive(Debug)]
+pub struct Asker {
+    fifo: File,
+    _process: Process,
+}
+
+impl Asker {
+    /// Asks once, and does not wait.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.fifo.write_all(b"\n").context("ask for a reconnect")
+    }
+}
+
 impl Mount {
-    /// Asks the client to join its connections anew, at once.
-    pub fn reconnect(&self) -> Result<()> {
-        Cmd::new(&self.ringfs).arg("reconnect").arg(&self.dir).limit(SETTLE).run().map(drop)
+    /// Makes it ready to be asked while files are open on it; what fails stands in `NAME.ask.log`.
+    pub fn asker(&self, sandbox: &Sandbox, name: &str) -> Result<Asker> {
+        let path = sandbox.path(&format!("{name}.ask"));
+        mkfifoat(CWD, &path, Mode::from_raw_mode(0o600)).context("make a FIFO")?;
+        let fifo = File::options().read(true).write(true).open(&path)?;
+        let each = "exec <>\"$0\"; while read -r _; do \"$1\" reconnect \"$2\"; done";
+        let sh = Cmd::new("sh").args(["-c", each]).arg(&path).arg(&self.ringfs).arg(&self.dir);
+        let process = sh.spawn(&sandbox.path(&format!("{name}.ask.log")))?;
+        Ok(Asker { fifo, _process: process })
     }
 
     /// Unmounts in the orderly way, and sees it gone.

@@ -152,13 +152,13 @@ impl<'a> Worker<'a> {
     }
 
     fn step(&mut self) -> Result<(), String> {
-        let killed = self.account.kills.load(Relaxed) > 0;
+        let killed = || self.account.kills.load(Relaxed) > 0;
         let step = match self.rng.below(100) {
             0..55 => self.own.step(killed)?,
             55..78 => self.common.step(killed)?,
-            78..87 => return self.append(killed),
-            87..96 => return self.block(killed),
-            _ => return self.claim(killed),
+            78..87 => return self.append(),
+            87..96 => return self.block(),
+            _ => return self.claim(),
         };
         if let Step::Tolerated(what) = step {
             self.account.tolerate(&what);
@@ -167,7 +167,8 @@ impl<'a> Worker<'a> {
     }
 
     /// Whether an error of what is shared is allowed; counts it.
-    fn allowed(&self, killed: bool, what: &str, error: &std::io::Error) -> bool {
+    fn allowed(&self, what: &str, error: &std::io::Error) -> bool {
+        let killed = self.account.kills.load(Relaxed) > 0;
         let allowed = killed && error.raw_os_error() == Some(Errno::IO.raw_os_error());
         if allowed {
             self.account.tolerate(&format!("{what}: {error}"));
@@ -176,7 +177,7 @@ impl<'a> Worker<'a> {
     }
 
     /// One record at the end of the log, in one write.
-    fn append(&mut self, killed: bool) -> Result<(), String> {
+    fn append(&mut self) -> Result<(), String> {
         if self.rng.once_in(20) {
             self.log = None;
         }
@@ -193,7 +194,7 @@ impl<'a> Worker<'a> {
             Err(error) => {
                 self.history.unsure.insert(seq);
                 self.log = None;
-                if !self.allowed(killed, "append", &error) {
+                if !self.allowed("append", &error) {
                     return Err(format!("append of record {seq}: {error}"));
                 }
             }
@@ -207,7 +208,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Writes or reads one of this thread's blocks.
-    fn block(&mut self, killed: bool) -> Result<(), String> {
+    fn block(&mut self) -> Result<(), String> {
         let number = self.rng.below(shared::BLOCKS_EACH);
         let at = shared::block_at(self.thread, self.threads, number);
         if self.rng.once_in(2) {
@@ -221,7 +222,7 @@ impl<'a> Worker<'a> {
                 Ok(n) => return Err(format!("write of block {number}: {n} bytes alone")),
                 Err(error) => {
                     self.history.blocks_before.insert(number, before);
-                    if self.allowed(killed, "write of a block", &error) {
+                    if self.allowed("write of a block", &error) {
                         return Ok(());
                     }
                     return Err(format!("write of block {number}: {error}"));
@@ -243,7 +244,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Tries to get a name that all threads try to get.
-    fn claim(&mut self, killed: bool) -> Result<(), String> {
+    fn claim(&mut self) -> Result<(), String> {
         let claim = self.history.tried;
         self.history.tried += 1;
         let path = self.shared.join(format!("claim-{claim}"));
@@ -256,7 +257,7 @@ impl<'a> Worker<'a> {
                     Err(error) => {
                         self.history.won.remove(&claim);
                         self.history.perhaps.insert(claim);
-                        if self.allowed(killed, "write of a claim", &error) {
+                        if self.allowed("write of a claim", &error) {
                             return Ok(());
                         }
                         Err(format!("write of claim {claim}: {error}"))
@@ -266,7 +267,7 @@ impl<'a> Worker<'a> {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             Err(error) => {
                 self.history.perhaps.insert(claim);
-                if self.allowed(killed, "claim", &error) {
+                if self.allowed("claim", &error) {
                     return Ok(());
                 }
                 Err(format!("claim {claim}: {error}"))

@@ -1,11 +1,11 @@
 //! The nodes and open files that the guest's kernel has of a session: what a daemon that does not
 //! know the session is told of it (rebuild.rs, docs/sessions.md).
 //!
-//! A reply counts before the kernel gets it; a FORGET or a RELEASE when the daemon has answered it.
-//! So at a cut this is what the daemon has to start from for all that is in flight to come out
-//! right. Invariant: a node is here exactly while lookups of it were given and not given back, and
-//! what the kernel would refuse gives nothing; only NODE entries whose reply is yet to come are
-//! here besides, and few. All of it is bounded. It must not do I/O.
+//! A reply counts before the kernel gets it; a FORGET or a RELEASE when the daemon has answered
+//! it. So at a cut this is what the daemon has to start from for all that is in flight to come
+//! out right. Invariant: a node is here exactly while lookups of it were given and not given
+//! back, and what the kernel would refuse gives nothing; only NODE entries whose reply is yet to
+//! come are here besides, and few. All of it is bounded. It must not do I/O.
 
 use crate::lane::lock;
 use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_ROOT_ID, ForgetOne, Opcode, OpenOut};

@@ -1,9 +1,9 @@
 //! A daemon that does not know the session is told of it: RESTORE, before anything else is asked.
 //!
 //! The connector does it, on the connection of lane 0, while that belongs to nobody else and no
-//! lane holds another one: so nothing changes what is told. Invariant: a rebuild that is cut short
-//! is done anew on the next connection, from the start. It must not touch requests; each lane sends
-//! what it has in flight as on any resume.
+//! lane holds another one: so nothing changes what is told. Invariant: a rebuild that is cut
+//! short is done anew on the next connection, from the start. It must not touch requests; each
+//! lane sends what it has in flight as on any resume.
 
 use crate::handshake::{HandshakeError, Joined, LIMIT, goodbye_text, io_error};
 use crate::known::{Known, Restored};

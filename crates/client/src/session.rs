@@ -73,6 +73,9 @@ impl End {
             // Numbers that cannot be are the daemon's own fault; all else the transport's.
             End::Link(error) => !matches!(error, LinkError::Ack { .. }),
             End::Lost { .. } | End::Closed { .. } | End::Silent { .. } => true,
+            // A session that was lost on its way to being rebuilt can be rebuilt; whether one that
+            // is unknown can, the next HELLO tells.
+            End::Goodbye { reason: Some(Reason::UnknownSession), .. } => true,
             End::Goodbye { reason, .. } => reason.is_some_and(|reason| reason.is_passing()),
             End::Unmounted
             | End::Aborted

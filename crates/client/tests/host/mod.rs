@@ -5,7 +5,7 @@
 //! their sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
 //! Its table of slots outlives connections, with every reply; a request runs once.
 
-use ringfs_wire::abi::{EntryOut, ForgetOne, Opcode};
+use ringfs_wire::abi::*;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, welcome_flag};
@@ -20,13 +20,18 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tree::{EACH_FILE, HANG, answer};
 use zerocopy::{FromBytes, IntoBytes};
 
 mod tree;
 
-#[allow(unused_imports, reason = "not every test uses all of it")]
-pub use tree::{BIG_BYTES, HELLO_TEXT, big_byte};
+use tree::answer;
+pub use tree::big_byte;
+
+pub const HELLO_TEXT: &[u8] = b"hello from the host\n";
+pub const BIG_BYTES: usize = 5 << 20;
+const EACH_FILE: [(&str, u64); 3] = [("hello", 2), ("big", 3), ("hang", 4)];
+/// The node of `n0`.
+const NUMBERED: u64 = 1000;
 
 /// What the host grants and how it misbehaves.
 #[derive(Clone, Debug)]
@@ -709,3 +714,7 @@ fn give(shared: &Shared, conn: &Conn, opcode: u32, reply: &[u8]) {
         conn.send(RecordHeader { kind, ..Default::default() }, &body, false);
     }
 }
+
+const HANG: u32 = u32::MAX;
+const ENOENT: u32 = 2;
+const ENOSYS: u32 = 38;

@@ -1,19 +1,6 @@
-//! The tree of the small daemon, in memory: what its requests come to.
+//! The tree of the small daemon, in memory: what each request is answered with.
 
-use super::Shared;
-use ringfs_wire::abi::*;
-use std::sync::atomic::Ordering;
-use zerocopy::{FromBytes, IntoBytes};
-
-pub const HELLO_TEXT: &[u8] = b"hello from the host\n";
-pub const BIG_BYTES: usize = 5 << 20;
-pub const EACH_FILE: [(&str, u64); 3] = [("hello", 2), ("big", 3), ("hang", 4)];
-/// The node of `n0`.
-const NUMBERED: u64 = 1000;
-/// Answered when the test says so.
-pub const HANG: u32 = u32::MAX;
-const ENOENT: u32 = 2;
-const ENOSYS: u32 = 38;
+use super::*;
 
 fn attr(nodeid: u64) -> Option<Attr> {
     let size = match nodeid {
@@ -32,7 +19,12 @@ pub fn big_byte(offset: usize) -> u8 {
     ((offset / 7) ^ (offset >> 13)) as u8
 }
 
-pub fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
+pub(super) fn answer(
+    shared: &Shared,
+    opcode: u32,
+    nodeid: u64,
+    args: &[u8],
+) -> Result<Vec<u8>, u32> {
     match Opcode::from_u32(opcode).ok_or(ENOSYS)? {
         Opcode::Init => {
             let terms = shared.terms.lock().expect("terms").clone();
@@ -78,7 +70,7 @@ pub fn answer(shared: &Shared, opcode: u32, nodeid: u64, args: &[u8]) -> Result<
     }
 }
 
-fn init(errno: u32, extra: u64) -> Result<Vec<u8>, u32> {
+pub(super) fn init(errno: u32, extra: u64) -> Result<Vec<u8>, u32> {
     if errno != 0 {
         return Err(errno);
     }
@@ -99,7 +91,7 @@ fn init(errno: u32, extra: u64) -> Result<Vec<u8>, u32> {
     .to_vec())
 }
 
-fn read(nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
+pub(super) fn read(nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
     let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
     let (at, end) = (read.offset as usize, read.offset as usize + read.size as usize);
     match nodeid {
@@ -110,7 +102,7 @@ fn read(nodeid: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
     }
 }
 
-fn readdir(args: &[u8]) -> Result<Vec<u8>, u32> {
+pub(super) fn readdir(args: &[u8]) -> Result<Vec<u8>, u32> {
     let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
     let mut body = Vec::new();
     for (index, (name, ino)) in EACH_FILE.iter().enumerate().skip(read.offset as usize) {
@@ -123,7 +115,7 @@ fn readdir(args: &[u8]) -> Result<Vec<u8>, u32> {
 }
 
 /// All entries at once, to whoever begins at the start.
-fn readdirplus(args: &[u8]) -> Result<Vec<u8>, u32> {
+pub(super) fn readdirplus(args: &[u8]) -> Result<Vec<u8>, u32> {
     let (read, _) = ReadIn::read_from_prefix(args).map_err(|_| 22u32)?;
     let mut body = Vec::new();
     for (index, (name, ino)) in EACH_FILE.iter().enumerate().skip(read.offset as usize) {
