@@ -30,7 +30,7 @@ pub enum SlotError {
 }
 
 /// The guest's side: what it keeps of each request until the reply.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ClientSlots<T> {
     slots: Vec<(u32, Option<T>)>,
     free: Vec<u16>,
