@@ -205,11 +205,12 @@ impl<R: Ring> Shard<R> {
         if conn.running > 0 {
             return;
         }
-        let conn = self.conns.remove(key);
         debug_assert_eq!(conn.slots_in_use(), 0, "requests that nobody will finish");
-        self.shared.registry.left(conn.session, conn.index);
+        // Its tables go at once: whoever comes in its place takes them.
+        let Connection { session, index, waiting, .. } = self.conns.remove(key);
+        self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
-        if let Some(Waiting { newcomer, .. }) = conn.waiting {
+        if let Some(Waiting { newcomer, .. }) = waiting {
             self.join(newcomer);
         }
     }
