@@ -314,11 +314,6 @@ impl Mount {
         Ok(Asker { fifo, _process: process })
     }
 
-    /// Asks the client to join its connections anew, at once.
-    pub fn reconnect(&self) -> Result<()> {
-        Cmd::new(&self.ringfs).arg("reconnect").arg(&self.dir).limit(SETTLE).run().map(drop)
-    }
-
     /// Unmounts in the orderly way, and sees it gone.
     pub fn umount(mut self) -> Result<()> {
         Cmd::new(&self.ringfs).arg("umount").arg(&self.dir).limit(SETTLE).run()?;
