@@ -230,12 +230,9 @@ impl<R: Ring> Shard<R> {
         if conn.running > 0 {
             return;
         }
-        let mut conn = self.conns.remove(key);
         debug_assert_eq!(conn.slots_in_use(), 0, "requests that nobody will finish");
-        let waiting = conn.waiting.take();
-        let (session, index) = (conn.session.clone(), conn.index);
-        // Its tables may be the next one's.
-        drop(conn);
+        // Its tables go at once: whoever comes in its place takes them.
+        let Connection { session, index, waiting, .. } = self.conns.remove(key);
         self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
         if let Some(Waiting { newcomer, .. }) = waiting {

@@ -7,6 +7,7 @@ use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::{CacheMode, Hello, Reason, Ticket, Welcome, feature, welcome_flag};
 use ringfs_wire::limits::*;
+use ringfs_wire::restore::Nodes;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
 use std::collections::{BTreeMap, VecDeque};
@@ -242,7 +243,9 @@ pub struct Guest {
     pub rx: LinkRx,
     pub welcome: Welcome,
     pub lane: u8,
-    slots: ClientSlots<()>,
+    /// The recipes of its nodes, for one that keeps what rebuilds its session; it answers PINGs.
+    pub recipes: Option<BTreeMap<u64, Vec<u8>>>,
+    pub slots: ClientSlots<()>,
     deframer: Deframer,
     inbox: VecDeque<Record>,
     builder: BatchBuilder,
@@ -266,6 +269,7 @@ impl Guest {
             rx: LinkRx::new(true),
             welcome: Welcome::default(),
             lane: hello.conn as u8,
+            recipes: None,
             slots: ClientSlots::new(0),
             deframer: Deframer::new(),
             inbox: VecDeque::new(),
@@ -378,6 +382,9 @@ impl Guest {
                     let text = String::from_utf8(body).expect("a GOODBYE's text is UTF-8");
                     return Err(End::Goodbye(Reason::from_u32(record.code), text));
                 }
+                if self.kept(&record, &body) {
+                    continue;
+                }
                 return Ok((record, body));
             }
             let n = match self.stream.read(self.deframer.spare()) {
@@ -398,6 +405,24 @@ impl Guest {
                 }
             }
         }
+    }
+
+    /// Whether that was no answer, but something that a guest which keeps its session deals with.
+    fn kept(&mut self, record: &RecordHeader, body: &[u8]) -> bool {
+        let Some(recipes) = &mut self.recipes else { return false };
+        if record.kind == Kind::Node as u8 {
+            for node in Nodes::new(body) {
+                let node = node.expect("a good entry");
+                recipes.insert(node.id, node.recipe.to_vec());
+            }
+            return true;
+        }
+        let is_ping = record.kind == Kind::Ping as u8;
+        if is_ping {
+            self.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, record.code, &[]);
+            self.flush();
+        }
+        is_ping
     }
 
     /// The next reply: whose, and errno or body.

@@ -1,0 +1,216 @@
+//! Many copies of one guest's memory that come at once, as clones of a snapshot do: at most one of
+//! them has the session, each other one is refused and rebuilds a session of its own, and none
+//! finds anything of another's.
+
+mod common;
+
+use common::*;
+use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::batch::Kind;
+use ringfs_wire::hello::{Hello, Reason, Ticket, feature, welcome_flag};
+use ringfs_wire::limits::RESTORE_BODY_BYTES_MAX;
+use ringfs_wire::restore::{End as Totals, Restore, push_restore};
+use ringfs_wire::slot::{ClientSlots, SlotUse};
+use std::collections::BTreeMap;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use zerocopy::{FromBytes, IntoBytes};
+
+const CLONES: u64 = 24;
+const FILES: u64 = 8;
+const FILE_BYTES: usize = 5000;
+/// From a clone's first HELLO to the answer to its first request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+const NONE: SlotUse = SlotUse { slot: 0, seq: 0 };
+
+/// What a guest has in its memory.
+#[derive(Clone)]
+struct Memory {
+    hello: Hello,
+    slots: ClientSlots<()>,
+    recipes: BTreeMap<u64, Vec<u8>>,
+    /// Node and handle of each file.
+    files: Vec<(u64, u64)>,
+}
+
+fn open_for_clones(daemon: &Daemon) -> (Guest, Memory) {
+    let features = feature::PAYLOAD_CRC | feature::RESTORE;
+    let mut hello = Hello { features, ..hello("share") };
+    let mut guest = Guest::greet(daemon.connect(), &hello).expect("welcome");
+    guest.recipes = Some(BTreeMap::new());
+    let asked = abi::InitIn {
+        major: 7,
+        minor: 45,
+        max_readahead: 128 << 10,
+        flags: abi::init::INIT_EXT as u32,
+        ..Default::default()
+    };
+    let answer = guest.call(Opcode::Init, 0, asked.as_bytes()).expect("INIT");
+    hello.init = Some(abi::InitOut::read_from_bytes(&answer).expect("an INIT answer"));
+    hello.ticket = guest.welcome.ticket;
+    let files = (0..FILES).map(|n| {
+        let (node, fh) = guest.create(&format!("file-{n}")).expect("create");
+        let data = pattern(n, FILE_BYTES);
+        assert_eq!(guest.write(node, fh, 0, &data), Ok(FILE_BYTES as u32));
+        (node, fh)
+    });
+    let files = files.collect();
+    let recipes = guest.recipes.clone().unwrap_or_default();
+    assert_eq!(recipes.len() as u64, FILES, "nodes that nothing finds again");
+    let memory = Memory { hello, slots: guest.slots.clone(), recipes, files };
+    (guest, memory)
+}
+
+impl Memory {
+    /// What the daemon has to be told, before any request.
+    fn tell(&self, guest: &mut Guest) {
+        let flags = libc::O_RDWR as u32;
+        let nodes = self.recipes.iter().map(|(&id, recipe)| Restore::Node { id, count: 1, recipe });
+        let handles = self.files.iter().map(|&(node, fh)| Restore::Handle {
+            fh,
+            node,
+            flags,
+            directory: false,
+        });
+        let end = Restore::End(Totals {
+            nodes: FILES,
+            handles: FILES,
+            node_id_max: self.files.iter().map(|file| file.0).max().unwrap_or(0),
+            fh_max: self.files.iter().map(|file| file.1).max().unwrap_or(0),
+        });
+        let mut body = Vec::with_capacity(RESTORE_BODY_BYTES_MAX);
+        for entry in nodes.chain(handles).chain([end]) {
+            assert!(push_restore(&mut body, &entry), "one record is enough");
+        }
+        assert!(guest.add(Kind::Restore as u8, NONE, 0, &body));
+        assert!(guest.flush());
+    }
+
+    /// Comes as a guest does that has lost its connection; whether it has the session itself.
+    fn come(&self, daemon: &Daemon) -> (Guest, bool) {
+        let mut hello = self.hello.clone();
+        let begun = Instant::now();
+        loop {
+            assert!(begun.elapsed() < LIMIT, "neither resumed nor rebuilt");
+            match Guest::greet(daemon.connect(), &hello) {
+                Ok(mut guest) => {
+                    let is_own = guest.welcome.flags == welcome_flag::RESUMED;
+                    assert_ne!(guest.welcome.ticket, self.hello.ticket);
+                    guest.slots = self.slots.clone();
+                    guest.recipes = Some(self.recipes.clone());
+                    if !is_own {
+                        assert_eq!(guest.welcome.flags, welcome_flag::REBUILD);
+                        self.tell(&mut guest);
+                    }
+                    return (guest, is_own);
+                }
+                // It is another one's.
+                Err(End::Goodbye(Some(Reason::UnknownSession), _)) => hello.ticket = Ticket::NONE,
+                // Another one came while this one waited.
+                Err(End::Goodbye(Some(reason), _)) if reason.is_passing() => {}
+                Err(end) => panic!("{end:?}"),
+            }
+        }
+    }
+
+    /// A life of its own: the files of before, and one that no other clone has.
+    fn live(&self, guest: &mut Guest, n: u64) {
+        for (of, &(node, fh)) in self.files.iter().enumerate() {
+            let data = guest.read(node, fh, 0, FILE_BYTES as u32);
+            assert_eq!(data, Ok(pattern(of as u64, FILE_BYTES)), "clone {n}, file {of}");
+        }
+        let (node, fh) = guest.create(&format!("clone-{n}")).expect("create");
+        assert!(self.files.iter().all(|file| file.0 != node && file.1 != fh), "given twice");
+        let data = pattern(1000 + n, FILE_BYTES);
+        assert_eq!(guest.write(node, fh, 0, &data), Ok(FILE_BYTES as u32));
+        assert_eq!(guest.read(node, fh, 0, FILE_BYTES as u32), Ok(data));
+        let entry = guest.lookup(1, &format!("clone-{n}")).expect("there");
+        assert_eq!((entry.nodeid, entry.attr.size), (node, FILE_BYTES as u64));
+        guest.release(node, fh).expect("release");
+    }
+}
+
+fn goodbye(mut guest: Guest) {
+    guest.add(Kind::Goodbye as u8, NONE, Reason::Unmounted as u32, &[]);
+    guest.flush();
+    guest.ending();
+}
+
+/// All clones at once; how many have the original's session.
+fn clones_come(daemon: &Daemon, memory: &Memory) -> usize {
+    let (begin, lived) = (Barrier::new(CLONES as usize), AtomicU64::new(0));
+    let clone = |n: u64| {
+        begin.wait();
+        let begun = Instant::now();
+        let (mut guest, is_own) = memory.come(daemon);
+        let (node, fh) = memory.files[0];
+        assert!(guest.read(node, fh, 0, 1).is_ok(), "clone {n}");
+        let took = begun.elapsed();
+        assert!(took < ANSWER_LIMIT, "clone {n} was answered after {took:?}");
+        memory.live(&mut guest, n);
+        // Nobody leaves before all have lived; who is there answers when it is asked.
+        lived.fetch_add(1, Ordering::Relaxed);
+        while lived.load(Ordering::Relaxed) < CLONES {
+            assert!(guest.read(node, fh, 0, 1).is_ok(), "clone {n}");
+            assert!(begun.elapsed() < LIMIT, "clone {n} is left alone");
+        }
+        goodbye(guest);
+        is_own
+    };
+    std::thread::scope(|scope| {
+        let clones: Vec<_> = (0..CLONES).map(|n| scope.spawn(move || clone(n))).collect();
+        let own = clones.into_iter().map(|clone| clone.join().expect("a clone"));
+        own.filter(|&is_own| is_own).count()
+    })
+}
+
+fn twenty_four_clones(original_lives: bool) {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 600);
+        let before = daemon.gauges_at_rest();
+        let (original, memory) = open_for_clones(&daemon);
+        let over = AtomicBool::new(false);
+        let resumed = std::thread::scope(|scope| {
+            let original = original_lives.then_some(original);
+            // One that lives goes on asking, and by that answers for itself.
+            let life = original.map(|mut original| {
+                let (over, files) = (&over, &memory.files);
+                scope.spawn(move || {
+                    while !over.load(Ordering::Relaxed) {
+                        let (node, fh) = files[1];
+                        let data = original.read(node, fh, 0, FILE_BYTES as u32);
+                        assert_eq!(data, Ok(pattern(1, FILE_BYTES)), "the original");
+                    }
+                    original
+                })
+            });
+            let resumed = clones_come(&daemon, &memory);
+            over.store(true, Ordering::Relaxed);
+            if let Some(life) = life {
+                goodbye(life.join().expect("the original"));
+            }
+            resumed
+        });
+        assert!(resumed <= usize::from(!original_lives), "{resumed} have one session");
+        let counters = daemon.counters();
+        assert_eq!(counters["rebuilds"], CLONES - resumed as u64);
+        assert_eq!(counters["protocol_errors"], 0);
+        for n in 0..CLONES {
+            let made = std::fs::read(daemon.share().join(format!("clone-{n}"))).expect("made");
+            assert!(made == pattern(1000 + n, FILE_BYTES), "clone {n}");
+        }
+        daemon.settles_at(&before);
+        daemon.stop_well();
+    }
+}
+
+#[test]
+fn twenty_four_clones_of_a_dead_guest_come_at_once() {
+    twenty_four_clones(false);
+}
+
+#[test]
+fn twenty_four_clones_of_a_living_guest_come_at_once() {
+    twenty_four_clones(true);
+}
