@@ -376,8 +376,9 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
     killed.wait(REFUSAL_LIMIT)?.context("a killed program waits for a dead daemon")?;
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;
     let status = waits.wait(REFUSAL_LIMIT)?.context("it waits for a daemon that is there")?;
-    ensure!(!status.success(), "it reads from a daemon that does not know it");
-    wait_unmounted(&mount.dir, SETTLE)?;
+    ensure!(status.success(), "it does not go on with the next daemon: {status}");
+    ensure!(fs::read(mount.dir.join("f"))? == b"x", "the mount reads something else now");
+    mount.umount()?;
     daemon.stop()
 }
 

@@ -329,7 +329,7 @@ impl Fs {
         name: &CStr,
     ) {
         if let Some(notes) = self.notes_of(request)
-            && notes.wants(given.news)
+            && notes.wants(given)
         {
             self.nodes.note(&given.node, found, parent, name, notes);
         }

@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -51,6 +51,8 @@ pub struct Node {
     owed: AtomicU64,
     /// Used since evict.rs last came by.
     used: AtomicBool,
+    /// Connections by which a NODE entry of it has left, a bit each; see notes.rs.
+    pub(crate) noted: AtomicU8,
     /// Where it was seen last.
     place: Mutex<Place>,
     /// A directory's, for notes.rs.
@@ -548,6 +550,7 @@ impl Nodes {
             given: AtomicU64::new(given),
             owed: AtomicU64::new(owed),
             used: AtomicBool::new(true),
+            noted: AtomicU8::new(0),
             place: Mutex::new(place),
             dir: OnceLock::new(),
             backend: Arc::clone(&self.backend),

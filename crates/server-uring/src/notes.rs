@@ -26,7 +26,7 @@ use rustix::io::Errno;
 use crate::dispatch::READDIRPLUS_BYTES_MAX;
 use crate::fds::Counted;
 use crate::import::{Handle, HandleKind, MountIdentity, Packed};
-use crate::nodes::{Node, Nodes};
+use crate::nodes::{Node, NodeGiven, Nodes};
 use crate::passthrough::Found;
 
 /// Handles up to this are taken; the file systems that we know have at most 40 bytes (btrfs).
@@ -40,31 +40,56 @@ const _: () = {
 
 /// The body of a NODE record that grows while a request is executed. At most
 /// [`NODE_BODY_BYTES_MAX`]; nodes beyond (none, by the bounds of replies) would be lost alone.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Notes {
     body: RefCell<Vec<u8>>,
     all: Cell<bool>,
+    conn: Cell<u16>,
+    /// What is noted leaves before any later reply of that connection.
+    in_order: bool,
+}
+
+impl Default for Notes {
+    fn default() -> Notes {
+        Notes::new()
+    }
 }
 
 impl Notes {
     /// Empty; it allocates with the first entry, and keeps its room when it is cleared.
-    pub const fn new() -> Notes {
-        Notes { body: RefCell::new(Vec::new()), all: Cell::new(false) }
+    pub fn new() -> Notes {
+        let (body, all) = (RefCell::new(Vec::new()), Cell::new(false));
+        Notes { body, all, conn: Cell::new(0), in_order: true }
+    }
+
+    /// For another thread, whose replies others may overtake.
+    pub fn of_pool() -> Notes {
+        Notes { in_order: false, ..Notes::new() }
     }
 
     /// What [`Notes::into_body`] gave on another thread.
     pub fn of(body: Vec<u8>) -> Notes {
-        Notes { body: RefCell::new(body), all: Cell::new(false) }
+        Notes { body: RefCell::new(body), ..Notes::new() }
     }
 
-    /// Whether the next request runs again because its reply was lost: what it gives may be known
-    /// by now, and have been noted in that reply alone. Then all that it gives is noted.
-    pub fn note_all(&self, all: bool) {
-        self.all.set(all);
+    /// By which connection the next request came, and whether it runs again because its reply was
+    /// lost: what it gives may be known by now, and have been noted in that reply alone. Then all
+    /// that it gives is noted.
+    pub fn begin(&self, conn: u16, again: bool) {
+        self.conn.set(conn);
+        self.all.set(again);
     }
 
-    pub(crate) fn wants(&self, news: bool) -> bool {
-        news || self.all.get()
+    /// Whether a node that is given is to be noted: not where an entry of it has left by this very
+    /// connection. One that left by another may be lost with that, while this reply arrives.
+    pub(crate) fn wants(&self, given: &NodeGiven) -> bool {
+        let bit = 1u8 << (self.conn.get() % 8);
+        let noted = &given.node.noted;
+        let wants = given.news || self.all.get() || noted.load(Ordering::Relaxed) & bit == 0;
+        if wants && self.in_order {
+            noted.fetch_or(bit, Ordering::Relaxed);
+        }
+        wants
     }
 
     /// Nothing is due.

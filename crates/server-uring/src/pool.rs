@@ -72,6 +72,8 @@ pub struct Job {
     pub tag: RequestTag,
     /// For the body of a large reply, at [`BODY_AT`].
     pub own: Option<Buf>,
+    /// By which of the session's connections it came.
+    pub conn: u16,
     /// It runs again: its reply was lost.
     pub again: bool,
     /// Where what must be known before it runs is written.
@@ -323,12 +325,24 @@ fn execute(task: Task) -> Option<Task> {
 }
 
 fn execute_request(job: Job) {
-    let Job { fs, opcode, body, tag, mut own, again, place, past, mailbox, owner: _, session: _ } =
-        job;
+    let Job {
+        fs,
+        opcode,
+        body,
+        tag,
+        mut own,
+        conn,
+        again,
+        place,
+        past,
+        mailbox,
+        owner: _,
+        session: _,
+    } = job;
     let mut outcome = None;
     let mut small = Vec::new();
-    let notes = Notes::new();
-    notes.note_all(again);
+    let notes = Notes::of_pool();
+    notes.begin(conn, again);
     let result = match Request::parse(opcode, body.bytes()) {
         Some(request) => {
             let out = match &mut own {

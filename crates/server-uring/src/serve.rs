@@ -73,7 +73,7 @@ impl<R: Ring> Shard<R> {
                 {
                     file.intend(tag.lane, tag.at, &intent);
                 }
-                self.notes.note_all(again);
+                self.notes.begin(self.conns[key].index, again);
                 return Ok(self.execute(tag, &fs, &request, own));
             }
             Route::Read { file, offset, len } => {
@@ -111,6 +111,7 @@ impl<R: Ring> Shard<R> {
                     body: Body::of(batch, body),
                     tag,
                     own: own.take(),
+                    conn: conn.index,
                     again,
                     place: conn.session.file.as_ref().and_then(|f| f.intent(tag.lane, tag.at)),
                     past,

@@ -369,7 +369,7 @@ fn a_reply_that_is_sent_again_is_noted_again() {
     let request = Request::parse(Opcode::Lookup as u32, &body).expect("whole request");
     for (again, expected) in [(false, 0), (true, 1)] {
         let notes = Notes::new();
-        notes.note_all(again);
+        notes.begin(0, again);
         let mut out = [0; size_of::<abi::EntryOut>()];
         guest.fs.execute(&request.noting(&notes), &mut out).expect("lookup");
         assert_eq!(Nodes::new(&notes.body()).count(), expected);
