@@ -20,6 +20,9 @@ use crate::import::{self, ImportError, Recipe};
 use crate::nodes::{Node, Nodes, Place, SHARDS};
 use crate::passthrough::{Found, ROOT_INODE, Stat};
 
+/// How often a file that is being moved is looked for.
+const MOVED_TRIES_MAX: u32 = 8;
+
 /// Directories above a node that may be cold too. A path has fewer, a tree may have more.
 const DEPTH_MAX: usize = 65_536;
 /// After so many of them that are gone the node is looked for by itself: a guest may have made up
@@ -222,7 +225,18 @@ impl Nodes {
         std::iter::successors(Some(id), above).take(DEPTH_MAX).collect()
     }
 
+    /// Others move names meanwhile: what is there all the same is looked for again.
     fn load_one(&self, id: u64, recipe: &Recipe) -> Result<Arc<Node>, Errno> {
+        for _ in 0..MOVED_TRIES_MAX {
+            match self.try_load(id, recipe) {
+                Err(Errno::STALE | Errno::NOENT) if self.root.open_handle(recipe).is_ok() => {}
+                other => return other,
+            }
+        }
+        Err(Errno::STALE)
+    }
+
+    fn try_load(&self, id: u64, recipe: &Recipe) -> Result<Arc<Node>, Errno> {
         let parent = self.find_resident(recipe.parent);
         let parent = parent.and_then(|parent| Some((parent.inode().ok()?, parent)));
         let dir = parent.as_ref().map(|(inode, _)| self.backend.path_fd(*inode)).transpose()?;

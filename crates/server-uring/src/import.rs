@@ -437,7 +437,7 @@ impl Packed {
 }
 
 /// What one statx tells.
-struct Seen {
+pub(crate) struct Seen {
     ino: u64,
     kind: u16,
     links: u32,
@@ -594,12 +594,8 @@ impl Root {
         if same { Ok(Found::ByName(fd)) } else { Err(ImportError::Stale) }
     }
 
-    /// By the handle alone: finds renamed files and moved directories too. Wants
-    /// CAP_DAC_READ_SEARCH; without it everything is [`ImportError::Stale`].
-    ///
-    /// # Errors
-    /// See [`ImportError`].
-    pub fn by_handle(&self, recipe: &Recipe) -> Result<Found, ImportError> {
+    /// The file, whatever its name, and wherever it is: not for guests.
+    pub(crate) fn open_handle(&self, recipe: &Recipe) -> Result<(OwnedFd, Seen), ImportError> {
         let Some(handle) = &recipe.handle else { return Err(ImportError::Stale) };
         if handle.kind == HandleKind::IdentityOnly {
             return Err(ImportError::Stale);
@@ -619,6 +615,16 @@ impl Root {
         if !recipe.resembles(&seen) {
             return Err(ImportError::Stale);
         }
+        Ok((opened, seen))
+    }
+
+    /// By the handle alone: finds renamed files and moved directories too. Wants
+    /// CAP_DAC_READ_SEARCH; without it everything is [`ImportError::Stale`].
+    ///
+    /// # Errors
+    /// See [`ImportError`].
+    pub fn by_handle(&self, recipe: &Recipe) -> Result<Found, ImportError> {
+        let (opened, seen) = self.open_handle(recipe)?;
         let components = self.path_below(opened.as_fd())?;
         let fd = self.walk(self.dir.as_fd(), &joined(&components)?)?;
         self.check_device(fd.as_fd())?;
