@@ -206,7 +206,7 @@ impl<R: Ring> Shard<R> {
         }
         let registry = &self.shared.registry;
         conn.ended |= registry.grace.is_zero();
-        if !conn.ended && !conn.session.is_ready() {
+        if !conn.ended && conn.session.give_up() {
             // The guest tells all of it again, to a new one.
             tracing::info!(session = conn.session.id, "cut before it was rebuilt");
             conn.ended = true;

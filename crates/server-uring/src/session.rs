@@ -45,10 +45,16 @@ pub struct Session {
 }
 
 /// How far a rebuild is.
-#[derive(Default)]
 pub struct Rebuild {
-    restoring: Mutex<Restoring>,
+    /// `None`: it was given up, and nothing will ever run on the session.
+    restoring: Mutex<Option<Restoring>>,
     complete: AtomicBool,
+}
+
+impl Default for Rebuild {
+    fn default() -> Rebuild {
+        Rebuild { restoring: Mutex::new(Some(Restoring::default())), complete: false.into() }
+    }
 }
 
 impl Session {
@@ -64,9 +70,22 @@ impl Session {
     pub fn restore(&self, body: &[u8]) -> Result<bool, TakeOverError> {
         let Some(rebuild) = &self.rebuilt else { return Err(TakeOverError::Uncalled) };
         let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(restoring) = &mut *restoring else { return Err(TakeOverError::Uncalled) };
         let complete = restoring.record(&self.fs, body)?;
         rebuild.complete.store(complete, Ordering::Release);
         Ok(complete)
+    }
+
+    /// Where not all is restored, nothing will be: the guest tells it anew, to another session, and
+    /// what is in the file is that one's. False where requests may run already.
+    pub fn give_up(&self) -> bool {
+        let Some(rebuild) = &self.rebuilt else { return false };
+        let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        if rebuild.complete.load(Ordering::Acquire) {
+            return false;
+        }
+        *restoring = None;
+        true
     }
 }
 
@@ -380,7 +399,7 @@ impl Registry {
         match (&session.file, &self.state) {
             // The daemon after this one goes on with it.
             (Some(_), _) if reason == Reason::Shutdown => {}
-            (Some(file), Some(state)) if file.adopted && !session.is_ready() => {
+            (Some(file), Some(state)) if file.adopted && session.give_up() => {
                 state.give_back(file);
             }
             (Some(file), _) => file.remove(),
