@@ -82,6 +82,15 @@ fn drop_caches() {
     std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
 }
 
+/// Drops the caches until the kernel has given the files back: one that is just being closed is
+/// passed over.
+fn forget_until(what: &str, mut done: impl FnMut() -> bool) {
+    wait_until(what, || {
+        drop_caches();
+        done()
+    });
+}
+
 /// Lookups that are left of the nodes beside the root.
 fn lookups(bench: &Bench) -> BTreeMap<u64, i64> {
     bench.host.wait_for("lookups", |seen| {
@@ -132,8 +141,7 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
             });
             use_mount(&bench);
             wait_until("the connections", || status_of(&bench)["connected"] == true);
-            drop_caches();
-            wait_until("the forget", || lookups(&bench).keys().eq(&[3, 4]));
+            forget_until("the forget", || lookups(&bench).keys().eq(&[3, 4]));
             wait_until("what is known", || known(&bench) == (2, 2));
         }
         let begun = bench.host.wait_for("rebuilds", |seen| Some(seen.rebuilds.len()));
@@ -190,8 +198,7 @@ fn counts_are_what_the_kernel_gives_back() {
         // Nothing is left, and nothing is given back twice.
         drop(held);
         wait_until("the closes", || known(&bench).1 == 0);
-        drop_caches();
-        wait_until("the forgets", || lookups(&bench).is_empty());
+        forget_until("the forgets", || lookups(&bench).is_empty());
     }
     umount(&bench, client);
 }
@@ -219,8 +226,7 @@ fn what_was_lost_or_let_go_gives_nothing() {
         use_mount(&bench);
         drop(held);
         wait_until("the closes", || known(&bench).1 == 0);
-        drop_caches();
-        wait_until("the forgets", || lookups(&bench).is_empty());
+        forget_until("the forgets", || lookups(&bench).is_empty());
         umount(&bench, client);
     }
 }
@@ -235,8 +241,7 @@ fn forgets_in_flight_are_told_as_not_given_back() {
         bench.host.set_mood(Mood::LosesForgets);
         drop(held);
         wait_until("the close", || known(&bench).1 == 0);
-        drop_caches();
-        wait_until("the forget", || lookups(&bench).is_empty());
+        forget_until("the forget", || lookups(&bench).is_empty());
         bench.host.wait_for("its lost reply", |seen| (seen.lost > 0).then_some(()));
         bench.host.set_mood(Mood::Fair);
         bench.host.restart(knows_slots, None);
@@ -268,8 +273,7 @@ fn a_rebuild_that_is_cut_begins_anew_with_the_newest_ticket() {
         most_records = most_records.max(told.records);
         use_mount(&bench);
         wait_until("the connections", || status_of(&bench)["connected"] == true);
-        drop_caches();
-        wait_until("the forgets", || lookups(&bench).is_empty());
+        forget_until("the forgets", || lookups(&bench).is_empty());
         let root = bench.mountpoint.clone();
         within("many files", move || {
             for n in 0..FILES {
