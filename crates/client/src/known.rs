@@ -5,12 +5,15 @@
 //! it. So at a cut this is what the daemon has to start from for all that is in flight to come
 //! out right. Invariant: a node is here exactly while lookups of it were given and not given
 //! back, and what the kernel would refuse gives nothing; only NODE entries whose reply is yet to
-//! come are here besides, and few. All of it is bounded. It must not do I/O.
+//! come are here besides, and few. All of it is bounded. It must not do I/O. Where the client is to
+//! be taken over (takeover.rs), each change is in a log first, with the request that made it.
 
+use crate::journal::{Entry as Change, Log};
 use crate::lane::lock;
 use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_ROOT_ID, ForgetOne, Opcode, OpenOut};
-use ringfs_wire::limits::{RECIPE_BYTES_MAX, RESTORE_BODY_BYTES_MAX};
+use ringfs_wire::limits::{LANES_MAX, RECIPE_BYTES_MAX, RESTORE_BODY_BYTES_MAX};
 use ringfs_wire::restore::{End, NUMBER_MAX, Nodes, Restore, RestoreError, push_restore};
+use ringfs_wire::slot::SlotUse;
 use rustix::fs::{FileType, OFlags};
 use std::collections::hash_map::{Entry, RandomState};
 use std::collections::{HashMap, VecDeque};
@@ -19,7 +22,7 @@ use std::sync::{Mutex, MutexGuard};
 use zerocopy::FromBytes;
 
 /// Locks: a node may be found by one lane and forgotten by another.
-const SHARDS: usize = 64;
+pub const SHARDS: usize = 64;
 /// Nodes of one shard: 4 million in all. What comes beyond is lost with the daemon, and only then.
 const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
@@ -117,8 +120,43 @@ struct Handle {
     directory: bool,
 }
 
+/// Names the use of a slot whose reply changes something; never 0.
+pub fn tag_of(lane: u8, at: SlotUse) -> u64 {
+    1 << 63 | u64::from(lane) << 48 | u64::from(at.slot) << 32 | u64::from(at.seq)
+}
+
+/// What the last reply of a lane has changed in a shard: should it not have reached the kernel.
+#[derive(Debug, Default)]
+struct Recent {
+    tag: u64,
+    given: Vec<u64>,
+    opened: Vec<u64>,
+    /// Which of a FORGET's node ids are done.
+    forgotten: Vec<u32>,
+}
+
+/// What a shard needs for the client that takes over.
+#[derive(Debug)]
+struct Journal {
+    log: Log,
+    recent: [Recent; LANES_MAX],
+}
+
+fn recent_of(recent: &mut [Recent; LANES_MAX], tag: u64) -> &mut Recent {
+    let recent = &mut recent[(tag >> 48) as usize % LANES_MAX];
+    if recent.tag != tag {
+        recent.tag = tag;
+        recent.given.clear();
+        recent.opened.clear();
+        recent.forgotten.clear();
+    }
+    recent
+}
+
 #[derive(Debug)]
 struct Shard {
+    /// `None`: nobody takes over.
+    journal: Option<Box<Journal>>,
     nodes: HashMap<u64, Node, Keyed>,
     handles: HashMap<u64, Handle, Keyed>,
     /// Nodes that NODE named before a reply did, the oldest first.
@@ -155,15 +193,56 @@ impl Known {
     /// Nothing yet; with `is_on` false nothing ever.
     pub fn new(is_on: bool) -> Known {
         let key = Keyed::new();
-        let shard = || Shard {
-            nodes: HashMap::with_hasher(key),
-            handles: HashMap::with_hasher(key),
-            early: VecDeque::new(),
-            node_id_max: 0,
-            fh_max: 0,
-        };
         let shards = if is_on { SHARDS } else { 0 };
-        Known { shards: (0..shards).map(|_| Apart(Mutex::new(shard()))).collect(), key }
+        let shard = |_| Apart(Mutex::new(Shard::new(key, None)));
+        Known { shards: (0..shards).map(shard).collect(), key }
+    }
+
+    /// Nothing yet, and changes go into these logs; and the key that finds them again.
+    pub fn kept(logs: Vec<Log>) -> (Known, [u64; 2]) {
+        let key = Keyed::new();
+        let shards = logs.into_iter().map(|log| Apart(Mutex::new(Shard::new(key, Some(log)))));
+        (Known { shards: shards.collect(), key }, [key.start, key.factor])
+    }
+
+    /// What the logs of another client tell; `None`: they are damaged.
+    pub fn replayed(logs: Vec<Log>, key: [u64; 2]) -> Option<Known> {
+        let key = Keyed { start: key[0], factor: key[1] };
+        let shards = logs.into_iter().map(|log| {
+            let mut shard = Shard::new(key, Some(log));
+            shard.replay().then_some(Apart(Mutex::new(shard)))
+        });
+        Some(Known { shards: shards.collect::<Option<_>>()?, key })
+    }
+
+    /// Nobody will take over.
+    pub fn stop_keeping(&self) {
+        self.shards.iter().for_each(|shard| lock(&shard.0).journal = None);
+    }
+
+    /// The reply of that request has not reached the kernel: what it gave was not given.
+    pub fn undo(&self, tag: u64) {
+        self.shards.iter().for_each(|shard| lock(&shard.0).undo(tag));
+    }
+
+    /// Whether the reply to that FORGET is known to have come; then all of it is done now.
+    pub fn end_forget(&self, tag: u64, forgets: &[ForgetOne]) -> bool {
+        let has_come = |shard: &Apart| {
+            let mut shard = lock(&shard.0);
+            let journal = shard.journal.as_mut();
+            journal.is_some_and(|its| !recent_of(&mut its.recent, tag).forgotten.is_empty())
+        };
+        let has_come = self.shards.iter().any(has_come);
+        if has_come {
+            for (index, &ForgetOne { nodeid, nlookup }) in forgets.iter().enumerate() {
+                let mut shard = self.shard(nodeid);
+                let index = index as u32;
+                if !shard.recent(tag).is_some_and(|recent| recent.forgotten.contains(&index)) {
+                    shard.forget(nodeid, nlookup, index, tag);
+                }
+            }
+        }
+        has_come
     }
 
     /// The body of a NODE record.
@@ -181,6 +260,7 @@ impl Known {
     /// The daemon has answered a request, and the kernel will have the answer: to be called before.
     pub fn answered(
         &self,
+        tag: u64,
         opcode: u32,
         asked: impl FnOnce() -> Option<Asked>,
         errno: u32,
@@ -192,7 +272,7 @@ impl Known {
         if is_in(RELEASE, opcode) {
             // Whatever came of it: the kernel has forgotten the handle.
             if let Some(fh) = asked().map(|asked| asked.fh()) {
-                self.shard(fh).handles.remove(&fh);
+                self.shard(fh).close(fh);
             }
             return;
         }
@@ -201,7 +281,7 @@ impl Known {
         }
         if is_in(LISTING, opcode) {
             if asked().is_some_and(|asked| body.len() <= asked.size()) {
-                listed(body, |id| self.give(id));
+                listed(body, |id| self.give(tag, id));
             }
             return;
         }
@@ -214,25 +294,25 @@ impl Known {
             }
         };
         if let Some(id) = entry {
-            self.give(id);
+            self.give(tag, id);
         }
         if let (Some(fh), Some(asked)) = (open, asked()) {
             let node = if is_in(OPEN, opcode) { Some(asked.nodeid) } else { entry };
             let directory = opcode == Opcode::Opendir as u32;
             if let Some(node) = node {
-                self.open(fh, Handle { node, flags: asked.flags(), directory });
+                self.open(tag, fh, Handle { node, flags: asked.flags(), directory });
             }
         }
     }
 
     /// The daemon has taken node ids back: the body of a FORGET record.
-    pub fn forgotten(&self, body: &[u8]) {
+    pub fn forgotten(&self, tag: u64, body: &[u8]) {
         if self.shards.is_empty() {
             return;
         }
-        for one in body.chunks_exact(size_of::<ForgetOne>()) {
+        for (index, one) in body.chunks_exact(size_of::<ForgetOne>()).enumerate() {
             if let Ok(ForgetOne { nodeid, nlookup }) = ForgetOne::read_from_bytes(one) {
-                self.shard(nodeid).forget(nodeid, nlookup);
+                self.shard(nodeid).forget(nodeid, nlookup, index as u32, tag);
             }
         }
     }
@@ -283,22 +363,17 @@ impl Known {
         Ok(done)
     }
 
-    fn give(&self, id: u64) {
+    fn give(&self, tag: u64, id: u64) {
         // The root's lookups are not counted; the kernel refuses 0, and no daemon could count on
         // from what is larger.
         if (FUSE_ROOT_ID + 1..=NUMBER_MAX).contains(&id) {
-            self.shard(id).give(id);
+            self.shard(id).give(id, tag);
         }
     }
 
-    fn open(&self, fh: u64, handle: Handle) {
-        if !(1..=NUMBER_MAX).contains(&fh) {
-            return;
-        }
-        let mut shard = self.shard(fh);
-        shard.fh_max = shard.fh_max.max(fh);
-        if shard.handles.len() < HANDLES_PER_SHARD_MAX {
-            shard.handles.insert(fh, handle);
+    fn open(&self, tag: u64, fh: u64, handle: Handle) {
+        if (1..=NUMBER_MAX).contains(&fh) {
+            self.shard(fh).open(fh, handle, tag);
         }
     }
 
@@ -311,27 +386,209 @@ impl Known {
 }
 
 impl Shard {
-    fn hear(&mut self, id: u64, recipe: &[u8]) {
-        self.node_id_max = self.node_id_max.max(id);
-        if let Some(node) = self.nodes.get_mut(&id) {
-            if *node.recipe != *recipe {
-                node.recipe = recipe.into();
-            }
+    fn new(key: Keyed, log: Option<Log>) -> Shard {
+        let journal = log.map(|log| Box::new(Journal { log, recent: Default::default() }));
+        Shard {
+            journal,
+            nodes: HashMap::with_hasher(key),
+            handles: HashMap::with_hasher(key),
+            early: VecDeque::new(),
+            node_id_max: 0,
+            fh_max: 0,
+        }
+    }
+
+    /// Puts a change down, before it is made. What cannot be put down is not kept from then on,
+    /// and nothing else of the shard.
+    fn log(&mut self, change: &Change<'_>) {
+        let Some(journal) = &mut self.journal else { return };
+        if journal.log.append(change) {
             return;
         }
-        if self.early.len() >= EARLY_PER_SHARD_MAX
-            && let Some(oldest) = self.early.pop_front()
-            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
-        {
-            self.nodes.remove(&oldest);
+        let Some(mut journal) = self.journal.take() else { return };
+        if self.rewrite(&mut journal) && journal.log.append(change) {
+            self.journal = Some(journal);
+        } else {
+            journal.log.spoil();
+            tracing::error!("too much to keep: nobody can take this mount over any more");
         }
+    }
+
+    /// The log anew: what is, and what of it may not have reached the kernel.
+    fn rewrite(&self, journal: &mut Journal) -> bool {
+        let Journal { log, recent, .. } = journal;
+        let undecided = |id: u64| -> u64 {
+            let given = |recent: &Recent| recent.given.iter().filter(|&&its| its == id).count();
+            recent.iter().map(|recent| given(recent) as u64).sum()
+        };
+        let has_recent = recent.iter().any(|recent| !recent.given.is_empty());
+        let nodes = self.nodes.iter().filter(|(_, node)| node.count > 0).map(|(&id, node)| {
+            let undecided = if has_recent { undecided(id) } else { 0 };
+            Change::Node { id, count: node.count.saturating_sub(undecided), recipe: &node.recipe }
+        });
+        let early = self.early.iter().filter_map(|id| {
+            let node = self.nodes.get(id).filter(|node| node.count == 0)?;
+            Some(Change::Heard { id: *id, recipe: &node.recipe })
+        });
+        let opened_by = |fh: u64| recent.iter().find(|recent| recent.opened.contains(&fh));
+        let handles = self.handles.iter().map(|(&fh, handle)| {
+            let Handle { node, flags, directory } = *handle;
+            let tag = opened_by(fh).map_or(0, |recent| recent.tag);
+            Change::Opened { fh, node, flags, directory, tag }
+        });
+        let recent = recent.iter().flat_map(|recent| {
+            let tag = recent.tag;
+            let given = recent.given.iter().map(move |&id| Change::Given { id, tag });
+            // They have been taken off.
+            let forgotten = recent.forgotten.iter();
+            let forgotten =
+                forgotten.map(move |&index| Change::Forgotten { id: 0, lookups: 0, index, tag });
+            given.chain(forgotten)
+        });
+        let highest = Change::Highest { node_id: self.node_id_max, fh: self.fh_max };
+        let all = std::iter::once(highest).chain(nodes).chain(early).chain(handles).chain(recent);
+        log.rewrite(all)
+    }
+
+    /// Does again all that the log says; false: it is damaged.
+    fn replay(&mut self) -> bool {
+        let Some(journal) = self.journal.take() else { return true };
+        let Journal { log, mut recent } = *journal;
+        for change in log.entries() {
+            let Some(change) = change else { return false };
+            self.redo(&change, &mut recent);
+        }
+        self.journal = Some(Box::new(Journal { log, recent }));
+        true
+    }
+
+    fn redo(&mut self, change: &Change<'_>, recent: &mut [Recent; LANES_MAX]) {
+        match *change {
+            Change::Heard { id, recipe } => self.put_recipe(id, recipe),
+            Change::Node { id, count, recipe } => {
+                self.nodes.insert(id, Node { count, recipe: recipe.into() });
+            }
+            Change::Given { id, tag } => {
+                recent_of(recent, tag).given.push(id);
+                self.count_up(id);
+            }
+            Change::Opened { fh, node, flags, directory, tag } => {
+                if tag != 0 {
+                    recent_of(recent, tag).opened.push(fh);
+                }
+                self.put_handle(fh, Handle { node, flags, directory });
+            }
+            Change::Closed { fh } => {
+                self.handles.remove(&fh);
+            }
+            Change::Forgotten { id, lookups, index, tag } => {
+                recent_of(recent, tag).forgotten.push(index);
+                self.count_down(id, lookups);
+            }
+            Change::Undone { tag } => {
+                let undone = std::mem::take(recent_of(recent, tag));
+                self.take_back(&undone);
+            }
+            Change::Highest { node_id, fh } => {
+                self.node_id_max = self.node_id_max.max(node_id);
+                self.fh_max = self.fh_max.max(fh);
+            }
+        }
+    }
+
+    fn recent(&mut self, tag: u64) -> Option<&mut Recent> {
+        self.journal.as_mut().map(|journal| recent_of(&mut journal.recent, tag))
+    }
+
+    fn undo(&mut self, tag: u64) {
+        let Some(recent) = self.recent(tag) else { return };
+        if recent.given.is_empty() && recent.opened.is_empty() {
+            return;
+        }
+        self.log(&Change::Undone { tag });
+        if let Some(undone) = self.recent(tag).map(std::mem::take) {
+            self.take_back(&undone);
+        }
+    }
+
+    fn take_back(&mut self, undone: &Recent) {
+        for id in &undone.given {
+            if let Some(node) = self.nodes.get_mut(id).filter(|node| node.count > 0) {
+                node.count -= 1;
+                if node.count == 0 {
+                    // Its reply is yet to come.
+                    self.make_room_for_early();
+                    self.early.push_back(*id);
+                }
+            }
+        }
+        for fh in &undone.opened {
+            self.handles.remove(fh);
+        }
+    }
+
+    fn open(&mut self, fh: u64, handle: Handle, tag: u64) {
+        let Handle { node, flags, directory } = handle;
+        self.log(&Change::Opened { fh, node, flags, directory, tag });
+        if let Some(recent) = self.recent(tag) {
+            recent.opened.push(fh);
+        }
+        self.put_handle(fh, handle);
+    }
+
+    fn put_handle(&mut self, fh: u64, handle: Handle) {
+        self.fh_max = self.fh_max.max(fh);
+        if self.handles.len() < HANDLES_PER_SHARD_MAX {
+            self.handles.insert(fh, handle);
+        }
+    }
+
+    fn close(&mut self, fh: u64) {
+        if self.handles.contains_key(&fh) {
+            self.log(&Change::Closed { fh });
+            self.handles.remove(&fh);
+        }
+    }
+
+    fn hear(&mut self, id: u64, recipe: &[u8]) {
+        if self.nodes.get(&id).is_some_and(|node| *node.recipe == *recipe) {
+            return;
+        }
+        self.log(&Change::Heard { id, recipe });
+        self.put_recipe(id, recipe);
+    }
+
+    fn put_recipe(&mut self, id: u64, recipe: &[u8]) {
+        self.node_id_max = self.node_id_max.max(id);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.recipe = recipe.into();
+            return;
+        }
+        self.make_room_for_early();
         if self.nodes.len() < NODES_PER_SHARD_MAX {
             self.early.push_back(id);
             self.nodes.insert(id, Node { count: 0, recipe: recipe.into() });
         }
     }
 
-    fn give(&mut self, id: u64) {
+    fn make_room_for_early(&mut self) {
+        if self.early.len() >= EARLY_PER_SHARD_MAX
+            && let Some(oldest) = self.early.pop_front()
+            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
+        {
+            self.nodes.remove(&oldest);
+        }
+    }
+
+    fn give(&mut self, id: u64, tag: u64) {
+        self.log(&Change::Given { id, tag });
+        if let Some(recent) = self.recent(tag) {
+            recent.given.push(id);
+        }
+        self.count_up(id);
+    }
+
+    fn count_up(&mut self, id: u64) {
         self.node_id_max = self.node_id_max.max(id);
         let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
         match self.nodes.entry(id) {
@@ -346,7 +603,17 @@ impl Shard {
         }
     }
 
-    fn forget(&mut self, id: u64, lookups: u64) {
+    fn forget(&mut self, id: u64, lookups: u64, index: u32, tag: u64) {
+        if self.nodes.contains_key(&id) {
+            self.log(&Change::Forgotten { id, lookups, index, tag });
+            if let Some(recent) = self.recent(tag) {
+                recent.forgotten.push(index);
+            }
+            self.count_down(id, lookups);
+        }
+    }
+
+    fn count_down(&mut self, id: u64, lookups: u64) {
         let Entry::Occupied(mut known) = self.nodes.entry(id) else { return };
         let count = &mut known.get_mut().count;
         *count = count.saturating_sub(lookups);
@@ -530,7 +797,7 @@ mod tests {
     }
 
     fn answer(known: &Known, opcode: Opcode, asked: Asked, errno: u32, body: &[u8]) {
-        known.answered(opcode as u32, || Some(asked), errno, body);
+        known.answered(1, opcode as u32, || Some(asked), errno, body);
     }
 
     fn list(known: &Known, size: usize, body: &[u8]) {
@@ -543,7 +810,7 @@ mod tests {
             .iter()
             .flat_map(|&(nodeid, nlookup)| ForgetOne { nodeid, nlookup }.as_bytes().to_vec())
             .collect();
-        known.forgotten(&body);
+        known.forgotten(1, &body);
     }
 
     fn node(id: u64, recipe: &[u8]) -> Vec<u8> {

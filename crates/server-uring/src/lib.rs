@@ -21,7 +21,6 @@ pub mod intent;
 pub mod limits;
 pub mod link;
 pub mod mailbox;
-mod mapping;
 pub mod nodes;
 pub mod notes;
 pub mod op;
