@@ -23,6 +23,7 @@ use ringfs_wire::limits::{FORGETS_PER_RECORD_MAX, LANES_MAX, SLOTS_PER_LANE_MAX}
 use ringfs_wire::slot::SlotUse;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -268,6 +269,11 @@ const FILE_BYTES: usize =
 impl Keep {
     /// A new file.
     pub fn create() -> Result<(Keep, Places), Errno> {
+        // To go beyond it would be a signal.
+        let limit = getrlimit(Resource::Fsize).current;
+        if limit.is_some_and(|limit| limit < FILE_BYTES as u64) {
+            return Err(Errno::FBIG);
+        }
         let file = memfd_create("ringfs", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, FILE_BYTES as u64)?;
         Keep::map(file)
@@ -353,5 +359,86 @@ impl Keep {
         change(&mut next);
         terms.as_mut()[turn.wrapping_add(1) as usize & 1] = next;
         self.turn().store(turn.wrapping_add(1), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reopen(keep: &Keep) -> (Keep, Places) {
+        let file = keep.file().try_clone_to_owned().expect("dup");
+        Keep::open(file).expect("ready and sound")
+    }
+
+    fn forget(nodeid: u64) -> ForgetOne {
+        ForgetOne { nodeid, nlookup: 1 }
+    }
+
+    #[test]
+    fn nothing_is_taken_over_before_it_is_ready() {
+        let (keep, _places) = Keep::create().expect("a file");
+        let open = || Keep::open(keep.file().try_clone_to_owned().expect("dup")).err();
+        assert_eq!(open(), Some(Errno::INVAL));
+        keep.change(|terms| (terms.lanes, terms.slots) = (2, 128));
+        assert_eq!(open(), Some(Errno::INVAL));
+        keep.set_ready();
+        assert_eq!(open(), None);
+        keep.change(|terms| terms.lanes = 9);
+        assert_eq!(open(), Some(Errno::INVAL));
+        let other = memfd_create("x", MemfdFlags::CLOEXEC).expect("a file");
+        assert_eq!(Keep::open(other).err(), Some(Errno::INVAL));
+    }
+
+    #[test]
+    fn what_a_lane_puts_down_is_there_for_the_next_client() {
+        let (keep, mut places) = Keep::create().expect("a file");
+        keep.change(|terms| (terms.lanes, terms.slots, terms.joined) = (1, 8, 5));
+        keep.set_ready();
+        let lane = places.lanes.remove(0);
+        let at = |slot, seq| SlotUse { slot, seq };
+        lane.claimed(at(0, 3), 77, 15);
+        lane.claimed(at(1, 0), 79, 16);
+        lane.delivering(at(1, 0));
+        lane.claimed(at(2, u32::MAX), 81, 16);
+        lane.freed(at(2, u32::MAX), true);
+        lane.claimed(at(3, 1), 83, 16);
+        lane.abandoned(at(3, 1));
+        let forgets: Vec<_> = (2..10).map(forget).collect();
+        lane.waiting(0, &forgets[..3]);
+        lane.waiting(3, &forgets);
+        lane.forgets_claimed(at(4, 9), &forgets[5..], 5);
+        drop(lane);
+        let (keep, places) = reopen(&keep);
+        assert_eq!(keep.terms().joined, 5);
+        let lane = &places.lanes[0];
+        let cells: Vec<_> = (0..5).map(|slot| lane.cell(slot).load()).collect();
+        let told = |(state, seq, ..): (State, u32, u32, u64)| (state, seq);
+        assert_eq!(cells[0], (State::Request, 3, 15, 77));
+        assert_eq!(told(cells[1]), (State::Delivering, 0));
+        assert_eq!(told(cells[2]), (State::Free, 0));
+        assert_eq!((told(cells[3]), cells[3].3), ((State::Abandoned, 1), 83));
+        assert_eq!(told(cells[4]), (State::Forget, 9));
+        assert_eq!(lane.forgets_of(4), forgets[5..]);
+        assert_eq!(lane.forgets_waiting(), forgets[..5]);
+    }
+
+    #[test]
+    fn forgets_whose_move_was_cut_short_are_not_there_twice() {
+        let (_keep, places) = Keep::create().expect("a file");
+        let lane = &places.lanes[0];
+        let forgets: Vec<_> = (2..10).map(forget).collect();
+        lane.waiting(0, &forgets);
+        let before = lock(&lane.forgets).word.as_ref()[0].load(Ordering::Relaxed);
+        lane.forgets_claimed(SlotUse { slot: 1, seq: 0 }, &forgets[6..], 6);
+        // Killed before the last store.
+        lock(&lane.forgets).word.as_ref()[0].store(before, Ordering::Relaxed);
+        assert_eq!(lane.forgets_waiting(), forgets[..6]);
+        assert_eq!(lane.forgets_waiting(), forgets[..6]);
+        assert_eq!(lane.forgets_of(1), forgets[6..]);
+        // Killed before the slot's word: it is free, and all of them wait.
+        lane.freed(SlotUse { slot: 1, seq: 0 }, false);
+        lane.waiting(0, &forgets);
+        assert_eq!(lane.forgets_waiting(), forgets);
     }
 }

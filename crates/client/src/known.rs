@@ -734,6 +734,7 @@ impl Hasher for Mixer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keep::Keep;
     use ringfs_wire::abi::{CreateIn, Dirent, OpenIn, ReadIn, ReleaseIn};
     use ringfs_wire::restore::{Restores, push_node};
     use std::collections::BTreeMap;
@@ -1112,5 +1113,115 @@ mod tests {
         assert_eq!(known.totals(), (0, 0));
         let room: usize = known.shards.iter().map(|s| lock(&s.0).nodes.capacity()).sum();
         assert!(room <= SHARDS * SMALL_TABLE * 2, "{room}");
+    }
+
+    /// What the next client finds.
+    fn taken_over(keep: &Keep) -> (Keep, Known) {
+        let file = keep.file().try_clone_to_owned().expect("dup");
+        let (keep, places) = Keep::open(file).expect("ready");
+        let key = keep.terms().key;
+        (keep, Known::replayed(places.logs, key).expect("sound"))
+    }
+
+    fn kept() -> (Keep, Known) {
+        let (keep, places) = Keep::create().expect("a file");
+        let (known, key) = Known::kept(places.logs);
+        keep.change(|terms| (terms.key, terms.lanes, terms.slots) = (key, 1, 1));
+        keep.set_ready();
+        (keep, known)
+    }
+
+    #[test]
+    fn another_client_knows_the_same_whatever_was_done() {
+        let (mut keep, mut known) = kept();
+        let mut random = Keyed::new().hash_one(7);
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (random >> 33) % below
+        };
+        let mut seq = 0;
+        for round in 0..40 {
+            for _ in 0..4000 {
+                seq += 1;
+                let tag = tag_of(next(3) as u8, SlotUse { slot: next(4) as u16, seq });
+                let id = 2 + next(300);
+                match next(6) {
+                    0 => known.hear(&node(id, &vec![7; next(200) as usize])).expect("sound"),
+                    1 | 2 => known.answered(tag, Opcode::Lookup as u32, || None, 0, &entry(id)),
+                    3 => known.forgotten(tag, ForgetOne { nodeid: id, nlookup: 2 }.as_bytes()),
+                    4 => {
+                        let asked = OpenIn { flags: 2, open_flags: 0 };
+                        let asked = Asked::new(id, asked.as_bytes());
+                        let opcode = Opcode::Open as u32;
+                        known.answered(tag, opcode, || Some(asked), 0, &opened(1 + next(300)));
+                    }
+                    _ => {
+                        release(&known, Opcode::Release, 1 + next(300), 0);
+                        known.undo(tag);
+                    }
+                }
+            }
+            let before = told(&known);
+            assert!(before.0.len() > 50 && before.1.len() > 50, "{round}");
+            drop(known);
+            (keep, known) = taken_over(&keep);
+            assert_eq!(told(&known), before, "{round}");
+        }
+    }
+
+    #[test]
+    fn a_reply_that_did_not_get_through_is_taken_back_and_counts_when_it_comes_again() {
+        let at = SlotUse { slot: 1, seq: 9 };
+        let (tag, other) = (tag_of(0, at), tag_of(1, at));
+        for rewrites in [false, true] {
+            let (keep, known) = kept();
+            let create = |known: &Known| {
+                known.hear(&node(7, b"seven")).expect("sound");
+                let asked = Asked::new(1, OpenIn { flags: 2, open_flags: 0 }.as_bytes());
+                let body = [entry(7), opened(3)].concat();
+                known.answered(tag, Opcode::Create as u32, || Some(asked), 0, &body);
+            };
+            create(&known);
+            known.answered(other, Opcode::Lookup as u32, || None, 0, &entry(7));
+            if rewrites {
+                for _ in 0..100_000 {
+                    known.answered(other + 1, Opcode::Lookup as u32, || None, 0, &entry(8));
+                    known.forgotten(other + 2, ForgetOne { nodeid: 8, nlookup: 1 }.as_bytes());
+                }
+            }
+            drop(known);
+            let (keep, known) = taken_over(&keep);
+            assert_eq!((counts(&known), known.totals().1), (vec![(7, 2)], 1));
+            known.undo(tag);
+            drop(known);
+            // Killed again, before it came.
+            let (keep, known) = taken_over(&keep);
+            known.undo(tag);
+            assert_eq!((counts(&known), known.totals().1), (vec![(7, 1)], 0), "{rewrites}");
+            create(&known);
+            drop(known);
+            let (_keep, known) = taken_over(&keep);
+            let (nodes, handles, _) = told(&known);
+            assert_eq!(nodes[&7], (2, b"seven".to_vec()));
+            assert_eq!(handles.keys().collect::<Vec<_>>(), [&3]);
+        }
+    }
+
+    #[test]
+    fn a_forget_whose_reply_was_half_done_is_ended_and_not_sent_again() {
+        let (keep, known) = kept();
+        let tag = tag_of(2, SlotUse { slot: 0, seq: 5 });
+        for id in 2..40 {
+            known.answered(1, Opcode::Lookup as u32, || None, 0, &entry(id));
+            known.answered(1, Opcode::Lookup as u32, || None, 0, &entry(id));
+        }
+        let forgets: Vec<_> = (2..40).map(|nodeid| ForgetOne { nodeid, nlookup: 1 }).collect();
+        assert!(!known.end_forget(tag, &forgets), "no reply has come");
+        // As far as a killed client came.
+        known.forgotten(tag, forgets[..20].as_bytes());
+        drop(known);
+        let (_keep, known) = taken_over(&keep);
+        assert!(known.end_forget(tag, &forgets) && known.end_forget(tag, &forgets));
+        assert_eq!(counts(&known), (2..40).map(|id| (id, 1)).collect::<Vec<_>>());
     }
 }

@@ -525,8 +525,8 @@ impl Life {
                     let why = "the keeper was killed";
                     self.facts.alone_why = Some(why.to_owned());
                     tracing::error!("{why}: if this client dies too, the mount is dead");
-                    // Whoever waits for its end takes the mount for ended.
-                    self.signalled[1] += u32::from(self.service.is_foreground);
+                    // Whoever waits for its end takes the mount for ended at once.
+                    self.signalled[1] += if self.service.is_foreground { 2 } else { 0 };
                 }
             }
         }

@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 #[derive(Debug)]
@@ -66,6 +66,9 @@ impl Parts {
         // SAFETY: no address is asked for, so no memory that is in use is replaced. What lies in
         // the file may be anything; only types for which all bytes are valid are made of it.
         let start = unsafe { mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, file, 0) }?;
+        // SAFETY: the range is the mapping just made, and the advice changes nothing in it. A core
+        // dump would write it out, holes included; a refusal costs that alone.
+        let _ = unsafe { madvise(start, bytes, Advice::LinuxDontDump) };
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
         Ok(Parts { mapping: Arc::new(Mapping { start, bytes }), at: 0 })
     }
