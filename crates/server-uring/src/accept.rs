@@ -4,6 +4,7 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
@@ -12,7 +13,8 @@ use std::str::FromStr;
 use thiserror::Error;
 
 /// Where guests come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Address {
     /// A Unix socket; for Firecracker and its kind, `<uds_path>_<port>`.
     Unix(PathBuf),
@@ -58,6 +60,19 @@ impl FromStr for Address {
             }
             _ => Err(bad()),
         }
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = ListenError;
+    fn try_from(text: String) -> Result<Address, ListenError> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> String {
+        address.to_string()
     }
 }
 

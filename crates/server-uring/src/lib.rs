@@ -3,6 +3,7 @@
 pub mod accept;
 pub mod buffers;
 mod cold;
+pub mod config;
 pub mod connection;
 pub mod control;
 pub mod creds;

@@ -1,7 +1,8 @@
 //! What serves guests: the greeter's thread, a thread and a ring a CPU, and the pool.
 
 use crate::accept::Accepted;
-use crate::daemon::{DaemonError, Engine};
+use crate::config::Engine;
+use crate::daemon::DaemonError;
 use crate::greet::{Greeter, Share};
 use crate::limits::POOL_THREADS_MAX;
 use crate::mailbox::{Mail, Mailbox};
