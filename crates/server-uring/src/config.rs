@@ -55,8 +55,8 @@ pub struct Settings {
     /// below /run/ringfsd, by the listeners]
     #[arg(long, value_name = "DIR|none")]
     pub state_dir: Option<StateOption>,
-    /// Unix socket of mode 0600 by which `ringfsd status`, `top` and `reload` ask this daemon. none:
-    /// there is none. [default: one below /run/ringfsd, by the process]
+    /// Unix socket of mode 0600 by which `ringfsd status` and `reload` ask this daemon. none: there
+    /// is none. [default: one below /run/ringfsd, by the process]
     #[arg(long, value_name = "PATH|none")]
     pub control: Option<ControlOption>,
     /// A share that a reload removes takes its sessions with it; otherwise they go on until they
