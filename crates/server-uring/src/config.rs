@@ -16,6 +16,7 @@ pub use entry::{DirectIo, Engine, ListenConfig, ShareConfig};
 pub use fault::{Fault, What};
 
 use crate::accept::Address;
+use crate::control::ControlOption;
 use crate::limits::GRACE_SECS_DEFAULT;
 use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
@@ -54,9 +55,14 @@ pub struct Settings {
     /// below /run/ringfsd, by the listeners]
     #[arg(long, value_name = "DIR|none")]
     pub state_dir: Option<StateOption>,
-    /// Unix socket that gives whoever connects one JSON object of counters.
-    #[arg(long, value_name = "PATH")]
-    pub control: Option<PathBuf>,
+    /// Unix socket of mode 0600 by which `ringfsd status` and `reload` ask this daemon. none: there
+    /// is none. [default: one below /run/ringfsd, by the process]
+    #[arg(long, value_name = "PATH|none")]
+    pub control: Option<ControlOption>,
+    /// A share that a reload removes takes its sessions with it; otherwise they go on until they
+    /// are unmounted.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub drop_removed: Option<bool>,
     /// Where guests connect. May be given several times.
     #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -89,8 +95,10 @@ pub struct Config {
     pub grace: Duration,
     /// Where what is known of sessions outlives this daemon.
     pub state_dir: StateOption,
-    /// Path of the control socket.
-    pub control: Option<PathBuf>,
+    /// The control socket.
+    pub control: ControlOption,
+    /// Sessions of a share that is removed end.
+    pub drop_removed: bool,
 }
 
 /// A list such as `0-3,8`.
@@ -105,6 +113,7 @@ impl Settings {
             engine: Some(Engine::Uring),
             spin: Some(SPIN_TRIES_DEFAULT),
             grace: Some(GRACE_SECS_DEFAULT),
+            drop_removed: Some(false),
             ..Settings::default()
         }
     }
@@ -135,6 +144,7 @@ impl Settings {
             grace: self.grace.or(base.grace),
             state_dir: self.state_dir.or(base.state_dir),
             control: self.control.or(base.control),
+            drop_removed: self.drop_removed.or(base.drop_removed),
             listen,
             shares,
         }
@@ -159,7 +169,8 @@ impl Settings {
             spin: settings.spin.unwrap_or_default(),
             grace: Duration::from_secs(settings.grace.unwrap_or_default().into()),
             state_dir: settings.state_dir.unwrap_or_default(),
-            control: settings.control,
+            control: settings.control.unwrap_or_default(),
+            drop_removed: settings.drop_removed.unwrap_or_default(),
         })
     }
 

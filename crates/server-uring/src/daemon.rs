@@ -1,22 +1,20 @@
-//! The daemon's life: opens shares and listeners, starts the shards, waits for the signal to end.
+//! The daemon's life: opens shares and listeners, starts the shards, waits for signals.
 //!
 //! What is done before [`Worker`] starts, and what it is given, is what a parent outside a sandbox
 //! would do and pass: share roots as fds, and accepted connections. Everything that reads a guest's
 //! bytes is behind that line.
 
-use crate::accept::{self, Address, ListenError, Listener};
-use crate::config::{Config, ShareConfig};
-use crate::control::Control;
+use crate::accept::{self, Address, Door, ListenError, Listener};
+use crate::config::{Config, Source};
 use crate::fds::Fds;
-use crate::fs::{Fs, ShareRoot};
-use crate::greet::Share;
+use crate::reload::{InForce, open_share};
 use crate::state_dir::StateError;
-use crate::worker::Worker;
+use crate::worker::{Update, Worker};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
-use std::os::fd::OwnedFd;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use thiserror::Error;
 
 /// Why the daemon cannot serve.
@@ -59,16 +57,6 @@ fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
     }
 }
 
-fn open_share(config: ShareConfig, fds: &Arc<Fds>) -> Result<Share, DaemonError> {
-    let options = config.options(fds);
-    let ShareConfig { name, path: dir, .. } = config;
-    let serve = |source| DaemonError::Serve { name: name.clone(), source };
-    let root = ShareRoot::open(&dir, options.submounts).map_err(serve)?;
-    // Tried once, so that what can never be served is said at the start.
-    root.try_clone().and_then(|root| Fs::on(root, options.clone())).map_err(serve)?;
-    Ok(Share { name, dir, root, options })
-}
-
 /// An inode that a guest uses costs an fd: as many as the kernel gives a process, or at least as
 /// many as the hard limit allows.
 fn raise_open_files() {
@@ -93,37 +81,79 @@ fn become_root_group() -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Serves until SIGTERM or SIGINT.
-pub fn run(config: Config) -> Result<(), DaemonError> {
-    let (stop, signalled) = UnixStream::pair()?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+/// What is readable once one of these signals has come.
+fn on_signals(signals: &[i32]) -> std::io::Result<UnixStream> {
+    let (come, signalled) = UnixStream::pair()?;
+    come.set_nonblocking(true)?;
+    for &signal in signals {
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
+    Ok(come)
+}
+
+/// A control socket that was asked for must be there; the default one may fail.
+fn bind_control(config: &Config) -> Result<Option<Listener>, DaemonError> {
+    let Some(path) = config.control.path() else { return Ok(None) };
+    match Listener::bind_private(Address::Unix(path)) {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if config.control == Default::default() => {
+            tracing::warn!(%error, "no control socket");
+            Ok(None)
+        }
+        Err(error) => Err(DaemonError::Control(error)),
+    }
+}
+
+/// Serves until SIGTERM or SIGINT. `source` is where `config` is from, and is read again on SIGHUP.
+///
+/// # Errors
+/// See [`DaemonError`].
+pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
+    let stop = on_signals(&[SIGTERM, SIGINT])?;
+    let mut hangup = on_signals(&[SIGHUP])?;
     raise_open_files();
     become_root_group()?;
     let fds = Fds::of_process();
-    let shares = config.shares.into_iter().map(|share| open_share(share, &fds));
-    let shares = shares.collect::<Result<Vec<_>, _>>()?;
-    let cpus = choose_cpus(config.cpus)?;
-    let addresses: Vec<Address> = config.listen.into_iter().map(|listen| listen.address).collect();
-    let listeners: Vec<Listener> =
-        addresses.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
+    let mut shares = Vec::new();
+    for share in &config.shares {
+        let failed = |source| DaemonError::Serve { name: share.name.clone(), source };
+        shares.push(open_share(share, &fds).map_err(failed)?);
+    }
+    let cpus = choose_cpus(config.cpus.clone())?;
+    let addresses: Vec<Address> = config.listen.iter().map(|one| one.address.clone()).collect();
+    let mut listeners = Vec::new();
+    for address in &addresses {
+        listeners.push((Door::Guests, Listener::bind(address.clone())?));
+    }
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
         false => config.state_dir.open(&addresses, config.grace)?,
     };
+    let control = bind_control(&config)?;
     let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
-    let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
+    listeners.extend(control.map(|listener| (Door::Control, listener)));
+    let engine = config.engine;
     for address in &addresses {
-        tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");
+        tracing::info!(%address, ?cpus, ?engine, "listening");
     }
-    accept::run(&listeners, &OwnedFd::from(stop), |accepted| worker.greet(accepted));
+    let mut in_force = InForce::new(source, config, fds);
+    worker.update(Update::Config(in_force.state()));
+    loop {
+        let wakes = accept::run(&listeners, &[&stop, &hangup], |door, accepted| match door {
+            Door::Guests => worker.greet(accepted),
+            Door::Control => worker.control(accepted.socket),
+        });
+        if wakes != Some(1) {
+            break;
+        }
+        while hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
+        in_force.reload(&mut listeners, &worker);
+    }
     tracing::info!("stopping");
     drop(listeners);
     let totals = worker.counters().totals();
     worker.stop();
-    drop(control);
     tracing::info!("stopped; {}", totals.to_json().trim_end());
     Ok(())
 }

@@ -1,11 +1,15 @@
 //! `ringfsd`: shares host directories with guests.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use ringfs_server::config::{Fault, Settings, Source};
+use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
+use ringfs_server::status::Status;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 /// Shares host directories with guests that mount them by `ringfs`.
 ///
@@ -59,13 +63,38 @@ struct Serve {
     settings: Settings,
 }
 
+/// How long a reload may take.
+const RELOAD_LIMIT: Duration = Duration::from_secs(60);
+
+#[derive(Args)]
+struct Of {
+    /// The daemon's control socket. [default: that of the only daemon below /run/ringfsd]
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
 #[derive(Subcommand)]
 enum Command {
-    /// Print the counters of a running daemon as JSON.
+    /// Tell what a running daemon does: shares, sessions, what became of the last reload.
     Status {
-        /// The daemon's --control socket.
-        #[arg(long, value_name = "PATH")]
-        control: PathBuf,
+        #[command(flatten)]
+        of: Of,
+        /// As one line of JSON.
+        #[arg(long)]
+        json: bool,
+        /// The sums of all counters, as one flat object of JSON.
+        #[arg(long)]
+        counters: bool,
+    },
+    /// Have a running daemon read its configuration again, as SIGHUP does, and tell what became
+    /// of it.
+    ///
+    /// Shares and listeners come and go without a word to those who are connected. The sessions of
+    /// a share that is gone go on until they are unmounted, unless drop-removed is set. A
+    /// configuration with any fault changes nothing.
+    Reload {
+        #[command(flatten)]
+        of: Of,
     },
     /// Read a configuration file, print what would be in force, or what is wrong and where.
     #[command(after_help = FILE_EXAMPLE)]
@@ -92,12 +121,14 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        Some(Command::Status { control }) => status(&control)?,
+        Some(Command::Status { of, json, counters }) => status(&of, json, counters)?,
+        Some(Command::Reload { of }) => return reload(&of),
         Some(Command::CheckConfig { file }) => return Ok(check_config(file)),
         None => {
             let Serve { config, settings } = cli.serve;
-            match Source::new(config, settings).config() {
-                Ok(config) => daemon::run(config)?,
+            let source = Source::new(config, settings);
+            match source.config() {
+                Ok(config) => daemon::run(config, source)?,
                 Err(faults) => return Ok(tell(&faults)),
             }
         }
@@ -121,9 +152,63 @@ fn check_config(file: PathBuf) -> ExitCode {
     }
 }
 
-fn status(control: &PathBuf) -> Result<()> {
-    let mut stream = std::os::unix::net::UnixStream::connect(control)
-        .with_context(|| format!("cannot connect to {control:?}; is a daemon running with it?"))?;
-    std::io::copy(&mut stream, &mut std::io::stdout()).context("cannot read the counters")?;
+fn status(of: &Of, json: bool, counters: bool) -> Result<()> {
+    let path = of.path()?;
+    let asked = if counters { Ask::Counters } else { Ask::Status };
+    let cannot = || format!("cannot ask {path:?}; is a daemon running with it?");
+    let answer = control::ask(&path, asked).with_context(cannot)?;
+    if json || counters {
+        print!("{answer}");
+        return Ok(());
+    }
+    let status: Status = serde_json::from_str(&answer).context("the daemon answers strangely")?;
+    print!("{}", status.to_text());
     Ok(())
+}
+
+/// Whoever may connect may send the signal too: the socket is its user's.
+fn reload(of: &Of) -> Result<ExitCode> {
+    let path = of.path()?;
+    let ask = || control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"));
+    let before = ask()?.config.reloads;
+    let stream = UnixStream::connect(&path).with_context(|| format!("connect to {path:?}"))?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose socket is it?")?;
+    rustix::process::kill_process(peer.pid, rustix::process::Signal::HUP)
+        .with_context(|| format!("cannot send SIGHUP to {}", peer.pid.as_raw_pid()))?;
+    let until = Instant::now() + RELOAD_LIMIT;
+    loop {
+        let config = ask()?.config;
+        if config.reloads > before {
+            config.changed.iter().filter(|_| config.errors.is_empty()).for_each(|what| {
+                println!("{what}");
+            });
+            if !config.needs_restart.is_empty() {
+                println!("not before the next start: {}", config.needs_restart.join(", "));
+            }
+            config.errors.iter().for_each(|error| eprintln!("ringfsd: {error}"));
+            return Ok(ExitCode::from(if config.errors.is_empty() { 0 } else { 2 }));
+        }
+        if Instant::now() > until {
+            bail!("the daemon has not reloaded in {RELOAD_LIMIT:?}: does a share not answer?");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl Of {
+    /// The socket that is meant: the one that is named, or the only one there is.
+    fn path(&self) -> Result<PathBuf> {
+        if let Some(path) = &self.control {
+            return Ok(path.clone());
+        }
+        let mut running = control::running(false);
+        match running.len() {
+            0 => bail!(
+                "no daemon is running that tells below {}; name its --control socket",
+                control::DEFAULT_ABOVE
+            ),
+            1 => Ok(running.remove(0)),
+            _ => bail!("several daemons are running; name one by --control: {running:?}"),
+        }
+    }
 }
