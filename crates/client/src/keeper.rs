@@ -6,7 +6,7 @@
 //! ```text
 //! client -> keeper   M mount_id dev_minor path    mounted: this is to be cleaned up
 //!                    R text | fds                 ready; fds: how to take over, none: why not
-//! keeper -> client   T | fds                      take over: the file of what was left, and devices
+//! keeper -> client   T path | fds                 take over: the file of what was left, and devices
 //!                    S                            a signal: unmount
 //! ```
 //!
@@ -209,7 +209,8 @@ pub fn run(args: &[OsString], is_background: bool, log: Option<&File>) -> Result
         if is_takeover {
             let fds: Vec<_> = held.fds.iter().map(AsFd::as_fd).collect();
             // What it asked for before goes on being asked for.
-            let told = channel.send(b"T", &fds);
+            let path = held.mounted.as_ref().map_or(&[][..], |its| its.2.as_os_str().as_bytes());
+            let told = channel.send(&[b"T", path].concat(), &fds);
             let told =
                 told.and_then(|()| (0..signals_sent).try_for_each(|_| channel.send(b"S", &[])));
             if let Err(errno) = told {

@@ -31,8 +31,10 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,6 +57,8 @@ pub struct Request {
     pub mountpoint: PathBuf,
     /// From `-o`.
     pub options: Options,
+    /// The lists that those were read from.
+    pub lists: Vec<String>,
 }
 
 /// Why a mount did not come about, or ended badly.
@@ -273,7 +277,7 @@ impl Life {
         let (Some(file), Some(first)) = (file, devices.first()) else {
             return Err(TakeoverError::File(Errno::INVAL).into());
         };
-        let mountpoint = request.mountpoint.clone();
+        let mountpoint = OsStr::from_bytes(message.bytes.get(1..).unwrap_or_default()).into();
         let identity = Keep::mounted_as(&file);
         // From here on a failure drops `mount`, which unmounts.
         let mount = Mount::adopt(mountpoint, first, identity);
@@ -368,7 +372,10 @@ impl Life {
             Ok(publisher) => self.publisher = Some(publisher),
             Err(error) => {
                 let dir = own_dir();
-                tracing::warn!(dir = %dir.display(), %error, "`ringfs status` is blind here");
+                tracing::warn!(
+                    dir = %dir.display(), %error,
+                    "`ringfs status` cannot ask this mount (users: set XDG_RUNTIME_DIR)"
+                );
             }
         }
     }
@@ -677,6 +684,13 @@ fn connect(address: &Address, hello: &Hello) -> Result<(Conn, ConnRx, Welcome), 
     Ok((conn, half, welcome))
 }
 
+/// Joins and leaves at once: what the daemon would grant.
+pub fn probe(request: &Request) -> Result<Welcome, Failure> {
+    let (conn, half, welcome) = connect(&request.target.address, &hello(request, 0))?;
+    drop(Joined(vec![(conn, half)]));
+    Ok(welcome)
+}
+
 fn hello(request: &Request, extra: u16) -> Hello {
     let options = &request.options;
     let over_vsock = matches!(request.target.address, Address::Vsock { .. });
@@ -736,6 +750,7 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
         takeovers: 0,
         alone_why: Some("not ready yet".to_owned()),
+        options: request.lists.clone(),
     }
 }
 
