@@ -1,12 +1,12 @@
-//! The keeper: a small process that starts the one that serves a mount, holds copies of its fds, and
-//! starts another one when it dies; where that cannot be, it cleans up and says so.
+//! The keeper: a small process that starts the one that serves a mount, holds copies of its fds,
+//! and starts another one when it dies; where that cannot be, it cleans up and says so.
 //!
 //! Between the two is a socket of whole messages, the client's standard input:
 //!
 //! ```text
 //! client -> keeper   M mount_id dev_minor path    mounted: this is to be cleaned up
 //!                    R text | fds                 ready; fds: how to take over, none: why not
-//! keeper -> client   T path | fds                 take over: the file of what was left, and devices
+//! keeper -> client   T path | fds                 take over: the file that was left, and devices
 //!                    S                            a signal: unmount
 //! ```
 //!

@@ -1,10 +1,10 @@
 //! A client goes on where another one has died: from the session's fds and the file that it left.
 //!
 //! The kernel is asked to send again all that was read and not answered (NOTIFY_RESEND); what comes
-//! is matched with the slots that the file tells of, before any lane runs. Invariant: a request that
-//! was in a slot goes on in it, with the same seq, so that the daemon executes it once; whatever
-//! was in a slot and does not come again was answered, or its task is dead. All of it may be cut
-//! short and begun anew by a third client. It must not ask the daemon anything.
+//! is matched with the slots that the file tells of, before any lane runs. Invariant: a request
+//! that was in a slot goes on in it, with the same seq, so that the daemon executes it once;
+//! whatever was in a slot and does not come again was answered, or its task is dead. All of it may
+//! be cut short and begun anew by a third client. It must not ask the daemon anything.
 
 use crate::groups;
 use crate::keep::{Keep, LaneKeep, Places, State, Terms};

@@ -1,6 +1,6 @@
-//! The client itself is killed: another one takes the mount over, nobody who uses the mount sees it,
-//! and nothing runs twice; where that cannot be, the mount is cleaned up. Needs root, FUSE, and a
-//! kernel that sends requests again (6.9).
+//! The client itself is killed: another one takes the mount over, nobody who uses the mount sees
+//! it, and nothing runs twice; where that cannot be, the mount is cleaned up. Needs root, FUSE, and
+//! a kernel that sends requests again (6.9).
 
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod bench;
