@@ -1,8 +1,8 @@
 //! What a mount tells about itself, and `ringfs status`, which asks.
 //!
-//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`), reads
-//! one line ([`Ask`]) and writes one JSON document. Invariant: a mount point is never touched,
-//! since the mount may be dead; what is mounted comes from the mount table.
+//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`, or
+//! `/run/user/UID`), reads one line ([`Ask`]) and writes one JSON document. Invariant: a mount
+//! point is never touched, since the mount may be dead; what is mounted comes from the mount table.
 
 use crate::lane::LaneCounters;
 use crate::resume::Outlook;
@@ -27,6 +27,10 @@ const ASKED_AT_ONCE: usize = 256;
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Clients that are asked.
 const CLIENTS_MAX: usize = 4096;
+
+/// Where clients of root listen, and where users have a directory of their own.
+const ROOTS_DIR: &str = "/run/ringfs";
+const USERS_DIRS: &str = "/run/user";
 
 /// How long an asker may take to say what it wants; one that says nothing wants the status.
 const WORD_LIMIT: Duration = Duration::from_millis(200);
@@ -100,6 +104,9 @@ pub struct Facts {
     pub read_only: bool,
     pub writeback: bool,
     pub checksum: bool,
+    /// The lists of `-o`.
+    #[serde(default)]
+    pub options: Vec<String>,
 }
 
 /// Everything.
@@ -160,6 +167,9 @@ pub struct Entry {
     /// Where that listens.
     #[serde(skip)]
     pub socket: Option<PathBuf>,
+    /// As the kernel has it.
+    #[serde(skip)]
+    pub is_read_only: bool,
 }
 
 impl Report {
@@ -299,16 +309,18 @@ impl Drop for Publisher {
 
 /// Where clients of this user listen.
 pub fn own_dir() -> PathBuf {
-    let users = std::env::var_os("XDG_RUNTIME_DIR");
-    match users.filter(|_| !rustix::process::geteuid().is_root()) {
-        Some(dir) => Path::new(&dir).join("ringfs"),
-        None => PathBuf::from("/run/ringfs"),
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return PathBuf::from(ROOTS_DIR);
     }
+    let users = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    users.unwrap_or_else(|| Path::new(USERS_DIRS).join(uid.to_string())).join("ringfs")
 }
 
-/// Where clients that may be asked listen.
+/// Where clients that may be asked listen. Not those of other users: what they say of a mount need
+/// not be true.
 pub fn dirs() -> Vec<PathBuf> {
-    let mut dirs = vec![PathBuf::from("/run/ringfs"), own_dir()];
+    let mut dirs = vec![PathBuf::from(ROOTS_DIR), own_dir()];
     dirs.dedup();
     dirs
 }
@@ -329,7 +341,8 @@ pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
 pub fn mounts() -> io::Result<Vec<Entry>> {
     let entry = |mount: MountInfo| {
         let source = mount.source.to_string_lossy().into_owned();
-        Entry { mountpoint: mount.mount_point, source, client: None, socket: None }
+        let is_read_only = mount.is_read_only();
+        Entry { mountpoint: mount.mount_point, source, client: None, socket: None, is_read_only }
     };
     Ok(find_mounts()?.into_iter().map(entry).collect())
 }
@@ -349,13 +362,15 @@ pub fn each_client(dirs: &[PathBuf], entries: &mut [Entry], mut found: impl FnMu
         while !asked.is_empty() && entries.iter().any(|entry| entry.client.is_none()) {
             let Some(ready) = first_ready(&asked, deadline) else { break };
             let (path, stream) = asked.swap_remove(ready);
-            let Ok(report) = answer(stream, Some(ANSWER_LIMIT)) else { continue };
+            let Ok(mut report) = answer(stream, Some(ANSWER_LIMIT)) else { continue };
             let is_its = |entry: &&mut Entry| {
                 let facts = &report.facts;
                 entry.client.is_none()
                     && (&entry.mountpoint, &entry.source) == (&facts.mountpoint, &facts.source)
             };
             if let Some(entry) = entries.iter_mut().find(is_its) {
+                // A remount changes it, and its client need not know.
+                report.facts.read_only = entry.is_read_only;
                 (entry.client, entry.socket) = (Some(report), Some(path.clone()));
                 found(entry);
             }
@@ -553,6 +568,7 @@ mod tests {
             source: source.into(),
             client: None,
             socket: None,
+            is_read_only: false,
         };
         let asked = std::thread::scope(|scope| {
             let asked = scope.spawn(|| {
@@ -616,6 +632,7 @@ mod tests {
             source: source.clone(),
             client,
             socket: None,
+            is_read_only: false,
         };
         let text = render(&[entry(Some(report())), entry(None)], 61);
         for expected in [
