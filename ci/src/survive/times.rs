@@ -304,7 +304,7 @@ fn resets(args: &Args, bins: &Bins, place: &Place) -> Result<Vec<Row>> {
     })?;
     let resumes = daemon.counters()?.others.get("resumes").and_then(serde_json::Value::as_u64);
     ensure!(resumes >= Some(args.resets as u64), "{resumes:?} resumes");
-    // A client says goodbye when its mount has gone: the proxies stay until the daemon has heard it.
+    // A client says goodbye when its mount has gone: proxies stay until the daemon has heard it.
     let (mounts, proxies): (Vec<Mount>, Vec<Proxy>) = pairs.into_iter().unzip();
     for mount in mounts {
         ensure!(mount.told()?.rebuilds == 0, "a session was rebuilt: it should have gone on");
