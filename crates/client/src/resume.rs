@@ -270,8 +270,15 @@ impl Resume {
         let mut state = lock(&self.state);
         state.rebuilds += 1;
         state.restored = restored;
-        let Restored { nodes, nodes_lost, handles } = restored;
-        tracing::warn!(nodes, nodes_lost, handles, "the daemon did not know the session: rebuilt");
+        let Restored { nodes, nodes_lost, handles, bytes, took_us } = restored;
+        tracing::warn!(
+            nodes,
+            nodes_lost,
+            handles,
+            bytes,
+            took_us,
+            "the daemon did not know the session: rebuilt"
+        );
     }
 
     /// Ends the connections that there are, and the try for another.
@@ -579,6 +586,7 @@ pub fn run(session: &Session, mut terms: Terms) {
 /// One try.
 fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeError> {
     let resume = &session.resume;
+    let begun = Instant::now();
     let socket = Socket::connect(&terms.address, handshake::LIMIT)?;
     if !resume.begin_try(&socket) {
         return Err(ResumeError::Overtaken);
@@ -604,7 +612,7 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     // Whatever becomes of this connection: the daemon may know the new ticket alone by now.
     terms.welcome = welcome;
     terms.put_down(None);
-    if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined) {
+    if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined, begun) {
         resume.end_try(port, None);
         return Err(error);
     }
@@ -624,6 +632,7 @@ fn rebuild(
     terms: &mut Terms,
     port: u16,
     joined: &mut Joined,
+    begun: Instant,
 ) -> Result<(), ResumeError> {
     (terms.is_untold, terms.joined) = (true, 0);
     terms.put_down(None);
@@ -633,6 +642,8 @@ fn rebuild(
         return Err(ResumeError::Overtaken);
     }
     let restored = rebuild::tell(joined, &session.known)?;
+    let took_us = begun.elapsed().as_micros() as u64;
+    let restored = Restored { took_us, ..restored };
     terms.is_untold = false;
     session.resume.has_told(restored);
     Ok(())
