@@ -53,7 +53,7 @@ pub enum KeeperError {
     #[error("cannot {what}")]
     System { what: &'static str, source: io::Error },
     #[error("the client of {path} died ({status}) and nobody can take over ({why}): {done}")]
-    Dead { path: String, status: ExitStatus, why: String, done: String },
+    Dead { path: String, status: ExitStatus, why: String, done: String, was_ready: bool },
     #[error("the client died before anything was mounted ({0})")]
     Early(ExitStatus),
 }
@@ -205,7 +205,8 @@ pub fn run(args: &[OsString], is_background: bool, log: Option<&File>) -> Result
         let (channel, theirs) = Channel::pair().map_err(|e| system("make a socket")(e.into()))?;
         let is_takeover = held.is_ready;
         let started = Instant::now();
-        let mut child = start(args, theirs, is_takeover).map_err(system("start the client"))?;
+        let mut child = start(args, theirs, is_takeover)
+            .map_err(system("start the client; is /proc mounted?"))?;
         if is_takeover {
             let fds: Vec<_> = held.fds.iter().map(AsFd::as_fd).collect();
             // What it asked for before goes on being asked for.
@@ -270,7 +271,8 @@ pub fn run(args: &[OsString], is_background: bool, log: Option<&File>) -> Result
             Ok(()) => "it is unmounted, and what was in flight has failed".to_owned(),
             Err(error) => format!("it stays behind, dead: {error}"),
         };
-        return Err(KeeperError::Dead { path: path.display().to_string(), status, why, done });
+        let (path, was_ready) = (path.display().to_string(), held.is_ready);
+        return Err(KeeperError::Dead { path, status, why, done, was_ready });
     }
 }
 
