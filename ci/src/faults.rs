@@ -198,7 +198,7 @@ pub fn run_short() -> Result<String> {
 
 /// Whether this kernel sends requests again that a dead client had read.
 fn resends() -> Result<bool> {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
     Ok((numbers.next(), numbers.next()) >= (Some(6u32), Some(9)))
 }
