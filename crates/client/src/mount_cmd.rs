@@ -50,6 +50,8 @@ pub struct Request {
     pub mountpoint: PathBuf,
     /// From `-o`.
     pub options: Options,
+    /// The lists that those were read from.
+    pub lists: Vec<String>,
 }
 
 /// Why a mount did not come about, or ended badly.
@@ -275,7 +277,10 @@ impl Life {
             Ok(publisher) => self.publisher = Some(publisher),
             Err(error) => {
                 let dir = own_dir();
-                tracing::warn!(dir = %dir.display(), %error, "`ringfs status` is blind here");
+                tracing::warn!(
+                    dir = %dir.display(), %error,
+                    "`ringfs status` cannot ask this mount (users: set XDG_RUNTIME_DIR)"
+                );
             }
         }
         let source = request.target.source();
@@ -464,6 +469,13 @@ fn connect(address: &Address, hello: &Hello) -> Result<(Conn, ConnRx, Welcome), 
     Ok((conn, half, welcome))
 }
 
+/// Joins and leaves at once: what the daemon would grant.
+pub fn probe(request: &Request) -> Result<Welcome, Failure> {
+    let (conn, half, welcome) = connect(&request.target.address, &hello(request, 0))?;
+    drop(Joined(vec![(conn, half)]));
+    Ok(welcome)
+}
+
 fn hello(request: &Request, extra: u16) -> Hello {
     let options = &request.options;
     let over_vsock = matches!(request.target.address, Address::Vsock { .. });
@@ -521,6 +533,7 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         read_only: options.mount.read_only,
         writeback: options.writeback,
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
+        options: request.lists.clone(),
     }
 }
 
