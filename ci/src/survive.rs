@@ -1,7 +1,7 @@
 //! `cargo xtask survive`: how soon a mount goes on after a cut, and what it costs to wait.
 //!
-//! Invariant: an answer that is late may miss a bound; one that is wrong, or an error, fails the run
-//! whatever is measured. Times hold for the machine they were taken on: CI checks the answers.
+//! Invariant: an answer that is late may miss a bound; one that is wrong, or an error, fails the
+//! run whatever is measured. Times hold for the machine they were taken on: CI checks the answers.
 
 pub mod figures;
 pub mod times;
