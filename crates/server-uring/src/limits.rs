@@ -16,7 +16,7 @@ pub const LARGE_BUFFERS_KEPT: usize = 8;
 pub const LARGE_BUFFERS_MAX: usize = 96;
 /// As many there are wherever memory is short: enough for what comes in, and for its answers.
 pub const LARGE_BUFFERS_MIN: usize = 8;
-/// The part of a memory limit that large buffers may take together; files that guests use count too.
+/// The part of a memory limit that large buffers may take together.
 pub const LARGE_BUFFERS_OF_MEMORY: u64 = 4;
 /// How often it is looked whether the daemon may use other CPUs.
 pub const CPUS_LOOKED_AT_MS: u64 = 1_000;
