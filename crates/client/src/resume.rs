@@ -28,8 +28,8 @@ use thiserror::Error;
 
 /// Between the first two tries after one that failed.
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
-/// Between two tries at most: the first answer is to come half a second after a daemon does, however
-/// long there was none, and the rebuild has its part of that.
+/// Between two tries at most: the first answer is to come half a second after a daemon does,
+/// however long there was none, and the rebuild has its part of that.
 const BACKOFF_MAX: Duration = Duration::from_millis(300);
 /// A daemon that refuses the ticket so often in a row, at first perhaps as it is just letting go
 /// of the session, does not have it for us.
