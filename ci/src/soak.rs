@@ -1,9 +1,9 @@
-//! `cargo xtask soak`: several guests on one daemon for a long time, with kills, cuts and reconnects.
+//! `cargo xtask soak`: several guests on one daemon for long, with kills, cuts and reconnects.
 //!
 //! Invariant: no program sees an error or a wrong byte; when the guests have gone the daemon holds
 //! what it held before they came; and the memory of the daemon and of each client in the last third
-//! is at most 1.05 times that in the middle third. Each third begins with its kills, so that daemons
-//! of the same age are compared; cuts and reconnects go on all the time.
+//! is at most 1.05 times that in the middle third. Each third begins with its kills, so that
+//! daemons of the same age are compared; cuts and reconnects go on all the time.
 
 use std::fs::File;
 use std::thread;
@@ -210,8 +210,8 @@ impl<'a> Soak<'a> {
         let resident = self.samples.last().map(|sample| sample.resident.clone());
         let resident = resident.unwrap_or_default();
         println!(
-            "soak: {after:.0?}: {steps} steps, {} kills, {} cuts, {} reconnects, {} nodes, {} open, \
-             {} fds, daemon {:.1} MiB, clients {:.1} MiB, 0 errors",
+            "soak: {after:.0?}: {steps} steps, {} kills, {} cuts, {} reconnects, {} nodes, \
+             {} open, {} fds, daemon {:.1} MiB, clients {:.1} MiB, 0 errors",
             self.done.kills,
             self.done.cuts,
             self.done.reconnects,

@@ -115,7 +115,7 @@ impl Worker {
     }
 }
 
-/// What a daemon holds without guests, once it has had one: pipes and threads are made at first use.
+/// What a daemon holds without guests, once it has had one: pipes are made at their first use.
 pub fn warm(sandbox: &Sandbox, daemon: &Daemon) -> Result<Counters> {
     let mount = daemon.mount(sandbox, "x", "warm", "cache=never")?;
     let mut worker = Worker::start(sandbox, &mount.dir, "warmth", &["--threads=14".to_owned()])?;

@@ -1,7 +1,7 @@
 //! What memory processes use, and what both ends may use at most, from the product's own bounds.
 //!
-//! Nothing of the product is linked in: its bounds are written down here once more, so that one that
-//! grows there is seen here.
+//! Nothing of the product is linked in: its bounds are written down here once more, so that memory
+//! which grows beyond them is seen even where they have grown with it.
 
 use std::fs;
 use std::path::Path;

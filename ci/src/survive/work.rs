@@ -1,9 +1,9 @@
 //! One guest's programs: threads that read, write, sync, lock, list and rename, each of which knows
 //! what it must find.
 //!
-//! A process of its own, so that whoever cuts its connections holds no file of the mount. Invariant:
-//! no operation may fail and no byte may differ, whatever happens to connections and daemons; no
-//! file is removed while it is open, which no daemon after a killed one can find again.
+//! A process of its own, so that whoever cuts its connections holds no file of the mount.
+//! Invariant: no operation may fail and no byte may differ, whatever happens to connections and
+//! daemons; no file is removed while it is open, which no daemon after a killed one can find again.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
