@@ -57,7 +57,9 @@ impl Tools {
         let want_bench = plan.iter().any(|step| step.name == scenario::BENCH.name);
         // The steps of the scenario `boot`, and some on demand, go without.
         let want_product = want_bench
-            || plan.iter().any(|step| matches!(step.from, Scenario::Smoke | Scenario::Full));
+            || plan.iter().any(|step| {
+                matches!(step.from, Scenario::Smoke | Scenario::Full | Scenario::Rootfs)
+            });
         // util-linux: setpriv; xz-utils: the modules of a guest's kernel.
         let mut packages =
             vec!["qemu-system-x86", "busybox-static", "xz-utils", "util-linux", "fio"];

@@ -88,6 +88,8 @@ pub struct Facts {
     pub pid: u32,
     pub source: String,
     pub mountpoint: PathBuf,
+    /// Of the mount's device: finds it again where it was moved, or became the root.
+    pub dev_minor: Option<u32>,
     pub share: String,
     pub subdir: String,
     pub address: String,
@@ -326,7 +328,9 @@ pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
     let entries = find_mounts()?.into_iter().map(|mount| {
         let source = mount.source.to_string_lossy().into_owned();
         let is_its = |(_, r): &(PathBuf, Report)| {
-            r.facts.mountpoint == mount.mount_point && r.facts.source == source
+            let facts = &r.facts;
+            let here = facts.mountpoint == mount.mount_point;
+            facts.source == source && facts.dev_minor.map_or(here, |it| it == mount.dev_minor)
         };
         let mut found = reports.iter().position(is_its).map(|at| reports.swap_remove(at));
         if let Some((_, report)) = &mut found {
