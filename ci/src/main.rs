@@ -15,6 +15,7 @@ mod fuzz;
 mod guard;
 mod lex;
 mod mounts;
+mod package;
 mod paths;
 mod pjdfstest;
 mod proc;
@@ -59,6 +60,8 @@ enum Command {
     Faults(faults::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
+    /// Debian packages, a static tarball and the container's place, in target/packages
+    Package(package::Args),
     /// stress-ng's file-system stressors on one and on several mounts
     Stress(stress::Args),
     /// ringfs against the bare directory and a local FUSE passthrough, in interleaved rounds
@@ -93,6 +96,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
         Command::Faults(args) => close("faults", faults::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
+        Command::Package(args) => close("package", package::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),
         Command::Vm(args) => vm::run(args),

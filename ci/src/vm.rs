@@ -18,6 +18,7 @@ use self::kernel::Series;
 use self::protocol::Outcome;
 use self::scenario::{Scenario, Step};
 use self::tools::Tools;
+pub use self::tools::static_program;
 use crate::guard::{Guard, Undo};
 
 pub mod bench;
