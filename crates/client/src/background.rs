@@ -27,8 +27,8 @@ fn start(what: &'static str) -> impl Fn(io::Error) -> BackgroundError {
     move |source| BackgroundError::Start { what, source }
 }
 
-/// Runs this program with `args` in the background, until it is ready or has failed. `for_root`: its
-/// name begins with an `@`, so that systemd lets it live at the shutdown of what it serves
+/// Runs this program with `args` in the background, until it is ready or has failed. `for_root`:
+/// its name begins with an `@`, so that systemd lets it live at the shutdown of what it serves
 /// (<https://systemd.io/ROOT_STORAGE_DAEMONS/>).
 pub fn spawn<S: AsRef<OsStr>>(args: &[S], for_root: bool) -> Result<(), BackgroundError> {
     let program = program().map_err(start("find this program; is /proc mounted?"))?;
