@@ -279,7 +279,9 @@ pub fn run(args: &[OsString], is_background: bool, log: Option<&File>) -> Result
 fn start(args: &[OsString], channel: OwnedFd, is_takeover: bool) -> io::Result<Child> {
     // The same program, also after an upgrade: what it reads another version may not have written.
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("ringfs").arg("mount").arg("--worker").stdin(Stdio::from(channel));
+    // By its name a system that is shutting down tells what its root lives on.
+    let name = std::env::args_os().next().unwrap_or_else(|| "ringfs".into());
+    command.arg0(name).arg("mount").arg("--worker").stdin(Stdio::from(channel));
     if is_takeover {
         command.arg("--take-over").stdout(Stdio::null());
     }
