@@ -14,7 +14,7 @@ use crate::session::{End, Session};
 use crate::up::{FORGETS_WAITING_MAX, Intake};
 use fuser_fork::device::ReadOutcome;
 use ringfs_wire::limits::{BATCH_TARGET_BYTES, FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX};
-use ringfs_wire::spin::{Look, Spin, YIELD_LIMIT};
+use ringfs_wire::spin::{Look, Spin};
 use rustix::event::epoll;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -221,6 +221,7 @@ impl<'s> Pump<'s> {
         match outcome {
             ReadOutcome::Frame(bytes) => {
                 self.frames += 1;
+                self.spin.worked();
                 self.intake.take_frame(bytes)?;
             }
             ReadOutcome::WouldBlock | ReadOutcome::Interrupted => {}
@@ -315,7 +316,13 @@ impl<'s> Pump<'s> {
     fn wait_for_room(&mut self, conn: &Conn, tries: &mut u32, stuck_at: &mut Option<Duration>) {
         if *tries < self.spin.tries_max() {
             *tries += 1;
-            return sched_yield();
+            let before = Instant::now();
+            sched_yield();
+            if let Some(look) = Look::of_yield(before.elapsed()) {
+                self.spin.tried(look);
+                *tries = u32::MAX;
+            }
+            return;
         }
         let now = coarse_now();
         if now - *stuck_at.get_or_insert(now) >= STUCK_AFTER {
@@ -350,14 +357,19 @@ impl<'s> Pump<'s> {
         let mut last = Instant::now();
         for _ in 0..tries {
             sched_yield();
+            let now = Instant::now();
+            let long = Look::of_yield(now - last);
+            last = now;
             if self.expects_bytes() && self.receive() || self.read()? || self.lane.is_kicked() {
+                if long == Some(Look::Lost) {
+                    // It would have been found long before.
+                    self.spin.tried(Look::Lost);
+                }
                 return Ok(Look::Found);
             }
-            let now = Instant::now();
-            if now - last > YIELD_LIMIT {
-                return Ok(Look::Crowded);
+            if let Some(look) = long {
+                return Ok(look);
             }
-            last = now;
         }
         Ok(Look::Nothing)
     }

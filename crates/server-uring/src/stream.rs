@@ -5,7 +5,7 @@
 //! receive in the ring, never both, and `listening` is empty while the shard sleeps.
 
 use super::*;
-use ringfs_wire::spin::{Look, YIELD_LIMIT};
+use ringfs_wire::spin::Look;
 use rustix::net::{RecvFlags, SendFlags};
 
 /// A connection that waits for input, and where to.
@@ -61,7 +61,7 @@ impl<R: Ring> Shard<R> {
 
     /// So many looks at the listening connections and the ring.
     fn look(&mut self, tries: u32) -> std::io::Result<Look> {
-        let mut yielded = Instant::now();
+        let mut last = Instant::now();
         for n in 1..=tries {
             let received = self.receive_now();
             if self.ring.peek()? || received {
@@ -72,10 +72,10 @@ impl<R: Ring> Shard<R> {
             }
             rustix::thread::sched_yield();
             let now = Instant::now();
-            if now - yielded > YIELD_LIMIT {
-                return Ok(Look::Crowded);
+            if let Some(look) = Look::of_yield(now - last) {
+                return Ok(look);
             }
-            yielded = now;
+            last = now;
         }
         Ok(Look::Nothing)
     }

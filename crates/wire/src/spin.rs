@@ -13,7 +13,16 @@ pub const SPIN_TRIES_DEFAULT: u32 = 100;
 pub const SPIN_TRIES_MAX: u32 = 10_000;
 
 /// A `sched_yield` that takes longer gave the CPU to somebody who needs it: sleep.
-pub const YIELD_LIMIT: Duration = Duration::from_micros(50);
+const YIELD_LIMIT: Duration = Duration::from_micros(50);
+/// One that takes longer may have given a whole turn of the CPU to somebody who computes:
+/// milliseconds, where a sleeper would have been let in at once. That must stay rare.
+const TURN: Duration = Duration::from_micros(3000);
+/// Or to many who ask: then so much work came with the last waits.
+const WORK_OF_MANY: u32 = 32;
+/// After a turn that was lost so many waits go without tries, twice as many after each further one.
+const SHY_MIN: u32 = 64;
+/// At most so many.
+const SHY_MAX: u32 = 4096;
 
 /// A sleep that was shorter was hardly more than the time that it takes to wake up: tries pay.
 const WORTH: Duration = Duration::from_micros(200);
@@ -29,30 +38,57 @@ pub enum Look {
     Nothing,
     /// There was nothing, and others need the CPU.
     Crowded,
+    /// The same, and it took them a turn of it.
+    Lost,
+}
+
+impl Look {
+    /// What a `sched_yield` of that length ends the tries with, if it does and nothing is found.
+    pub fn of_yield(time: Duration) -> Option<Look> {
+        match time {
+            _ if time > TURN => Some(Look::Lost),
+            _ if time > YIELD_LIMIT => Some(Look::Crowded),
+            _ => None,
+        }
+    }
 }
 
 /// What a thread has learned about its waits.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Spin {
     tries: u32,
     warmth: u32,
+    /// A turn went to others.
+    lost: bool,
+    /// Requests of the last waits, older ones counting less.
+    work: u32,
+    /// Waits that go without tries, as the CPU is wanted by others.
+    shy: u32,
+    /// How many it were last time.
+    shyness: u32,
 }
 
 impl Spin {
     /// At most so many tries a wait; 0: none ever.
     pub fn new(tries: u32) -> Spin {
-        Spin { tries: tries.min(SPIN_TRIES_MAX), warmth: 0 }
+        Spin { tries: tries.min(SPIN_TRIES_MAX), ..Spin::default() }
     }
 
-    /// What it was made with.
+    /// How many tries there are before a wait that is sure to be short, whatever was learned.
     pub fn tries_max(&self) -> u32 {
-        self.tries
+        if self.lost || self.shy > 0 { 0 } else { self.tries }
     }
 
     /// How many tries are due before the wait that comes now. [`Spin::tried`] says what came of
     /// them, if there were any.
-    pub fn tries(&self) -> u32 {
-        if self.warmth > 0 { self.tries } else { 0 }
+    pub fn tries(&mut self) -> u32 {
+        if std::mem::take(&mut self.lost) && self.work < WORK_OF_MANY {
+            self.shyness = (self.shyness * 2).clamp(SHY_MIN, SHY_MAX);
+            self.shy = self.shyness;
+            self.warmth = 0;
+        }
+        self.work -= self.work / 4;
+        if self.warmth > 0 { self.tries_max() } else { 0 }
     }
 
     /// Whether waits should be timed for [`Spin::slept`].
@@ -63,14 +99,30 @@ impl Spin {
     /// What came of the tries.
     pub fn tried(&mut self, look: Look) {
         match look {
-            Look::Found => self.warmer(),
+            Look::Found => {
+                self.shyness -= self.shyness.div_ceil(64);
+                self.warmer();
+            }
             Look::Nothing | Look::Crowded => self.warmth /= 2,
+            Look::Lost => {
+                self.lost = true;
+                self.warmth /= 2;
+            }
         }
+    }
+
+    /// There was a request to see to.
+    pub fn worked(&mut self) {
+        self.work = self.work.saturating_add(1);
     }
 
     /// A sleep took so long.
     pub fn slept(&mut self, time: Duration) {
-        if time < WORTH {
+        // Nobody had waited meanwhile.
+        self.lost &= time < WORTH;
+        if self.shy > 0 {
+            self.shy -= 1;
+        } else if time < WORTH {
             self.warmer();
         }
     }
@@ -103,6 +155,55 @@ mod tests {
         spin.tried(Look::Found);
         spin.tried(Look::Crowded);
         assert_eq!(spin.tries(), 20);
+    }
+
+    /// Waits that were all short, until there are tries again.
+    fn waits_without(spin: &mut Spin) -> u32 {
+        let mut waits = 0;
+        while spin.tries() == 0 {
+            spin.slept(Duration::from_micros(40));
+            waits += 1;
+        }
+        waits
+    }
+
+    #[test]
+    fn where_others_compute_tries_become_rare() {
+        let mut spin = Spin::new(20);
+        let look = Look::of_yield(Duration::from_millis(4)).expect("long");
+        assert_eq!(look, Look::Lost);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            spin.tried(Look::Found);
+            spin.tried(look);
+            spin.worked();
+            assert_eq!((spin.tries(), spin.tries_max()), (0, 0));
+            waits.push(waits_without(&mut spin));
+            assert_eq!(spin.tries_max(), 20);
+        }
+        assert_eq!(waits[0], SHY_MIN + 1);
+        assert!(waits.windows(2).all(|two| two[0] < two[1] || two[1] > SHY_MAX / 2), "{waits:?}");
+        // They are gone, and forgotten in time.
+        (0..500).for_each(|_| spin.tried(Look::Found));
+        spin.tried(look);
+        assert_eq!(spin.tries_max(), 0);
+        assert_eq!(waits_without(&mut spin), SHY_MIN + 1);
+        // Nobody was held up by it.
+        spin.tried(Look::Found);
+        spin.tried(look);
+        spin.slept(Duration::from_millis(1));
+        assert!(waits_without(&mut spin) <= 1);
+        // It was those who ask.
+        spin.tried(Look::Found);
+        spin.tried(look);
+        (0..WORK_OF_MANY).for_each(|_| spin.worked());
+        assert_eq!((spin.tries(), spin.tries_max()), (20, 20));
+    }
+
+    #[test]
+    fn a_yield_tells_who_wants_the_cpu() {
+        let looks = [10, 60, 3100].map(|us| Look::of_yield(Duration::from_micros(us)));
+        assert_eq!(looks, [None, Some(Look::Crowded), Some(Look::Lost)]);
     }
 
     #[test]
