@@ -44,10 +44,13 @@ const FOREIGN_DEPENDENCIES: &[(&str, &[&str], &str)] = &[
 const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/ring.rs", "memory that the kernel holds: the ring"),
     ("crates/server-uring/src/passthrough.rs", "the crate's traits are stated in libc types"),
+    ("crates/server-uring/src/fork.rs", "the worker's process: fork, close_range, signal"),
     ("crates/server-uring/src/handles.rs", "fds taken from the crate by a checked cast"),
     ("crates/server-uring/src/fdops.rs", "system calls on an open fd that rustix lacks"),
     ("crates/server-uring/src/creds.rs", "credentials of one thread, which rustix refuses"),
     ("crates/server-uring/src/import.rs", "file handles: name_to_handle_at, open_by_handle_at"),
+    ("crates/server-uring/src/sandbox/filter.rs", "system calls by their numbers: no call"),
+    ("crates/server-uring/src/sandbox/root.rs", "mount_setattr, which rustix lacks"),
     ("crates/server-uring/src/mapping.rs", "a session's file as memory, which mmap gives"),
     ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
     ("fuser-fork/src/sys.rs", "/dev/fuse: the clone ioctl, and queue entries lent to the kernel"),

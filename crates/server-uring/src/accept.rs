@@ -1,11 +1,10 @@
 //! Listeners and peers: the parent's side. It binds, accepts, tells who the peer is, and hands the
 //! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -104,8 +103,16 @@ impl Listener {
         Ok(Listener { address, socket })
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
     /// Takes one connection; `None` when none waits or it may not come in.
-    fn accept(&self) -> Result<Option<Accepted>, Errno> {
+    ///
+    /// # Errors
+    /// What accept4 says: most likely no fd is left.
+    pub fn accept(&self) -> Result<Option<Accepted>, Errno> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         match &self.address {
             Address::Unix(path) => {
@@ -148,6 +155,12 @@ fn owner_of(peer: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     peer.hash(&mut hasher);
     hasher.finish()
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl Drop for Listener {
@@ -208,41 +221,6 @@ fn is_alive(address: &SocketAddrUnix) -> bool {
     let probe = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let Ok(probe) = probe else { return true };
     net::connect(&probe, address) != Err(Errno::CONNREFUSED)
-}
-
-/// Accepts until `stop` becomes readable; each connection goes to `hand_on`.
-pub fn run(listeners: &[Listener], stop: &OwnedFd, mut hand_on: impl FnMut(Accepted)) {
-    let mut exhausted = false;
-    loop {
-        let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
-        if !exhausted {
-            let sockets =
-                listeners.iter().map(|l| PollFd::from_borrowed_fd(l.socket.as_fd(), PollFlags::IN));
-            fds.extend(sockets);
-        }
-        // Out of fds: the listeners stay readable, so they are left alone for a while.
-        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        match poll(&mut fds, exhausted.then_some(&pause)) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return tracing::error!(%error, "cannot wait for connections"),
-        }
-        if !fds[0].revents().is_empty() {
-            return;
-        }
-        let ready: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
-        exhausted = false;
-        for (listener, _) in listeners.iter().zip(ready).filter(|(_, ready)| *ready) {
-            match listener.accept() {
-                Ok(Some(accepted)) => hand_on(accepted),
-                Ok(None) => {}
-                Err(error) => {
-                    let listener = &listener.address;
-                    tracing::warn!(%listener, %error, "cannot accept (too few open files?)");
-                    exhausted = true;
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,20 +1,24 @@
-//! The daemon's life: opens shares and listeners, starts the shards, waits for the signal to end.
+//! The daemon's life: the parent opens shares and listeners, and makes the worker, which serves.
 //!
-//! What is done before [`Worker`] starts, and what it is given, is what a parent outside a sandbox
-//! would do and pass: share roots as fds, and accepted connections. Everything that reads a guest's
-//! bytes is behind that line.
+//! All that the worker has is opened before it starts, or is handed to it over its channel: share
+//! roots as fds, and accepted connections. Everything that reads a guest's bytes is behind that
+//! line.
 
-use crate::accept::{self, Address, ListenError, Listener};
+use crate::accept::{Accepted, Address, ListenError, Listener};
+use crate::channel::{Channel, ToParent, ToWorker};
 use crate::control::Control;
 use crate::fds::Fds;
-use crate::fs::{Fs, FsOptions, ShareRoot, Submounts};
+use crate::fork::{self, Child, Spaces};
+use crate::fs::{Fs, FsError, FsOptions, ShareDir, ShareRoot, Submounts};
 use crate::greet::Share;
-use crate::state_dir::{StateError, StateOption};
+use crate::parent::Parent;
+use crate::sandbox::{self, Needs, Sandbox};
+use crate::state_dir::{Held, StateDir, StateError, StateOption};
 use crate::worker::Worker;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -49,6 +53,8 @@ pub struct Config {
     pub state_dir: StateOption,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
+    /// What a worker may still do.
+    pub sandbox: Sandbox,
 }
 
 /// `NAME=DIR[,OPTION...]`.
@@ -83,6 +89,15 @@ pub enum DaemonError {
     Uring(std::io::Error),
     #[error("CPU {0} is not among those that this process may use ({1:?})")]
     Cpu(usize, Vec<usize>),
+    #[error(
+        "cannot copy a share's mount (it takes CAP_SYS_ADMIN), as the sandbox needs; \
+         --sandbox=none does without"
+    )]
+    NoCopies,
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::SandboxError),
+    #[error("{0}")]
+    Worker(String),
     #[error("cannot start")]
     Start(#[from] std::io::Error),
 }
@@ -158,13 +173,20 @@ fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
     }
 }
 
-fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
-    let ShareConfig { name, dir, options } = config;
-    let serve = |source| DaemonError::Serve { name: name.clone(), source };
-    let root = ShareRoot::open(&dir, options.submounts).map_err(serve)?;
+/// A share, from which each worker gets a copy.
+struct Shared {
+    config: ShareConfig,
+    dir: ShareDir,
+}
+
+fn open_share(config: ShareConfig) -> Result<Shared, DaemonError> {
+    let serve = |source| DaemonError::Serve { name: config.name.clone(), source };
+    let FsOptions { submounts, read_only, .. } = config.options;
+    let dir = ShareDir::open(&config.dir, submounts, read_only).map_err(serve)?;
     // Tried once, so that what can never be served is said at the start.
-    root.try_clone().and_then(|root| Fs::on(root, options.clone())).map_err(serve)?;
-    Ok(Share { name, dir, root, options })
+    let root = dir.root().map_err(|errno| serve(FsError::Root(errno)))?;
+    Fs::on(root, config.options.clone()).map_err(serve)?;
+    Ok(Shared { config, dir })
 }
 
 /// An inode that a guest uses costs an fd: as many as the kernel gives a process, or at least as
@@ -191,7 +213,18 @@ fn become_root_group() -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// What a worker is made of, all of it opened by the parent.
+struct Plan {
+    shares: Vec<Shared>,
+    cpus: Vec<usize>,
+    engine: Engine,
+    spin: u32,
+    grace: Duration,
+    state: Option<Held>,
+    sandbox: Sandbox,
+}
+
+/// Serves until SIGTERM or SIGINT: the parent's part.
 pub fn run(config: Config) -> Result<(), DaemonError> {
     let (stop, signalled) = UnixStream::pair()?;
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
@@ -203,7 +236,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let fds = Fds::of_process();
     for mut share in config.shares {
         share.options.fds = Arc::clone(&fds);
-        if shares.iter().any(|known: &Share| known.name == share.name) {
+        if shares.iter().any(|known: &Shared| known.config.name == share.name) {
             return Err(DaemonError::Twice(share.name));
         }
         shares.push(open_share(share)?);
@@ -211,24 +244,85 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let cpus = choose_cpus(config.cpus)?;
     let listeners: Vec<Listener> =
         config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
+    let control = config.control.map(|path| Listener::bind(Address::Unix(path)));
+    let control = control.transpose().map_err(DaemonError::Control)?;
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
-        false => config.state_dir.open(&config.listen, config.grace)?,
+        false => config.state_dir.hold(&config.listen, config.grace)?,
     };
-    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
-    let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
-    for address in &config.listen {
-        tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");
+    let (engine, spin, grace, sandbox) = (config.engine, config.spin, config.grace, config.sandbox);
+    let plan = Plan { shares, cpus, engine, spin, grace, state, sandbox };
+    let parent = Parent { listeners, control, stop: stop.into() };
+    parent.run(
+        || start(&plan),
+        || {
+            for address in &config.listen {
+                tracing::info!(%address, cpus = ?plan.cpus, ?engine, "listening");
+            }
+        },
+    )
+}
+
+fn start(plan: &Plan) -> std::io::Result<Child> {
+    let roots = plan.shares.iter().map(|share| share.dir.root()).collect::<Result<Vec<_>, _>>()?;
+    let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
+    keep.extend(plan.state.as_ref().map(AsFd::as_fd));
+    let spaces = (plan.sandbox == Sandbox::Namespace).then_some(Spaces);
+    Child::start(&keep, spaces, |channel| match work(plan, &roots, &channel) {
+        Ok(()) => 0,
+        Err(error) => fork::fail(&channel, &error),
+    })
+}
+
+/// The worker's part: serves what the parent hands over.
+fn work(plan: &Plan, roots: &[ShareRoot], channel: &Channel) -> Result<(), DaemonError> {
+    let Plan { cpus, engine, spin, grace, .. } = plan;
+    let shares = shut_in(plan, roots)?;
+    let state = plan.state.as_ref().map(Held::lend).transpose()?;
+    let state = state.map(|held| StateDir::on(held, *grace)).transpose()?;
+    let worker = Worker::start(shares, cpus, *engine, *spin, *grace, state)?;
+    let control = Control::start(worker.counters())?;
+    if plan.sandbox == Sandbox::Namespace {
+        sandbox::seal()?;
     }
-    accept::run(&listeners, &OwnedFd::from(stop), |accepted| worker.greet(accepted));
-    tracing::info!("stopping");
-    drop(listeners);
+    channel.send(&ToParent::Ready, None)?;
+    loop {
+        match channel.receive()? {
+            Some((ToWorker::Guest { peer, owner }, Some(socket))) => {
+                worker.greet(Accepted { socket, peer, owner });
+            }
+            Some((ToWorker::Control, Some(asker))) => control.answer(asker),
+            Some((ToWorker::Stop, _)) => break,
+            Some((message, _)) => tracing::warn!(?message, "the parent says what cannot be"),
+            // Killed: as if we had been, too.
+            None => std::process::exit(1),
+        }
+    }
     let totals = worker.counters().totals();
     worker.stop();
-    drop(control);
     tracing::info!("stopped; {}", totals.to_json().trim_end());
     Ok(())
+}
+
+/// Takes from this process what it will not need; the shares as they are then.
+fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> {
+    if plan.sandbox == Sandbox::Namespace {
+        let trees = roots.iter().map(ShareRoot::tree).collect::<Option<Vec<_>>>();
+        let shares = trees.ok_or(DaemonError::NoCopies)?;
+        let state = plan.state.as_ref().map(AsFd::as_fd);
+        let device_nodes = plan.shares.iter().any(|share| share.config.options.device_nodes);
+        sandbox::enter(&Needs { shares: &shares, state, device_nodes })?;
+    }
+    let shares = plan.shares.iter().zip(roots).enumerate().map(|(index, (share, root))| {
+        let root = match plan.sandbox {
+            Sandbox::Namespace => root.at(sandbox::root::open_share(index)?),
+            Sandbox::None => root.try_clone()?,
+        };
+        let ShareConfig { name, dir, options } = share.config.clone();
+        Ok(Share { name, dir, root, options })
+    });
+    shares.collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 //! which, and where.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,7 +16,7 @@ pub use ringfs_wire::hello::CacheMode;
 use ringfs_wire::table::Given;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
+use rustix::mount::OpenTreeFlags;
 
 use crate::dispatch::Request;
 use crate::fdops::{self, FsKind, LocalFs};
@@ -27,6 +27,7 @@ use crate::import::{self, ImportError};
 use crate::nodes::{Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
+use crate::sandbox::root;
 
 /// How long names and attributes are good for in the guest, in seconds.
 pub(crate) fn valid_secs(cache: CacheMode) -> u64 {
@@ -156,38 +157,81 @@ pub struct Fs {
 
 /// The directory that a share gives, opened: what a process without rights can be handed.
 ///
-/// With `submounts=hide` it is the root of a detached private copy of the one mount: nothing that
-/// is or gets mounted on the host below it can be seen, and no path leads out of it. The copy
-/// lives as long as an fd of it does.
+/// It is the root of a detached private copy of its mount: no path leads out of it, and with
+/// `submounts=hide`, nothing that is or gets mounted on the host below it can be seen. The copy
+/// lives as long as an fd of it does, or a worker has it in its root.
 #[derive(Debug)]
 pub struct ShareRoot {
     fd: OwnedFd,
+    /// It is such a copy, whose owner we are.
+    copied: bool,
     /// False where mounts below could not be hidden so: other devices are refused then (EXDEV).
     hidden: bool,
 }
 
-impl ShareRoot {
-    /// Opens `dir`. Hiding mounts wants CAP_SYS_ADMIN.
+/// A share's directory as the host has it, from which workers get copies.
+#[derive(Debug)]
+pub struct ShareDir {
+    plain: OwnedFd,
+    merged: bool,
+    read_only: bool,
+}
+
+impl ShareDir {
+    /// Opens `dir`.
     ///
     /// # Errors
     /// [`FsError::Open`].
-    pub fn open(dir: &Path, submounts: Submounts) -> Result<ShareRoot, FsError> {
-        let opened = |source| FsError::Open { path: dir.to_owned(), source };
+    pub fn open(dir: &Path, submounts: Submounts, read_only: bool) -> Result<ShareDir, FsError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty()).map_err(opened)?;
-        match submounts {
-            Submounts::Merge => Ok(ShareRoot { fd: plain, hidden: true }),
-            Submounts::Hide => hide_submounts(plain).map_err(opened),
+        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty());
+        let plain = plain.map_err(|source| FsError::Open { path: dir.to_owned(), source })?;
+        Ok(ShareDir { plain, merged: submounts == Submounts::Merge, read_only })
+    }
+
+    /// A copy of its mount, with what is mounted below now where that is to be seen. It wants
+    /// CAP_SYS_ADMIN: without, it is the directory itself.
+    ///
+    /// # Errors
+    /// What open_tree says.
+    pub fn root(&self) -> Result<ShareRoot, Errno> {
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        flags.set(OpenTreeFlags::AT_RECURSIVE, self.merged);
+        let tree = match rustix::mount::open_tree(&self.plain, c"", flags) {
+            Ok(tree) => tree,
+            Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
+                let fd = rustix::io::fcntl_dupfd_cloexec(&self.plain, 0)?;
+                return Ok(ShareRoot { fd, copied: false, hidden: self.merged });
+            }
+            Err(error) => return Err(error),
+        };
+        if let Err(error) = root::harden(tree.as_fd(), self.read_only, self.merged) {
+            tracing::warn!(%error, "an old kernel: only the daemon keeps guests from what a share may not");
         }
+        Ok(ShareRoot { fd: tree, copied: true, hidden: true })
+    }
+}
+
+impl ShareRoot {
+    /// The copy, to be put into a worker's root.
+    pub fn tree(&self) -> Option<BorrowedFd<'_>> {
+        self.copied.then(|| self.fd.as_fd())
+    }
+
+    /// The same directory where a worker has it in its root.
+    #[must_use]
+    pub fn at(&self, fd: OwnedFd) -> ShareRoot {
+        ShareRoot { fd, copied: false, hidden: self.hidden }
     }
 
     /// Another one of the same copy, for another session.
     ///
     /// # Errors
-    /// [`FsError::Open`]: no fd is left.
-    pub fn try_clone(&self) -> Result<ShareRoot, FsError> {
-        let fd = self.fd.try_clone().map_err(FsError::Backend)?;
-        Ok(ShareRoot { fd, hidden: self.hidden })
+    /// No fd is left.
+    pub fn try_clone(&self) -> std::io::Result<ShareRoot> {
+        Ok(ShareRoot { fd: self.fd.try_clone()?, copied: self.copied, hidden: self.hidden })
     }
 
     /// A directory below, or this one for an empty path. Guests may have made links in the share:
@@ -203,7 +247,13 @@ impl ShareRoot {
         }
         let path = if path.is_empty() { b".".as_slice() } else { path };
         let fd = rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)?;
-        Ok(ShareRoot { fd, hidden: self.hidden })
+        Ok(ShareRoot { fd, copied: false, hidden: self.hidden })
+    }
+}
+
+impl AsFd for ShareRoot {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -213,7 +263,8 @@ impl Fs {
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
     pub fn new(dir: &Path, options: FsOptions) -> Result<Fs, FsError> {
-        Fs::on(ShareRoot::open(dir, options.submounts)?, options)
+        let dir = ShareDir::open(dir, options.submounts, options.read_only)?;
+        Fs::on(dir.root().map_err(FsError::Root)?, options)
     }
 
     /// Starts to serve a directory that was opened before, with the same `submounts`.
@@ -221,7 +272,7 @@ impl Fs {
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
     pub fn on(root: ShareRoot, options: FsOptions) -> Result<Fs, FsError> {
-        let ShareRoot { fd: root, hidden } = root;
+        let ShareRoot { fd: root, hidden, .. } = root;
         let merged = options.submounts == Submounts::Merge;
         let root_stat = Stat::of(&root).map_err(FsError::Root)?;
         let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;
@@ -408,25 +459,6 @@ impl Fs {
     pub(crate) fn caller(&self, uid: u32, gid: u32) -> Caller {
         if self.backend.squashes() { Caller { uid: 0, gid: 0 } } else { Caller { uid, gid } }
     }
-}
-
-fn hide_submounts(plain: OwnedFd) -> Result<ShareRoot, Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree = match rustix::mount::open_tree(&plain, c"", flags) {
-        Ok(tree) => tree,
-        Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
-            return Ok(ShareRoot { fd: plain, hidden: false });
-        }
-        Err(error) => return Err(error),
-    };
-    // A copy of a shared mount would be given what is mounted on the original later.
-    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
-    if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::PRIVATE) {
-        tracing::debug!(%error, "cannot make the share's mount private");
-    }
-    Ok(ShareRoot { fd: tree, hidden: true })
 }
 
 fn waits(kind: FsKind) -> Waits {

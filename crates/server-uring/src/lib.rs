@@ -2,6 +2,7 @@
 
 pub mod accept;
 pub mod buffers;
+pub mod channel;
 mod cold;
 pub mod connection;
 pub mod control;
@@ -12,6 +13,7 @@ pub mod dispatch;
 mod evict;
 pub mod fdops;
 pub mod fds;
+pub mod fork;
 pub mod fs;
 pub mod greet;
 pub mod handles;
@@ -26,6 +28,7 @@ pub mod nodes;
 pub mod notes;
 pub mod op;
 pub mod ops;
+pub mod parent;
 pub mod passthrough;
 pub mod pool;
 pub mod reply;
@@ -34,6 +37,7 @@ pub mod ring;
 #[doc(hidden)]
 pub mod ring_sim;
 pub mod ring_threads;
+pub mod sandbox;
 pub mod session;
 mod sha256;
 pub mod shard;

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringfs_server::accept::Address;
 use ringfs_server::daemon::{self, Config, Engine, ShareConfig};
 use ringfs_server::limits::GRACE_SECS_DEFAULT;
+use ringfs_server::sandbox::Sandbox;
 use ringfs_server::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use std::path::PathBuf;
@@ -71,6 +72,11 @@ struct Serve {
     /// below /run/ringfsd, by the listeners]
     #[arg(long, value_name = "DIR|none")]
     state_dir: Option<StateOption>,
+    /// What the process that serves guests is kept from. namespace: it sees the shares and nothing
+    /// else of the host, in namespaces of its own, with few capabilities and system calls
+    /// (docs/security.md). none: it has the rights that the daemon was started with.
+    #[arg(long, value_name = "namespace|none", default_value = "namespace")]
+    sandbox: Sandbox,
     /// Unix socket that gives whoever connects one JSON object of counters.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -151,6 +157,7 @@ fn serve(args: Serve) -> Result<()> {
         grace: Duration::from_secs(u64::from(args.grace)),
         state_dir: args.state_dir.unwrap_or_default(),
         control: args.control,
+        sandbox: args.sandbox,
     };
     daemon::run(config)?;
     Ok(())
