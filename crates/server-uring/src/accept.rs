@@ -1,8 +1,10 @@
 //! Listeners and peers: the parent's side. It binds, accepts, tells who the peer is, and hands the
 //! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
@@ -11,7 +13,8 @@ use std::str::FromStr;
 use thiserror::Error;
 
 /// Where guests come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Address {
     /// A Unix socket; for Firecracker and its kind, `<uds_path>_<port>`.
     Unix(PathBuf),
@@ -60,6 +63,19 @@ impl FromStr for Address {
     }
 }
 
+impl TryFrom<String> for Address {
+    type Error = ListenError;
+    fn try_from(text: String) -> Result<Address, ListenError> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> String {
+        address.to_string()
+    }
+}
+
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -68,6 +84,15 @@ impl std::fmt::Display for Address {
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
         }
     }
+}
+
+/// What those who connect want.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// A share.
+    Guests,
+    /// To ask about the daemon: see control.rs.
+    Control,
 }
 
 /// A bound socket. Its path goes with it.
@@ -90,8 +115,17 @@ pub struct Accepted {
 impl Listener {
     /// Binds. A socket file that nobody listens on any more is taken over.
     pub fn bind(address: Address) -> Result<Listener, ListenError> {
+        Listener::bind_mode(address, None)
+    }
+
+    /// Binds so that only the daemon's user may connect.
+    pub fn bind_private(address: Address) -> Result<Listener, ListenError> {
+        Listener::bind_mode(address, Some(Mode::RUSR | Mode::WUSR))
+    }
+
+    fn bind_mode(address: Address, mode: Option<Mode>) -> Result<Listener, ListenError> {
         let socket = match &address {
-            Address::Unix(path) => bind_unix(path)?,
+            Address::Unix(path) => bind_unix(path, mode)?,
             Address::Vsock { port, .. } => {
                 let source = |source| ListenError::Vsock { port: *port, source };
                 let listener = vsock::VsockListener::bind_with_cid_port(CID_ANY, *port);
@@ -171,7 +205,7 @@ impl Drop for Listener {
     }
 }
 
-fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
+fn bind_unix(path: &Path, mode: Option<Mode>) -> Result<OwnedFd, ListenError> {
     let error = |source: Errno, hint| ListenError::Unix {
         path: path.to_owned(),
         source: source.into(),
@@ -206,6 +240,10 @@ fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
         Errno::ACCESS => error(e, " (no right to make a file there)"),
         _ => error(e, ""),
     })?;
+    if let Some(mode) = mode {
+        // Nobody gets in before it listens.
+        rustix::fs::chmod(path, mode).map_err(|e| error(e, " (its mode cannot be set)"))?;
+    }
     net::listen(&socket, 128).map_err(|e| error(e, ""))?;
     Ok(socket)
 }

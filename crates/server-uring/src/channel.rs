@@ -3,6 +3,8 @@
 //! The parent is outside of the sandbox and believes nothing that the worker says: of the worker it
 //! takes only that it is ready or cannot serve, in bounded bytes. The worker trusts its parent.
 
+use crate::config::ShareConfig;
+use crate::status::ConfigState;
 use rustix::io::{Errno, IoSlice, IoSliceMut, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -14,7 +16,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// A message has at most so many bytes.
-const MESSAGE_BYTES_MAX: usize = 64 << 10;
+const MESSAGE_BYTES_MAX: usize = 160 << 10;
 
 /// From the parent to the worker.
 #[derive(Debug, Serialize, Deserialize)]
@@ -30,6 +32,26 @@ pub enum ToWorker {
     },
     /// Somebody has connected to the control socket; with the stream.
     Control,
+    /// A share is new, or is to be served in another way from the next mount on.
+    Share {
+        /// What guests call it.
+        name: String,
+        /// How it is served.
+        config: ShareConfig,
+        /// Which directory of the worker's root it is; `None`: its fd is with the message.
+        index: Option<usize>,
+        /// See [`crate::fs::ShareRoot`].
+        hidden: bool,
+    },
+    /// A share is no more.
+    ShareGone {
+        /// What guests called it.
+        name: String,
+        /// Those who have it lose it; else nobody new gets it.
+        ends_sessions: bool,
+    },
+    /// What is in force, for whoever asks.
+    Config(ConfigState),
     /// Say goodbye to all guests and end.
     Stop,
 }

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
 
 use crate::channel::{Channel, ToParent, ToWorker};
+use crate::sandbox::root;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -22,13 +23,15 @@ pub struct Child {
     pid: Pid,
     /// How it ended, once that is known.
     ended: Option<WaitStatus>,
+    /// Shares that it has been given.
+    shares: usize,
     /// To the worker; hung up when it has ended.
     pub channel: Channel,
 }
 
 impl Child {
     /// Makes a worker that runs `work` and ends with the code that this returns, in `spaces` of its
-    /// own. Of the fds that are open it has `keep`, its end of the channel, and the standard
+    /// own, with so many `shares`. Of the fds that are open it has `keep`, its end of the channel, and the standard
     /// streams.
     ///
     /// # Errors
@@ -36,6 +39,7 @@ impl Child {
     /// copy the locks that the others hold; or where there are no such namespaces.
     pub fn start(
         keep: &[BorrowedFd<'_>],
+        shares: usize,
         spaces: Option<Spaces>,
         work: impl FnOnce(Channel) -> i32,
     ) -> io::Result<Child> {
@@ -65,7 +69,7 @@ impl Child {
             }));
             std::process::exit(code.unwrap_or(FAILED));
         };
-        let mut child = Child { pid, ended: None, channel: ours };
+        let mut child = Child { pid, ended: None, shares, channel: ours };
         drop(theirs);
         if spaces.is_some() {
             let how = child.wait();
@@ -80,6 +84,29 @@ impl Child {
         }
         child.channel.send(&ToWorker::Begin, None)?;
         Ok(child)
+    }
+
+    /// Puts a further share's tree into the worker's root; which directory that is.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
+        let index = self.shares;
+        let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", self.pid.as_raw_pid()))?;
+        // A process of its own goes there.
+        let Some(pid) = fork()? else {
+            let done = root::attach_to(mounts.as_fd(), tree, index);
+            exit_now(done.map_or_else(Errno::raw_os_error, |()| 0))
+        };
+        let mut helper = Child { pid, ended: None, shares: 0, channel: Channel::pair()?.0 };
+        helper.wait();
+        match helper.ended.and_then(WaitStatus::exit_status) {
+            Some(0) => {
+                self.shares += 1;
+                Ok(index)
+            }
+            code => Err(io::Error::from_raw_os_error(code.unwrap_or(Errno::IO.raw_os_error()))),
+        }
     }
 
     /// Waits until it has ended, and says how.
@@ -170,6 +197,12 @@ fn ignore_signals() {
         // SAFETY: to ignore a signal runs no code of ours.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
+}
+
+/// Without anything that is the parent's to do at its end.
+fn exit_now(code: i32) -> ! {
+    // SAFETY: it ends the process at once.
+    unsafe { libc::_exit(code) }
 }
 
 fn close_all_but(mut kept: Vec<RawFd>) {

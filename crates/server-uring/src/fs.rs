@@ -17,6 +17,7 @@ use ringfs_wire::table::Given;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
+use serde::{Deserialize, Serialize};
 
 use crate::dispatch::Request;
 use crate::fdops::{self, FsKind, LocalFs};
@@ -39,7 +40,8 @@ pub(crate) fn valid_secs(cache: CacheMode) -> u64 {
 }
 
 /// What a guest sees of host mounts below the share.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Submounts {
     /// The directory underneath.
     #[default]
@@ -220,10 +222,14 @@ impl ShareRoot {
         self.copied.then(|| self.fd.as_fd())
     }
 
-    /// The same directory where a worker has it in its root.
-    #[must_use]
-    pub fn at(&self, fd: OwnedFd) -> ShareRoot {
-        ShareRoot { fd, copied: false, hidden: self.hidden }
+    /// The same directory where a worker has it.
+    pub fn at(fd: OwnedFd, hidden: bool) -> ShareRoot {
+        ShareRoot { fd, copied: false, hidden }
+    }
+
+    /// Whether mounts below cannot be seen, or are to be.
+    pub fn hidden(&self) -> bool {
+        self.hidden
     }
 
     /// Another one of the same copy, for another session.
@@ -248,6 +254,12 @@ impl ShareRoot {
         let path = if path.is_empty() { b".".as_slice() } else { path };
         let fd = rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)?;
         Ok(ShareRoot { fd, copied: false, hidden: self.hidden })
+    }
+}
+
+impl From<ShareRoot> for OwnedFd {
+    fn from(root: ShareRoot) -> OwnedFd {
+        root.fd
     }
 }
 

@@ -51,6 +51,8 @@ pub const DETACHED_PER_PEER_MAX: usize = 64;
 pub const GRACE_SECS_DEFAULT: u32 = 600;
 /// Time for the old connection of a newcomer to show that it lives.
 pub const PROBE_MS: u64 = 500;
+/// Those who wait to be answered on the control socket.
+pub const VISITORS_MAX: usize = 16;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer

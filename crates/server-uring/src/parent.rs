@@ -1,19 +1,28 @@
 //! The parent: it stays outside of the sandbox, and reads nothing that a guest sent.
 //!
-//! It takes connections, tells who the peer is and hands the fd to the worker; it hears the signals
-//! and ends the worker. A worker that dies is said loudly and another one made: guests come again
-//! and go on with it (docs/sessions.md).
+//! It takes connections, tells who the peer is and hands the fd to the worker; it hears the signals,
+//! reads the configuration again, and ends the worker. A worker that dies is said loudly and another
+//! one made: guests come again and go on with it (docs/sessions.md).
 //!
 //! Invariant: one thread, which waits in one place.
 
-use crate::accept::{Accepted, Listener};
+use crate::accept::{Accepted, Door, Listener};
 use crate::channel::{Channel, ToParent, ToWorker};
+use crate::config::Engine;
 use crate::daemon::DaemonError;
-use crate::fork::Child;
+use crate::fds::Fds;
+use crate::fork::{self, Child, Spaces};
+use crate::inside;
+use crate::reload::{Change, InForce, Shared};
+use crate::sandbox::Sandbox;
+use crate::state_dir::Held;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use std::io;
+use std::collections::VecDeque;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between the end of a worker and the start of the next one: doubled as long as none lives.
@@ -24,14 +33,38 @@ const LIVED: Duration = Duration::from_secs(60);
 /// Out of fds: the listeners stay readable, so they are left alone for a while.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
+/// What a worker is made of.
+pub struct Plan {
+    /// What there is to mount.
+    pub shares: Vec<Shared>,
+    /// One shard each.
+    pub cpus: Vec<usize>,
+    /// How files and sockets are driven.
+    pub engine: Engine,
+    /// Looks for input before a thread sleeps.
+    pub spin: u32,
+    /// How long a session without connections is kept.
+    pub grace: Duration,
+    /// What outlives a worker.
+    pub state: Option<Held>,
+    /// What it is kept from.
+    pub sandbox: Sandbox,
+    /// The bound of its fds.
+    pub fds: Arc<Fds>,
+}
+
 /// What the parent has.
 pub struct Parent {
-    /// Where guests connect.
-    pub listeners: Vec<Listener>,
-    /// Where questions come from.
-    pub control: Option<Listener>,
+    /// Where guests and questions come from.
+    pub listeners: Vec<(Door, Listener)>,
     /// Readable when the daemon is to end.
-    pub stop: OwnedFd,
+    pub stop: UnixStream,
+    /// Readable when the configuration is to be read again.
+    pub hangup: UnixStream,
+    /// What each worker is made of.
+    pub plan: Plan,
+    /// The configuration.
+    pub in_force: InForce,
 }
 
 enum End {
@@ -41,48 +74,57 @@ enum End {
     Died { served: bool, failed: Option<String> },
 }
 
+/// What waits for room in the channel.
+type Unsent = VecDeque<(ToWorker, Option<OwnedFd>)>;
+
 impl Parent {
-    /// Makes workers by `start` until the daemon is to end. `ready` is called when the first one
-    /// serves.
+    /// Makes workers until the daemon is to end.
     ///
     /// # Errors
     /// [`DaemonError::Worker`]: the first one cannot serve.
-    pub fn run(
-        &self,
-        start: impl Fn() -> io::Result<Child>,
-        ready: impl FnOnce(),
-    ) -> Result<(), DaemonError> {
-        let mut ready = Some(ready);
+    pub fn run(mut self) -> Result<(), DaemonError> {
+        let mut has_served = false;
         let mut pause = BACK_OFF_MIN;
         loop {
             let begun = Instant::now();
-            let mut child = start()?;
-            let mut on_ready = || {
-                if let Some(ready) = ready.take() {
-                    ready();
-                }
-            };
-            let end = self.serve(&child.channel, &mut on_ready)?;
+            let mut child = self.start()?;
+            let end = self.serve(&mut child, &mut has_served)?;
             let how = child.wait();
             let (served, failed) = match end {
                 End::Stopped if how.is_empty() => return Ok(()),
-                End::Stopped => return Err(DaemonError::Worker(how)),
+                End::Stopped => return Err(DaemonError::Worker(format!("the worker: {how}"))),
                 End::Died { served, failed } => (served, failed.unwrap_or(how)),
             };
-            if ready.is_some() {
+            if !has_served {
                 return Err(DaemonError::Worker(failed));
             }
             if served && begun.elapsed() >= LIVED {
                 pause = BACK_OFF_MIN;
             }
             tracing::error!(
-                "the worker has died ({failed}): guests are cut off; another one starts in {pause:?}"
+                "the worker has died ({failed}): its guests are cut off and come again; the next \
+                 one starts in {pause:?}"
             );
             if self.stops_within(pause)? {
                 return Ok(());
             }
             pause = (pause * 2).min(BACK_OFF_MAX);
         }
+    }
+
+    fn start(&self) -> std::io::Result<Child> {
+        let shares = self.plan.shares.iter();
+        let roots = shares.map(|share| share.dir.root()).collect::<Result<Vec<_>, _>>()?;
+        let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
+        keep.extend(self.plan.state.as_ref().map(AsFd::as_fd));
+        let spaces = (self.plan.sandbox == Sandbox::Namespace).then_some(Spaces);
+        let state = self.in_force.state();
+        Child::start(&keep, roots.len(), spaces, |channel| {
+            match inside::work(&self.plan, &roots, state, &channel) {
+                Ok(()) => 0,
+                Err(error) => fork::fail(&channel, &error),
+            }
+        })
     }
 
     fn stops_within(&self, pause: Duration) -> Result<bool, DaemonError> {
@@ -99,34 +141,40 @@ impl Parent {
     }
 
     /// Hands connections to one worker until it ends.
-    fn serve(&self, worker: &Channel, on_ready: &mut dyn FnMut()) -> Result<End, DaemonError> {
+    fn serve(&mut self, child: &mut Child, has_served: &mut bool) -> Result<End, DaemonError> {
         let (mut served, mut stopping, mut failed) = (false, false, None);
-        let mut unsent: Option<(ToWorker, Option<OwnedFd>)> = None;
+        let mut unsent = Unsent::new();
         let mut exhausted = false;
         loop {
-            let to_worker = if unsent.is_some() { PollFlags::OUT } else { PollFlags::empty() };
+            let worker = &child.channel;
+            let to_worker = if unsent.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
             let mut fds = vec![PollFd::new(worker, PollFlags::IN | to_worker)];
             if !stopping {
                 fds.push(PollFd::new(&self.stop, PollFlags::IN));
             }
             // Who connects before there is a worker waits in the listener's queue.
-            let listens = served && !stopping && unsent.is_none() && !exhausted;
-            if listens {
-                fds.extend(self.all().map(|l| PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN)));
+            let takes = served && !stopping && unsent.is_empty();
+            if takes {
+                fds.push(PollFd::new(&self.hangup, PollFlags::IN));
+            }
+            if takes && !exhausted {
+                let sockets = self.listeners.iter().map(|(_, listener)| listener.as_fd());
+                fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             }
             let pause = timespec(EXHAUSTED_PAUSE);
             match poll(&mut fds, exhausted.then_some(&pause)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            let ready: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            let heard = fds[0].revents() & !PollFlags::OUT;
             drop(fds);
             exhausted = false;
-            if ready[0].intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+            if !heard.is_empty() {
                 match worker.receive::<ToParent>() {
                     Ok(Some((ToParent::Ready, _))) => {
                         served = true;
-                        on_ready();
+                        self.say_listening(has_served);
                     }
                     Ok(Some((ToParent::Failed(text), _))) => failed = Some(text),
                     Ok(Some((ToParent::Pid(_), _))) => {}
@@ -134,70 +182,107 @@ impl Parent {
                     Ok(None) | Err(_) => return Ok(End::Died { served, failed }),
                 }
             }
-            if !stopping && !ready[1].is_empty() {
+            if !stopping && ready[1] {
                 stopping = true;
                 tracing::info!("stopping");
-                // What has not been handed over is cut off.
-                unsent = Some((ToWorker::Stop, None));
+                self.listeners.clear();
+                unsent.clear();
+                unsent.push_back((ToWorker::Stop, None));
             }
-            if listens && !stopping {
-                for (listener, _) in self.all().zip(&ready[2..]).filter(|(_, r)| !r.is_empty()) {
-                    if unsent.is_none() {
-                        (unsent, exhausted) = self.take(listener, worker);
-                    }
+            if takes && !stopping {
+                let listeners = self.listeners.iter().zip(ready.iter().skip(3));
+                for ((door, listener), _) in listeners.filter(|(_, ready)| **ready) {
+                    exhausted |= take(*door, listener, &mut unsent);
+                }
+                if ready[2] {
+                    self.reload(child, &mut unsent);
                 }
             }
-            if let Some((message, fd)) = unsent.take() {
-                unsent = send(worker, message, fd);
+            flush(&child.channel, &mut unsent);
+        }
+    }
+
+    fn say_listening(&self, has_served: &mut bool) {
+        if !std::mem::replace(has_served, true) {
+            let Plan { cpus, engine, sandbox, .. } = &self.plan;
+            for (_, listener) in self.listeners.iter().filter(|(door, _)| *door == Door::Guests) {
+                let address = listener.address();
+                tracing::info!(%address, ?cpus, ?engine, ?sandbox, "listening");
             }
         }
     }
 
-    fn all(&self) -> impl Iterator<Item = &Listener> {
-        self.listeners.iter().chain(&self.control)
+    fn reload(&mut self, child: &mut Child, unsent: &mut Unsent) {
+        while self.hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
+        for change in self.in_force.reload(&mut self.listeners) {
+            match change {
+                Change::Share(share) => {
+                    let name = share.config.name.clone();
+                    match hand_over(&share, child, self.plan.sandbox) {
+                        Ok(message) => unsent.push_back(message),
+                        Err(error) => tracing::error!(
+                            share = name, %error, "the worker cannot be given the share: its next one will"
+                        ),
+                    }
+                    self.plan.shares.retain(|old| old.config.name != name);
+                    self.plan.shares.push(share);
+                }
+                Change::ShareGone { name, ends_sessions } => {
+                    self.plan.shares.retain(|old| old.config.name != name);
+                    unsent.push_back((ToWorker::ShareGone { name, ends_sessions }, None));
+                }
+            }
+        }
+        unsent.push_back((ToWorker::Config(self.in_force.state()), None));
     }
+}
 
-    /// Takes one connection in and hands it on; what the worker has no room for, and whether there
-    /// are no fds.
-    fn take(
-        &self,
-        listener: &Listener,
-        worker: &Channel,
-    ) -> (Option<(ToWorker, Option<OwnedFd>)>, bool) {
-        let is_control =
-            self.control.as_ref().is_some_and(|control| std::ptr::eq(control, listener));
-        match listener.accept() {
-            Ok(Some(Accepted { socket, peer, owner })) => {
-                let message = match is_control {
-                    true => ToWorker::Control,
-                    false => ToWorker::Guest { peer, owner },
-                };
-                (send(worker, message, Some(socket)), false)
-            }
-            Ok(None) => (None, false),
-            Err(error) => {
-                let listener = listener.address();
-                tracing::warn!(%listener, %error, "cannot accept (too few open files?)");
-                (None, true)
-            }
+/// A copy of the share for a worker that runs: put into its root, or lent by its fd.
+fn hand_over(
+    share: &Shared,
+    child: &mut Child,
+    sandbox: Sandbox,
+) -> std::io::Result<(ToWorker, Option<OwnedFd>)> {
+    let root = share.dir.root()?;
+    let hidden = root.hidden();
+    let (index, fd) = match sandbox {
+        Sandbox::Namespace => (Some(child.attach(root.as_fd())?), None),
+        Sandbox::None => (None, Some(root.into())),
+    };
+    let (name, config) = (share.config.name.clone(), share.config.clone());
+    Ok((ToWorker::Share { name, config, index, hidden }, fd))
+}
+
+/// Takes one connection in; whether there are no fds.
+fn take(door: Door, listener: &Listener, unsent: &mut Unsent) -> bool {
+    match listener.accept() {
+        Ok(Some(Accepted { socket, peer, owner })) => {
+            let message = match door {
+                Door::Guests => ToWorker::Guest { peer, owner },
+                Door::Control => ToWorker::Control,
+            };
+            unsent.push_back((message, Some(socket)));
+            false
+        }
+        Ok(None) => false,
+        Err(error) => {
+            let listener = listener.address();
+            tracing::warn!(%listener, %error, "cannot accept (too few open files?)");
+            true
         }
     }
 }
 
-/// Gives back what must wait for room.
-fn send(
-    worker: &Channel,
-    message: ToWorker,
-    fd: Option<OwnedFd>,
-) -> Option<(ToWorker, Option<OwnedFd>)> {
-    match worker.send(&message, fd.as_ref().map(AsFd::as_fd)) {
-        Err(Errno::AGAIN | Errno::TOOMANYREFS) => Some((message, fd)),
-        // A worker that is gone is found out by its end of the channel.
-        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => None,
-        Err(error) => {
-            tracing::warn!(%error, "a connection cannot be handed to the worker: it is cut off");
-            None
+/// Sends what there is room for.
+fn flush(worker: &Channel, unsent: &mut Unsent) {
+    while let Some((message, fd)) = unsent.front() {
+        match worker.send(message, fd.as_ref().map(AsFd::as_fd)) {
+            Err(Errno::AGAIN) => return,
+            // A worker that is gone is found out by its end of the channel.
+            Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {}
+            Err(error) => tracing::warn!(%error, "the worker cannot be told"),
         }
+        unsent.pop_front();
     }
 }
 

@@ -14,30 +14,19 @@ pub mod landlock;
 pub mod root;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
-use std::str::FromStr;
 use thiserror::Error;
 
 /// How much of it, as `--sandbox` says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Sandbox {
     /// All layers, in namespaces of its own.
     #[default]
     Namespace,
     /// None: the worker has the rights of the daemon.
     None,
-}
-
-impl FromStr for Sandbox {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Sandbox, &'static str> {
-        match text {
-            "namespace" => Ok(Sandbox::Namespace),
-            "none" => Ok(Sandbox::None),
-            _ => Err("it is namespace or none"),
-        }
-    }
 }
 
 /// Why a worker is not sandboxed. It must not serve then.

@@ -1,0 +1,176 @@
+//! The configuration in force, and how another one takes its place while guests are served.
+//!
+//! The parent's side: it opens directories and binds sockets. Invariant: all that can fail is done
+//! before anything changes, so that a configuration is taken whole or not at all.
+
+use crate::accept::{Door, ListenError, Listener};
+use crate::config::{Config, Fault, ListenConfig, ShareConfig, Source};
+use crate::fds::Fds;
+use crate::fs::{Fs, FsError, ShareDir};
+use crate::status::ConfigState;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use thiserror::Error;
+
+/// Why the configuration stays as it was.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum ReloadError {
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Config(Vec<Fault>),
+    #[error("cannot serve the share {name:?}: {source}")]
+    Share { name: String, source: FsError },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+}
+
+/// What the parent keeps of its configuration.
+pub struct InForce {
+    source: Source,
+    config: Config,
+    fds: Arc<Fds>,
+    state: ConfigState,
+}
+
+/// A share as the parent has it: each worker gets a copy.
+pub struct Shared {
+    /// As it was told.
+    pub config: ShareConfig,
+    /// What it gives.
+    pub dir: ShareDir,
+}
+
+/// What a worker has to be told.
+pub enum Change {
+    /// A share is new, or another one of its name.
+    Share(Shared),
+    /// One is no more.
+    ShareGone {
+        /// What guests called it.
+        name: String,
+        /// Its sessions end.
+        ends_sessions: bool,
+    },
+}
+
+/// Opens a directory that is to be shared; tried once, so that what can never be served is said.
+///
+/// # Errors
+/// See [`FsError`].
+pub fn open_share(config: &ShareConfig, fds: &Arc<Fds>) -> Result<Shared, FsError> {
+    let dir = ShareDir::open(&config.path, config.submounts, config.ro)?;
+    Fs::on(dir.root().map_err(FsError::Root)?, config.options(fds))?;
+    Ok(Shared { config: config.clone(), dir })
+}
+
+impl InForce {
+    /// What the daemon has started with.
+    pub fn new(source: Source, config: Config, fds: Arc<Fds>) -> InForce {
+        let file = source.file().map(ToOwned::to_owned);
+        let pid = std::process::id();
+        let state = ConfigState { file, loaded_unix_s: now_unix_s(), pid, ..Default::default() };
+        InForce { source, config, fds, state }
+    }
+
+    /// For people and tools: what is in force, and what became of the last reload.
+    pub fn state(&self) -> ConfigState {
+        let listeners = self.config.listen.iter().map(|listen| listen.address.to_string());
+        ConfigState { listeners: listeners.collect(), ..self.state.clone() }
+    }
+
+    /// Reads the configuration again; what the worker is to be told, besides the new state. If
+    /// anything is wrong with it the old one stays in force. Either way the log is told.
+    pub fn reload(&mut self, listeners: &mut Vec<(Door, Listener)>) -> Vec<Change> {
+        self.state.reloads += 1;
+        match self.take(listeners) {
+            Ok((changed, changes)) => {
+                let waits = &self.state.needs_restart;
+                tracing::info!(?changed, "configuration reloaded");
+                if !waits.is_empty() {
+                    tracing::warn!("not before the next start: {}", waits.join(", "));
+                }
+                self.state.changed = changed;
+                self.state.loaded_unix_s = now_unix_s();
+                (self.state.failed_unix_s, self.state.errors) = (None, Vec::new());
+                changes
+            }
+            Err(error) => {
+                tracing::error!("the old configuration stays in force: {error}");
+                self.state.failed_unix_s = Some(now_unix_s());
+                self.state.errors = match error {
+                    ReloadError::Config(faults) => faults.iter().map(Fault::to_string).collect(),
+                    other => vec![other.to_string()],
+                };
+                Vec::new()
+            }
+        }
+    }
+
+    fn take(
+        &mut self,
+        listeners: &mut Vec<(Door, Listener)>,
+    ) -> Result<(Vec<String>, Vec<Change>), ReloadError> {
+        let new = self.source.config().map_err(ReloadError::Config)?;
+        let old = &self.config;
+        let mut opened = Vec::new();
+        for share in new.shares.iter().filter(|share| !old.shares.contains(share)) {
+            let failed = |source| ReloadError::Share { name: share.name.clone(), source };
+            opened.push(open_share(share, &self.fds).map_err(failed)?);
+        }
+        let is_new = |listen: &&ListenConfig| !old.listen.contains(listen);
+        let mut bound = Vec::new();
+        for listen in new.listen.iter().filter(is_new) {
+            bound.push((Door::Guests, Listener::bind(listen.address.clone())?));
+        }
+        // Nothing fails from here on.
+        let (mut changed, mut changes) = (Vec::new(), Vec::new());
+        for share in opened {
+            let name = &share.config.name;
+            let known = old.shares.iter().any(|old| old.name == *name);
+            changed.push(format!("{} share {name}", if known { "changed" } else { "new" }));
+            changes.push(Change::Share(share));
+        }
+        let gone = old.shares.iter().filter(|old| !new.shares.iter().any(|s| s.name == old.name));
+        for share in gone {
+            changed.push(format!("removed share {}", share.name));
+            let ends_sessions = new.drop_removed;
+            changes.push(Change::ShareGone { name: share.name.clone(), ends_sessions });
+        }
+        changed.extend(bound.iter().map(|(_, new)| format!("new listener {}", new.address())));
+        for listen in old.listen.iter().filter(|listen| !new.listen.contains(listen)) {
+            changed.push(format!("removed listener {}", listen.address));
+            listeners.retain(|(_, bound)| *bound.address() != listen.address);
+        }
+        listeners.extend(bound);
+        self.state.needs_restart = needs_restart(old, &new);
+        // What needs a restart stays as it is, and is said again by the next reload.
+        self.config = Config {
+            cpus: old.cpus.clone(),
+            engine: old.engine,
+            spin: old.spin,
+            grace: old.grace,
+            state_dir: old.state_dir.clone(),
+            control: old.control.clone(),
+            sandbox: old.sandbox,
+            ..new
+        };
+        Ok((changed, changes))
+    }
+}
+
+fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
+    let differ = [
+        ("cpus", old.cpus != new.cpus),
+        ("engine", old.engine != new.engine),
+        ("spin", old.spin != new.spin),
+        ("grace", old.grace != new.grace),
+        ("state-dir", old.state_dir != new.state_dir),
+        ("control", old.control != new.control),
+        ("sandbox", old.sandbox != new.sandbox),
+    ];
+    differ.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()
+}
+
+fn now_unix_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
