@@ -35,11 +35,6 @@ pub enum DaemonError {
     Uring(std::io::Error),
     #[error("CPU {0} is not among those that this process may use ({1:?})")]
     Cpu(usize, Vec<usize>),
-    #[error(
-        "cannot copy a share's mount (it takes CAP_SYS_ADMIN), as the sandbox needs; \
-         --sandbox=none does without"
-    )]
-    NoCopies,
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error("{0}")]

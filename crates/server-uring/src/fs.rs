@@ -159,14 +159,12 @@ pub struct Fs {
 
 /// The directory that a share gives, opened: what a process without rights can be handed.
 ///
-/// It is the root of a detached private copy of its mount: no path leads out of it, and with
-/// `submounts=hide`, nothing that is or gets mounted on the host below it can be seen. The copy
-/// lives as long as an fd of it does, or a worker has it in its root.
+/// With `submounts=hide` it is the root of a private copy of the one mount: nothing that is or gets
+/// mounted on the host below it can be seen, and no path leads out of it. The copy lives as long as
+/// an fd of it does, or a worker has it in its root.
 #[derive(Debug)]
 pub struct ShareRoot {
     fd: OwnedFd,
-    /// It is such a copy, whose owner we are.
-    copied: bool,
     /// False where mounts below could not be hidden so: other devices are refused then (EXDEV).
     hidden: bool,
 }
@@ -191,40 +189,44 @@ impl ShareDir {
         Ok(ShareDir { plain, merged: submounts == Submounts::Merge, read_only })
     }
 
-    /// A copy of its mount, with what is mounted below now where that is to be seen. It wants
-    /// CAP_SYS_ADMIN: without, it is the directory itself.
+    /// For this process: the directory itself where mounts below are to be seen, else a copy. That
+    /// wants CAP_SYS_ADMIN; without, mounts are hidden by refusing other devices.
     ///
     /// # Errors
     /// What open_tree says.
     pub fn root(&self) -> Result<ShareRoot, Errno> {
+        let copy = if self.merged { Err(Errno::PERM) } else { self.copy() };
+        match copy {
+            Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
+                let fd = rustix::io::fcntl_dupfd_cloexec(&self.plain, 0)?;
+                Ok(ShareRoot { fd, hidden: self.merged })
+            }
+            other => other,
+        }
+    }
+
+    /// A copy of its mount, for another root; with what is mounted below where that is to be seen,
+    /// and what will be where the host's mounts are shared.
+    ///
+    /// # Errors
+    /// What open_tree says.
+    pub fn copy(&self) -> Result<ShareRoot, Errno> {
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
             | OpenTreeFlags::AT_EMPTY_PATH;
         flags.set(OpenTreeFlags::AT_RECURSIVE, self.merged);
-        let tree = match rustix::mount::open_tree(&self.plain, c"", flags) {
-            Ok(tree) => tree,
-            Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
-                let fd = rustix::io::fcntl_dupfd_cloexec(&self.plain, 0)?;
-                return Ok(ShareRoot { fd, copied: false, hidden: self.merged });
-            }
-            Err(error) => return Err(error),
-        };
-        if let Err(error) = root::harden(tree.as_fd(), self.read_only, self.merged) {
-            tracing::warn!(%error, "an old kernel: only the daemon keeps guests from what a share may not");
+        let fd = rustix::mount::open_tree(&self.plain, c"", flags)?;
+        if let Err(error) = root::harden(fd.as_fd(), self.read_only, self.merged) {
+            tracing::warn!(%error, "an old kernel: what a share may not, only the daemon prevents");
         }
-        Ok(ShareRoot { fd: tree, copied: true, hidden: true })
+        Ok(ShareRoot { fd, hidden: true })
     }
 }
 
 impl ShareRoot {
-    /// The copy, to be put into a worker's root.
-    pub fn tree(&self) -> Option<BorrowedFd<'_>> {
-        self.copied.then(|| self.fd.as_fd())
-    }
-
     /// The same directory where a worker has it.
     pub fn at(fd: OwnedFd, hidden: bool) -> ShareRoot {
-        ShareRoot { fd, copied: false, hidden }
+        ShareRoot { fd, hidden }
     }
 
     /// Whether mounts below cannot be seen, or are to be.
@@ -237,7 +239,7 @@ impl ShareRoot {
     /// # Errors
     /// No fd is left.
     pub fn try_clone(&self) -> std::io::Result<ShareRoot> {
-        Ok(ShareRoot { fd: self.fd.try_clone()?, copied: self.copied, hidden: self.hidden })
+        Ok(ShareRoot { fd: self.fd.try_clone()?, hidden: self.hidden })
     }
 
     /// A directory below, or this one for an empty path. Guests may have made links in the share:
@@ -253,7 +255,7 @@ impl ShareRoot {
         }
         let path = if path.is_empty() { b".".as_slice() } else { path };
         let fd = rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)?;
-        Ok(ShareRoot { fd, copied: false, hidden: self.hidden })
+        Ok(ShareRoot { fd, hidden: self.hidden })
     }
 }
 

@@ -75,8 +75,7 @@ pub fn work(
 /// Takes from this process what it will not need; the shares as they are then.
 fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> {
     if plan.sandbox == Sandbox::Namespace {
-        let trees = roots.iter().map(ShareRoot::tree).collect::<Option<Vec<_>>>();
-        let shares = trees.ok_or(DaemonError::NoCopies)?;
+        let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
         let state = plan.state.as_ref().map(AsFd::as_fd);
         let device_nodes = plan.shares.iter().any(|share| share.config.dev);
         sandbox::enter(&Needs { shares: &shares, state, device_nodes })?;

@@ -12,6 +12,7 @@ use crate::config::Engine;
 use crate::daemon::DaemonError;
 use crate::fds::Fds;
 use crate::fork::{self, Child, Spaces};
+use crate::fs::ShareRoot;
 use crate::inside;
 use crate::reload::{Change, InForce, Shared};
 use crate::sandbox::Sandbox;
@@ -114,7 +115,8 @@ impl Parent {
 
     fn start(&self) -> std::io::Result<Child> {
         let shares = self.plan.shares.iter();
-        let roots = shares.map(|share| share.dir.root()).collect::<Result<Vec<_>, _>>()?;
+        let roots = shares.map(|share| root_for(share, self.plan.sandbox));
+        let roots = roots.collect::<std::io::Result<Vec<_>>>()?;
         let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
         keep.extend(self.plan.state.as_ref().map(AsFd::as_fd));
         let spaces = (self.plan.sandbox == Sandbox::Namespace).then_some(Spaces);
@@ -237,13 +239,24 @@ impl Parent {
     }
 }
 
+fn root_for(share: &Shared, sandbox: Sandbox) -> std::io::Result<ShareRoot> {
+    match sandbox {
+        Sandbox::None => Ok(share.dir.root()?),
+        Sandbox::Namespace => share.dir.copy().map_err(|errno| {
+            let text = "the mount of a share cannot be copied for a root of its own (it takes \
+                CAP_SYS_ADMIN); --sandbox=none does without";
+            std::io::Error::other(format!("{text}: {errno}"))
+        }),
+    }
+}
+
 /// A copy of the share for a worker that runs: put into its root, or lent by its fd.
 fn hand_over(
     share: &Shared,
     child: &mut Child,
     sandbox: Sandbox,
 ) -> std::io::Result<(ToWorker, Option<OwnedFd>)> {
-    let root = share.dir.root()?;
+    let root = root_for(share, sandbox)?;
     let hidden = root.hidden();
     let (index, fd) = match sandbox {
         Sandbox::Namespace => (Some(child.attach(root.as_fd())?), None),
