@@ -29,6 +29,8 @@ pub enum ToWorker {
         peer: String,
         /// See [`crate::accept::Accepted::owner`].
         owner: u64,
+        /// See [`crate::accept::Accepted::offers`].
+        offers: Vec<String>,
     },
     /// Somebody has connected to the control socket; with the stream.
     Control,
@@ -147,12 +149,14 @@ mod tests {
     fn messages_arrive_whole_with_their_fds() {
         let (parent, worker) = Channel::pair().expect("a pair");
         let (ours, theirs) = rustix::pipe::pipe().expect("a pipe");
-        let guest = ToWorker::Guest { peer: "somebody".into(), owner: u64::MAX };
+        let guest = ToWorker::Guest { peer: "somebody".into(), owner: u64::MAX, offers: vec![] };
         parent.send(&guest, Some(theirs.as_fd())).expect("sent");
         parent.send(&ToWorker::Stop, None).expect("sent");
         drop(theirs);
         let (message, fd) = worker.receive().expect("received").expect("a message");
-        assert!(matches!(message, ToWorker::Guest { peer, owner: u64::MAX } if peer == "somebody"));
+        assert!(
+            matches!(message, ToWorker::Guest { peer, owner: u64::MAX, .. } if peer == "somebody")
+        );
         rustix::io::write(fd.expect("an fd"), b"x").expect("the pipe's end");
         assert_eq!(rustix::io::read(&ours, &mut [0; 4]), Ok(1));
         let (message, fd) = worker.receive().expect("received").expect("a message");

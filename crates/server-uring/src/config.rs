@@ -12,7 +12,7 @@
 mod entry;
 mod fault;
 
-pub use entry::{DirectIo, Engine, ListenConfig, ShareConfig};
+pub use entry::{DirectIo, Engine, FileMode, ListenConfig, ShareConfig};
 pub use fault::{Fault, What};
 
 use crate::accept::Address;
@@ -71,7 +71,12 @@ pub struct Settings {
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     pub drop_removed: Option<bool>,
     /// Where guests connect. May be given several times.
-    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT")]
+    ///
+    /// With stars in its directories, as unix:/srv/vm/*/v.sock_5640, a PATH is a socket in each of
+    /// them, which comes and goes with the directory. Options: mode=0660, owner=, group= of the
+    /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid= (vsock),
+    /// numbers with a + between them; shares=a+b: nothing else is offered there.
+    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<ListenConfig>,
     /// Directory to share, and the name that guests mount it by. May be given several times.
@@ -218,6 +223,10 @@ impl Settings {
                 faults.push(What::ListenTwice(listen.address.clone()));
             }
             addresses.push(&listen.address);
+            for share in listen.shares.iter().filter(|share| !names.contains(share)) {
+                let (address, share) = (listen.address.clone(), share.clone());
+                faults.push(What::ListenShare { address, share });
+            }
         }
         faults
     }

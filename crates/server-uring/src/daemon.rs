@@ -4,7 +4,8 @@
 //! roots, and accepted connections. Everything that reads a guest's bytes is behind that line.
 
 use crate::accept::{Address, Door, ListenError, Listener};
-use crate::config::{Config, Source};
+use crate::config::{Config, FileMode, ListenConfig, Source};
+use crate::entrance::Entrance;
 use crate::fds::Fds;
 use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
@@ -95,10 +96,12 @@ fn on_signals(signals: &[i32]) -> std::io::Result<UnixStream> {
 }
 
 /// A control socket that was asked for must be there; the default one may fail.
-fn bind_control(config: &Config) -> Result<Option<Listener>, DaemonError> {
+fn bind_control(config: &Config) -> Result<Option<Entrance>, DaemonError> {
     let Some(path) = config.control.path() else { return Ok(None) };
-    match Listener::bind_private(Address::Unix(path)) {
-        Ok(listener) => Ok(Some(listener)),
+    let mode = Some(FileMode(0o600));
+    let listen = ListenConfig { address: Address::Unix(path), mode, ..Default::default() };
+    match Listener::bind(&listen) {
+        Ok(listener) => Ok(Some(Entrance::of(Door::Control, listen, listener))),
         Err(error) if config.control == Default::default() => {
             tracing::warn!(%error, "no control socket");
             Ok(None)
@@ -124,18 +127,16 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     }
     let cpus = choose_cpus(config.cpus.clone())?;
     let addresses: Vec<Address> = config.listen.iter().map(|one| one.address.clone()).collect();
-    let mut listeners = Vec::new();
-    for address in &addresses {
-        listeners.push((Door::Guests, Listener::bind(address.clone())?));
-    }
+    let entrances = config.listen.iter().map(|one| Entrance::open(Door::Guests, one));
+    let mut entrances: Vec<Entrance> = entrances.collect::<Result<_, _>>()?;
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
         false => config.state_dir.hold(&addresses, config.grace)?,
     };
-    listeners.extend(bind_control(&config)?.map(|listener| (Door::Control, listener)));
+    entrances.extend(bind_control(&config)?);
     let (engine, spin, grace, sandbox) = (config.engine, config.spin, config.grace, config.sandbox);
     let plan = Plan { shares, cpus, engine, spin, grace, state, sandbox, fds: fds.clone() };
     let in_force = InForce::new(source, config, fds);
-    Parent { listeners, stop, hangup, plan, in_force }.run()
+    Parent { entrances, stop, hangup, plan, in_force }.run()
 }

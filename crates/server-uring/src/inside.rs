@@ -40,8 +40,8 @@ pub fn work(
             std::process::exit(1)
         };
         match (message, fd) {
-            (ToWorker::Guest { peer, owner }, Some(socket)) => {
-                worker.greet(Accepted { socket, peer, owner });
+            (ToWorker::Guest { peer, owner, offers }, Some(socket)) => {
+                worker.greet(Accepted { socket, peer, owner, offers });
             }
             (ToWorker::Control, Some(asker)) => worker.control(asker),
             (ToWorker::Share { name, config, index, hidden }, fd) => {

@@ -11,6 +11,7 @@ pub mod creds;
 pub mod daemon;
 pub mod decide;
 pub mod dispatch;
+pub mod entrance;
 mod evict;
 pub mod fdops;
 pub mod fds;

@@ -10,6 +10,7 @@ use crate::accept::{Accepted, Door, Listener};
 use crate::channel::{Channel, ToParent, ToWorker};
 use crate::config::Engine;
 use crate::daemon::DaemonError;
+use crate::entrance::Entrance;
 use crate::fds::Fds;
 use crate::fork::{self, Child, Spaces};
 use crate::fs::ShareRoot;
@@ -57,7 +58,7 @@ pub struct Plan {
 /// What the parent has.
 pub struct Parent {
     /// Where guests and questions come from.
-    pub listeners: Vec<(Door, Listener)>,
+    pub entrances: Vec<Entrance>,
     /// Readable when the daemon is to end.
     pub stop: UnixStream,
     /// Readable when the configuration is to be read again.
@@ -160,8 +161,10 @@ impl Parent {
                 fds.push(PollFd::new(&self.hangup, PollFlags::IN));
             }
             if takes && !exhausted {
-                let sockets = self.listeners.iter().map(|(_, listener)| listener.as_fd());
-                fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+                let sockets = self.listeners().map(|(_, listener)| listener.as_fd());
+                let events = self.entrances.iter().filter_map(Entrance::events);
+                let all = sockets.chain(events);
+                fds.extend(all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             }
             let pause = timespec(EXHAUSTED_PAUSE);
             match poll(&mut fds, exhausted.then_some(&pause)) {
@@ -187,14 +190,20 @@ impl Parent {
             if !stopping && ready[1] {
                 stopping = true;
                 tracing::info!("stopping");
-                self.listeners.clear();
+                self.entrances.clear();
                 unsent.clear();
                 unsent.push_back((ToWorker::Stop, None));
             }
             if takes && !stopping {
-                let listeners = self.listeners.iter().zip(ready.iter().skip(3));
-                for ((door, listener), _) in listeners.filter(|(_, ready)| **ready) {
-                    exhausted |= take(*door, listener, &mut unsent);
+                let mut ready_ones = ready.iter().skip(3);
+                for ((door, listener), _) in
+                    self.listeners().zip(&mut ready_ones).filter(|(_, ready)| **ready)
+                {
+                    exhausted |= take(door, listener, &mut unsent);
+                }
+                let patterns = self.entrances.iter_mut().filter(|one| one.events().is_some());
+                for (pattern, _) in patterns.zip(ready_ones).filter(|(_, ready)| **ready) {
+                    pattern.look();
                 }
                 if ready[2] {
                     self.reload(child, &mut unsent);
@@ -204,11 +213,15 @@ impl Parent {
         }
     }
 
+    fn listeners(&self) -> impl Iterator<Item = (Door, &Listener)> {
+        self.entrances.iter().flat_map(|one| one.listeners().map(|socket| (one.door(), socket)))
+    }
+
     fn say_listening(&self, has_served: &mut bool) {
         if !std::mem::replace(has_served, true) {
             let Plan { cpus, engine, sandbox, .. } = &self.plan;
-            for (_, listener) in self.listeners.iter().filter(|(door, _)| *door == Door::Guests) {
-                let address = listener.address();
+            for one in self.entrances.iter().filter(|one| one.door() == Door::Guests) {
+                let address = &one.config().address;
                 tracing::info!(%address, ?cpus, ?engine, ?sandbox, "listening");
             }
         }
@@ -216,7 +229,7 @@ impl Parent {
 
     fn reload(&mut self, child: &mut Child, unsent: &mut Unsent) {
         while self.hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
-        for change in self.in_force.reload(&mut self.listeners) {
+        for change in self.in_force.reload(&mut self.entrances) {
             match change {
                 Change::Share(share) => {
                     let name = share.config.name.clone();
@@ -269,9 +282,9 @@ fn hand_over(
 /// Takes one connection in; whether there are no fds.
 fn take(door: Door, listener: &Listener, unsent: &mut Unsent) -> bool {
     match listener.accept() {
-        Ok(Some(Accepted { socket, peer, owner })) => {
+        Ok(Some(Accepted { socket, peer, owner, offers })) => {
             let message = match door {
-                Door::Guests => ToWorker::Guest { peer, owner },
+                Door::Guests => ToWorker::Guest { peer, owner, offers },
                 Door::Control => ToWorker::Control,
             };
             unsent.push_back((message, Some(socket)));

@@ -3,8 +3,9 @@
 //! The parent's side: it opens directories and binds sockets. Invariant: all that can fail is done
 //! before anything changes, so that a configuration is taken whole or not at all.
 
-use crate::accept::{Door, ListenError, Listener};
+use crate::accept::{Door, ListenError};
 use crate::config::{Config, Fault, ListenConfig, ShareConfig, Source};
+use crate::entrance::Entrance;
 use crate::fds::Fds;
 use crate::fs::{Fs, FsError, ShareDir};
 use crate::status::ConfigState;
@@ -80,9 +81,9 @@ impl InForce {
 
     /// Reads the configuration again; what the worker is to be told, besides the new state. If
     /// anything is wrong with it the old one stays in force. Either way the log is told.
-    pub fn reload(&mut self, listeners: &mut Vec<(Door, Listener)>) -> Vec<Change> {
+    pub fn reload(&mut self, entrances: &mut Vec<Entrance>) -> Vec<Change> {
         self.state.reloads += 1;
-        match self.take(listeners) {
+        match self.take(entrances) {
             Ok((changed, changes)) => {
                 let waits = &self.state.needs_restart;
                 tracing::info!(?changed, "configuration reloaded");
@@ -108,7 +109,7 @@ impl InForce {
 
     fn take(
         &mut self,
-        listeners: &mut Vec<(Door, Listener)>,
+        entrances: &mut Vec<Entrance>,
     ) -> Result<(Vec<String>, Vec<Change>), ReloadError> {
         let new = self.source.config().map_err(ReloadError::Config)?;
         let old = &self.config;
@@ -117,10 +118,12 @@ impl InForce {
             let failed = |source| ReloadError::Share { name: share.name.clone(), source };
             opened.push(open_share(share, &self.fds).map_err(failed)?);
         }
-        let is_new = |listen: &&ListenConfig| !old.listen.contains(listen);
-        let mut bound = Vec::new();
-        for listen in new.listen.iter().filter(is_new) {
-            bound.push((Door::Guests, Listener::bind(listen.address.clone())?));
+        let at = |listen: &ListenConfig, all: &[ListenConfig]| {
+            all.iter().any(|one| one.address == listen.address)
+        };
+        let mut opened_entrances = Vec::new();
+        for listen in new.listen.iter().filter(|listen| !at(listen, &old.listen)) {
+            opened_entrances.push(Entrance::open(Door::Guests, listen)?);
         }
         // Nothing fails from here on.
         let (mut changed, mut changes) = (Vec::new(), Vec::new());
@@ -136,12 +139,25 @@ impl InForce {
             let ends_sessions = new.drop_removed;
             changes.push(Change::ShareGone { name: share.name.clone(), ends_sessions });
         }
-        changed.extend(bound.iter().map(|(_, new)| format!("new listener {}", new.address())));
-        for listen in old.listen.iter().filter(|listen| !new.listen.contains(listen)) {
-            changed.push(format!("removed listener {}", listen.address));
-            listeners.retain(|(_, bound)| *bound.address() != listen.address);
+        let is_guests = |one: &Entrance| one.door() == Door::Guests;
+        for one in &opened_entrances {
+            changed.push(format!("new listener {}", one.config().address));
         }
-        listeners.extend(bound);
+        entrances.retain(|one| {
+            let stays = !is_guests(one) || at(one.config(), &new.listen);
+            if !stays {
+                changed.push(format!("removed listener {}", one.config().address));
+            }
+            stays
+        });
+        for one in entrances.iter_mut().filter(|one| is_guests(one)) {
+            let told = new.listen.iter().find(|told| told.address == one.config().address);
+            if let Some(told) = told.filter(|told| *told != one.config()) {
+                changed.push(format!("changed listener {}", told.address));
+                one.change(told);
+            }
+        }
+        entrances.extend(opened_entrances);
         self.state.needs_restart = needs_restart(old, &new);
         // What needs a restart stays as it is, and is said again by the next reload.
         self.config = Config {

@@ -282,3 +282,19 @@ impl Drop for UringRing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_refuses_what_it_is_not_for() {
+        let mut ring = UringRing::new().expect("a ring");
+        ring.push(&opcode::Nop::new().build().user_data(7)).expect("room");
+        ring.enter(Some(Duration::from_secs(10))).expect("enter");
+        let done = ring.uring.completion().next().expect("a completion");
+        assert_eq!((done.user_data(), done.result()), (7, -libc::EACCES));
+        let files = ring.uring.submitter().register_files(&[0]);
+        assert_eq!(files.expect_err("refused").raw_os_error(), Some(libc::EACCES));
+    }
+}

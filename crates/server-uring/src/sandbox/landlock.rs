@@ -5,25 +5,25 @@
 //! It is what stops `open_by_handle_at` from reaching a file that lies on a share's file system
 //! and not in the share.
 
-use crate::sandbox::root::SHARES;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
     Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 /// The newest that is asked for; an older kernel does what it can.
 const NEWEST: ABI = ABI::V6;
 
-/// Restricts the calling thread, and those that it makes. Where the kernel has no landlock it says
+/// Restricts the calling thread, and those that it makes, to what is below `shares`. Where the kernel has no landlock it says
 /// so and goes on.
 ///
 /// # Errors
 /// What landlock says.
-pub fn restrict(state: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let all = AccessFs::from_all(NEWEST);
-    let shares = PathFd::new(SHARES).map_err(io::Error::other)?;
+    let shares = PathFd::new(shares).map_err(io::Error::other)?;
     let proc = PathFd::new("/proc").map_err(io::Error::other)?;
     // Nothing is run, and no device driven.
     let files = all & !(AccessFs::Execute | AccessFs::IoctlDev);

@@ -16,6 +16,7 @@ pub mod root;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use thiserror::Error;
 
 /// How much of it, as `--sandbox` says.
@@ -67,7 +68,8 @@ pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
     root::build(needs.shares).map_err(SandboxError::errno("a root of its own"))?;
     caps::cut(needs.device_nodes).map_err(SandboxError::errno("capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(SandboxError::errno("no_new_privs"))?;
-    landlock::restrict(needs.state).map_err(SandboxError::of("landlock"))?;
+    landlock::restrict(Path::new(root::SHARES), needs.state)
+        .map_err(SandboxError::of("landlock"))?;
     filter::install().map_err(SandboxError::of("seccomp"))
 }
 
