@@ -152,6 +152,32 @@ const ALLOWED: &[&[i64]] = &[
     ],
 ];
 
+/// The older names of some of them, which libraries still use where they can.
+#[cfg(target_arch = "x86_64")]
+const OLDER: &[i64] = &[
+    libc::SYS_open,
+    libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_access,
+    libc::SYS_rename,
+    libc::SYS_mkdir,
+    libc::SYS_rmdir,
+    libc::SYS_link,
+    libc::SYS_symlink,
+    libc::SYS_unlink,
+    libc::SYS_readlink,
+    libc::SYS_mknod,
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_lchown,
+    libc::SYS_poll,
+    libc::SYS_pipe,
+    libc::SYS_dup2,
+    libc::SYS_eventfd,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OLDER: &[i64] = &[];
+
 /// What a process does that has been taken over.
 const DEADLY: &[i64] = &[
     // Other programs, other processes.
@@ -229,8 +255,12 @@ const THREAD: u64 = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) 
 /// # Errors
 /// What seccomp says.
 pub fn install() -> io::Result<()> {
-    let mut allowed: Rules =
-        ALLOWED.iter().flat_map(|group| group.iter()).map(|&n| (n, vec![])).collect();
+    let mut allowed: Rules = ALLOWED
+        .iter()
+        .chain(&[OLDER])
+        .flat_map(|group| group.iter())
+        .map(|&n| (n, vec![]))
+        .collect();
     for (call, rules) in with_arguments().map_err(io::Error::other)? {
         allowed.insert(call, rules);
     }
