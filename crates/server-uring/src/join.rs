@@ -66,17 +66,15 @@ impl<R: Ring> Shard<R> {
             let refusal = ended(&newcomer.session);
             return self.turn_away(*newcomer, refusal);
         }
-        let conn = &mut self.conns[key];
-        let link = &mut conn.link;
-        let older = conn.waiting.take();
-        let now = Instant::now();
+        let older = self.conns[key].waiting.take();
         let (until, heard) = match &older {
             Some(older) => (older.until, older.heard),
-            None => (now + Duration::from_millis(PROBE_MS), false),
+            None => (self.ask(key), false),
         };
-        if older.is_none() && link.socket.is_some() && link.closing.is_none() {
-            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
-            link.push(Kind::Ping, 0, &[], &mut self.buffers);
+        let conn = &mut self.conns[key];
+        if older.is_none() && conn.link.asked.is_some() {
+            // Who has lost one without our knowing has lost them all, and comes for them in turn.
+            self.shared.registry.ask_others(&conn.session, conn.index);
         }
         conn.waiting = Some(Waiting { newcomer, until, heard });
         if let Some(Waiting { newcomer: older, .. }) = older {
@@ -85,6 +83,28 @@ impl<R: Ring> Shard<R> {
         }
         self.plan_sweep_at(until);
         self.flush(key);
+    }
+
+    /// Asks a connection's peer whether it lives; until when it has time to answer. One that was
+    /// asked before and has been silent since is not asked again.
+    fn ask(&mut self, key: usize) -> Instant {
+        let conn = &mut self.conns[key];
+        let link = &mut conn.link;
+        let until = link.asked.unwrap_or(Instant::now() + Duration::from_millis(PROBE_MS));
+        if link.asked.is_none() && link.socket.is_some() && link.closing.is_none() {
+            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
+            link.push(Kind::Ping, 0, &[], &mut self.buffers);
+            link.asked = Some(until);
+        }
+        until
+    }
+
+    /// The peer of another connection of that session is being asked.
+    pub(super) fn ask_too(&mut self, session: u64, index: u16) {
+        if let Some(key) = self.key_of(session, index) {
+            self.ask(key);
+            self.flush(key);
+        }
     }
 
     /// The old socket's peer lives: whoever came in its place is a clone.

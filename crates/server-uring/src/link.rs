@@ -75,6 +75,8 @@ pub struct Link {
     pub starving: bool,
     /// The ticket that its WELCOME gave, until something shows that this has arrived.
     pub unproven: Option<Ticket>,
+    /// Until when its peer may show that it lives: it was asked, and nothing has come since.
+    pub asked: Option<Instant>,
     /// Since when large replies wait until the peer has taken most of what was sent.
     pub room_since: Option<Instant>,
     /// Since when a large buffer waits for the rest of its batch.
@@ -119,6 +121,7 @@ impl Link {
             dead: false,
             starving: false,
             unproven: None,
+            asked: None,
             room_since: None,
             receiving_since: None,
             sending_since: None,

@@ -421,6 +421,15 @@ impl Registry {
         }
     }
 
+    /// Has the peers of all connections but one asked whether they live.
+    pub fn ask_others(&self, session: &Session, but: u16) {
+        for conn in (0..session.conns).filter(|&conn| conn != but) {
+            if let Some(shard) = self.shard(session, conn) {
+                shard.post(Mail::Ask { session: session.id, conn });
+            }
+        }
+    }
+
     fn bury(&self, ended: Live, reason: Reason) {
         let Live { session, known, .. } = ended;
         tracing::info!(session = session.id, share = session.share, ?reason, "session ended");

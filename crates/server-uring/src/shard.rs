@@ -228,6 +228,7 @@ impl<R: Ring> Shard<R> {
         match mail {
             Mail::Join(newcomer) => self.join(newcomer),
             Mail::End { session, conn, reason } => self.session_ended(session, conn, reason),
+            Mail::Ask { session, conn } => self.ask_too(session, conn),
             Mail::Restored { session, conn } => self.restored(session, conn),
             Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {
@@ -261,6 +262,7 @@ impl<R: Ring> Shard<R> {
                 if let Some(ticket) = link.unproven.take() {
                     self.shared.registry.prove(&conn.session, ticket);
                 }
+                conn.link.asked = None;
                 conn.waiting.iter_mut().for_each(|waiting| waiting.heard = true);
                 self.touched.push(key);
             }

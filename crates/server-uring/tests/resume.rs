@@ -7,6 +7,7 @@ use common::*;
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Hello, Reason};
+use ringfs_wire::limits::{BATCH_HEADER_BYTES, RECORD_HEADER_BYTES};
 use ringfs_wire::slot::SlotUse;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -295,6 +296,36 @@ fn a_silent_old_connection_is_taken_for_dead() {
         old.read_to_end(&mut Vec::new()).expect("the old stream is closed");
         assert_eq!(guest.write(node, fh, 0, b"abc"), Ok(3));
         goodbye(guest);
+    });
+}
+
+/// A restored guest has lost all its connections, and comes for them in turn: it must not wait
+/// for each as long as for the first.
+#[test]
+fn all_connections_are_asked_when_somebody_comes_for_one() {
+    on_both(|daemon| {
+        let first = Hello { lanes: 2, conns: 2, ..hello("share") };
+        let mut one = Guest::greet(daemon.connect(), &first).expect("welcome");
+        let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first.clone() };
+        let mut two = Guest::greet(daemon.connect(), &second).expect("welcome");
+        let (node, fh) = one.create("file").expect("create");
+        one.resume(daemon.connect(), &first).expect("resumed");
+        // The answer to that counts for then, and not for when somebody comes for this one.
+        two.answer_ping();
+        let ticket = one.welcome.ticket;
+        let mut clone = Guest::hail(daemon.connect(), &Hello { ticket, ..second.clone() });
+        two.answer_ping();
+        assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
+        one.resume(daemon.connect(), &first).expect("resumed");
+        two.welcome.ticket = one.welcome.ticket;
+        let mut old = two.resume(daemon.connect(), &second).expect("resumed");
+        let mut bytes = Vec::new();
+        old.read_to_end(&mut bytes).expect("the old stream is closed");
+        let ping = BATCH_HEADER_BYTES + RECORD_HEADER_BYTES;
+        assert_eq!(bytes.len(), ping, "it was asked more than once");
+        assert_eq!(two.write(node, fh, 0, b"abc"), Ok(3));
+        goodbye(one);
+        drop(two);
     });
 }
 
