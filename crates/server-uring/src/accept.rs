@@ -8,7 +8,12 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use std::hash::{DefaultHasher, Hash, Hasher};
+<<<<<<< HEAD
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+=======
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+>>>>>>> main
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -27,6 +32,8 @@ pub enum Address {
         /// The port to listen on.
         port: u32,
     },
+    /// TCP: for metrics alone, guests cannot come so.
+    Tcp(SocketAddr),
 }
 
 impl Default for Address {
@@ -57,6 +64,8 @@ pub enum ListenError {
         "cannot listen on vsock port {port} (is the module vhost_vsock or vsock_loopback loaded?)"
     )]
     Vsock { port: u32, source: std::io::Error },
+    #[error("cannot listen on tcp:{address}")]
+    Tcp { address: SocketAddr, source: std::io::Error },
 }
 
 impl FromStr for Address {
@@ -97,6 +106,7 @@ impl std::fmt::Display for Address {
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Vsock { cid: CID_ANY, port } => write!(f, "vsock:{port}"),
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+            Address::Tcp(address) => write!(f, "tcp:{address}"),
         }
     }
 }
@@ -108,6 +118,8 @@ pub enum Door {
     Guests,
     /// To ask about the daemon: see control.rs.
     Control,
+    /// Metrics: see prometheus.rs.
+    Metrics,
 }
 
 /// A bound socket. Its path goes with it.
@@ -164,6 +176,12 @@ impl Listener {
                 let listener = listener.map_err(source)?;
                 listener.set_nonblocking(true).map_err(source)?;
                 (OwnedFd::from(listener), None)
+            }
+            Address::Tcp(address) => {
+                let source = |source| ListenError::Tcp { address: *address, source };
+                let listener = TcpListener::bind(address).map_err(source)?;
+                listener.set_nonblocking(true).map_err(source)?;
+                OwnedFd::from(listener)
             }
         };
         Ok(Listener { config: config.clone(), socket, file })
@@ -226,6 +244,15 @@ impl Listener {
             if !list.is_empty() && !list.contains(&value) {
                 return Err(format!("pid {pid}: its {name} {value} is not allowed"));
             }
+<<<<<<< HEAD
+=======
+            Address::Vsock { cid, port } => accept_vsock(&self.socket, *cid, *port),
+            Address::Tcp(address) => match net::accept_with(&self.socket, flags) {
+                Ok(socket) => Ok(Some(Accepted { socket, peer: address.to_string(), owner: 0 })),
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+                Err(errno) => Err(errno),
+            },
+>>>>>>> main
         }
         // Beyond what the worker may ask for.
         let _ = SendBuffer::enlarge(socket.as_fd());

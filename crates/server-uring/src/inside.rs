@@ -78,7 +78,8 @@ fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> 
         let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
         let state = plan.state.as_ref().map(AsFd::as_fd);
         let device_nodes = plan.shares.iter().any(|share| share.config.dev);
-        sandbox::enter(&Needs { shares: &shares, state, device_nodes })?;
+        let file_handles = plan.file_handles;
+        sandbox::enter(&Needs { shares: &shares, state, device_nodes, file_handles })?;
     }
     let shares = plan.shares.iter().zip(roots).enumerate().map(|(index, (share, root))| {
         let root = match plan.sandbox {

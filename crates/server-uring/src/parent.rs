@@ -51,6 +51,8 @@ pub struct Plan {
     pub state: Option<Held>,
     /// What it is kept from.
     pub sandbox: Sandbox,
+    /// It may open files by their handles.
+    pub file_handles: bool,
     /// The bound of its fds.
     pub fds: Arc<Fds>,
 }

@@ -143,6 +143,7 @@ impl InForce {
         for one in &opened_entrances {
             changed.push(format!("new listener {}", one.config().address));
         }
+<<<<<<< HEAD
         entrances.retain(|one| {
             let stays = !is_guests(one) || at(one.config(), &new.listen);
             if !stays {
@@ -158,6 +159,13 @@ impl InForce {
             }
         }
         entrances.extend(opened_entrances);
+=======
+        listeners.extend(bound);
+        if old.slow_op != new.slow_op {
+            changed.push(format!("slow-op {} ms", new.slow_op.as_millis()));
+            worker.update(Update::Slow(new.slow_op));
+        }
+>>>>>>> main
         self.state.needs_restart = needs_restart(old, &new);
         // What needs a restart stays as it is, and is said again by the next reload.
         self.config = Config {
@@ -167,7 +175,14 @@ impl InForce {
             grace: old.grace,
             state_dir: old.state_dir.clone(),
             control: old.control.clone(),
+<<<<<<< HEAD
             sandbox: old.sandbox,
+            file_handles: old.file_handles,
+=======
+            metrics: old.metrics.clone(),
+            log: old.log.clone(),
+            log_format: old.log_format,
+>>>>>>> main
             ..new
         };
         Ok((changed, changes))
@@ -182,7 +197,14 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         ("grace", old.grace != new.grace),
         ("state-dir", old.state_dir != new.state_dir),
         ("control", old.control != new.control),
+<<<<<<< HEAD
         ("sandbox", old.sandbox != new.sandbox),
+        ("file-handles", old.file_handles != new.file_handles),
+=======
+        ("metrics", old.metrics != new.metrics),
+        ("log", old.log != new.log),
+        ("log-format", old.log_format != new.log_format),
+>>>>>>> main
     ];
     differ.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()
 }

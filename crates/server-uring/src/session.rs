@@ -8,6 +8,7 @@
 use crate::fs::Fs;
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
+use crate::metrics::{Metrics, ShareMetrics};
 use crate::restore::{Restoring, TakeOverError};
 use crate::state_dir::{StateDir, StateFile, StateTerms};
 use crate::status::SessionStatus;
@@ -31,6 +32,8 @@ pub struct Session {
     pub owner: u64,
     /// What each of its connections has done.
     pub work: Box<[ConnWork]>,
+    /// What is counted of its share.
+    pub metrics: Arc<ShareMetrics>,
     /// Since when.
     pub since: Instant,
     /// Executes its requests.
@@ -193,6 +196,8 @@ pub struct Registry {
     pub epoch: u64,
     /// How long a session without connections is kept.
     pub grace: Duration,
+    /// What is counted of the shares.
+    pub metrics: Metrics,
     /// Where what outlives this daemon is.
     state: Option<StateDir>,
     next_id: AtomicU64,
@@ -210,6 +215,7 @@ impl Registry {
         Registry {
             epoch: now.as_nanos() as u64,
             grace,
+            metrics: Metrics::default(),
             state,
             next_id: AtomicU64::new(1),
             sessions: Mutex::default(),
@@ -239,6 +245,8 @@ impl Registry {
     pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
         let fresh = new_ticket().ok_or(Reason::Internal)?;
         let (file, ticket) = self.file(&terms, fresh);
+        let shards = self.shards.get().map_or(1, Vec::len);
+        let metrics = self.metrics.of(&terms.share, shards);
         let adopted = ticket != fresh;
         let session = Arc::new(Session {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
@@ -247,6 +255,7 @@ impl Registry {
             peer: terms.peer,
             owner: terms.owner,
             work: (0..terms.conns).map(|_| ConnWork::default()).collect(),
+            metrics,
             since: Instant::now(),
             fs: Arc::new(fs),
             lanes: terms.lanes,

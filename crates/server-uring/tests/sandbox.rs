@@ -27,6 +27,9 @@ enum With {
     Landlock,
     Seccomp,
     All,
+    /// Those two with `--file-handles=false`.
+    CapsWithoutHandles,
+    AllWithoutHandles,
 }
 
 /// What came of a try.
@@ -65,26 +68,29 @@ impl Place {
     /// Tries `what` with these layers; it is given the share's directory.
     fn attempt(&self, with: With, what: &dyn Fn(&Path) -> Result<(), Errno>) -> Came {
         let copy = self.share.copy().expect("a copy");
-        let spaces = matches!(with, With::Root | With::All).then_some(Spaces);
+        let spaces =
+            matches!(with, With::Root | With::All | With::AllWithoutHandles).then_some(Spaces);
         let keep = [copy.as_fd(), self.fd.as_fd()];
         let outside = self.dir.path().join("share");
         let child = Child::start(&keep, 1, spaces, |channel| {
             let shares = [copy.as_fd()];
-            let needs = Needs { shares: &shares, state: None, device_nodes: false };
+            let file_handles = with != With::AllWithoutHandles;
+            let needs = Needs { shares: &shares, state: None, device_nodes: false, file_handles };
             let inside = Path::new("/shares/0");
             let path = match with {
-                With::Root | With::All => inside,
+                With::Root | With::All | With::AllWithoutHandles => inside,
                 _ => &outside,
             };
             match with {
                 With::Nothing => {}
                 With::Root => root::build(&shares).expect("a root"),
-                With::Caps => caps::cut(false).expect("capabilities"),
+                With::Caps => caps::cut(false, true).expect("capabilities"),
+                With::CapsWithoutHandles => caps::cut(false, false).expect("capabilities"),
                 With::Landlock => {
                     landlock::restrict(path, None).expect("landlock");
                 }
                 With::Seccomp => filter::install().expect("a filter"),
-                With::All => sandbox::enter(&needs).expect("the sandbox"),
+                With::All | With::AllWithoutHandles => sandbox::enter(&needs).expect("the sandbox"),
             }
             let _ = channel.send(&ToParent::Ready, None);
             match what(path) {
@@ -229,7 +235,8 @@ fn a_handle_of_a_file_outside_of_the_share() {
             [dir.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0],
         )
     };
-    // The kernel asks for a capability that serving needs: landlock alone tells inside from outside.
+    // The capability that it takes is what tells: landlock (on newer kernels) takes a file that
+    // the copy of a mount can be asked for, and does not hold, for one that lies in it.
     place.check(
         &by_handle,
         &[
@@ -237,10 +244,20 @@ fn a_handle_of_a_file_outside_of_the_share() {
             (Root, Came::Done),
             (Caps, Came::Done),
             (Seccomp, Came::Done),
-            (Landlock, no(Errno::ACCESS)),
-            (All, no(Errno::ACCESS)),
+            (CapsWithoutHandles, no(Errno::PERM)),
+            (AllWithoutHandles, no(Errno::PERM)),
         ],
     );
+    // Another file system has no mount to be asked by: what a worker has are its shares.
+    let elsewhere = |_: &Path| {
+        let root = rustix::fs::openat(CWD, "/", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+        let mut handle = handle;
+        call(
+            libc::SYS_open_by_handle_at,
+            [root.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0],
+        )
+    };
+    place.check(&elsewhere, &[(Root, no(Errno::STALE)), (All, no(Errno::ACCESS))]);
 }
 
 fn other_processes() {

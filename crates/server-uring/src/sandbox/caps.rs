@@ -6,11 +6,10 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities,
 };
 
-/// Files of other owners, by name and by handle; ids of creations; file capabilities as an extended
+/// Files of other owners; ids of creations; file capabilities as an extended
 /// attribute; memory that a ring's kernel side may keep.
 const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::SETGID)
@@ -18,13 +17,16 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::IPC_LOCK);
 
-/// Gives up all others, for good. With `device_nodes` guests' device nodes can be made.
+/// Gives up all others, for good. With `device_nodes` guests' device nodes can be made;
+/// with `file_handles` files can be found again by their handles.
 ///
 /// # Errors
 /// What prctl and capset say.
-pub fn cut(device_nodes: bool) -> Result<(), Errno> {
+pub fn cut(device_nodes: bool, file_handles: bool) -> Result<(), Errno> {
     let mut kept = KEPT;
     kept.set(CapabilitySet::MKNOD, device_nodes);
+    // Any file of a share's file system can be had by it, inside the share or not.
+    kept.set(CapabilitySet::DAC_READ_SEARCH, file_handles);
     let now = rustix::thread::capabilities(None)?;
     if now.permitted.contains(CapabilitySet::SETPCAP) {
         // Numbers that this kernel does not know are no capabilities.

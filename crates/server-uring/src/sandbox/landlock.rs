@@ -1,9 +1,6 @@
 //! Landlock: files are opened, made and removed below the shares and in the state directory alone,
 //! whatever fd, handle or path leads to them; no socket is connected, and no process outside is sent
 //! a signal.
-//!
-//! It is what stops `open_by_handle_at` from reaching a file that lies on a share's file system
-//! and not in the share.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,

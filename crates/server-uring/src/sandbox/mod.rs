@@ -57,6 +57,8 @@ pub struct Needs<'a> {
     pub state: Option<BorrowedFd<'a>>,
     /// A share where guests may make device nodes.
     pub device_nodes: bool,
+    /// Files that have moved are found again by their handles.
+    pub file_handles: bool,
 }
 
 /// Lays on all layers but the last word of the filter, [`filter::seal`]; in the namespaces that the
@@ -66,7 +68,7 @@ pub struct Needs<'a> {
 /// [`SandboxError`].
 pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
     root::build(needs.shares).map_err(SandboxError::errno("a root of its own"))?;
-    caps::cut(needs.device_nodes).map_err(SandboxError::errno("capabilities"))?;
+    caps::cut(needs.device_nodes, needs.file_handles).map_err(SandboxError::errno("capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(SandboxError::errno("no_new_privs"))?;
     landlock::restrict(Path::new(root::SHARES), needs.state)
         .map_err(SandboxError::of("landlock"))?;
