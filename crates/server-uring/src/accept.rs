@@ -8,12 +8,8 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use std::hash::{DefaultHasher, Hash, Hasher};
-<<<<<<< HEAD
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-=======
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
->>>>>>> main
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -181,7 +177,7 @@ impl Listener {
                 let source = |source| ListenError::Tcp { address: *address, source };
                 let listener = TcpListener::bind(address).map_err(source)?;
                 listener.set_nonblocking(true).map_err(source)?;
-                OwnedFd::from(listener)
+                (OwnedFd::from(listener), None)
             }
         };
         Ok(Listener { config: config.clone(), socket, file })
@@ -196,7 +192,7 @@ impl Listener {
     pub fn is_in_place(&self) -> bool {
         match &self.config.address {
             Address::Unix(path) => self.file.is_some() && file_of(path) == self.file,
-            Address::Vsock { .. } => true,
+            Address::Vsock { .. } | Address::Tcp(_) => true,
         }
     }
 
@@ -227,6 +223,9 @@ impl Listener {
         let greeted = match &self.config.address {
             Address::Unix(path) => self.look_at_process(path, socket),
             Address::Vsock { cid, .. } => self.look_at_vm(*cid, socket),
+            Address::Tcp(address) => {
+                Ok(Accepted { socket, peer: address.to_string(), owner: 0, offers: Vec::new() })
+            }
         };
         Ok(greeted.map_err(|why| tracing::warn!(listener = %self.address(), "refused: {why}")).ok())
     }
@@ -244,15 +243,6 @@ impl Listener {
             if !list.is_empty() && !list.contains(&value) {
                 return Err(format!("pid {pid}: its {name} {value} is not allowed"));
             }
-<<<<<<< HEAD
-=======
-            Address::Vsock { cid, port } => accept_vsock(&self.socket, *cid, *port),
-            Address::Tcp(address) => match net::accept_with(&self.socket, flags) {
-                Ok(socket) => Ok(Some(Accepted { socket, peer: address.to_string(), owner: 0 })),
-                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
-                Err(errno) => Err(errno),
-            },
->>>>>>> main
         }
         // Beyond what the worker may ask for.
         let _ = SendBuffer::enlarge(socket.as_fd());

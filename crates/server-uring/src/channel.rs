@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 /// A message has at most so many bytes.
 const MESSAGE_BYTES_MAX: usize = 160 << 10;
@@ -34,6 +35,10 @@ pub enum ToWorker {
     },
     /// Somebody has connected to the control socket; with the stream.
     Control,
+    /// Somebody wants metrics; with the stream.
+    Metrics,
+    /// From which time on a request is slow; 0: none is.
+    Slow(Duration),
     /// A share is new, or is to be served in another way from the next mount on.
     Share {
         /// What guests call it.

@@ -12,21 +12,13 @@
 mod entry;
 mod fault;
 
-<<<<<<< HEAD
-pub use entry::{DirectIo, Engine, FileMode, ListenConfig, ShareConfig};
-=======
-pub use entry::{DirectIo, Engine, ListenConfig, LogFormat, MetricsAddress, ShareConfig};
->>>>>>> main
+pub use entry::{DirectIo, Engine, FileMode, ListenConfig, LogFormat, MetricsAddress, ShareConfig};
 pub use fault::{Fault, What};
 
 use crate::accept::Address;
 use crate::control::ControlOption;
-<<<<<<< HEAD
-use crate::limits::GRACE_SECS_DEFAULT;
-use crate::sandbox::Sandbox;
-=======
 use crate::limits::{GRACE_SECS_DEFAULT, SLOW_OP_MS_DEFAULT};
->>>>>>> main
+use crate::sandbox::Sandbox;
 use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use rustix::thread::CpuSet;
@@ -68,14 +60,6 @@ pub struct Settings {
     /// is none. [default: one below /run/ringfsd, by the process]
     #[arg(long, value_name = "PATH|none")]
     pub control: Option<ControlOption>,
-<<<<<<< HEAD
-    /// What the process that serves guests is kept from. namespace: it sees the shares and nothing
-    /// else of the host, in namespaces of its own, with few capabilities and system calls
-    /// (docs/security.md). none: it has the rights that the daemon was started with. [default:
-    /// namespace]
-    #[arg(long, value_enum)]
-    pub sandbox: Option<Sandbox>,
-=======
     /// Metrics for Prometheus over HTTP, by a Unix socket of mode 0600 or an address that only this
     /// machine reaches.
     #[arg(long, value_name = "unix:PATH|tcp:127.0.0.1:PORT")]
@@ -91,7 +75,12 @@ pub struct Settings {
     /// How it is written. [default: text]
     #[arg(long, value_enum)]
     pub log_format: Option<LogFormat>,
->>>>>>> main
+    /// What the process that serves guests is kept from. namespace: it sees the shares and nothing
+    /// else of the host, in namespaces of its own, with few capabilities and system calls
+    /// (docs/security.md). none: it has the rights that the daemon was started with. [default:
+    /// namespace]
+    #[arg(long, value_enum)]
+    pub sandbox: Option<Sandbox>,
     /// Whether the process that serves guests may open files by their handles, which finds those again
     /// that were renamed while they had no fd. Whoever took that process over could so reach any
     /// file of the file systems that the shares lie on; without, he cannot. [default: true]
@@ -140,10 +129,6 @@ pub struct Config {
     pub state_dir: StateOption,
     /// The control socket.
     pub control: ControlOption,
-<<<<<<< HEAD
-    /// What a worker is kept from.
-    pub sandbox: Sandbox,
-=======
     /// Where metrics are told.
     pub metrics: Option<Address>,
     /// From when on a request is slow; 0: never.
@@ -152,7 +137,10 @@ pub struct Config {
     pub log: Option<String>,
     /// And how.
     pub log_format: LogFormat,
->>>>>>> main
+    /// What a worker is kept from.
+    pub sandbox: Sandbox,
+    /// A worker may open files by their handles.
+    pub file_handles: bool,
     /// Sessions of a share that is removed end.
     pub drop_removed: bool,
 }
@@ -169,13 +157,10 @@ impl Settings {
             engine: Some(Engine::Uring),
             spin: Some(SPIN_TRIES_DEFAULT),
             grace: Some(GRACE_SECS_DEFAULT),
-<<<<<<< HEAD
-            sandbox: Some(Sandbox::Namespace),
-            file_handles: Some(true),
-=======
             slow_op: Some(SLOW_OP_MS_DEFAULT),
             log_format: Some(LogFormat::Text),
->>>>>>> main
+            sandbox: Some(Sandbox::Namespace),
+            file_handles: Some(true),
             drop_removed: Some(false),
             ..Settings::default()
         }
@@ -207,15 +192,12 @@ impl Settings {
             grace: self.grace.or(base.grace),
             state_dir: self.state_dir.or(base.state_dir),
             control: self.control.or(base.control),
-<<<<<<< HEAD
-            sandbox: self.sandbox.or(base.sandbox),
-            file_handles: self.file_handles.or(base.file_handles),
-=======
             metrics: self.metrics.or(base.metrics),
             slow_op: self.slow_op.or(base.slow_op),
             log: self.log.or(base.log),
             log_format: self.log_format.or(base.log_format),
->>>>>>> main
+            sandbox: self.sandbox.or(base.sandbox),
+            file_handles: self.file_handles.or(base.file_handles),
             drop_removed: self.drop_removed.or(base.drop_removed),
             listen,
             shares,
@@ -242,15 +224,12 @@ impl Settings {
             grace: Duration::from_secs(settings.grace.unwrap_or_default().into()),
             state_dir: settings.state_dir.unwrap_or_default(),
             control: settings.control.unwrap_or_default(),
-<<<<<<< HEAD
-            sandbox: settings.sandbox.unwrap_or_default(),
-            file_handles: settings.file_handles.unwrap_or(true),
-=======
             metrics: settings.metrics.map(|metrics| metrics.0),
             slow_op: Duration::from_millis(settings.slow_op.unwrap_or_default().into()),
             log: settings.log,
             log_format: settings.log_format.unwrap_or_default(),
->>>>>>> main
+            sandbox: settings.sandbox.unwrap_or_default(),
+            file_handles: settings.file_handles.unwrap_or(true),
             drop_removed: settings.drop_removed.unwrap_or_default(),
         })
     }

@@ -110,6 +110,13 @@ fn bind_control(config: &Config) -> Result<Option<Entrance>, DaemonError> {
     }
 }
 
+fn bind_metrics(config: &Config) -> Result<Option<Entrance>, DaemonError> {
+    let Some(address) = config.metrics.clone() else { return Ok(None) };
+    let listen = ListenConfig { address, mode: Some(FileMode(0o600)), ..Default::default() };
+    let listener = Listener::bind(&listen)?;
+    Ok(Some(Entrance::of(Door::Metrics, listen, listener)))
+}
+
 /// Serves until SIGTERM or SIGINT. `source` is where `config` is from, and is read again on SIGHUP.
 ///
 /// # Errors
@@ -134,8 +141,8 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         true => None,
         false => config.state_dir.hold(&addresses, config.grace)?,
     };
-<<<<<<< HEAD
     entrances.extend(bind_control(&config)?);
+    entrances.extend(bind_metrics(&config)?);
     let (engine, spin, grace, sandbox) = (config.engine, config.spin, config.grace, config.sandbox);
     let (file_handles, fds_of_worker) = (config.file_handles, fds.clone());
     let plan = Plan {
@@ -147,40 +154,9 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         state,
         sandbox,
         file_handles,
+        slow_op: config.slow_op,
         fds: fds_of_worker,
     };
     let in_force = InForce::new(source, config, fds);
     Parent { entrances, stop, hangup, plan, in_force }.run()
-=======
-    let control = bind_control(&config)?;
-    let metrics = config.metrics.clone().map(Listener::bind_private).transpose()?;
-    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
-    listeners.extend(control.map(|listener| (Door::Control, listener)));
-    listeners.extend(metrics.map(|listener| (Door::Metrics, listener)));
-    worker.update(Update::Slow(config.slow_op));
-    let engine = config.engine;
-    for address in &addresses {
-        tracing::info!(%address, ?cpus, ?engine, "listening");
-    }
-    let mut in_force = InForce::new(source, config, fds);
-    worker.update(Update::Config(in_force.state()));
-    loop {
-        let wakes = accept::run(&listeners, &[&stop, &hangup], |door, accepted| match door {
-            Door::Guests => worker.greet(accepted),
-            Door::Control => worker.control(accepted.socket),
-            Door::Metrics => worker.metrics(accepted.socket),
-        });
-        if wakes != Some(1) {
-            break;
-        }
-        while hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
-        in_force.reload(&mut listeners, &worker);
-    }
-    tracing::info!("stopping");
-    drop(listeners);
-    let totals = worker.counters().totals();
-    worker.stop();
-    tracing::info!("stopped; {}", totals.to_json().trim_end());
-    Ok(())
->>>>>>> main
 }

@@ -30,6 +30,7 @@ pub fn work(
     let state = state.map(|held| StateDir::on(held, plan.grace)).transpose()?;
     let worker = Worker::start(shares, &plan.cpus, plan.engine, plan.spin, plan.grace, state)?;
     worker.set_config(config);
+    worker.set_slow(plan.slow_op);
     if plan.sandbox == Sandbox::Namespace {
         sandbox::seal()?;
     }
@@ -44,6 +45,8 @@ pub fn work(
                 worker.greet(Accepted { socket, peer, owner, offers });
             }
             (ToWorker::Control, Some(asker)) => worker.control(asker),
+            (ToWorker::Metrics, Some(asker)) => worker.metrics(asker),
+            (ToWorker::Slow(from), _) => worker.set_slow(from),
             (ToWorker::Share { name, config, index, hidden }, fd) => {
                 let fd = match index {
                     Some(index) => sandbox::root::open_share(index).map_err(std::io::Error::from),

@@ -53,6 +53,8 @@ pub struct Plan {
     pub sandbox: Sandbox,
     /// It may open files by their handles.
     pub file_handles: bool,
+    /// From which time on a request is slow; 0: none is.
+    pub slow_op: Duration,
     /// The bound of its fds.
     pub fds: Arc<Fds>,
 }
@@ -244,6 +246,10 @@ impl Parent {
                     self.plan.shares.retain(|old| old.config.name != name);
                     self.plan.shares.push(share);
                 }
+                Change::Slow(from) => {
+                    self.plan.slow_op = from;
+                    unsent.push_back((ToWorker::Slow(from), None));
+                }
                 Change::ShareGone { name, ends_sessions } => {
                     self.plan.shares.retain(|old| old.config.name != name);
                     unsent.push_back((ToWorker::ShareGone { name, ends_sessions }, None));
@@ -288,6 +294,7 @@ fn take(door: Door, listener: &Listener, unsent: &mut Unsent) -> bool {
             let message = match door {
                 Door::Guests => ToWorker::Guest { peer, owner, offers },
                 Door::Control => ToWorker::Control,
+                Door::Metrics => ToWorker::Metrics,
             };
             unsent.push_back((message, Some(socket)));
             false

@@ -10,7 +10,7 @@ use crate::fds::Fds;
 use crate::fs::{Fs, FsError, ShareDir};
 use crate::status::ConfigState;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// Why the configuration stays as it was.
@@ -52,6 +52,8 @@ pub enum Change {
         /// Its sessions end.
         ends_sessions: bool,
     },
+    /// From which time on a request is slow; 0: none is.
+    Slow(Duration),
 }
 
 /// Opens a directory that is to be shared; tried once, so that what can never be served is said.
@@ -143,7 +145,6 @@ impl InForce {
         for one in &opened_entrances {
             changed.push(format!("new listener {}", one.config().address));
         }
-<<<<<<< HEAD
         entrances.retain(|one| {
             let stays = !is_guests(one) || at(one.config(), &new.listen);
             if !stays {
@@ -159,13 +160,10 @@ impl InForce {
             }
         }
         entrances.extend(opened_entrances);
-=======
-        listeners.extend(bound);
         if old.slow_op != new.slow_op {
             changed.push(format!("slow-op {} ms", new.slow_op.as_millis()));
-            worker.update(Update::Slow(new.slow_op));
+            changes.push(Change::Slow(new.slow_op));
         }
->>>>>>> main
         self.state.needs_restart = needs_restart(old, &new);
         // What needs a restart stays as it is, and is said again by the next reload.
         self.config = Config {
@@ -175,14 +173,11 @@ impl InForce {
             grace: old.grace,
             state_dir: old.state_dir.clone(),
             control: old.control.clone(),
-<<<<<<< HEAD
-            sandbox: old.sandbox,
-            file_handles: old.file_handles,
-=======
             metrics: old.metrics.clone(),
             log: old.log.clone(),
             log_format: old.log_format,
->>>>>>> main
+            sandbox: old.sandbox,
+            file_handles: old.file_handles,
             ..new
         };
         Ok((changed, changes))
@@ -197,14 +192,11 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         ("grace", old.grace != new.grace),
         ("state-dir", old.state_dir != new.state_dir),
         ("control", old.control != new.control),
-<<<<<<< HEAD
-        ("sandbox", old.sandbox != new.sandbox),
-        ("file-handles", old.file_handles != new.file_handles),
-=======
         ("metrics", old.metrics != new.metrics),
         ("log", old.log != new.log),
         ("log-format", old.log_format != new.log_format),
->>>>>>> main
+        ("sandbox", old.sandbox != new.sandbox),
+        ("file-handles", old.file_handles != new.file_handles),
     ];
     differ.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()
 }

@@ -46,8 +46,6 @@ struct Visitors {
     teller: JoinHandle<()>,
 }
 
-<<<<<<< HEAD
-=======
 impl Visitors {
     fn start(
         name: &str,
@@ -62,24 +60,6 @@ impl Visitors {
     }
 }
 
-/// What the parent tells a worker while it runs.
-pub enum Update {
-    /// A share is new, or is to be served in another way from the next mount on.
-    Share(Share),
-    /// A share is no more.
-    ShareGone {
-        /// What guests called it.
-        name: String,
-        /// Those who have it lose it; else nobody new gets it.
-        ends_sessions: bool,
-    },
-    /// From which time on a request is slow; 0: none is.
-    Slow(Duration),
-    /// What is in force.
-    Config(ConfigState),
-}
-
->>>>>>> main
 struct ShardThread {
     mailbox: Arc<Mailbox>,
     stats: Arc<ShardStats>,
@@ -126,16 +106,13 @@ impl Counters {
                 }),
             }
         }
-<<<<<<< HEAD
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
-=======
         for share in &mut shares {
             let Some(totals) = self.share(&share.name) else { continue };
             (share.bytes_read, share.bytes_written) = (totals.bytes_read, totals.bytes_written);
             share.errors = totals.errors.iter().map(|(_, times)| times).sum();
             (share.slow, share.operations) = (totals.slow, totals.operations);
         }
->>>>>>> main
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: config.pid,
@@ -240,7 +217,6 @@ impl Worker {
         let _ = self.visitors[1].come.try_send(socket);
     }
 
-<<<<<<< HEAD
     /// A share is new, or is served in another way from the next mount on.
     pub fn put_share(&self, share: Share) {
         self.shares.put(share);
@@ -251,26 +227,14 @@ impl Worker {
         self.shares.remove(name);
         if ends_sessions {
             self.registry.end_share(name);
-=======
-    /// Serves differently from now on.
-    pub fn update(&self, update: Update) {
-        match update {
-            Update::Share(share) => self.shares.put(share),
-            Update::ShareGone { name, ends_sessions } => {
-                self.shares.remove(&name);
-                if ends_sessions {
-                    self.registry.end_share(&name);
-                }
-                let shares = self.shares.all();
-                let is_kept = |name: &str| shares.iter().any(|share| share.name == name);
-                self.registry.metrics.sweep(is_kept);
-            }
-            Update::Slow(from) => self.registry.metrics.set_slow(from),
-            Update::Config(state) => {
-                *self.counters.config.lock().unwrap_or_else(PoisonError::into_inner) = state;
-            }
->>>>>>> main
         }
+        let shares = self.shares.all();
+        self.registry.metrics.sweep(|name: &str| shares.iter().any(|share| share.name == name));
+    }
+
+    /// From which time on a request is slow; 0: none is.
+    pub fn set_slow(&self, from: Duration) {
+        self.registry.metrics.set_slow(from);
     }
 
     /// What the parent says is in force.

@@ -68,7 +68,8 @@ pub struct Needs<'a> {
 /// [`SandboxError`].
 pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
     root::build(needs.shares).map_err(SandboxError::errno("a root of its own"))?;
-    caps::cut(needs.device_nodes, needs.file_handles).map_err(SandboxError::errno("capabilities"))?;
+    caps::cut(needs.device_nodes, needs.file_handles)
+        .map_err(SandboxError::errno("capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(SandboxError::errno("no_new_privs"))?;
     landlock::restrict(Path::new(root::SHARES), needs.state)
         .map_err(SandboxError::of("landlock"))?;
