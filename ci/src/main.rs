@@ -20,6 +20,7 @@ mod pjdfstest;
 mod proc;
 mod rig;
 mod sandbox;
+mod soak;
 mod stress;
 mod survive;
 mod test;
@@ -60,6 +61,8 @@ enum Command {
     Faults(faults::Args),
     /// How soon a mount goes on after its connections or its daemon are lost
     Survive(survive::Args),
+    /// Several guests for a long time, with kills, cuts and reconnects
+    Soak(soak::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
     /// stress-ng's file-system stressors on one and on several mounts
@@ -96,6 +99,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
         Command::Faults(args) => close("faults", faults::run(&args)?),
         Command::Survive(args) => close("survive", survive::run(&args)?),
+        Command::Soak(args) => close("soak", soak::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),

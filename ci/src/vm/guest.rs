@@ -244,8 +244,10 @@ fn environment(programs: &[(&str, PathBuf)]) -> String {
 /// Programs that the guest takes from the host's root, under the names that steps know them by.
 fn host_programs(tools: &Tools) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
     let daemon = tools.product.as_ref().map(|product| &product.daemon);
+    let ourselves = std::env::current_exe()?;
     let all = [
         ("ping", Some(&tools.ping)),
+        ("xtask", Some(&ourselves)),
         ("ringfsd", daemon),
         ("pjdfstest", tools.pjdfstest.as_ref()),
         ("bench", tools.bench.as_ref().map(|bench| &bench.program)),

@@ -57,7 +57,7 @@ use Scenario::{Boot, Full, None as OnDemand, Smoke};
 use Stage::{Initramfs, Root};
 
 /// All steps in the order in which they run.
-pub const STEPS: [Step; 37] = [
+pub const STEPS: [Step; 39] = [
     step(Boot, Initramfs, 20, "modules"),
     step(Smoke, Initramfs, 120, "initramfs_mount"),
     step(Boot, Root, 120, "vsock_pieces_1k"),
@@ -67,6 +67,8 @@ pub const STEPS: [Step; 37] = [
     step(Smoke, Root, 300, "files"),
     step(Smoke, Root, 300, "copy_tree"),
     step(Smoke, Root, 300, "dd_checksum"),
+    step(Smoke, Root, 300, "survive"),
+    step(Full, Root, 600, "survive_more"),
     step(Full, Root, 120, "features"),
     step(Full, Root, 600, "fio_verify"),
     step(Full, Root, 600, "pjdfstest_chmod"),

@@ -387,7 +387,7 @@ impl Machine {
                 NAME,
                 Level::Ok,
                 "CID 2: this is a host",
-                "guests reach it as vsock:2:PORT; from here itself use vsock:1:PORT or a Unix socket",
+                "guests reach it as vsock:2:PORT; here itself use vsock:1:PORT or a Unix socket",
             ),
             Some(cid) => ok(NAME, format!("CID {cid}; the host is CID 2")),
         }
@@ -475,7 +475,8 @@ mod tests {
         let checks = vec![ok("a", "fine"), check("b", Level::Fail, "bad", "do this")];
         let findings = Findings { ok: false, version: "1", wire: (1, 2), checks };
         let text = render(&findings);
-        let expected = "ok    a            fine\nFAIL  b            bad\n                   -> do this\n\
+        let expected = "ok    a            fine\nFAIL  b            bad\n\
+                        \x20                  -> do this\n\
                         ringfs 1, wire 1 to 2: 1 fail, 0 warn\n";
         assert_eq!(text, expected);
     }

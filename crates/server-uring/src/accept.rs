@@ -7,9 +7,11 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -60,6 +62,8 @@ pub enum ListenError {
         "cannot listen on vsock port {port} (is the module vhost_vsock or vsock_loopback loaded?)"
     )]
     Vsock { port: u32, source: std::io::Error },
+    #[error("a socket that was passed is none to accept on (Accept=no, ListenStream=)")]
+    Passed(#[source] std::io::Error),
     #[error("cannot listen on tcp:{address}")]
     Tcp { address: SocketAddr, source: std::io::Error },
 }
@@ -118,12 +122,13 @@ pub enum Door {
     Metrics,
 }
 
-/// A bound socket. Its path goes with it.
+/// A bound socket. Its path goes with it, if it was bound here.
 pub struct Listener {
     config: ListenConfig,
     socket: OwnedFd,
     /// Device and inode of the socket's file.
     file: Option<(u64, u64)>,
+    passed: bool,
 }
 
 /// A connection of which nothing was read yet.
@@ -147,6 +152,37 @@ impl Accepted {
 }
 
 impl Listener {
+    /// A socket that somebody has bound, and goes on owning.
+    ///
+    /// # Errors
+    /// It is none to listen on.
+    pub fn passed(socket: OwnedFd) -> Result<Listener, ListenError> {
+        let wrong = |what| ListenError::Passed(what);
+        let listens = net::sockopt::socket_acceptconn(&socket).map_err(|e| wrong(e.into()))?;
+        let name = net::getsockname(&socket).map_err(|e| wrong(e.into()))?;
+        let address = if !listens {
+            None
+        } else if name.address_family() == AddressFamily::VSOCK {
+            let listener = vsock::VsockListener::from(socket.try_clone().map_err(wrong)?);
+            let port = listener.local_addr().map_err(wrong)?.port();
+            Some(Address::Vsock { cid: CID_ANY, port })
+        } else if let Ok(unix) = SocketAddrUnix::try_from(name.clone()) {
+            let path = unix.path_bytes().map(|path| path.strip_suffix(b"\0").unwrap_or(path));
+            path.map(|path| Address::Unix(OsStr::from_bytes(path).into()))
+        } else {
+            SocketAddr::try_from(name).ok().map(Address::Tcp)
+        };
+        let address = address.ok_or_else(|| wrong(std::io::ErrorKind::InvalidInput.into()))?;
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| wrong(e.into()))?;
+        let config = ListenConfig { address, ..Default::default() };
+        Ok(Listener { config, socket, file: None, passed: true })
+    }
+
+    /// Somebody else has bound it.
+    pub fn is_passed(&self) -> bool {
+        self.passed
+    }
+
     /// Binds. A socket file that nobody listens on any more is taken over.
     ///
     /// # Errors
@@ -180,7 +216,7 @@ impl Listener {
                 (OwnedFd::from(listener), None)
             }
         };
-        Ok(Listener { config: config.clone(), socket, file })
+        Ok(Listener { config: config.clone(), socket, file, passed: false })
     }
 
     /// Where it listens.
@@ -201,7 +237,9 @@ impl Listener {
     /// # Errors
     /// The mode or owner cannot be set: then nothing has changed but those.
     pub fn change(&mut self, config: &ListenConfig) -> std::io::Result<()> {
-        if let Address::Unix(path) = &self.config.address {
+        if let Address::Unix(path) = &self.config.address
+            && !self.passed
+        {
             dress(path, config)?;
         }
         let address = self.config.address.clone();
@@ -312,6 +350,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Address::Unix(path) = &self.config.address
+            && !self.passed
             && self.is_in_place()
         {
             let _ = std::fs::remove_file(path);

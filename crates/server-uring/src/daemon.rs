@@ -4,17 +4,20 @@
 //! roots, and accepted connections. Everything that reads a guest's bytes is behind that line.
 
 use crate::accept::{Address, Door, ListenError, Listener};
+use crate::cgroup::{Limits, Placement};
 use crate::config::{Config, FileMode, ListenConfig, Source};
 use crate::entrance::Entrance;
+use crate::fdops;
 use crate::fds::Fds;
 use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
 use crate::sandbox::SandboxError;
 use crate::state_dir::StateError;
+use crate::systemd::{self, Notify};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{CpuSet, sched_getaffinity};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use thiserror::Error;
 
 /// Why the daemon cannot serve.
@@ -40,6 +43,8 @@ pub enum DaemonError {
     Sandbox(#[from] SandboxError),
     #[error("{0}")]
     Worker(String),
+    #[error("cannot have this --nice or --ioprio")]
+    Nice(#[source] rustix::io::Errno),
     #[error("cannot start")]
     Start(#[from] std::io::Error),
 }
@@ -47,17 +52,6 @@ pub enum DaemonError {
 impl From<rustix::io::Errno> for DaemonError {
     fn from(errno: rustix::io::Errno) -> Self {
         DaemonError::Start(errno.into())
-    }
-}
-
-/// The CPUs to serve on: those asked for, all of them allowed ones.
-fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
-    let mask = sched_getaffinity(None)?;
-    let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| mask.is_set(cpu)).collect();
-    let Some(asked) = asked else { return Ok(allowed) };
-    match asked.iter().find(|cpu| !allowed.contains(cpu)) {
-        Some(&cpu) => Err(DaemonError::Cpu(cpu, allowed)),
-        None => Ok(asked),
     }
 }
 
@@ -83,6 +77,33 @@ fn become_root_group() -> Result<(), DaemonError> {
         rustix::thread::set_thread_res_gid(root, root, root)?;
     }
     Ok(())
+}
+
+/// Before any thread starts: they inherit it.
+fn set_priorities(config: &Config) -> Result<(), DaemonError> {
+    if let Some(nice) = config.nice {
+        rustix::process::setpriority_process(None, nice).map_err(DaemonError::Nice)?;
+    }
+    if let Some(priority) = config.ioprio {
+        fdops::set_io_priority(priority.value()).map_err(DaemonError::Nice)?;
+    }
+    Ok(())
+}
+
+/// Sockets that were bound for this process, by what they are for.
+fn passed_sockets() -> Result<Vec<Entrance>, DaemonError> {
+    let sockets = systemd::take()?.into_iter();
+    let listeners = sockets.map(|(name, socket)| {
+        let door = match name.as_str() {
+            "control" => Door::Control,
+            "metrics" => Door::Metrics,
+            _ => Door::Guests,
+        };
+        let listener = Listener::passed(socket)?;
+        let address = listener.address().clone();
+        Ok(Entrance::of(door, ListenConfig { address, ..Default::default() }, listener))
+    });
+    listeners.collect()
 }
 
 /// What is readable once one of these signals has come.
@@ -124,6 +145,8 @@ fn bind_metrics(config: &Config) -> Result<Option<Entrance>, DaemonError> {
 pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     let stop = on_signals(&[SIGTERM, SIGINT])?;
     let hangup = on_signals(&[SIGHUP])?;
+    let notify = Notify::from_environment();
+    set_priorities(&config)?;
     raise_open_files();
     become_root_group()?;
     let fds = Fds::of_process();
@@ -132,31 +155,39 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         let failed = |source| DaemonError::Serve { name: share.name.clone(), source };
         shares.push(open_share(share, &fds).map_err(failed)?);
     }
-    let cpus = choose_cpus(config.cpus.clone())?;
-    let addresses: Vec<Address> = config.listen.iter().map(|one| one.address.clone()).collect();
-    let entrances = config.listen.iter().map(|one| Entrance::open(Door::Guests, one));
-    let mut entrances: Vec<Entrance> = entrances.collect::<Result<_, _>>()?;
+    let limits = Limits::read(Path::new("/"));
+    let placement = Placement::new(config.cpus.clone(), &limits)?;
+    let mut entrances = passed_sockets()?;
+    for listen in &config.listen {
+        let mut passed = entrances.iter_mut().filter(|one| one.config().address == listen.address);
+        match passed.next() {
+            Some(passed) => passed.change(listen),
+            None => entrances.push(Entrance::open(Door::Guests, listen)?),
+        }
+    }
+    let guests = entrances.iter().filter(|one| one.door() == Door::Guests);
+    let addresses: Vec<Address> = guests.map(|one| one.config().address.clone()).collect();
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
         false => config.state_dir.hold(&addresses, config.grace)?,
     };
-    entrances.extend(bind_control(&config)?);
+    let has_control = entrances.iter().any(|one| one.door() == Door::Control);
+    entrances.extend(if has_control { None } else { bind_control(&config)? });
     entrances.extend(bind_metrics(&config)?);
-    let (engine, spin, grace, sandbox) = (config.engine, config.spin, config.grace, config.sandbox);
-    let (file_handles, fds_of_worker) = (config.file_handles, fds.clone());
     let plan = Plan {
         shares,
-        cpus,
-        engine,
-        spin,
-        grace,
+        placement,
+        limits,
+        engine: config.engine,
+        spin: config.spin,
+        grace: config.grace,
         state,
-        sandbox,
-        file_handles,
+        sandbox: config.sandbox,
+        file_handles: config.file_handles,
         slow_op: config.slow_op,
-        fds: fds_of_worker,
+        fds: fds.clone(),
     };
     let in_force = InForce::new(source, config, fds);
-    Parent { entrances, stop, hangup, plan, in_force }.run()
+    Parent { entrances, stop, hangup, notify, plan, in_force }.run()
 }

@@ -82,6 +82,11 @@ impl Entrance {
         &self.config
     }
 
+    /// Somebody else has bound it.
+    pub fn is_passed(&self) -> bool {
+        matches!(&self.kind, Kind::One(listener) if listener.is_passed())
+    }
+
     /// The sockets now.
     pub fn listeners(&self) -> Box<dyn Iterator<Item = &Listener> + '_> {
         match &self.kind {

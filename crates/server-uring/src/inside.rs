@@ -28,7 +28,8 @@ pub fn work(
     let shares = shut_in(plan, roots)?;
     let state = plan.state.as_ref().map(Held::lend).transpose()?;
     let state = state.map(|held| StateDir::on(held, plan.grace)).transpose()?;
-    let worker = Worker::start(shares, &plan.cpus, plan.engine, plan.spin, plan.grace, state)?;
+    let Plan { engine, spin, grace, .. } = *plan;
+    let worker = Worker::start(shares, plan.placement.clone(), engine, spin, grace, state)?;
     worker.set_config(config);
     worker.set_slow(plan.slow_op);
     if plan.sandbox == Sandbox::Namespace {

@@ -6,6 +6,7 @@ use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
 use ringfs_server::status::Status;
+use ringfs_server::systemd;
 use ringfs_server::top;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -137,7 +138,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::CheckConfig { file }) => return Ok(check_config(file)),
         None => {
             let Serve { config, settings } = cli.serve;
-            let source = Source::new(config, settings);
+            let sockets = systemd::passed() > 0;
+            let source = Source::new(config, settings).with_sockets(sockets);
             match source.config() {
                 Ok(config) => {
                     start_log(&config);
@@ -169,9 +171,13 @@ fn tell(faults: &[Fault]) -> ExitCode {
 }
 
 fn check_config(file: PathBuf) -> ExitCode {
-    let source = Source::new(Some(file), Settings::default());
+    // Sockets may be passed to it (ringfsd.socket): that is not for the file to say.
+    let source = Source::new(Some(file), Settings::default()).with_sockets(true);
     match source.config().and_then(|_| source.settings()) {
         Ok(settings) => {
+            if settings.listen.is_empty() {
+                eprintln!("ringfsd: no [[listen]]: guests come by sockets that systemd passes");
+            }
             print!("{}", settings.to_toml());
             ExitCode::SUCCESS
         }

@@ -7,6 +7,7 @@
 //! Invariant: one thread, which waits in one place.
 
 use crate::accept::{Accepted, Door, Listener};
+use crate::cgroup::{Limits, Placement};
 use crate::channel::{Channel, ToParent, ToWorker};
 use crate::config::Engine;
 use crate::daemon::DaemonError;
@@ -18,6 +19,7 @@ use crate::inside;
 use crate::reload::{Change, InForce, Shared};
 use crate::sandbox::Sandbox;
 use crate::state_dir::Held;
+use crate::systemd::Notify;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -39,8 +41,10 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 pub struct Plan {
     /// What there is to mount.
     pub shares: Vec<Shared>,
-    /// One shard each.
-    pub cpus: Vec<usize>,
+    /// How many shards, and where they run.
+    pub placement: Placement,
+    /// Why there are so many.
+    pub limits: Limits,
     /// How files and sockets are driven.
     pub engine: Engine,
     /// Looks for input before a thread sleeps.
@@ -67,6 +71,8 @@ pub struct Parent {
     pub stop: UnixStream,
     /// Readable when the configuration is to be read again.
     pub hangup: UnixStream,
+    /// Whoever wants to know how the daemon is.
+    pub notify: Notify,
     /// What each worker is made of.
     pub plan: Plan,
     /// The configuration.
@@ -125,7 +131,7 @@ impl Parent {
         let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
         keep.extend(self.plan.state.as_ref().map(AsFd::as_fd));
         let spaces = (self.plan.sandbox == Sandbox::Namespace).then_some(Spaces);
-        let state = self.in_force.state();
+        let state = self.in_force.state(&self.entrances);
         Child::start(&keep, roots.len(), spaces, |channel| {
             match inside::work(&self.plan, &roots, state, &channel) {
                 Ok(()) => 0,
@@ -170,8 +176,11 @@ impl Parent {
                 let all = sockets.chain(events);
                 fds.extend(all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             }
-            let pause = timespec(EXHAUSTED_PAUSE);
-            match poll(&mut fds, exhausted.then_some(&pause)) {
+            // A worker that hangs is no reason for a service manager to end its sessions too.
+            self.notify.alive();
+            let pause = exhausted.then_some(EXHAUSTED_PAUSE).or(self.notify.watchdog);
+            let pause = pause.map(timespec);
+            match poll(&mut fds, pause.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -193,6 +202,7 @@ impl Parent {
             }
             if !stopping && ready[1] {
                 stopping = true;
+                self.notify.stopping();
                 tracing::info!("stopping");
                 self.entrances.clear();
                 unsent.clear();
@@ -223,16 +233,19 @@ impl Parent {
 
     fn say_listening(&self, has_served: &mut bool) {
         if !std::mem::replace(has_served, true) {
-            let Plan { cpus, engine, sandbox, .. } = &self.plan;
             for one in self.entrances.iter().filter(|one| one.door() == Door::Guests) {
-                let address = &one.config().address;
-                tracing::info!(%address, ?cpus, ?engine, ?sandbox, "listening");
+                tracing::info!(address = %one.config().address, "listening");
             }
+            let Plan { placement, limits, engine, sandbox, .. } = &self.plan;
+            let Placement { cpus, shards, large_buffers, .. } = placement;
+            tracing::info!(shards, ?cpus, large_buffers, ?limits, ?engine, ?sandbox, "serving");
+            self.notify.ready(&self.in_force.summary());
         }
     }
 
     fn reload(&mut self, child: &mut Child, unsent: &mut Unsent) {
         while self.hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
+        self.notify.reloading();
         for change in self.in_force.reload(&mut self.entrances) {
             match change {
                 Change::Share(share) => {
@@ -256,7 +269,8 @@ impl Parent {
                 }
             }
         }
-        unsent.push_back((ToWorker::Config(self.in_force.state()), None));
+        unsent.push_back((ToWorker::Config(self.in_force.state(&self.entrances)), None));
+        self.notify.ready(&self.in_force.summary());
     }
 }
 

@@ -76,9 +76,19 @@ impl InForce {
     }
 
     /// For people and tools: what is in force, and what became of the last reload.
-    pub fn state(&self) -> ConfigState {
-        let listeners = self.config.listen.iter().map(|listen| listen.address.to_string());
-        ConfigState { listeners: listeners.collect(), ..self.state.clone() }
+    pub fn state(&self, entrances: &[Entrance]) -> ConfigState {
+        let guests = entrances.iter().filter(|one| one.door() == Door::Guests);
+        let listeners = guests.map(|one| one.config().address.to_string()).collect();
+        ConfigState { listeners, ..self.state.clone() }
+    }
+
+    /// One line, for a service manager's status.
+    pub fn summary(&self) -> String {
+        let shares = self.config.shares.len();
+        match self.state.errors.first() {
+            Some(error) => format!("{shares} shares; THE LAST RELOAD FAILED: {error}"),
+            None => format!("{shares} shares"),
+        }
     }
 
     /// Reads the configuration again; what the worker is to be told, besides the new state. If
@@ -123,8 +133,11 @@ impl InForce {
         let at = |listen: &ListenConfig, all: &[ListenConfig]| {
             all.iter().any(|one| one.address == listen.address)
         };
+        let bound = |listen: &ListenConfig| {
+            entrances.iter().any(|one| one.config().address == listen.address)
+        };
         let mut opened_entrances = Vec::new();
-        for listen in new.listen.iter().filter(|listen| !at(listen, &old.listen)) {
+        for listen in new.listen.iter().filter(|listen| !bound(listen)) {
             opened_entrances.push(Entrance::open(Door::Guests, listen)?);
         }
         // Nothing fails from here on.
@@ -146,7 +159,7 @@ impl InForce {
             changed.push(format!("new listener {}", one.config().address));
         }
         entrances.retain(|one| {
-            let stays = !is_guests(one) || at(one.config(), &new.listen);
+            let stays = !is_guests(one) || one.is_passed() || at(one.config(), &new.listen);
             if !stays {
                 changed.push(format!("removed listener {}", one.config().address));
             }
@@ -168,6 +181,8 @@ impl InForce {
         // What needs a restart stays as it is, and is said again by the next reload.
         self.config = Config {
             cpus: old.cpus.clone(),
+            nice: old.nice,
+            ioprio: old.ioprio,
             engine: old.engine,
             spin: old.spin,
             grace: old.grace,
@@ -187,6 +202,8 @@ impl InForce {
 fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     let differ = [
         ("cpus", old.cpus != new.cpus),
+        ("nice", old.nice != new.nice),
+        ("ioprio", old.ioprio != new.ioprio),
         ("engine", old.engine != new.engine),
         ("spin", old.spin != new.spin),
         ("grace", old.grace != new.grace),
