@@ -15,6 +15,7 @@ mod fuzz;
 mod guard;
 mod lex;
 mod mounts;
+mod package;
 mod paths;
 mod pjdfstest;
 mod proc;
@@ -65,6 +66,8 @@ enum Command {
     Soak(soak::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
+    /// Debian packages, a static tarball and the container's place, in target/packages
+    Package(package::Args),
     /// stress-ng's file-system stressors on one and on several mounts
     Stress(stress::Args),
     /// ringfs against the bare directory and a local FUSE passthrough, in interleaved rounds
@@ -101,6 +104,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Survive(args) => close("survive", survive::run(&args)?),
         Command::Soak(args) => close("soak", soak::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
+        Command::Package(args) => close("package", package::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),
         Command::Vm(args) => vm::run(args),

@@ -214,6 +214,7 @@ fn build_initramfs(
     }
     root.file("modules/order", order.as_bytes());
     root.file("guest/stage", include_bytes!("../../guest/stage"));
+    root.file("guest/shutdown", include_bytes!("../../guest/shutdown"));
     root.file("guest/step", include_bytes!("../../guest/step"));
     root.file("guest/pjdfstest.toml", include_bytes!("../../guest/pjdfstest.toml"));
     root.file("guest/plan", scenario::as_text(plan).as_bytes());

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -80,6 +81,24 @@ impl Host {
     pub fn serve(run_dir: &Path, ringfsd: &Path, share: &Path) -> anyhow::Result<Self> {
         let daemon = Some(start_daemon(ringfsd, run_dir, share, &direct_socket())?);
         Ok(Self { share: share.to_owned(), daemon, proxy: None })
+    }
+
+    /// Adds a root file system to the share: busybox, and an init.
+    pub fn make_root(&self, busybox: &Path) -> anyhow::Result<()> {
+        let root = self.share.join("root");
+        for dir in ["bin", "dev", "etc", "proc", "run", "sbin", "sys", "tmp"] {
+            std::fs::create_dir_all(root.join(dir))?;
+        }
+        std::fs::copy(busybox, root.join("bin/busybox"))?;
+        for applet in
+            ["sh", "cat", "cut", "grep", "mkdir", "readlink", "sleep", "timeout", "tail", "tr"]
+        {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
+        }
+        let init = root.join("sbin/init");
+        std::fs::write(&init, include_bytes!("../../guest/root-init"))?;
+        std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755))?;
+        std::fs::write(root.join("etc/hello"), "the host's root\n").map_err(Into::into)
     }
 
     /// Answers one request of the guest: `ok ...` or `failed ...`.

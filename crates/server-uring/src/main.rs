@@ -1,7 +1,7 @@
 //! `ringfsd`: shares host directories with guests.
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
@@ -114,6 +114,17 @@ enum Command {
         #[command(flatten)]
         of: Of,
     },
+    /// Print the completions of a shell, to be put where it looks for them.
+    Completions {
+        /// Its name
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a directory.
+    #[command(hide = true)]
+    ManPages {
+        /// An existing one
+        dir: PathBuf,
+    },
     /// Read a configuration file, print what would be in force, or what is wrong and where.
     #[command(after_help = FILE_EXAMPLE)]
     CheckConfig {
@@ -135,6 +146,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Status { of, json, counters }) => status(&of, json, counters)?,
         Some(Command::Top { of, interval, once }) => top(&of, interval, once)?,
         Some(Command::Reload { of }) => return reload(&of),
+        Some(Command::Completions { shell }) => {
+            let mut out = std::io::stdout();
+            clap_complete::generate(shell, &mut Cli::command(), "ringfsd", &mut out);
+        }
+        Some(Command::ManPages { dir }) => clap_mangen::generate_to(Cli::command(), dir)?,
         Some(Command::CheckConfig { file }) => return Ok(check_config(file)),
         None => {
             let Serve { config, settings } = cli.serve;
