@@ -35,17 +35,14 @@ impl Child {
     /// streams.
     ///
     /// # Errors
-    /// What socketpair and fork say; `OTHER` where this process has several threads: a fork would
-    /// copy the locks that the others hold; or where there are no such namespaces.
+    /// What socketpair and fork say; `OTHER` where there are no such namespaces.
     pub fn start(
         keep: &[BorrowedFd<'_>],
         shares: usize,
         spaces: Option<Spaces>,
         work: impl FnOnce(Channel) -> i32,
     ) -> io::Result<Child> {
-        if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-            return Err(io::Error::other("the parent must have one thread"));
-        }
+        wait_for_one_thread();
         let (ours, theirs) = Channel::pair()?;
         // The one that makes the worker in its namespaces ends at once: the worker is ours then.
         let us = rustix::process::getpid();
@@ -93,6 +90,7 @@ impl Child {
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
         let index = self.shares;
         let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", self.pid.as_raw_pid()))?;
+        wait_for_one_thread();
         // A process of its own goes there.
         let Some(pid) = fork()? else {
             let done = root::attach_to(mounts.as_fd(), tree, index);
@@ -180,10 +178,23 @@ fn begin(channel: &Channel) -> Option<()> {
     matches!(begun, Ok(Some((ToWorker::Begin, None)))).then_some(())
 }
 
+/// A fork copies the locks that other threads hold, and not those threads. The parent has another
+/// one only while it reads its configuration; one that is stuck there holds none.
+fn wait_for_one_thread() {
+    let threads = || std::fs::read_dir("/proc/self/task").map_or(1, |all| all.count());
+    for _ in 0..100 {
+        if threads() == 1 {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    tracing::warn!("a worker is made while another thread of the parent is stuck");
+}
+
 /// `None` in the new process.
 fn fork() -> io::Result<Option<Pid>> {
-    // SAFETY: the caller has made sure that this process has one thread, so that no lock is held
-    // by a thread that the copy lacks.
+    // SAFETY: the caller has waited for this process to have one thread, or one besides that is
+    // stuck in the kernel: no lock is held by a thread that the copy lacks.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         pid => Ok(Pid::from_raw(pid)),

@@ -177,6 +177,8 @@ impl Daemon {
 
     /// The process that serves guests.
     pub fn worker_pid(&self) -> u32 {
+        // Answered by it: then it is there, and what has made it is gone.
+        self.counters();
         let path = format!("/proc/{0}/task/{0}/children", self.pid());
         let children = std::fs::read_to_string(path).expect("proc");
         children.trim().parse().expect("one child")
