@@ -90,8 +90,8 @@ pub struct Settings {
     /// namespace]
     #[arg(long, value_enum)]
     pub sandbox: Option<Sandbox>,
-    /// Whether the process that serves guests may open files by their handles, which finds those again
-    /// that were renamed while they had no fd. Whoever took that process over could so reach any
+    /// Whether the process that serves guests may open files by their handles, which finds those
+    /// again that were renamed while they had no fd. Whoever took that process over could so reach any
     /// file of the file systems that the shares lie on; without, he cannot. [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     pub file_handles: Option<bool>,
@@ -103,8 +103,8 @@ pub struct Settings {
     ///
     /// With stars in its directories, as unix:/srv/vm/*/v.sock_5640, a PATH is a socket in each of
     /// them, which comes and goes with the directory. Options: mode=0660, owner=, group= of the
-    /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid= (vsock),
-    /// numbers with a + between them; shares=a+b: nothing else is offered there.
+    /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid=
+    /// (vsock), numbers with a + between them; shares=a+b: nothing else is offered there.
     #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<ListenConfig>,

@@ -120,7 +120,8 @@ impl Entrance {
         };
         for listener in listeners {
             if let Err(error) = listener.change(config) {
-                tracing::error!(listener = %listener.address(), %error, "its options stay as they were");
+                let listener = listener.address();
+                tracing::error!(%listener, %error, "its options stay as they were");
             }
         }
     }
@@ -165,7 +166,8 @@ impl Pattern {
         let mut places = Vec::new();
         self.walk(self.from.clone(), 0, &mut places);
         if places.len() > SOCKETS_MAX {
-            tracing::error!(listener = %config.address, "more than {SOCKETS_MAX} places: the rest is left out");
+            let listener = &config.address;
+            tracing::error!(%listener, "more than {SOCKETS_MAX} places: the rest is left out");
             places.truncate(SOCKETS_MAX);
         }
         let wanted: Vec<PathBuf> = places.into_iter().map(|dir| dir.join(&self.name)).collect();

@@ -31,7 +31,8 @@ pub struct Child {
 
 impl Child {
     /// Makes a worker that runs `work` and ends with the code that this returns, in `spaces` of its
-    /// own, with so many `shares`. Of the fds that are open it has `keep`, its end of the channel, and the standard
+    /// own, with so many `shares`. Of the fds that are open it has `keep`, its end of the channel,
+    /// and the standard
     /// streams.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! The parent: it stays outside of the sandbox, and reads nothing that a guest sent.
 //!
-//! It takes connections, tells who the peer is and hands the fd to the worker; it hears the signals,
-//! reads the configuration again, and ends the worker. A worker that dies is said loudly and another
-//! one made: guests come again and go on with it (docs/sessions.md).
+//! It takes connections, tells who the peer is and hands the fd to the worker; it hears the
+//! signals, reads the configuration again, and ends the worker. A worker that dies is said loudly
+//! and another one made: guests come again and go on with it (docs/sessions.md).
 //!
 //! Invariant: one thread, which waits in one place.
 
@@ -253,7 +253,7 @@ impl Parent {
                     match hand_over(&share, child, self.plan.sandbox) {
                         Ok(message) => unsent.push_back(message),
                         Err(error) => tracing::error!(
-                            share = name, %error, "the worker cannot be given the share: its next one will"
+                            share = name, %error, "the worker cannot be given it: the next one will"
                         ),
                     }
                     self.plan.shares.retain(|old| old.config.name != name);

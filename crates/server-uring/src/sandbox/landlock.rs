@@ -1,6 +1,6 @@
 //! Landlock: files are opened, made and removed below the shares and in the state directory alone,
-//! whatever fd, handle or path leads to them; no socket is connected, and no process outside is sent
-//! a signal.
+//! whatever fd or path leads to them; no socket is connected, and no process outside is sent a
+//! signal.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
@@ -13,8 +13,8 @@ use std::path::Path;
 /// The newest that is asked for; an older kernel does what it can.
 const NEWEST: ABI = ABI::V6;
 
-/// Restricts the calling thread, and those that it makes, to what is below `shares`. Where the kernel has no landlock it says
-/// so and goes on.
+/// Restricts the calling thread, and those that it makes, to what is below `shares`.
+/// Where the kernel has no landlock it says so and goes on.
 ///
 /// # Errors
 /// What landlock says.
