@@ -91,8 +91,9 @@ pub struct Settings {
     #[arg(long, value_enum)]
     pub sandbox: Option<Sandbox>,
     /// Whether the process that serves guests may open files by their handles, which finds those
-    /// again that were renamed while they had no fd. Whoever took that process over could so reach any
-    /// file of the file systems that the shares lie on; without, he cannot. [default: true]
+    /// again that were renamed while they had no fd. Whoever took that process over could so reach
+    /// any file of the file systems that the shares lie on; without, he cannot.
+    /// [default: true]
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     pub file_handles: Option<bool>,
     /// A share that a reload removes takes its sessions with it; otherwise they go on until they
