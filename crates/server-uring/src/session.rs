@@ -267,7 +267,11 @@ impl Registry {
         });
         let mut sessions = self.lock();
         let mut ended = None;
-        if sessions.live.len() >= SESSIONS_MAX {
+        let owner = session.owner;
+        if sessions.of(owner) >= SESSIONS_PER_PEER_MAX {
+            let oldest = sessions.oldest_cut(|live| live.session.owner == owner);
+            ended = sessions.remove(oldest.ok_or(Reason::Limit)?);
+        } else if sessions.live.len() >= SESSIONS_MAX {
             let oldest = sessions.oldest_cut(|_| true).ok_or(Reason::Limit)?;
             ended = sessions.remove(oldest);
         }
@@ -306,9 +310,12 @@ impl Registry {
         }
     }
 
-    /// Whether another session may be opened.
-    pub fn has_room(&self) -> bool {
+    /// Whether another session of this peer may be opened.
+    pub fn has_room(&self, owner: u64) -> bool {
         let sessions = self.lock();
+        if sessions.of(owner) >= SESSIONS_PER_PEER_MAX {
+            return sessions.oldest_cut(|live| live.session.owner == owner).is_some();
+        }
         sessions.live.len() < SESSIONS_MAX || sessions.oldest_cut(|_| true).is_some()
     }
 
@@ -594,6 +601,11 @@ impl Live {
 }
 
 impl Sessions {
+    /// How many one peer has.
+    fn of(&self, owner: u64) -> usize {
+        self.live.values().filter(|live| live.session.owner == owner).count()
+    }
+
     /// Which of the sessions without connections has been so longest.
     fn oldest_cut(&self, which: impl Fn(&Live) -> bool) -> Option<u64> {
         let cut = self.live.iter().filter(|(_, live)| which(live));
