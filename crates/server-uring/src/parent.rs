@@ -257,7 +257,7 @@ impl Parent {
                         ),
                     }
                     self.plan.shares.retain(|old| old.config.name != name);
-                    self.plan.shares.push(share);
+                    self.plan.shares.push(*share);
                 }
                 Change::Slow(from) => {
                     self.plan.slow_op = from;

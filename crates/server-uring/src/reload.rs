@@ -51,7 +51,7 @@ pub struct Shared {
 /// What a worker has to be told.
 pub enum Change {
     /// A share is new, or another one of its name.
-    Share(Shared),
+    Share(Box<Shared>),
     /// One is no more.
     ShareGone {
         /// What guests called it.
@@ -168,7 +168,7 @@ impl InForce {
             let name = &share.config.name;
             let known = old.shares.iter().any(|old| old.name == *name);
             changed.push(format!("{} share {name}", if known { "changed" } else { "new" }));
-            changes.push(Change::Share(share));
+            changes.push(Change::Share(Box::new(share)));
         }
         let gone = old.shares.iter().filter(|old| !new.shares.iter().any(|s| s.name == old.name));
         for share in gone {

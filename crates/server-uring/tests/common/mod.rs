@@ -209,7 +209,7 @@ impl Daemon {
     }
 
     pub fn threads(&self) -> usize {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.worker_pid()));
         tasks.expect("the daemon runs").count()
     }
 
