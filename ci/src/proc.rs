@@ -184,6 +184,11 @@ impl Process {
         kill_process(self.pid(), signal).with_context(|| format!("signal `{}`", self.line))
     }
 
+    /// Sends a signal to the process and its children.
+    pub fn signal_all(&self, signal: Signal) -> Result<()> {
+        kill_process_group(self.pid(), signal).with_context(|| format!("signal `{}`", self.line))
+    }
+
     /// Asks it to end with SIGTERM and gives its status; an error when it does not obey in `limit`.
     pub fn stop(mut self, limit: Duration) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;

@@ -390,9 +390,9 @@ fn hanging_share(rig: &Rig) -> Result<()> {
     let shares = [rig::share("hung", &below.dir), rig::share("d", &good)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "upper", &shares, &[])?;
     let outcome =
-        rig.daemon.process().signal(Signal::STOP).and_then(|()| beside_hung(rig, &daemon));
+        rig.daemon.process().signal_all(Signal::STOP).and_then(|()| beside_hung(rig, &daemon));
     // Before anything else, also after a failure: threads of the upper daemon wait for it.
-    rig.daemon.process().signal(Signal::CONT)?;
+    rig.daemon.process().signal_all(Signal::CONT)?;
     outcome?;
     daemon.counters_at_rest()?;
     daemon.mount(&rig.sandbox, "hung", "recovered", "")?.umount()?;

@@ -49,9 +49,9 @@ pub fn while_the_daemon_is_stopped(rig: &Rig) -> Result<()> {
         fs::create_dir(mount.dir.join(name))?;
         fs::write(rig.backing.join(name).join("file"), "content")?;
     }
-    rig.daemon.process().signal(Signal::STOP)?;
+    rig.daemon.process().signal_all(Signal::STOP)?;
     let outcome = disturb(rig, &mount);
-    rig.daemon.process().signal(Signal::CONT)?;
+    rig.daemon.process().signal_all(Signal::CONT)?;
     let living = outcome?;
     for (name, mut process, log) in living {
         let status = process.wait(SETTLE)?.with_context(|| format!("{name} does not go on"))?;

@@ -291,10 +291,17 @@ fn settled(daemon: &Daemon) -> anyhow::Result<Held> {
     bail!("ringfsd does not come to rest after its start: {last:?}")
 }
 
+/// Of its worker.
 fn open_fds(process: &Process) -> anyhow::Result<u64> {
-    let dir = format!("/proc/{}/fd", process.id());
-    let entries = std::fs::read_dir(&dir).with_context(|| format!("reading {dir}"))?;
-    Ok(u64::try_from(entries.count())?)
+    let children = format!("/proc/{0}/task/{0}/children", process.id());
+    let children =
+        std::fs::read_to_string(&children).with_context(|| format!("read {children}"))?;
+    let mut count = 0;
+    for pid in children.split_whitespace() {
+        let dir = format!("/proc/{pid}/fd");
+        count += std::fs::read_dir(&dir).with_context(|| format!("reading {dir}"))?.count();
+    }
+    Ok(u64::try_from(count)?)
 }
 
 /// A tree with known bytes, and its checksums beside it.

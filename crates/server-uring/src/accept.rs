@@ -1,7 +1,8 @@
 //! Listeners and peers: the parent's side. It binds, accepts, tells who the peer is, and hands the
 //! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use crate::config::{FileMode, ListenConfig};
+use crate::splice::SendBuffer;
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -9,13 +10,11 @@ use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
 use thiserror::Error;
 
 /// Where guests come from.
@@ -35,6 +34,12 @@ pub enum Address {
     Tcp(SocketAddr),
 }
 
+impl Default for Address {
+    fn default() -> Address {
+        Address::Unix(PathBuf::new())
+    }
+}
+
 /// Any CID.
 pub const CID_ANY: u32 = u32::MAX;
 
@@ -46,6 +51,13 @@ pub enum ListenError {
     Address(String),
     #[error("cannot listen on {path:?}{hint}")]
     Unix { path: PathBuf, source: std::io::Error, hint: &'static str },
+    #[error(
+        "{0:?} is no pattern of sockets: stars may stand in the directories of an absolute path \
+         without .., the last name is the socket's"
+    )]
+    Pattern(PathBuf),
+    #[error("cannot watch directories (fs.inotify.max_user_instances?)")]
+    Watch(#[source] std::io::Error),
     #[error(
         "cannot listen on vsock port {port} (is the module vhost_vsock or vsock_loopback loaded?)"
     )]
@@ -112,8 +124,10 @@ pub enum Door {
 
 /// A bound socket. Its path goes with it, if it was bound here.
 pub struct Listener {
-    address: Address,
+    config: ListenConfig,
     socket: OwnedFd,
+    /// Device and inode of the socket's file.
+    file: Option<(u64, u64)>,
     passed: bool,
 }
 
@@ -126,19 +140,18 @@ pub struct Accepted {
     /// Equal for all connections of one peer while it lives: of a listener's path and a process (a
     /// VMM, or a client), or of a CID.
     pub owner: u64,
+    /// The shares that its listener offers; empty: all.
+    pub offers: Vec<String>,
+}
+
+impl Accepted {
+    /// Whether it may mount this one.
+    pub fn is_offered(&self, share: &str) -> bool {
+        self.offers.is_empty() || self.offers.iter().any(|name| name == share)
+    }
 }
 
 impl Listener {
-    /// Binds. A socket file that nobody listens on any more is taken over.
-    pub fn bind(address: Address) -> Result<Listener, ListenError> {
-        Listener::bind_mode(address, None)
-    }
-
-    /// Binds so that only the daemon's user may connect.
-    pub fn bind_private(address: Address) -> Result<Listener, ListenError> {
-        Listener::bind_mode(address, Some(Mode::RUSR | Mode::WUSR))
-    }
-
     /// A socket that somebody has bound, and goes on owning.
     ///
     /// # Errors
@@ -161,7 +174,8 @@ impl Listener {
         };
         let address = address.ok_or_else(|| wrong(std::io::ErrorKind::InvalidInput.into()))?;
         rustix::io::ioctl_fionbio(&socket, true).map_err(|e| wrong(e.into()))?;
-        Ok(Listener { address, socket, passed: true })
+        let config = ListenConfig { address, ..Default::default() };
+        Ok(Listener { config, socket, file: None, passed: true })
     }
 
     /// Somebody else has bound it.
@@ -169,74 +183,156 @@ impl Listener {
         self.passed
     }
 
-    /// Where it is bound.
-    pub fn address(&self) -> &Address {
-        &self.address
-    }
-
-    fn bind_mode(address: Address, mode: Option<Mode>) -> Result<Listener, ListenError> {
-        let socket = match &address {
-            Address::Unix(path) => bind_unix(path, mode)?,
+    /// Binds. A socket file that nobody listens on any more is taken over.
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub fn bind(config: &ListenConfig) -> Result<Listener, ListenError> {
+        let (socket, file) = match &config.address {
+            Address::Unix(path) => {
+                let socket = bind_unix(path)?;
+                let file = file_of(path);
+                // Nobody gets in before it listens.
+                dress(path, config).and_then(|()| Ok(net::listen(&socket, 128)?)).map_err(
+                    |source| ListenError::Unix {
+                        path: path.clone(),
+                        source,
+                        hint: " (its mode, owner or group)",
+                    },
+                )?;
+                (socket, file)
+            }
             Address::Vsock { port, .. } => {
                 let source = |source| ListenError::Vsock { port: *port, source };
                 let listener = vsock::VsockListener::bind_with_cid_port(CID_ANY, *port);
                 let listener = listener.map_err(source)?;
                 listener.set_nonblocking(true).map_err(source)?;
-                OwnedFd::from(listener)
+                (OwnedFd::from(listener), None)
             }
             Address::Tcp(address) => {
                 let source = |source| ListenError::Tcp { address: *address, source };
                 let listener = TcpListener::bind(address).map_err(source)?;
                 listener.set_nonblocking(true).map_err(source)?;
-                OwnedFd::from(listener)
+                (OwnedFd::from(listener), None)
             }
         };
-        Ok(Listener { address, socket, passed: false })
+        Ok(Listener { config: config.clone(), socket, file, passed: false })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.config.address
+    }
+
+    /// Whether its file is still there.
+    pub fn is_in_place(&self) -> bool {
+        match &self.config.address {
+            Address::Unix(path) => self.file.is_some() && file_of(path) == self.file,
+            Address::Vsock { .. } | Address::Tcp(_) => true,
+        }
+    }
+
+    /// Other options for those who connect from now on; the address stays.
+    ///
+    /// # Errors
+    /// The mode or owner cannot be set: then nothing has changed but those.
+    pub fn change(&mut self, config: &ListenConfig) -> std::io::Result<()> {
+        if let Address::Unix(path) = &self.config.address
+            && !self.passed
+        {
+            dress(path, config)?;
+        }
+        let address = self.config.address.clone();
+        self.config = ListenConfig { address, ..config.clone() };
+        Ok(())
     }
 
     /// Takes one connection; `None` when none waits or it may not come in.
-    fn accept(&self) -> Result<Option<Accepted>, Errno> {
+    ///
+    /// # Errors
+    /// What accept4 says: most likely no fd is left.
+    pub fn accept(&self) -> Result<Option<Accepted>, Errno> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        match &self.address {
-            Address::Unix(path) => {
-                let socket = match net::accept_with(&self.socket, flags) {
-                    Ok(socket) => socket,
-                    Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return Ok(None),
-                    Err(errno) => return Err(errno),
-                };
-                let peer = match net::sockopt::socket_peercred(&socket) {
-                    Ok(cred) => format!("{} pid {}", path.display(), cred.pid.as_raw_pid()),
-                    Err(_) => path.display().to_string(),
-                };
-                let owner = owner_of(&peer);
-                Ok(Some(Accepted { socket, peer, owner }))
+        let socket = match net::accept_with(&self.socket, flags) {
+            Ok(socket) => socket,
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return Ok(None),
+            Err(errno) => return Err(errno),
+        };
+        let greeted = match &self.config.address {
+            Address::Unix(path) => self.look_at_process(path, socket),
+            Address::Vsock { cid, .. } => self.look_at_vm(*cid, socket),
+            Address::Tcp(address) => {
+                Ok(Accepted { socket, peer: address.to_string(), owner: 0, offers: Vec::new() })
             }
-            Address::Vsock { cid, port } => accept_vsock(&self.socket, *cid, *port),
-            Address::Tcp(address) => match net::accept_with(&self.socket, flags) {
-                Ok(socket) => Ok(Some(Accepted { socket, peer: address.to_string(), owner: 0 })),
-                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
-                Err(errno) => Err(errno),
-            },
+        };
+        Ok(greeted.map_err(|why| tracing::warn!(listener = %self.address(), "refused: {why}")).ok())
+    }
+
+    fn look_at_process(&self, path: &Path, socket: OwnedFd) -> Result<Accepted, String> {
+        let may = &self.config;
+        let cred = net::sockopt::socket_peercred(&socket).map_err(|error| error.to_string())?;
+        let (uid, gid) = (cred.uid.as_raw(), cred.gid.as_raw());
+        let pid = cred.pid.as_raw_pid();
+        for (list, name, value) in [
+            (&may.allow_uid, "uid", uid),
+            (&may.allow_gid, "gid", gid),
+            (&may.allow_pid, "pid", pid as u32),
+        ] {
+            if !list.is_empty() && !list.contains(&value) {
+                return Err(format!("pid {pid}: its {name} {value} is not allowed"));
+            }
         }
+        // Beyond what the worker may ask for.
+        let _ = SendBuffer::enlarge(socket.as_fd());
+        let peer = format!("{} pid {pid}", path.display());
+        let owner = owner_of(&peer);
+        Ok(Accepted { socket, peer, owner, offers: may.shares.clone() })
+    }
+
+    fn look_at_vm(&self, only: u32, socket: OwnedFd) -> Result<Accepted, String> {
+        let may = &self.config;
+        let stream = vsock::VsockStream::from(socket);
+        let peer = stream.peer_addr().map_err(|error| error.to_string())?;
+        let cid = peer.cid();
+        if only != CID_ANY && cid != only
+            || !may.allow_cid.is_empty() && !may.allow_cid.contains(&cid)
+        {
+            return Err(format!("CID {cid} is not allowed"));
+        }
+        let owner = owner_of(&cid);
+        let peer = format!("vsock:{cid}:{}", peer.port());
+        Ok(Accepted { socket: stream.into(), peer, owner, offers: may.shares.clone() })
     }
 }
 
-fn accept_vsock(socket: &OwnedFd, cid: u32, port: u32) -> Result<Option<Accepted>, Errno> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = match net::accept_with(socket, flags) {
-        Ok(socket) => socket,
-        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return Ok(None),
-        Err(errno) => return Err(errno),
-    };
-    let stream = vsock::VsockStream::from(socket);
-    let Ok(peer) = stream.peer_addr() else { return Ok(None) };
-    if cid != CID_ANY && peer.cid() != cid {
-        tracing::warn!(port, cid = peer.cid(), "refused: the listener is for CID {cid}");
-        return Ok(None);
+fn file_of(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+/// Gives a socket's file its mode and owner.
+fn dress(path: &Path, config: &ListenConfig) -> std::io::Result<()> {
+    let id = |name: &Option<String>, table| name.as_deref().map(|n| id_of(n, table)).transpose();
+    let (uid, gid) = (id(&config.owner, "/etc/passwd")?, id(&config.group, "/etc/group")?);
+    if uid.is_some() || gid.is_some() {
+        std::os::unix::fs::lchown(path, uid, gid)?;
     }
-    let owner = owner_of(&peer.cid());
-    let peer = format!("vsock:{}:{}", peer.cid(), peer.port());
-    Ok(Some(Accepted { socket: stream.into(), peer, owner }))
+    match config.mode {
+        Some(FileMode(mode)) => Ok(rustix::fs::chmod(path, Mode::from_raw_mode(mode))?),
+        None => Ok(()),
+    }
+}
+
+/// The id of a user or group: a number, or a name of the table.
+fn id_of(name: &str, table: &str) -> std::io::Result<u32> {
+    if let Ok(id) = name.parse() {
+        return Ok(id);
+    }
+    let text = std::fs::read_to_string(table)?;
+    let mut lines = text.lines().map(|line| line.split(':'));
+    let found = lines.find_map(|mut line| (line.next() == Some(name)).then(|| line.nth(1))?);
+    let unknown = || std::io::Error::other(format!("{name:?} is not in {table}"));
+    found.and_then(|id| id.parse().ok()).ok_or_else(unknown)
 }
 
 fn owner_of(peer: &impl Hash) -> u64 {
@@ -245,17 +341,25 @@ fn owner_of(peer: &impl Hash) -> u64 {
     hasher.finish()
 }
 
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Address::Unix(path) = &self.address
+        if let Address::Unix(path) = &self.config.address
             && !self.passed
+            && self.is_in_place()
         {
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
-fn bind_unix(path: &Path, mode: Option<Mode>) -> Result<OwnedFd, ListenError> {
+/// Bound, and not listening yet.
+fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
     let error = |source: Errno, hint| ListenError::Unix {
         path: path.to_owned(),
         source: source.into(),
@@ -290,11 +394,6 @@ fn bind_unix(path: &Path, mode: Option<Mode>) -> Result<OwnedFd, ListenError> {
         Errno::ACCESS => error(e, " (no right to make a file there)"),
         _ => error(e, ""),
     })?;
-    if let Some(mode) = mode {
-        // Nobody gets in before it listens.
-        rustix::fs::chmod(path, mode).map_err(|e| error(e, " (its mode cannot be set)"))?;
-    }
-    net::listen(&socket, 128).map_err(|e| error(e, ""))?;
     Ok(socket)
 }
 
@@ -309,55 +408,6 @@ fn is_alive(address: &SocketAddrUnix) -> bool {
     let probe = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let Ok(probe) = probe else { return true };
     net::connect(&probe, address) != Err(Errno::CONNREFUSED)
-}
-
-/// Accepts until one of `wakes` becomes readable, and tells which; each connection goes to
-/// `hand_on`, and every so `often` there is a `beat`. `None`: nothing can be waited for.
-pub fn run(
-    listeners: &[(Door, Listener)],
-    wakes: &[&UnixStream],
-    (often, beat): (Option<Duration>, &dyn Fn()),
-    mut hand_on: impl FnMut(Door, Accepted),
-) -> Option<usize> {
-    let mut exhausted = false;
-    loop {
-        let mut fds: Vec<_> = wakes
-            .iter()
-            .map(|wake| PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN))
-            .collect();
-        if !exhausted {
-            let sockets = listeners.iter().map(|(_, l)| l.socket.as_fd());
-            fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        }
-        // Out of fds: the listeners stay readable, so they are left alone for a while.
-        let pause = exhausted.then_some(Duration::from_millis(100)).or(often);
-        let pause = pause.and_then(|pause| Timespec::try_from(pause).ok());
-        beat();
-        match poll(&mut fds, pause.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => {
-                tracing::error!(%error, "cannot wait for connections");
-                return None;
-            }
-        }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let (woken, ready) = ready.split_at(wakes.len());
-        if let Some(wake) = woken.iter().position(|&woken| woken) {
-            return Some(wake);
-        }
-        exhausted = false;
-        for ((door, listener), _) in listeners.iter().zip(ready).filter(|(_, ready)| **ready) {
-            match listener.accept() {
-                Ok(Some(accepted)) => hand_on(*door, accepted),
-                Ok(None) => {}
-                Err(error) => {
-                    let listener = &listener.address;
-                    tracing::warn!(%listener, %error, "cannot accept (too few open files?)");
-                    exhausted = true;
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -379,20 +429,73 @@ mod tests {
     }
 
     #[test]
+    fn who_may_connect() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let address = format!("unix:{}", dir.path().join("s").display());
+        let me = rustix::process::geteuid().as_raw();
+        let check = |options: &str, expected: Option<&[&str]>| {
+            let config: ListenConfig = format!("{address}{options}").parse().expect("a listener");
+            let listener = Listener::bind(&config).expect("bound");
+            let _guest = std::os::unix::net::UnixStream::connect(dir.path().join("s"));
+            let accepted = listener.accept().expect("accepted");
+            assert_eq!(
+                accepted.map(|one| one.offers),
+                expected
+                    .map(|offers| { offers.iter().map(ToString::to_string).collect::<Vec<_>>() }),
+                "{options}"
+            );
+        };
+        check("", Some(&[]));
+        check(",shares=a+b", Some(&["a", "b"]));
+        check(&format!(",allow-uid={me}+4711,mode=0600"), Some(&[]));
+        check(&format!(",allow-pid={}", std::process::id()), Some(&[]));
+        check(",allow-pid=1", None);
+        check(",allow-uid=4711", None);
+        check(&format!(",allow-uid={me},allow-gid=4711"), None);
+    }
+
+    #[test]
+    fn a_socket_has_the_mode_and_owner_that_were_asked_for() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("s");
+        let listen = |options: &str| {
+            let config: ListenConfig =
+                format!("unix:{}{options}", path.display()).parse().expect("a listener");
+            config
+        };
+        let mut listener = Listener::bind(&listen(",mode=0620")).expect("bound");
+        assert_eq!(std::fs::metadata(&path).expect("stat").mode() & 0o777, 0o620);
+        listener.change(&listen(",mode=0600")).expect("changed");
+        assert_eq!(std::fs::metadata(&path).expect("stat").mode() & 0o777, 0o600);
+        if rustix::process::geteuid().is_root() {
+            listener.change(&listen(",owner=daemon,group=4711")).expect("changed");
+            let meta = std::fs::metadata(&path).expect("stat");
+            assert_eq!(
+                (meta.uid(), meta.gid()),
+                (id_of("daemon", "/etc/passwd").expect("id"), 4711)
+            );
+        }
+        drop(listener);
+        assert!(Listener::bind(&listen(",owner=nobody-of-this-name")).is_err());
+    }
+
+    #[test]
     fn a_stale_socket_is_taken_over_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("s");
         drop(std::os::unix::net::UnixListener::bind(&path).expect("bind"));
         assert!(path.exists(), "std leaves the file: it is stale now");
-        let ours = Listener::bind(Address::Unix(path.clone())).expect("taken over");
+        let config = ListenConfig { address: Address::Unix(path.clone()), ..Default::default() };
+        let ours = Listener::bind(&config).expect("taken over");
         assert!(matches!(
-            Listener::bind(Address::Unix(path.clone())),
+            Listener::bind(&config),
             Err(ListenError::Unix { hint: " (another daemon listens there)", .. })
         ));
         drop(ours);
         assert!(!path.exists());
         std::fs::write(&path, "precious").expect("write");
-        assert!(Listener::bind(Address::Unix(path.clone())).is_err());
+        assert!(Listener::bind(&config).is_err());
         assert_eq!(std::fs::read(&path).expect("still there"), b"precious");
     }
 }

@@ -13,7 +13,7 @@ mod entry;
 mod fault;
 
 pub use entry::{
-    DirectIo, Engine, IoPriority, ListenConfig, LogFormat, MetricsAddress, ShareConfig,
+    DirectIo, Engine, FileMode, IoPriority, ListenConfig, LogFormat, MetricsAddress, ShareConfig,
 };
 pub use fault::{Fault, What};
 
@@ -21,6 +21,7 @@ use crate::accept::Address;
 use crate::control::ControlOption;
 use crate::limits::{GRACE_SECS_DEFAULT, SLOW_OP_MS_DEFAULT};
 use crate::quota::Limits;
+use crate::sandbox::Sandbox;
 use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use rustix::thread::CpuSet;
@@ -84,6 +85,18 @@ pub struct Settings {
     /// How it is written. [default: text]
     #[arg(long, value_enum)]
     pub log_format: Option<LogFormat>,
+    /// What the process that serves guests is kept from. namespace: it sees the shares and nothing
+    /// else of the host, in namespaces of its own, with few capabilities and system calls
+    /// (docs/security.md). none: it has the rights that the daemon was started with. [default:
+    /// namespace]
+    #[arg(long, value_enum)]
+    pub sandbox: Option<Sandbox>,
+    /// Whether the process that serves guests may open files by their handles, which finds those
+    /// again that were renamed while they had no fd. Whoever took that process over could so reach
+    /// any file of the file systems that the shares lie on; without, he cannot.
+    /// [default: true]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub file_handles: Option<bool>,
     /// A share that a reload removes takes its sessions with it; otherwise they go on until they
     /// are unmounted.
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
@@ -93,7 +106,12 @@ pub struct Settings {
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     pub limits: Limits,
     /// Where guests connect. May be given several times.
-    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT")]
+    ///
+    /// With stars in its directories, as unix:/srv/vm/*/v.sock_5640, a PATH is a socket in each of
+    /// them, which comes and goes with the directory. Options: mode=0660, owner=, group= of the
+    /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid=
+    /// (vsock), numbers with a + between them; shares=a+b: nothing else is offered there.
+    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<ListenConfig>,
     /// Directory to share, and the name that guests mount it by. May be given several times.
@@ -142,6 +160,10 @@ pub struct Config {
     pub log: Option<String>,
     /// And how.
     pub log_format: LogFormat,
+    /// What a worker is kept from.
+    pub sandbox: Sandbox,
+    /// A worker may open files by their handles.
+    pub file_handles: bool,
     /// Sessions of a share that is removed end.
     pub drop_removed: bool,
 }
@@ -160,6 +182,8 @@ impl Settings {
             grace: Some(GRACE_SECS_DEFAULT),
             slow_op: Some(SLOW_OP_MS_DEFAULT),
             log_format: Some(LogFormat::Text),
+            sandbox: Some(Sandbox::Namespace),
+            file_handles: Some(true),
             drop_removed: Some(false),
             ..Settings::default()
         }
@@ -197,6 +221,8 @@ impl Settings {
             slow_op: self.slow_op.or(base.slow_op),
             log: self.log.or(base.log),
             log_format: self.log_format.or(base.log_format),
+            sandbox: self.sandbox.or(base.sandbox),
+            file_handles: self.file_handles.or(base.file_handles),
             drop_removed: self.drop_removed.or(base.drop_removed),
             limits: self.limits.or(base.limits),
             listen,
@@ -236,6 +262,8 @@ impl Settings {
             slow_op: Duration::from_millis(settings.slow_op.unwrap_or_default().into()),
             log: settings.log,
             log_format: settings.log_format.unwrap_or_default(),
+            sandbox: settings.sandbox.unwrap_or_default(),
+            file_handles: settings.file_handles.unwrap_or(true),
             drop_removed: settings.drop_removed.unwrap_or_default(),
         })
     }
@@ -277,6 +305,10 @@ impl Settings {
                 faults.push(What::ListenTwice(listen.address.clone()));
             }
             addresses.push(&listen.address);
+            for share in listen.shares.iter().filter(|share| !names.contains(share)) {
+                let (address, share) = (listen.address.clone(), share.clone());
+                faults.push(What::ListenShare { address, share });
+            }
         }
         faults
     }

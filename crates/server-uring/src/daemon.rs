@@ -1,21 +1,21 @@
-//! The daemon's life: opens shares and listeners, starts the shards, waits for signals.
+//! The daemon's life: the parent opens shares and listeners, and makes the worker, which serves.
 //!
-//! What is done before [`Worker`] starts, and what it is given, is what a parent outside a sandbox
-//! would do and pass: share roots as fds, and accepted connections. Everything that reads a guest's
-//! bytes is behind that line.
+//! All that the worker has is opened before it starts, or is handed to it over its channel: share
+//! roots, and accepted connections. Everything that reads a guest's bytes is behind that line.
 
-use crate::accept::{self, Address, Door, ListenError, Listener};
+use crate::accept::{Address, Door, ListenError, Listener};
 use crate::cgroup::{Limits, Placement};
-use crate::config::{Config, Source};
+use crate::config::{Config, FileMode, ListenConfig, Source};
+use crate::entrance::Entrance;
 use crate::fdops;
 use crate::fds::Fds;
+use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
+use crate::sandbox::SandboxError;
 use crate::state_dir::StateError;
 use crate::systemd::{self, Notify};
-use crate::worker::{Update, Worker};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use thiserror::Error;
@@ -39,6 +39,10 @@ pub enum DaemonError {
     Uring(std::io::Error),
     #[error("CPU {0} is not among those that this process may use ({1:?})")]
     Cpu(usize, Vec<usize>),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("{0}")]
+    Worker(String),
     #[error("cannot have this --nice or --ioprio")]
     Nice(#[source] rustix::io::Errno),
     #[error("cannot start")]
@@ -87,7 +91,7 @@ fn set_priorities(config: &Config) -> Result<(), DaemonError> {
 }
 
 /// Sockets that were bound for this process, by what they are for.
-fn passed_sockets() -> Result<Vec<(Door, Listener)>, DaemonError> {
+fn passed_sockets() -> Result<Vec<Entrance>, DaemonError> {
     let sockets = systemd::take()?.into_iter();
     let listeners = sockets.map(|(name, socket)| {
         let door = match name.as_str() {
@@ -95,7 +99,9 @@ fn passed_sockets() -> Result<Vec<(Door, Listener)>, DaemonError> {
             "metrics" => Door::Metrics,
             _ => Door::Guests,
         };
-        Ok((door, Listener::passed(socket)?))
+        let listener = Listener::passed(socket)?;
+        let address = listener.address().clone();
+        Ok(Entrance::of(door, ListenConfig { address, ..Default::default() }, listener))
     });
     listeners.collect()
 }
@@ -111,10 +117,12 @@ fn on_signals(signals: &[i32]) -> std::io::Result<UnixStream> {
 }
 
 /// A control socket that was asked for must be there; the default one may fail.
-fn bind_control(config: &Config) -> Result<Option<Listener>, DaemonError> {
+fn bind_control(config: &Config) -> Result<Option<Entrance>, DaemonError> {
     let Some(path) = config.control.path() else { return Ok(None) };
-    match Listener::bind_private(Address::Unix(path)) {
-        Ok(listener) => Ok(Some(listener)),
+    let mode = Some(FileMode(0o600));
+    let listen = ListenConfig { address: Address::Unix(path), mode, ..Default::default() };
+    match Listener::bind(&listen) {
+        Ok(listener) => Ok(Some(Entrance::of(Door::Control, listen, listener))),
         Err(error) if config.control == Default::default() => {
             tracing::warn!(%error, "no control socket");
             Ok(None)
@@ -123,13 +131,20 @@ fn bind_control(config: &Config) -> Result<Option<Listener>, DaemonError> {
     }
 }
 
+fn bind_metrics(config: &Config) -> Result<Option<Entrance>, DaemonError> {
+    let Some(address) = config.metrics.clone() else { return Ok(None) };
+    let listen = ListenConfig { address, mode: Some(FileMode(0o600)), ..Default::default() };
+    let listener = Listener::bind(&listen)?;
+    Ok(Some(Entrance::of(Door::Metrics, listen, listener)))
+}
+
 /// Serves until SIGTERM or SIGINT. `source` is where `config` is from, and is read again on SIGHUP.
 ///
 /// # Errors
 /// See [`DaemonError`].
 pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     let stop = on_signals(&[SIGTERM, SIGINT])?;
-    let mut hangup = on_signals(&[SIGHUP])?;
+    let hangup = on_signals(&[SIGHUP])?;
     let notify = Notify::from_environment();
     set_priorities(&config)?;
     raise_open_files();
@@ -142,56 +157,37 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     }
     let limits = Limits::read(Path::new("/"));
     let placement = Placement::new(config.cpus.clone(), &limits)?;
-    let mut listeners = passed_sockets()?;
+    let mut entrances = passed_sockets()?;
     for listen in &config.listen {
-        if !listeners.iter().any(|(_, passed)| *passed.address() == listen.address) {
-            listeners.push((Door::Guests, Listener::bind(listen.address.clone())?));
+        let mut passed = entrances.iter_mut().filter(|one| one.config().address == listen.address);
+        match passed.next() {
+            Some(passed) => passed.change(listen),
+            None => entrances.push(Entrance::open(Door::Guests, listen)?),
         }
     }
-    let guests = listeners.iter().filter(|(door, _)| *door == Door::Guests);
-    let addresses: Vec<Address> = guests.map(|(_, one)| one.address().clone()).collect();
+    let guests = entrances.iter().filter(|one| one.door() == Door::Guests);
+    let addresses: Vec<Address> = guests.map(|one| one.config().address.clone()).collect();
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
-        false => config.state_dir.open(&addresses, config.grace)?,
+        false => config.state_dir.hold(&addresses, config.grace)?,
     };
-    let has = |door| listeners.iter().any(|(known, _)| *known == door);
-    let control = if has(Door::Control) { None } else { bind_control(&config)? };
-    let metrics = config.metrics.clone().map(Listener::bind_private).transpose()?;
-    let Placement { cpus, shards, large_buffers, .. } = placement.clone();
-    let worker = Worker::start(shares, placement, config.engine, config.spin, config.grace, state)?;
-    listeners.extend(control.map(|listener| (Door::Control, listener)));
-    listeners.extend(metrics.map(|listener| (Door::Metrics, listener)));
-    worker.update(Update::Slow(config.slow_op));
-    let engine = config.engine;
-    for address in &addresses {
-        tracing::info!(%address, "listening");
-    }
-    tracing::info!(shards, ?cpus, large_buffers, ?limits, ?engine, "serving");
-    let mut in_force = InForce::new(source, config, fds);
-    worker.update(Update::Config(in_force.state(&listeners)));
-    notify.ready(&in_force.summary());
-    loop {
-        let alive = || notify.alive();
-        let beat: (_, &dyn Fn()) = (notify.watchdog, &alive);
-        let wakes = accept::run(&listeners, &[&stop, &hangup], beat, |door, accepted| match door {
-            Door::Guests => worker.greet(accepted),
-            Door::Control => worker.control(accepted.socket),
-            Door::Metrics => worker.metrics(accepted.socket),
-        });
-        if wakes != Some(1) {
-            break;
-        }
-        while hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
-        notify.reloading();
-        in_force.reload(&mut listeners, &worker);
-        notify.ready(&in_force.summary());
-    }
-    notify.stopping();
-    tracing::info!("stopping");
-    drop(listeners);
-    let totals = worker.counters().totals();
-    worker.stop();
-    tracing::info!("stopped; {}", totals.to_json().trim_end());
-    Ok(())
+    let has_control = entrances.iter().any(|one| one.door() == Door::Control);
+    entrances.extend(if has_control { None } else { bind_control(&config)? });
+    entrances.extend(bind_metrics(&config)?);
+    let plan = Plan {
+        shares,
+        placement,
+        limits,
+        engine: config.engine,
+        spin: config.spin,
+        grace: config.grace,
+        state,
+        sandbox: config.sandbox,
+        file_handles: config.file_handles,
+        slow_op: config.slow_op,
+        fds: fds.clone(),
+    };
+    let in_force = InForce::new(source, config, fds);
+    Parent { entrances, stop, hangup, notify, plan, in_force }.run()
 }

@@ -6,7 +6,7 @@
 //! which, and where.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,7 +16,7 @@ pub use ringfs_wire::hello::CacheMode;
 use ringfs_wire::table::Given;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
+use rustix::mount::OpenTreeFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::dispatch::Request;
@@ -30,6 +30,7 @@ use crate::nodes::{Bound, Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
 use crate::quota::{Quota, ShareQuota};
+use crate::sandbox::root;
 use crate::xattrmap::XattrMap;
 
 /// How long names and attributes are good for in the guest, in seconds.
@@ -181,9 +182,9 @@ pub struct Fs {
 
 /// The directory that a share gives, opened: what a process without rights can be handed.
 ///
-/// With `submounts=hide` it is the root of a detached private copy of the one mount: nothing that
-/// is or gets mounted on the host below it can be seen, and no path leads out of it. The copy
-/// lives as long as an fd of it does.
+/// With `submounts=hide` it is the root of a private copy of the one mount: nothing that is or gets
+/// mounted on the host below it can be seen, and no path leads out of it. The copy lives as long as
+/// an fd of it does, or a worker has it in its root.
 #[derive(Debug)]
 pub struct ShareRoot {
     fd: OwnedFd,
@@ -191,28 +192,77 @@ pub struct ShareRoot {
     hidden: bool,
 }
 
-impl ShareRoot {
-    /// Opens `dir`. Hiding mounts wants CAP_SYS_ADMIN.
+/// A share's directory as the host has it, from which workers get copies.
+#[derive(Debug)]
+pub struct ShareDir {
+    plain: OwnedFd,
+    merged: bool,
+    read_only: bool,
+}
+
+impl ShareDir {
+    /// Opens `dir`.
     ///
     /// # Errors
     /// [`FsError::Open`].
-    pub fn open(dir: &Path, submounts: Submounts) -> Result<ShareRoot, FsError> {
-        let opened = |source| FsError::Open { path: dir.to_owned(), source };
+    pub fn open(dir: &Path, submounts: Submounts, read_only: bool) -> Result<ShareDir, FsError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty()).map_err(opened)?;
-        match submounts {
-            Submounts::Merge => Ok(ShareRoot { fd: plain, hidden: true }),
-            Submounts::Hide => hide_submounts(plain).map_err(opened),
+        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty());
+        let plain = plain.map_err(|source| FsError::Open { path: dir.to_owned(), source })?;
+        Ok(ShareDir { plain, merged: submounts == Submounts::Merge, read_only })
+    }
+
+    /// For this process: the directory itself where mounts below are to be seen, else a copy. That
+    /// wants CAP_SYS_ADMIN; without, mounts are hidden by refusing other devices.
+    ///
+    /// # Errors
+    /// What open_tree says.
+    pub fn root(&self) -> Result<ShareRoot, Errno> {
+        let copy = if self.merged { Err(Errno::PERM) } else { self.copy() };
+        match copy {
+            Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
+                let fd = rustix::io::fcntl_dupfd_cloexec(&self.plain, 0)?;
+                Ok(ShareRoot { fd, hidden: self.merged })
+            }
+            other => other,
         }
+    }
+
+    /// A copy of its mount, for another root; with what is mounted below where that is to be seen,
+    /// and what will be where the host's mounts are shared.
+    ///
+    /// # Errors
+    /// What open_tree says.
+    pub fn copy(&self) -> Result<ShareRoot, Errno> {
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        flags.set(OpenTreeFlags::AT_RECURSIVE, self.merged);
+        let fd = rustix::mount::open_tree(&self.plain, c"", flags)?;
+        if let Err(error) = root::harden(fd.as_fd(), self.read_only, self.merged) {
+            tracing::warn!(%error, "an old kernel: what a share may not, only the daemon prevents");
+        }
+        Ok(ShareRoot { fd, hidden: true })
+    }
+}
+
+impl ShareRoot {
+    /// The same directory where a worker has it.
+    pub fn at(fd: OwnedFd, hidden: bool) -> ShareRoot {
+        ShareRoot { fd, hidden }
+    }
+
+    /// Whether mounts below cannot be seen, or are to be.
+    pub fn hidden(&self) -> bool {
+        self.hidden
     }
 
     /// Another one of the same copy, for another session.
     ///
     /// # Errors
-    /// [`FsError::Open`]: no fd is left.
-    pub fn try_clone(&self) -> Result<ShareRoot, FsError> {
-        let fd = self.fd.try_clone().map_err(FsError::Backend)?;
-        Ok(ShareRoot { fd, hidden: self.hidden })
+    /// No fd is left.
+    pub fn try_clone(&self) -> std::io::Result<ShareRoot> {
+        Ok(ShareRoot { fd: self.fd.try_clone()?, hidden: self.hidden })
     }
 
     /// A directory below, or this one for an empty path. Guests may have made links in the share:
@@ -232,13 +282,26 @@ impl ShareRoot {
     }
 }
 
+impl From<ShareRoot> for OwnedFd {
+    fn from(root: ShareRoot) -> OwnedFd {
+        root.fd
+    }
+}
+
+impl AsFd for ShareRoot {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Fs {
     /// Starts to serve the directory `dir`.
     ///
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
     pub fn new(dir: &Path, options: FsOptions) -> Result<Fs, FsError> {
-        Fs::on(ShareRoot::open(dir, options.submounts)?, options)
+        let dir = ShareDir::open(dir, options.submounts, options.read_only)?;
+        Fs::on(dir.root().map_err(FsError::Root)?, options)
     }
 
     /// Starts to serve a directory that was opened before, with the same `submounts`.
@@ -246,7 +309,7 @@ impl Fs {
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
     pub fn on(root: ShareRoot, options: FsOptions) -> Result<Fs, FsError> {
-        let ShareRoot { fd: root, hidden } = root;
+        let ShareRoot { fd: root, hidden, .. } = root;
         let merged = options.submounts == Submounts::Merge;
         let root_stat = Stat::of(&root).map_err(FsError::Root)?;
         let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;
@@ -488,25 +551,6 @@ impl Fs {
         let acl = self.backend.getxattr(parent.inode()?, c"system.posix_acl_default", 0);
         Ok(if acl.is_ok() { mode } else { masked })
     }
-}
-
-fn hide_submounts(plain: OwnedFd) -> Result<ShareRoot, Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree = match rustix::mount::open_tree(&plain, c"", flags) {
-        Ok(tree) => tree,
-        Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
-            return Ok(ShareRoot { fd: plain, hidden: false });
-        }
-        Err(error) => return Err(error),
-    };
-    // A copy of a shared mount would be given what is mounted on the original later.
-    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
-    if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::PRIVATE) {
-        tracing::debug!(%error, "cannot make the share's mount private");
-    }
-    Ok(ShareRoot { fd: tree, hidden: true })
 }
 
 fn waits(kind: FsKind) -> Waits {

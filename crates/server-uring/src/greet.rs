@@ -241,7 +241,8 @@ impl Greeter {
         };
         let hailed = Hailed { accepted, hello, rx };
         let ticket = hailed.hello.ticket;
-        if let Some(session) = self.registry.find(ticket) {
+        let found = self.registry.find(ticket);
+        if let Some(session) = found.filter(|session| hailed.accepted.is_offered(&session.share)) {
             return self.join(hailed, Ok((session, ticket)));
         }
         if ticket != Ticket::NONE && !is_rebuild(&hailed.hello) {
@@ -279,7 +280,8 @@ impl Greeter {
     /// have shares that are not.
     fn begin_opening(self: &Arc<Self>, hailed: Hailed) -> Result<(), (Accepted, Refusal)> {
         let name = &hailed.hello.share;
-        let Some(share) = self.shares.find(name) else {
+        let share = self.shares.find(name).filter(|_| hailed.accepted.is_offered(name));
+        let Some(share) = share else {
             let text = format!("there is no share {name:?} here");
             return Err((hailed.accepted, refuse(Reason::UnknownShare, text)));
         };

@@ -3,13 +3,12 @@
 //! The parent's side: it opens directories and binds sockets. Invariant: all that can fail is done
 //! before anything changes, so that a configuration is taken whole or not at all.
 
-use crate::accept::{Door, ListenError, Listener};
+use crate::accept::{Door, ListenError};
 use crate::config::{Config, Fault, ListenConfig, ShareConfig, Source};
+use crate::entrance::Entrance;
 use crate::fds::Fds;
-use crate::fs::{Fs, FsError, ShareRoot};
-use crate::greet::Share;
+use crate::fs::{Fs, FsError, ShareDir};
 use crate::status::ConfigState;
-use crate::worker::{Update, Worker};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
@@ -41,30 +40,52 @@ pub struct InForce {
     state: ConfigState,
 }
 
+/// A share as the parent has it: each worker gets a copy.
+pub struct Shared {
+    /// As it was told.
+    pub config: ShareConfig,
+    /// What it gives.
+    pub dir: ShareDir,
+}
+
+/// What a worker has to be told.
+pub enum Change {
+    /// A share is new, or another one of its name.
+    Share(Box<Shared>),
+    /// One is no more.
+    ShareGone {
+        /// What guests called it.
+        name: String,
+        /// Its sessions end.
+        ends_sessions: bool,
+    },
+    /// From which time on a request is slow; 0: none is.
+    Slow(Duration),
+}
+
 /// Opens a directory that is to be shared; tried once, so that what can never be served is said.
 ///
 /// # Errors
 /// See [`FsError`].
-pub fn open_share(config: &ShareConfig, fds: &Arc<Fds>) -> Result<Share, FsError> {
-    let options = config.options(fds);
-    let root = ShareRoot::open(&config.path, options.submounts)?;
-    root.try_clone().and_then(|root| Fs::on(root, options.clone()))?;
-    let (name, dir) = (config.name.clone(), config.path.clone());
-    Ok(Share { name, dir, root, options, opening: 0.into() })
+pub fn open_share(config: &ShareConfig, fds: &Arc<Fds>) -> Result<Shared, FsError> {
+    let dir = ShareDir::open(&config.path, config.submounts, config.ro)?;
+    Fs::on(dir.root().map_err(FsError::Root)?, config.options(fds))?;
+    Ok(Shared { config: config.clone(), dir })
 }
 
 impl InForce {
     /// What the daemon has started with.
     pub fn new(source: Source, config: Config, fds: Arc<Fds>) -> InForce {
         let file = source.file().map(ToOwned::to_owned);
-        let state = ConfigState { file, loaded_unix_s: now_unix_s(), ..Default::default() };
+        let pid = std::process::id();
+        let state = ConfigState { file, loaded_unix_s: now_unix_s(), pid, ..Default::default() };
         InForce { source, config, fds, state }
     }
 
     /// For people and tools: what is in force, and what became of the last reload.
-    pub fn state(&self, listeners: &[(Door, Listener)]) -> ConfigState {
-        let guests = listeners.iter().filter(|(door, _)| *door == Door::Guests);
-        let listeners = guests.map(|(_, listener)| listener.address().to_string()).collect();
+    pub fn state(&self, entrances: &[Entrance]) -> ConfigState {
+        let guests = entrances.iter().filter(|one| one.door() == Door::Guests);
+        let listeners = guests.map(|one| one.config().address.to_string()).collect();
         ConfigState { listeners, ..self.state.clone() }
     }
 
@@ -77,12 +98,12 @@ impl InForce {
         }
     }
 
-    /// Reads the configuration again and serves by it. If anything is wrong with it the old one
-    /// stays in force. Either way the worker is told, and the log.
-    pub fn reload(&mut self, listeners: &mut Vec<(Door, Listener)>, worker: &Worker) {
+    /// Reads the configuration again; what the worker is to be told, besides the new state. If
+    /// anything is wrong with it the old one stays in force. Either way the log is told.
+    pub fn reload(&mut self, entrances: &mut Vec<Entrance>) -> Vec<Change> {
         self.state.reloads += 1;
-        match self.take(listeners, worker) {
-            Ok(changed) => {
+        match self.take(entrances) {
+            Ok((changed, changes)) => {
                 let waits = &self.state.needs_restart;
                 tracing::info!(?changed, "configuration reloaded");
                 if !waits.is_empty() {
@@ -91,6 +112,7 @@ impl InForce {
                 self.state.changed = changed;
                 self.state.loaded_unix_s = now_unix_s();
                 (self.state.failed_unix_s, self.state.errors) = (None, Vec::new());
+                changes
             }
             Err(error) => {
                 tracing::error!("the old configuration stays in force: {error}");
@@ -99,14 +121,14 @@ impl InForce {
                     ReloadError::Config(faults) => faults.iter().map(Fault::to_string).collect(),
                     other => vec![other.to_string()],
                 };
+                Vec::new()
             }
         }
-        worker.update(Update::Config(self.state(listeners)));
     }
 
     /// Reads the configuration and opens the shares that are new in it. On a thread of its own: a
     /// file system that does not answer must not keep the parent from accepting.
-    fn read(&self) -> Result<(Config, Vec<Share>), ReloadError> {
+    fn read(&self) -> Result<(Config, Vec<Shared>), ReloadError> {
         let (source, fds) = (self.source.clone(), self.fds.clone());
         let known = self.config.shares.clone();
         let (tell, told) = mpsc::channel();
@@ -126,42 +148,56 @@ impl InForce {
 
     fn take(
         &mut self,
-        listeners: &mut Vec<(Door, Listener)>,
-        worker: &Worker,
-    ) -> Result<Vec<String>, ReloadError> {
+        entrances: &mut Vec<Entrance>,
+    ) -> Result<(Vec<String>, Vec<Change>), ReloadError> {
         let (new, opened) = self.read()?;
         let old = &self.config;
-        let has = |listen: &ListenConfig| {
-            listeners.iter().any(|(_, bound)| *bound.address() == listen.address)
+        let at = |listen: &ListenConfig, all: &[ListenConfig]| {
+            all.iter().any(|one| one.address == listen.address)
         };
-        let is_new = |listen: &&ListenConfig| !old.listen.contains(listen) && !has(listen);
-        let mut bound = Vec::new();
-        for listen in new.listen.iter().filter(is_new) {
-            bound.push((Door::Guests, Listener::bind(listen.address.clone())?));
+        let bound = |listen: &ListenConfig| {
+            entrances.iter().any(|one| one.config().address == listen.address)
+        };
+        let mut opened_entrances = Vec::new();
+        for listen in new.listen.iter().filter(|listen| !bound(listen)) {
+            opened_entrances.push(Entrance::open(Door::Guests, listen)?);
         }
         // Nothing fails from here on.
-        let mut changed = Vec::new();
+        let (mut changed, mut changes) = (Vec::new(), Vec::new());
         for share in opened {
-            let known = old.shares.iter().any(|old| old.name == share.name);
-            changed.push(format!("{} share {}", if known { "changed" } else { "new" }, share.name));
-            worker.update(Update::Share(share));
+            let name = &share.config.name;
+            let known = old.shares.iter().any(|old| old.name == *name);
+            changed.push(format!("{} share {name}", if known { "changed" } else { "new" }));
+            changes.push(Change::Share(Box::new(share)));
         }
         let gone = old.shares.iter().filter(|old| !new.shares.iter().any(|s| s.name == old.name));
         for share in gone {
             changed.push(format!("removed share {}", share.name));
             let ends_sessions = new.drop_removed;
-            worker.update(Update::ShareGone { name: share.name.clone(), ends_sessions });
+            changes.push(Change::ShareGone { name: share.name.clone(), ends_sessions });
         }
-        changed.extend(bound.iter().map(|(_, new)| format!("new listener {}", new.address())));
-        for listen in old.listen.iter().filter(|listen| !new.listen.contains(listen)) {
-            changed.push(format!("removed listener {}", listen.address));
-            let stays = |one: &Listener| one.is_passed() || *one.address() != listen.address;
-            listeners.retain(|(_, bound)| stays(bound));
+        let is_guests = |one: &Entrance| one.door() == Door::Guests;
+        for one in &opened_entrances {
+            changed.push(format!("new listener {}", one.config().address));
         }
-        listeners.extend(bound);
+        entrances.retain(|one| {
+            let stays = !is_guests(one) || one.is_passed() || at(one.config(), &new.listen);
+            if !stays {
+                changed.push(format!("removed listener {}", one.config().address));
+            }
+            stays
+        });
+        for one in entrances.iter_mut().filter(|one| is_guests(one)) {
+            let told = new.listen.iter().find(|told| told.address == one.config().address);
+            if let Some(told) = told.filter(|told| *told != one.config()) {
+                changed.push(format!("changed listener {}", told.address));
+                one.change(told);
+            }
+        }
+        entrances.extend(opened_entrances);
         if old.slow_op != new.slow_op {
             changed.push(format!("slow-op {} ms", new.slow_op.as_millis()));
-            worker.update(Update::Slow(new.slow_op));
+            changes.push(Change::Slow(new.slow_op));
         }
         self.state.needs_restart = needs_restart(old, &new);
         // What needs a restart stays as it is, and is said again by the next reload.
@@ -177,9 +213,11 @@ impl InForce {
             metrics: old.metrics.clone(),
             log: old.log.clone(),
             log_format: old.log_format,
+            sandbox: old.sandbox,
+            file_handles: old.file_handles,
             ..new
         };
-        Ok(changed)
+        Ok((changed, changes))
     }
 }
 
@@ -196,6 +234,8 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         ("metrics", old.metrics != new.metrics),
         ("log", old.log != new.log),
         ("log-format", old.log_format != new.log_format),
+        ("sandbox", old.sandbox != new.sandbox),
+        ("file-handles", old.file_handles != new.file_handles),
     ];
     differ.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()
 }

@@ -12,6 +12,7 @@
 use crate::buffers::Buf;
 use crate::limits::{LARGE_BUFFERS_KEPT, RING_ENTRIES};
 use crate::op::{Io, Op};
+use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use slab::Slab;
 use std::io;
@@ -59,6 +60,22 @@ enum Registered {
     Refused,
 }
 
+/// All that a ring will do; the kernel refuses the rest, whoever fills the queue.
+const OPCODES: &[u8] = &[
+    opcode::Recv::CODE,
+    opcode::Send::CODE,
+    opcode::PollAdd::CODE,
+    opcode::Read::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::Write::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Fsync::CODE,
+    opcode::AsyncCancel2::CODE,
+];
+
+/// IORING_REGISTER_BUFFERS_UPDATE of linux/io_uring.h, which the crate does not name.
+const REGISTER_BUFFERS_UPDATE: u8 = 16;
+
 /// How long a ring that is dropped waits for what cannot be cancelled.
 const DROP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -73,17 +90,23 @@ impl UringRing {
             .setup_defer_taskrun()
             .setup_coop_taskrun()
             .setup_taskrun_flag()
+            .setup_r_disabled()
             .setup_cqsize(RING_ENTRIES * 4)
             .build(RING_ENTRIES);
         let uring = match modern {
             // Kernels before 6.1 know neither of the flags.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_cqsize(RING_ENTRIES * 4).build(RING_ENTRIES)?
-            }
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+                .setup_r_disabled()
+                .setup_cqsize(RING_ENTRIES * 4)
+                .build(RING_ENTRIES)?,
             other => other?,
         };
         let sparse = uring.submitter().register_buffers_sparse(LARGE_BUFFERS_KEPT as u32);
         let first = if sparse.is_ok() { Registered::NotYet } else { Registered::Refused };
+        let mut allowed: Vec<_> = OPCODES.iter().map(|&code| Restriction::sqe_op(code)).collect();
+        allowed.push(Restriction::register_op(REGISTER_BUFFERS_UPDATE));
+        uring.submitter().register_restrictions(&mut allowed)?;
+        uring.submitter().register_enable_rings()?;
         Ok(UringRing {
             uring,
             ops: Slab::with_capacity(RING_ENTRIES as usize),
@@ -257,5 +280,21 @@ impl Drop for UringRing {
                 std::mem::forget(std::mem::take(&mut self.ops));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_refuses_what_it_is_not_for() {
+        let mut ring = UringRing::new().expect("a ring");
+        ring.push(&opcode::Nop::new().build().user_data(7)).expect("room");
+        ring.enter(Some(Duration::from_secs(10))).expect("enter");
+        let done = ring.uring.completion().next().expect("a completion");
+        assert_eq!((done.user_data(), done.result()), (7, -libc::EACCES));
+        let files = ring.uring.submitter().register_files(&[0]);
+        assert_eq!(files.expect_err("refused").raw_os_error(), Some(libc::EACCES));
     }
 }

@@ -133,10 +133,14 @@ impl SendBuffer {
         if sockopt::socket_domain(socket) != Ok(AddressFamily::UNIX) {
             return SendBuffer::Small;
         }
-        // The kernel doubles it, as it counts its own headers too.
-        let half = SPLICE_SEND_BUFFER_BYTES / 2;
-        if sockopt::set_socket_send_buffer_size_force(socket, half).is_err() {
-            let _ = sockopt::set_socket_send_buffer_size(socket, half);
+        // A parent with more rights than we have may have done it.
+        if sockopt::socket_send_buffer_size(socket).is_ok_and(|now| now < SPLICE_SEND_BUFFER_BYTES)
+        {
+            // The kernel doubles it, as it counts its own headers too.
+            let half = SPLICE_SEND_BUFFER_BYTES / 2;
+            if sockopt::set_socket_send_buffer_size_force(socket, half).is_err() {
+                let _ = sockopt::set_socket_send_buffer_size(socket, half);
+            }
         }
         match sockopt::socket_send_buffer_size(socket) {
             Ok(bytes) if bytes >= IO_BYTES_MAX + 2 * OVERHEAD_BYTES => SendBuffer::Bytes(bytes),

@@ -5,11 +5,11 @@
 //! wholly as we write it is removed, and its session rebuilt without it; their number is bounded.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::hello::Ticket;
 use ringfs_wire::table::{are_whole, rebuild};
@@ -22,6 +22,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use crate::accept::Address;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::limits::SESSIONS_MAX;
+use crate::sandbox::root;
 use crate::sha256::sha256;
 pub use crate::state_file::{Cells, IntentPlace, StateFile, StateTerms};
 use crate::state_file::{HEADER_BYTES, Header, Opened, TicketHash, hash_of};
@@ -76,6 +77,8 @@ pub enum StateOption {
 }
 
 const DEFAULT_ABOVE: &str = "/run/ringfsd";
+const IN_USE_PATIENCE: Duration = Duration::from_secs(3);
+const IN_USE_PAUSE: Duration = Duration::from_millis(10);
 
 impl std::str::FromStr for StateOption {
     type Err = &'static str;
@@ -107,23 +110,30 @@ impl From<StateOption> for String {
 }
 
 impl StateOption {
-    /// Opens it. By default the daemon that listens where this one does, after it, has the same,
+    /// Takes it. By default the daemon that listens where this one does, after it, has the same,
     /// and others have another. Without a default one it goes on, and says so.
     ///
     /// # Errors
     /// See [`StateError`]: a directory that was asked for.
-    pub fn open(
-        &self,
-        listen: &[Address],
-        grace: Duration,
-    ) -> Result<Option<StateDir>, StateError> {
-        let opened = match self {
-            StateOption::None => return Ok(None),
-            StateOption::At(path) => return StateDir::open(path, grace).map(Some),
-            StateOption::Default => open_default(Path::new(DEFAULT_ABOVE), listen, grace),
+    pub fn hold(&self, listen: &[Address], grace: Duration) -> Result<Option<Held>, StateError> {
+        let take = || match self {
+            StateOption::None => Ok(None),
+            StateOption::At(path) => Held::take(path, false).map(Some),
+            StateOption::Default => hold_default(Path::new(DEFAULT_ABOVE), listen, grace).map(Some),
         };
-        match opened {
-            Ok(state) => Ok(Some(state)),
+        // The worker of a daemon that was killed ends a moment after it.
+        let until = Instant::now() + IN_USE_PATIENCE;
+        let held = loop {
+            match take() {
+                Err(StateError::InUse { .. }) if Instant::now() < until => {
+                    std::thread::sleep(IN_USE_PAUSE);
+                }
+                other => break other,
+            }
+        };
+        match held {
+            Ok(held) => Ok(held),
+            Err(error) if matches!(self, StateOption::At(_)) => Err(error),
             Err(error) => {
                 let why = std::error::Error::source(&error).map(ToString::to_string);
                 tracing::warn!(%error, why, "no state directory: were this daemon killed, requests \
@@ -139,7 +149,7 @@ const SWEPT_MAX: usize = 64;
 
 /// The directory of this daemon's listeners, which no two daemons share. What others have left
 /// whose grace time is over, and that none has taken up, goes: no daemon may ever listen there.
-fn open_default(above: &Path, listen: &[Address], grace: Duration) -> Result<StateDir, StateError> {
+fn hold_default(above: &Path, listen: &[Address], grace: Duration) -> Result<Held, StateError> {
     let failed = |source| StateError::Open { path: above.to_owned(), source };
     let held = open_ours(above, Mode::WGRP | Mode::WOTH)?
         .ok_or(StateError::InUse { path: above.to_owned() })?;
@@ -147,7 +157,7 @@ fn open_default(above: &Path, listen: &[Address], grace: Duration) -> Result<Sta
     let locked = retry_on_intr(|| rustix::fs::flock(&held, FlockOperation::LockExclusive));
     locked.map_err(failed)?;
     let path = above.join(name_of(listen));
-    let state = StateDir::open_as(&path, grace, Some(path.clone()))?;
+    let ours = Held::take(&path, true)?;
     let names = Dir::read_from(&held).map_err(failed)?.flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let others = names.map(|name| above.join(name)).filter(|other| {
@@ -156,12 +166,11 @@ fn open_default(above: &Path, listen: &[Address], grace: Duration) -> Result<Sta
     });
     for other in others.take(SWEPT_MAX) {
         if let Ok(Some(dir)) = take(&other) {
-            let shared = Shared { dir, passing: Some(other), ours: AtomicUsize::new(0) };
-            let gone = StateDir { shared: Arc::new(shared), grace, left: Mutex::default() };
-            let _ = gone.look();
+            let held = Held { dir, path: other, passing: true };
+            let _ = StateDir::of(held, grace).look();
         }
     }
-    Ok(state)
+    Ok(ours)
 }
 
 const NAME_CHARS: usize = 16;
@@ -181,29 +190,60 @@ struct Left {
     tickets: Vec<TicketHash>,
 }
 
-pub(crate) struct Shared {
-    /// Locked against other daemons as long as anything of this one may write.
+/// A state directory that this daemon has taken, and has not looked into.
+#[derive(Debug)]
+pub struct Held {
+    /// Locked against other daemons as long as anything of this one may write: the parent's and
+    /// the worker's fds are of one lock.
     dir: OwnedFd,
+    path: PathBuf,
     /// Removed at the end, if nothing is in it.
-    passing: Option<PathBuf>,
+    passing: bool,
+}
+
+impl Held {
+    fn take(path: &Path, passing: bool) -> Result<Held, StateError> {
+        // Somebody who takes his empty directory away does it with the lock in his hand.
+        let taken = (0..TRIES_MAX).find_map(|_| take(path).transpose());
+        let dir = taken.unwrap_or(Err(StateError::InUse { path: path.to_owned() }))?;
+        Ok(Held { dir, path: path.to_owned(), passing })
+    }
+
+    /// For the worker; the directory stays when that one ends.
+    ///
+    /// # Errors
+    /// No fd is left.
+    pub fn lend(&self) -> std::io::Result<Held> {
+        Ok(Held { dir: self.dir.try_clone()?, path: self.path.clone(), passing: false })
+    }
+}
+
+impl AsFd for Held {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.passing {
+            // Not empty: the next daemon's.
+            let _ = rustix::fs::rmdir(&self.path);
+        }
+    }
+}
+
+pub(crate) struct Shared {
+    held: Held,
     /// Files that sessions of ours have.
     pub(crate) ours: AtomicUsize,
 }
 
 impl Shared {
     pub(crate) fn unlink(&self, name: &CStr) {
-        match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
+        match rustix::fs::unlinkat(&self.held.dir, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => tracing::warn!(?name, %error, "cannot remove a session's file"),
-        }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        if let Some(path) = &self.passing {
-            // Not empty: the next daemon's.
-            let _ = rustix::fs::rmdir(path);
         }
     }
 }
@@ -223,29 +263,29 @@ impl StateDir {
     /// # Errors
     /// See [`StateError`].
     pub fn open(path: &Path, grace: Duration) -> Result<StateDir, StateError> {
-        StateDir::open_as(path, grace, None)
+        StateDir::on(Held::take(path, false)?, grace)
     }
 
-    /// The same; where `passing`, a directory that is empty at the end goes.
-    fn open_as(
-        path: &Path,
-        grace: Duration,
-        passing: Option<PathBuf>,
-    ) -> Result<StateDir, StateError> {
-        let failed = |source| StateError::Open { path: path.to_owned(), source };
-        // Somebody who takes his empty directory away does it with the lock in his hand.
-        let taken = (0..TRIES_MAX).find_map(|_| take(path).transpose());
-        let dir = taken.unwrap_or(Err(StateError::InUse { path: path.to_owned() }))?;
-        if fdops::fs_kind(dir.as_fd()) != Ok(FsKind::Local(LocalFs::Tmpfs)) {
+    /// The same on one that is taken already.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn on(held: Held, grace: Duration) -> Result<StateDir, StateError> {
+        let path = held.path.clone();
+        if fdops::fs_kind(held.dir.as_fd()) != Ok(FsKind::Local(LocalFs::Tmpfs)) {
             tracing::warn!(dir = %path.display(), "the state directory is not in memory: slower");
         }
-        let shared = Arc::new(Shared { dir, passing, ours: AtomicUsize::new(0) });
-        let state = StateDir { shared, grace, left: Mutex::default() };
-        state.look().map_err(failed)?;
+        let state = StateDir::of(held, grace);
+        state.look().map_err(|source| StateError::Open { path, source })?;
         if state.left() > 0 {
             tracing::info!(sessions = state.left(), "a daemon before this one has left sessions");
         }
         Ok(state)
+    }
+
+    fn of(held: Held, grace: Duration) -> StateDir {
+        let shared = Shared { held, ours: AtomicUsize::new(0) };
+        StateDir { shared: Arc::new(shared), grace, left: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Left>> {
@@ -255,7 +295,7 @@ impl StateDir {
     /// Finds what dead daemons left.
     fn look(&self) -> Result<(), Errno> {
         let mut left = Vec::new();
-        for entry in Dir::read_from(&self.shared.dir)?.take(ENTRIES_MAX) {
+        for entry in Dir::read_from(&self.shared.held.dir)?.take(ENTRIES_MAX) {
             let name = entry?.file_name().to_owned();
             if name.to_bytes().ends_with(UNFINISHED.as_bytes()) {
                 self.shared.unlink(&name);
@@ -329,7 +369,7 @@ impl StateDir {
         let named = |suffix| CString::new(format!("{key}{suffix}")).unwrap_or_default();
         let (unfinished, name) = (named(UNFINISHED), named(SUFFIX));
         let made = self.make(&unfinished, terms, ticket, rebuilt).and_then(|opened| {
-            rustix::fs::renameat(&self.shared.dir, &unfinished, &self.shared.dir, &name)?;
+            rustix::fs::renameat(&self.shared.held.dir, &unfinished, &self.shared.held.dir, &name)?;
             Ok(opened)
         });
         match made {
@@ -351,7 +391,7 @@ impl StateDir {
         let bytes = terms.file_bytes().ok_or(Errno::INVAL)?;
         let header = Header::of(terms, ticket).ok_or(Errno::INVAL)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.shared.dir, name, flags, FILE_MODE)?;
+        let file = rustix::fs::openat(&self.shared.held.dir, name, flags, FILE_MODE)?;
         // All of its blocks: a mapped page without one would kill the daemon where there is no
         // room for it any more.
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)?;
@@ -398,7 +438,7 @@ impl StateDir {
     /// A file that is wholly one of ours, and what it says that it is of.
     fn map(&self, name: &CStr) -> Option<(Opened, StateTerms)> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.shared.dir, name, flags, Mode::empty()).ok()?;
+        let file = rustix::fs::openat(&self.shared.held.dir, name, flags, Mode::empty()).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         let plain = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if !plain || !is_ours(&stat) || stat.st_mode & 0o7777 != 0o600 || stat.st_nlink != 1 {
@@ -452,6 +492,8 @@ fn open_ours(path: &Path, denied: Mode) -> Result<Option<OwnedFd>, StateError> {
 fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
     let failed = |source| StateError::Open { path: path.to_owned(), source };
     let Some(dir) = open_ours(path, Mode::RWXG | Mode::RWXO)? else { return Ok(None) };
+    // A mount of its own, which no path leads out of: a worker gets this fd.
+    let dir = root::copy_of(dir.as_fd()).unwrap_or(dir);
     match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
@@ -639,8 +681,11 @@ mod tests {
         let at = StateOption::At(both.clone());
         assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
         assert_eq!(("none".parse(), "".parse::<StateOption>().ok()), (Ok(StateOption::None), None));
-        assert!(StateOption::None.open(&[], GRACE).expect("none").is_none());
-        let passing = || StateDir::open_as(&both, GRACE, Some(both.clone())).expect("passing");
+        assert!(StateOption::None.hold(&[], GRACE).expect("none").is_none());
+        let passing = || {
+            let held = Held::take(&both, true).expect("passing");
+            StateDir::on(held, GRACE).expect("a state directory")
+        };
         drop(passing());
         assert!(!both.exists(), "nothing was in it");
         let state = passing();
@@ -648,7 +693,7 @@ mod tests {
         drop(state);
         assert!(both.exists(), "a session is in it");
         let held = open(&both);
-        assert!(at.open(&[], GRACE).is_err(), "in use");
+        assert!(at.hold(&[], GRACE).is_err(), "in use");
         drop(held);
     }
 
@@ -656,7 +701,8 @@ mod tests {
     fn what_daemons_leave_that_never_come_back_goes() {
         let (_dir, path) = place();
         let listen = |text: &str| vec![text.parse().expect("an address")];
-        let start = |text: &str, grace| open_default(&path, &listen(text), grace);
+        let start =
+            |text: &str, grace| StateDir::on(hold_default(&path, &listen(text), grace)?, grace);
         let below = |text: &str| path.join(name_of(&listen(text)));
         let running = start("unix:/run/a", GRACE).expect("the first");
         let killed = start("unix:/run/b", GRACE).expect("the second");

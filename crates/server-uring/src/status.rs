@@ -40,6 +40,8 @@ pub struct Status {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ConfigState {
+    /// The daemon's process: the parent's.
+    pub pid: u32,
     /// Where it is from; `None`: from the command line alone.
     pub file: Option<PathBuf>,
     /// When it came into force, in seconds of Unix time.

@@ -63,23 +63,6 @@ impl Visitors {
     }
 }
 
-/// What the parent tells a worker while it runs.
-pub enum Update {
-    /// A share is new, or is to be served in another way from the next mount on.
-    Share(Share),
-    /// A share is no more.
-    ShareGone {
-        /// What guests called it.
-        name: String,
-        /// Those who have it lose it; else nobody new gets it.
-        ends_sessions: bool,
-    },
-    /// From which time on a request is slow; 0: none is.
-    Slow(Duration),
-    /// What is in force.
-    Config(ConfigState),
-}
-
 struct ShardThread {
     tid: Pid,
     mailbox: Arc<Mailbox>,
@@ -138,15 +121,16 @@ impl Counters {
             share.errors = totals.errors.iter().map(|(_, times)| times).sum();
             (share.slow, share.operations) = (totals.slow, totals.operations);
         }
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
+            pid: config.pid,
             up_s: self.since.elapsed().as_secs(),
             shards: self.stats.len(),
             cpus: self.cpus.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             fds: open_fds(),
             fds_max: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
-            config: self.config.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            config,
             shares,
             sessions,
             slow: self.registry.metrics.recent_slow(),
@@ -243,24 +227,29 @@ impl Worker {
         let _ = self.visitors[1].come.try_send(socket);
     }
 
-    /// Serves differently from now on.
-    pub fn update(&self, update: Update) {
-        match update {
-            Update::Share(share) => self.shares.put(share),
-            Update::ShareGone { name, ends_sessions } => {
-                self.shares.remove(&name);
-                if ends_sessions {
-                    self.registry.end_share(&name);
-                }
-                let shares = self.shares.all();
-                let is_kept = |name: &str| shares.iter().any(|share| share.name == name);
-                self.registry.metrics.sweep(is_kept);
-            }
-            Update::Slow(from) => self.registry.metrics.set_slow(from),
-            Update::Config(state) => {
-                *self.counters.config.lock().unwrap_or_else(PoisonError::into_inner) = state;
-            }
+    /// A share is new, or is served in another way from the next mount on.
+    pub fn put_share(&self, share: Share) {
+        self.shares.put(share);
+    }
+
+    /// Nobody mounts it any more; with `ends_sessions` those who have it lose it.
+    pub fn remove_share(&self, name: &str, ends_sessions: bool) {
+        self.shares.remove(name);
+        if ends_sessions {
+            self.registry.end_share(name);
         }
+        let shares = self.shares.all();
+        self.registry.metrics.sweep(|name: &str| shares.iter().any(|share| share.name == name));
+    }
+
+    /// From which time on a request is slow; 0: none is.
+    pub fn set_slow(&self, from: Duration) {
+        self.registry.metrics.set_slow(from);
+    }
+
+    /// What the parent says is in force.
+    pub fn set_config(&self, state: ConfigState) {
+        *self.counters.config.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
     /// What can be told.

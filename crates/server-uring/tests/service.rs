@@ -131,7 +131,7 @@ impl Drop for Group {
 /// Where the kernel lets each thread run, by the thread's name.
 fn masks(daemon: &Daemon) -> BTreeMap<String, Vec<String>> {
     let mut masks: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("tasks");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.worker_pid())).expect("tasks");
     for task in tasks.flatten() {
         let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
         let status = read("status");
@@ -224,8 +224,8 @@ fn it_has_the_priorities_that_it_is_given() {
         command.args(["--nice", "7", "--ioprio", "idle"]);
         command
     });
-    for task in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("tasks").flatten()
-    {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.worker_pid())).expect("tasks");
+    for task in tasks.flatten() {
         let stat = std::fs::read_to_string(task.path().join("stat")).expect("stat");
         let nice = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(16));
         assert_eq!(nice, Some("7"), "{stat}");

@@ -26,12 +26,58 @@ pub enum Engine {
     Threads,
 }
 
-/// `[[listen]]`: where guests connect.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+/// `[[listen]]`: where guests connect, and which.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ListenConfig {
-    /// `unix:PATH`, `vsock:PORT` or `vsock:CID:PORT`.
+    /// `unix:PATH`, `vsock:PORT` or `vsock:CID:PORT`; with stars in its directories a PATH stands
+    /// for one socket in each of them, as they come and go.
     pub address: Address,
+    /// The socket's permissions, such as `"0660"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<FileMode>,
+    /// The socket's user, by name or number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// The socket's group, by name or number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Users whose processes may connect; none: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_uid: Vec<u32>,
+    /// Groups, by the effective one of the process.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_gid: Vec<u32>,
+    /// Processes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_pid: Vec<u32>,
+    /// VMs that may connect by vsock.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_cid: Vec<u32>,
+    /// What is offered; none: all shares.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<String>,
+}
+
+/// Permission bits, written in octal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct FileMode(pub u32);
+
+impl TryFrom<String> for FileMode {
+    type Error = String;
+    fn try_from(text: String) -> Result<FileMode, String> {
+        match u32::from_str_radix(&text, 8) {
+            Ok(mode) if mode <= 0o777 => Ok(FileMode(mode)),
+            _ => Err(format!("{text:?} is no mode such as 0660")),
+        }
+    }
+}
+
+impl From<FileMode> for String {
+    fn from(mode: FileMode) -> String {
+        format!("{:04o}", mode.0)
+    }
 }
 
 /// `[share.NAME]`: a directory that guests may mount.
@@ -174,10 +220,34 @@ impl FromStr for ShareConfig {
 }
 
 impl FromStr for ListenConfig {
-    type Err = ListenError;
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<ListenConfig, ListenError> {
-        Ok(ListenConfig { address: text.parse()? })
+    /// `ADDRESS[,OPTION=VALUE...]`; several values have a `+` between them.
+    fn from_str(text: &str) -> Result<ListenConfig, String> {
+        let mut listen = ListenConfig::default();
+        let mut address = text;
+        // From the right, so that a path may have commas.
+        while let Some((before, option)) = address.rsplit_once(',') {
+            let Some((name, value)) = option.split_once('=') else { break };
+            let ids = || -> Result<Vec<u32>, String> {
+                let bad = |_| format!("{option:?}: {name} wants numbers such as 1000+1001");
+                value.split('+').map(|id| id.parse().map_err(bad)).collect()
+            };
+            match name {
+                "mode" => listen.mode = Some(value.to_owned().try_into()?),
+                "owner" => listen.owner = Some(value.to_owned()),
+                "group" => listen.group = Some(value.to_owned()),
+                "allow-uid" => listen.allow_uid = ids()?,
+                "allow-gid" => listen.allow_gid = ids()?,
+                "allow-pid" => listen.allow_pid = ids()?,
+                "allow-cid" => listen.allow_cid = ids()?,
+                "shares" => listen.shares = value.split('+').map(ToOwned::to_owned).collect(),
+                _ => break,
+            }
+            address = before;
+        }
+        listen.address = address.parse().map_err(|error: ListenError| error.to_string())?;
+        Ok(listen)
     }
 }
 
@@ -319,6 +389,25 @@ pub(super) mod by_name {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn listeners() {
+        let text = "unix:/a,b,mode=0660,owner=root,group=7,allow-uid=1+2,allow-gid=3,allow-pid=4,\
+                    allow-cid=5,shares=a+b";
+        let listen: ListenConfig = text.parse().expect("a listener");
+        assert_eq!(listen.address, Address::Unix("/a,b".into()));
+        assert_eq!((listen.mode, &*listen.allow_uid), (Some(FileMode(0o660)), &[1, 2][..]));
+        let shares: Vec<&str> = listen.shares.iter().map(String::as_str).collect();
+        assert_eq!((listen.owner.as_deref(), listen.group.as_deref()), (Some("root"), Some("7")));
+        assert_eq!(shares, ["a", "b"]);
+        let printed = toml::to_string(&listen).expect("printed");
+        assert_eq!(toml::from_str::<ListenConfig>(&printed).expect("read"), listen, "{printed}");
+        for bad in
+            ["unix:/a,mode=9", "unix:/a,mode=07777", "unix:/a,allow-uid=x", "unix:,mode=0600"]
+        {
+            assert!(bad.parse::<ListenConfig>().is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn io_priorities() {

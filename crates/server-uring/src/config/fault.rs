@@ -42,6 +42,8 @@ pub enum What {
     Share { name: String, path: PathBuf, source: std::io::Error },
     #[error("the address {0} is given twice")]
     ListenTwice(Address),
+    #[error("{address} offers the share {share:?}, which there is not")]
+    ListenShare { address: Address, share: String },
 }
 
 impl Fault {
@@ -76,7 +78,7 @@ impl What {
                     let shares = table.get("share")?.get_ref().as_table()?;
                     Some(shares.get_key_value(name.as_str())?.0.span().start)
                 }
-                What::ListenTwice(address) => {
+                What::ListenTwice(address) | What::ListenShare { address, .. } => {
                     let address = address.to_string();
                     let same = |one: &&toml::Spanned<toml::de::DeValue<'_>>| {
                         let found = one.get_ref().as_table().and_then(|t| t.get("address"));

@@ -191,15 +191,25 @@ impl Daemon {
         }
     }
 
-    /// Resident memory.
+    /// The process that serves guests.
+    pub fn worker_pid(&self) -> u32 {
+        // Answered by it: then it is there, and what has made it is gone.
+        self.counters();
+        let path = format!("/proc/{0}/task/{0}/children", self.pid());
+        let children = std::fs::read_to_string(path).expect("proc");
+        children.trim().parse().expect("one child")
+    }
+
+    /// The worker's resident memory.
     pub fn memory_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("proc");
+        let path = format!("/proc/{}/status", self.worker_pid());
+        let status = std::fs::read_to_string(path).expect("proc");
         let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("VmRSS");
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
     }
 
     pub fn threads(&self) -> usize {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.worker_pid()));
         tasks.expect("the daemon runs").count()
     }
 

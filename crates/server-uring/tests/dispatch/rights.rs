@@ -3,7 +3,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use ringfs_server::fs::{Fs, FsOptions, ShareRoot, Submounts};
+use ringfs_server::fs::{Fs, FsOptions, ShareDir, Submounts};
 use ringfs_wire::abi::{self, Opcode, fattr};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
@@ -227,7 +227,8 @@ fn mounts_below_a_share() {
     std::fs::write(dir.path().join("early/over"), b"").expect("host");
     let submounts = Submounts::Merge;
     let merge = Guest::new(dir.path(), FsOptions { submounts, ..FsOptions::default() });
-    let root = ShareRoot::open(dir.path(), Submounts::Hide).expect("root");
+    let root =
+        ShareDir::open(dir.path(), Submounts::Hide, false).expect("open").root().expect("root");
     let second = root.try_clone().expect("clone");
     drop(Fs::on(root, FsOptions::default()).expect("a session that ends"));
     let hide = Guest::of(Fs::on(second, FsOptions::default()).expect("fs"));

@@ -1,0 +1,245 @@
+//! The worker's process: made, told apart from the parent's, and waited for.
+//!
+//! Invariant: a worker has of the parent's fds those that it was given, and no others: a listener
+//! that it held would go on taking guests in for a parent that is gone. It ends with its parent.
+
+#![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
+
+use crate::channel::{Channel, ToParent, ToWorker};
+use crate::sandbox::root;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// The exit code of a worker that could not go on.
+const FAILED: i32 = 1;
+
+/// A running worker, from its parent's side; killed and reaped with this value.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    /// How it ended, once that is known.
+    ended: Option<WaitStatus>,
+    /// Shares that it has been given.
+    shares: usize,
+    /// To the worker; hung up when it has ended.
+    pub channel: Channel,
+}
+
+impl Child {
+    /// Makes a worker that runs `work` and ends with the code that this returns, in `spaces` of its
+    /// own, with so many `shares`. Of the fds that are open it has `keep`, its end of the channel,
+    /// and the standard
+    /// streams.
+    ///
+    /// # Errors
+    /// What socketpair and fork say; `OTHER` where there are no such namespaces.
+    pub fn start(
+        keep: &[BorrowedFd<'_>],
+        shares: usize,
+        spaces: Option<Spaces>,
+        work: impl FnOnce(Channel) -> i32,
+    ) -> io::Result<Child> {
+        wait_for_one_thread();
+        let (ours, theirs) = Channel::pair()?;
+        // The one that makes the worker in its namespaces ends at once: the worker is ours then.
+        let us = rustix::process::getpid();
+        rustix::process::set_child_subreaper(spaces.as_ref().map(|_| us))?;
+        let Some(pid) = fork()? else {
+            drop(ours);
+            let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
+            kept.extend([0, 1, 2, theirs.as_fd().as_raw_fd()]);
+            close_all_but(kept);
+            ignore_signals();
+            // A panic must not unwind into what is the parent's.
+            let code = catch_unwind(AssertUnwindSafe(|| {
+                if let Some(spaces) = spaces {
+                    match spaces.enter(&theirs) {
+                        Ok(Side::Outside) => return 0,
+                        Ok(Side::Inside) => {}
+                        Err(error) => return fail(&theirs, &error),
+                    }
+                }
+                begin(&theirs).map_or(FAILED, |()| work(theirs))
+            }));
+            std::process::exit(code.unwrap_or(FAILED));
+        };
+        let mut child = Child { pid, ended: None, shares, channel: ours };
+        drop(theirs);
+        if spaces.is_some() {
+            let how = child.wait();
+            child.pid = match child.channel.receive()? {
+                Some((ToParent::Pid(pid), _)) if how.is_empty() => {
+                    Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidData)?
+                }
+                Some((ToParent::Failed(text), _)) => return Err(io::Error::other(text)),
+                _ => return Err(io::Error::other(format!("no worker was made ({how})"))),
+            };
+            child.ended = None;
+        }
+        child.channel.send(&ToWorker::Begin, None)?;
+        Ok(child)
+    }
+
+    /// Puts a further share's tree into the worker's root; which directory that is.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
+        let index = self.shares;
+        let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", self.pid.as_raw_pid()))?;
+        wait_for_one_thread();
+        // A process of its own goes there.
+        let Some(pid) = fork()? else {
+            let done = root::attach_to(mounts.as_fd(), tree, index);
+            exit_now(done.map_or_else(Errno::raw_os_error, |()| 0))
+        };
+        let mut helper = Child { pid, ended: None, shares: 0, channel: Channel::pair()?.0 };
+        helper.wait();
+        match helper.ended.and_then(WaitStatus::exit_status) {
+            Some(0) => {
+                self.shares += 1;
+                Ok(index)
+            }
+            code => Err(io::Error::from_raw_os_error(code.unwrap_or(Errno::IO.raw_os_error()))),
+        }
+    }
+
+    /// Waits until it has ended, and says how.
+    pub fn wait(&mut self) -> String {
+        while self.ended.is_none() {
+            match waitpid(Some(self.pid), WaitOptions::empty()) {
+                Ok(Some((_, status))) => self.ended = Some(status),
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(error) => return error.to_string(),
+            }
+        }
+        let Some(status) = self.ended else { return String::new() };
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(0), _) => String::new(),
+            (Some(code), _) => format!("exit code {code}"),
+            (None, signal) => format!("signal {}", signal.unwrap_or_default()),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.ended.is_none() {
+            let _ = kill_process(self.pid, Signal::KILL);
+            self.wait();
+        }
+    }
+}
+
+/// Namespaces that a worker has for itself: mounts, processes, network, IPC and host name.
+#[derive(Clone, Copy, Debug)]
+pub struct Spaces;
+
+enum Side {
+    /// In the process that has made the worker.
+    Outside,
+    /// In the worker.
+    Inside,
+}
+
+/// Why there are none.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot make namespaces for the worker (it takes CAP_SYS_ADMIN); --sandbox=none does without"
+)]
+struct NoSpaces(#[source] io::Error);
+
+impl Spaces {
+    /// A pid namespace is of the processes that are made next.
+    fn enter(self, channel: &Channel) -> Result<Side, NoSpaces> {
+        let spaces = UnshareFlags::NEWNS
+            | UnshareFlags::NEWPID
+            | UnshareFlags::NEWNET
+            | UnshareFlags::NEWIPC
+            | UnshareFlags::NEWUTS;
+        // SAFETY: no fds are taken apart, and this process has one thread.
+        unsafe { unshare_unsafe(spaces) }.map_err(|errno| NoSpaces(errno.into()))?;
+        let Some(worker) = fork().map_err(NoSpaces)? else { return Ok(Side::Inside) };
+        let pid = ToParent::Pid(worker.as_raw_nonzero().get());
+        channel.send(&pid, None).map_err(|errno| NoSpaces(errno.into()))?;
+        Ok(Side::Outside)
+    }
+}
+
+/// In the worker: its parent's end is its own, from here on.
+fn begin(channel: &Channel) -> Option<()> {
+    // Not before: whoever has made the worker in its namespaces has ended when this comes.
+    let begun = channel.receive::<ToWorker>();
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).ok()?;
+    // A parent that goes just now is found out by the channel's end.
+    matches!(begun, Ok(Some((ToWorker::Begin, None)))).then_some(())
+}
+
+/// A fork copies the locks that other threads hold, and not those threads. The parent has another
+/// one only while it reads its configuration; one that is stuck there holds none.
+fn wait_for_one_thread() {
+    let threads = || std::fs::read_dir("/proc/self/task").map_or(1, |all| all.count());
+    for _ in 0..100 {
+        if threads() == 1 {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    tracing::warn!("a worker is made while another thread of the parent is stuck");
+}
+
+/// `None` in the new process.
+fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: the caller has waited for this process to have one thread, or one besides that is
+    // stuck in the kernel: no lock is held by a thread that the copy lacks.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        pid => Ok(Pid::from_raw(pid)),
+    }
+}
+
+/// Signals that end the daemon come to the parent, which tells the worker. Its handlers write to
+/// an fd that the worker does not have.
+fn ignore_signals() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        // SAFETY: to ignore a signal runs no code of ours.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Without anything that is the parent's to do at its end.
+fn exit_now(code: i32) -> ! {
+    // SAFETY: it ends the process at once.
+    unsafe { libc::_exit(code) }
+}
+
+fn close_all_but(mut kept: Vec<RawFd>) {
+    kept.sort_unstable();
+    let mut from = 0;
+    for fd in kept.into_iter().chain([RawFd::MAX]) {
+        if from < fd {
+            // SAFETY: the values that own these fds are the parent's. Nothing in this process uses
+            // or drops them: it runs what it was given, and exits.
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+        }
+        from = fd.saturating_add(1);
+    }
+}
+
+/// Tells the parent why there will be no worker.
+pub fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> i32 {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    if channel.send(&ToParent::Failed(text.clone()), None).is_err() {
+        tracing::error!("the worker has failed: {text}");
+    }
+    FAILED
+}

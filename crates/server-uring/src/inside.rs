@@ -1,0 +1,102 @@
+//! The worker's first thread: it shuts itself in, starts the others, and does what its parent says.
+
+use crate::accept::Accepted;
+use crate::channel::{Channel, ToParent, ToWorker};
+use crate::config::ShareConfig;
+use crate::daemon::DaemonError;
+use crate::fds::Fds;
+use crate::fs::ShareRoot;
+use crate::greet::Share;
+use crate::parent::Plan;
+use crate::sandbox::{self, Needs, Sandbox};
+use crate::state_dir::{Held, StateDir};
+use crate::status::ConfigState;
+use crate::worker::Worker;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+/// Serves what the parent hands over, until it says stop.
+///
+/// # Errors
+/// The worker cannot start.
+pub fn work(
+    plan: &Plan,
+    roots: &[ShareRoot],
+    config: ConfigState,
+    channel: &Channel,
+) -> Result<(), DaemonError> {
+    let shares = shut_in(plan, roots)?;
+    let state = plan.state.as_ref().map(Held::lend).transpose()?;
+    let state = state.map(|held| StateDir::on(held, plan.grace)).transpose()?;
+    let Plan { engine, spin, grace, .. } = *plan;
+    let worker = Worker::start(shares, plan.placement.clone(), engine, spin, grace, state)?;
+    worker.set_config(config);
+    worker.set_slow(plan.slow_op);
+    if plan.sandbox == Sandbox::Namespace {
+        sandbox::seal()?;
+    }
+    channel.send(&ToParent::Ready, None)?;
+    loop {
+        let Some((message, fd)) = channel.receive()? else {
+            // Killed: as if we had been, too.
+            std::process::exit(1)
+        };
+        match (message, fd) {
+            (ToWorker::Guest { peer, owner, offers }, Some(socket)) => {
+                worker.greet(Accepted { socket, peer, owner, offers });
+            }
+            (ToWorker::Control, Some(asker)) => worker.control(asker),
+            (ToWorker::Metrics, Some(asker)) => worker.metrics(asker),
+            (ToWorker::Slow(from), _) => worker.set_slow(from),
+            (ToWorker::Share { name, config, index, hidden }, fd) => {
+                let fd = match index {
+                    Some(index) => sandbox::root::open_share(index).map_err(std::io::Error::from),
+                    None => fd.ok_or_else(|| std::io::ErrorKind::InvalidInput.into()),
+                };
+                let config = ShareConfig { name, ..config };
+                match fd {
+                    Ok(fd) => {
+                        let root = ShareRoot::at(fd, hidden);
+                        worker.put_share(share_of(&config, root, &plan.fds));
+                    }
+                    Err(error) => tracing::error!(share = config.name, %error, "cannot open it"),
+                }
+            }
+            (ToWorker::ShareGone { name, ends_sessions }, _) => {
+                worker.remove_share(&name, ends_sessions);
+            }
+            (ToWorker::Config(state), _) => worker.set_config(state),
+            (ToWorker::Stop, _) => break,
+            (message, _) => tracing::warn!(?message, "the parent says what cannot be"),
+        }
+    }
+    let totals = worker.counters().totals();
+    worker.stop();
+    tracing::info!("stopped; {}", totals.to_json().trim_end());
+    Ok(())
+}
+
+/// Takes from this process what it will not need; the shares as they are then.
+fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> {
+    if plan.sandbox == Sandbox::Namespace {
+        let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
+        let state = plan.state.as_ref().map(AsFd::as_fd);
+        let device_nodes = plan.shares.iter().any(|share| share.config.dev);
+        let file_handles = plan.file_handles;
+        sandbox::enter(&Needs { shares: &shares, state, device_nodes, file_handles })?;
+    }
+    let shares = plan.shares.iter().zip(roots).enumerate().map(|(index, (share, root))| {
+        let root = match plan.sandbox {
+            Sandbox::Namespace => ShareRoot::at(sandbox::root::open_share(index)?, root.hidden()),
+            Sandbox::None => root.try_clone()?,
+        };
+        Ok(share_of(&share.config, root, &plan.fds))
+    });
+    shares.collect()
+}
+
+fn share_of(config: &ShareConfig, root: ShareRoot, fds: &Arc<Fds>) -> Share {
+    let options = config.options(fds);
+    let (name, dir) = (config.name.clone(), config.path.clone());
+    Share { name, dir, root, options, opening: 0.into() }
+}

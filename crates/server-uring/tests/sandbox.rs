@@ -1,0 +1,438 @@
+//! What each layer of the sandbox stops: tried, in processes that have that layer alone, and in one
+//! that has them all.
+//!
+//! A child is made as a worker is (fork.rs), lays layers on by the functions that a worker calls,
+//! and then does what somebody would who has taken it over. It says what came of it by its exit
+//! code; one that the kernel kills says it by the signal. Without a harness: a process that forks
+//! must have one thread.
+#![allow(unsafe_code, reason = "system calls that no safe crate would make for us")]
+
+use ringfs_server::channel::ToParent;
+use ringfs_server::fork::{Child, Spaces};
+use ringfs_server::fs::{ShareDir, Submounts};
+use ringfs_server::sandbox::{self, Needs, caps, filter, landlock, root};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, renameat, symlinkat, unlinkat};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+/// Layers, in the order in which a worker lays them on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum With {
+    Nothing,
+    /// Namespaces and the root of its own.
+    Root,
+    Caps,
+    Landlock,
+    Seccomp,
+    All,
+    /// Those two with `--file-handles=false`.
+    CapsWithoutHandles,
+    AllWithoutHandles,
+}
+
+/// What came of a try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Came {
+    Done,
+    Refused(Errno),
+    Killed,
+}
+
+const KILLED: Came = Came::Killed;
+
+fn no(errno: Errno) -> Came {
+    Came::Refused(errno)
+}
+
+struct Place {
+    dir: tempfile::TempDir,
+    share: ShareDir,
+    /// Opened before any layer: what a worker has.
+    fd: OwnedFd,
+}
+
+impl Place {
+    fn new() -> Place {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("share");
+        std::fs::create_dir(&path).expect("share");
+        std::fs::write(path.join("inside"), "inside").expect("inside");
+        std::fs::write(dir.path().join("outside"), "outside").expect("outside");
+        let share = ShareDir::open(&path, Submounts::Hide, false).expect("share");
+        let fd = share.copy().expect("a copy").into();
+        Place { dir, share, fd }
+    }
+
+    /// Tries `what` with these layers; it is given the share's directory.
+    fn attempt(&self, with: With, what: &dyn Fn(&Path) -> Result<(), Errno>) -> Came {
+        let copy = self.share.copy().expect("a copy");
+        let spaces =
+            matches!(with, With::Root | With::All | With::AllWithoutHandles).then_some(Spaces);
+        let keep = [copy.as_fd(), self.fd.as_fd()];
+        let outside = self.dir.path().join("share");
+        let child = Child::start(&keep, 1, spaces, |channel| {
+            let shares = [copy.as_fd()];
+            let file_handles = with != With::AllWithoutHandles;
+            let needs = Needs { shares: &shares, state: None, device_nodes: false, file_handles };
+            let inside = Path::new("/shares/0");
+            let path = match with {
+                With::Root | With::All | With::AllWithoutHandles => inside,
+                _ => &outside,
+            };
+            match with {
+                With::Nothing => {}
+                With::Root => root::build(&shares).expect("a root"),
+                With::Caps => caps::cut(false, true).expect("capabilities"),
+                With::CapsWithoutHandles => caps::cut(false, false).expect("capabilities"),
+                With::Landlock => {
+                    landlock::restrict(path, None).expect("landlock");
+                }
+                With::Seccomp => filter::install().expect("a filter"),
+                With::All | With::AllWithoutHandles => sandbox::enter(&needs).expect("the sandbox"),
+            }
+            let _ = channel.send(&ToParent::Ready, None);
+            match what(path) {
+                Ok(()) => 0,
+                Err(errno) => errno.raw_os_error(),
+            }
+        });
+        let mut child = child.expect("a child");
+        let how = child.wait();
+        let ready = matches!(child.channel.receive(), Ok(Some((ToParent::Ready, None))));
+        assert!(ready, "{with:?}: the layers could not be laid on: {how}");
+        match how.split_once(' ') {
+            None => Came::Done,
+            Some(("signal", "31")) => Came::Killed,
+            Some(_) => {
+                let code = how.rsplit(' ').next().and_then(|code| code.parse().ok());
+                no(Errno::from_raw_os_error(code.unwrap_or_else(|| panic!("{how}"))))
+            }
+        }
+    }
+
+    /// The same try with each of the layers.
+    fn check(&self, what: &dyn Fn(&Path) -> Result<(), Errno>, expected: &[(With, Came)]) {
+        for &(with, came) in expected {
+            assert_eq!(self.attempt(with, what), came, "with {with:?}");
+        }
+    }
+}
+
+fn call(number: i64, arguments: [usize; 6]) -> Result<(), Errno> {
+    let [a, b, c, d, e, f] = arguments;
+    // SAFETY: each caller gives what lives as long as the call and is as large as it says, or what
+    // no kernel takes for an address.
+    let done = unsafe { libc::syscall(number, a, b, c, d, e, f) };
+    if done >= 0 { Ok(()) } else { Err(last()) }
+}
+
+fn last() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).expect("an errno")
+}
+
+fn open(path: &Path) -> Result<(), Errno> {
+    rustix::fs::open(path, OFlags::RDONLY, Mode::empty()).map(drop)
+}
+
+fn main() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("sandbox: SKIPPED, it needs root");
+    }
+    let tests: [(&str, fn()); 6] = [
+        ("files_of_the_host", files_of_the_host),
+        ("a_handle_of_a_file_outside_of_the_share", a_handle_of_a_file_outside_of_the_share),
+        ("other_processes", other_processes),
+        ("sockets", sockets),
+        ("the_machine", the_machine),
+        (
+            "a_read_only_share_is_one_for_the_kernel_too",
+            a_read_only_share_is_one_for_the_kernel_too,
+        ),
+    ];
+    for (name, test) in tests {
+        test();
+        println!("test {name} ... ok");
+    }
+}
+
+use With::*;
+
+fn files_of_the_host() {
+    let place = Place::new();
+    let passwd = |_: &Path| open(Path::new("/etc/passwd"));
+    place.check(
+        &passwd,
+        &[
+            (Nothing, Came::Done),
+            (Root, no(Errno::NOENT)),
+            (Caps, Came::Done),
+            (Landlock, no(Errno::ACCESS)),
+            (Seccomp, Came::Done),
+            (All, no(Errno::NOENT)),
+        ],
+    );
+    let climb = |share: &Path| open(&share.join("../outside"));
+    place.check(
+        &climb,
+        &[
+            (Nothing, Came::Done),
+            (Root, no(Errno::NOENT)),
+            (Landlock, no(Errno::ACCESS)),
+            (All, no(Errno::NOENT)),
+        ],
+    );
+    // By the share's fd: a mount of its own, so that `..` leads nowhere whatever layer is on.
+    let fd = place.fd.as_raw_fd();
+    let by_fd = |_: &Path| {
+        // SAFETY: the fd was kept for the child.
+        let dir = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        let flags = OFlags::RDONLY;
+        rustix::fs::openat(dir, "../outside", flags, Mode::empty()).map(drop)
+    };
+    place.check(&by_fd, &[(Nothing, no(Errno::NOENT)), (All, no(Errno::NOENT))]);
+    // What it is there for goes on.
+    let inside = |share: &Path| {
+        open(&share.join("inside"))?;
+        let written = std::fs::write(share.join("new"), "new");
+        written.map_err(|error| Errno::from_io_error(&error).expect("an errno"))?;
+        renameat(CWD, share.join("new"), CWD, share.join("old"))?;
+        mkdirat(CWD, share.join("dir"), Mode::RWXU)?;
+        renameat(CWD, share.join("old"), CWD, share.join("dir/old"))?;
+        unlinkat(CWD, share.join("dir/old"), AtFlags::empty())?;
+        unlinkat(CWD, share.join("dir"), AtFlags::REMOVEDIR)
+    };
+    let done = Came::Done;
+    place.check(&inside, &[(Nothing, done), (Landlock, done), (Seccomp, done), (All, done)]);
+}
+
+fn a_handle_of_a_file_outside_of_the_share() {
+    let place = Place::new();
+    let outside = place.dir.path().join("outside");
+    // struct file_handle of name_to_handle_at(2): room, type, bytes.
+    let mut handle = [0u32; 2 + 32];
+    handle[0] = 128;
+    let mut mount = 0;
+    let path = std::ffi::CString::new(outside.to_str().expect("text")).expect("a path");
+    // SAFETY: the path has its NUL, the handle says how long it is, and the mount's id is an int.
+    let named = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            handle.as_mut_ptr(),
+            &raw mut mount,
+            0,
+        )
+    };
+    assert_eq!(named, 0, "{}", last());
+    let by_handle = |share: &Path| {
+        let dir = rustix::fs::open(share, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+        let mut handle = handle;
+        call(
+            libc::SYS_open_by_handle_at,
+            [dir.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0],
+        )
+    };
+    // The capability that it takes is what tells: landlock (on newer kernels) takes a file that
+    // the copy of a mount can be asked for, and does not hold, for one that lies in it.
+    place.check(
+        &by_handle,
+        &[
+            (Nothing, Came::Done),
+            (Root, Came::Done),
+            (Caps, Came::Done),
+            (Seccomp, Came::Done),
+            (CapsWithoutHandles, no(Errno::PERM)),
+            (AllWithoutHandles, no(Errno::PERM)),
+        ],
+    );
+    // Another file system has no mount to be asked by: what a worker has are its shares.
+    let elsewhere = |_: &Path| {
+        let root = rustix::fs::openat(CWD, "/", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+        let mut handle = handle;
+        call(
+            libc::SYS_open_by_handle_at,
+            [root.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0],
+        )
+    };
+    place.check(&elsewhere, &[(Root, no(Errno::STALE)), (All, no(Errno::ACCESS))]);
+}
+
+fn other_processes() {
+    let place = Place::new();
+    let mut victim = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+    let pid = victim.id() as usize;
+    let signal = move |_: &Path| call(libc::SYS_kill, [pid, 0, 0, 0, 0, 0]);
+    place.check(
+        &signal,
+        &[
+            (Nothing, Came::Done),
+            (Root, no(Errno::SRCH)),
+            (Landlock, no(Errno::PERM)),
+            (Seccomp, KILLED),
+            (All, KILLED),
+        ],
+    );
+    let attach =
+        move |_: &Path| call(libc::SYS_ptrace, [libc::PTRACE_SEIZE as usize, pid, 0, 0, 0, 0]);
+    place.check(
+        &attach,
+        &[
+            (Nothing, Came::Done),
+            (Root, no(Errno::SRCH)),
+            (Caps, no(Errno::PERM)),
+            (Landlock, no(Errno::PERM)),
+            (Seccomp, KILLED),
+            (All, KILLED),
+        ],
+    );
+    let execute = |_: &Path| {
+        let arguments = [c"/bin/true".as_ptr(), std::ptr::null()];
+        let none = [std::ptr::null::<u8>()];
+        call(
+            libc::SYS_execve,
+            [arguments[0] as usize, arguments.as_ptr() as usize, none.as_ptr() as usize, 0, 0, 0],
+        )
+    };
+    place.check(
+        &execute,
+        &[
+            (Nothing, Came::Done),
+            (Root, no(Errno::NOENT)),
+            (Landlock, no(Errno::ACCESS)),
+            (Seccomp, KILLED),
+            (All, KILLED),
+        ],
+    );
+    let fork = |_: &Path| call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0, 0, 0, 0]);
+    place.check(&fork, &[(Seccomp, no(Errno::NOSYS)), (All, no(Errno::NOSYS))]);
+    victim.kill().expect("kill");
+    victim.wait().expect("wait");
+}
+
+fn sockets() {
+    let place = Place::new();
+    let internet = |_: &Path| {
+        let socket = rustix::net::socket(
+            rustix::net::AddressFamily::INET,
+            rustix::net::SocketType::DGRAM,
+            None,
+        )?;
+        let address = std::net::SocketAddrV4::new(std::net::Ipv4Addr::new(127, 0, 0, 1), 9);
+        rustix::net::connect(&socket, &address)
+    };
+    place.check(
+        &internet,
+        &[(Nothing, Came::Done), (Root, no(Errno::NETUNREACH)), (Seccomp, KILLED), (All, KILLED)],
+    );
+    // In the abstract name space, which is the network namespace's.
+    let name = format!("ringfs-test-{}", std::process::id());
+    let address =
+        <std::os::unix::net::SocketAddr as std::os::linux::net::SocketAddrExt>::from_abstract_name(
+            &name,
+        )
+        .expect("a name");
+    let _listener = UnixListener::bind_addr(&address).expect("bind");
+    let abstract_one = |_: &Path| {
+        let address = rustix::net::SocketAddrUnix::new_abstract_name(name.as_bytes())?;
+        let socket = rustix::net::socket(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            None,
+        )?;
+        rustix::net::connect(&socket, &address)
+    };
+    place.check(
+        &abstract_one,
+        &[
+            (Nothing, Came::Done),
+            (Root, no(Errno::CONNREFUSED)),
+            (Landlock, no(Errno::PERM)),
+            (Seccomp, KILLED),
+            (All, KILLED),
+        ],
+    );
+}
+
+fn the_machine() {
+    let place = Place::new();
+    let mount = |share: &Path| {
+        rustix::mount::mount("none", share, "tmpfs", rustix::mount::MountFlags::empty(), None)
+    };
+    // In a namespace of its own, which goes with the child.
+    place.check(
+        &mount,
+        &[
+            (Root, Came::Done),
+            (Caps, no(Errno::PERM)),
+            (Landlock, no(Errno::PERM)),
+            (Seccomp, KILLED),
+            (All, KILLED),
+        ],
+    );
+    let device = |share: &Path| {
+        let mode = Mode::RUSR;
+        let kind = rustix::fs::FileType::CharacterDevice;
+        rustix::fs::mknodat(CWD, share.join("null"), kind, mode, rustix::fs::makedev(1, 3))?;
+        let opened = open(&share.join("null"));
+        unlinkat(CWD, share.join("null"), AtFlags::empty())?;
+        opened
+    };
+    place.check(
+        &device,
+        &[
+            (Nothing, Came::Done),
+            // It can be made, and not opened: the share's mount is nodev.
+            (Root, no(Errno::ACCESS)),
+            (Caps, no(Errno::PERM)),
+            (Landlock, Came::Done),
+            (All, no(Errno::PERM)),
+        ],
+    );
+    let link = |share: &Path| {
+        symlinkat("inside", CWD, share.join("link"))?;
+        let opened = open(&share.join("link"));
+        unlinkat(CWD, share.join("link"), AtFlags::empty())?;
+        opened
+    };
+    // Whoever wins a race against our checks still follows no link of a guest's.
+    place.check(&link, &[(Nothing, Came::Done), (Root, no(Errno::LOOP)), (All, no(Errno::LOOP))]);
+    let program = |_: &Path| {
+        use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
+        // SAFETY: nothing runs or reads what is mapped.
+        unsafe {
+            let at =
+                mmap_anonymous(std::ptr::null_mut(), 4096, ProtFlags::WRITE, MapFlags::PRIVATE)?;
+            mprotect(at, 4096, rustix::mm::MprotectFlags::EXEC)
+        }
+    };
+    place.check(
+        &program,
+        &[(Nothing, Came::Done), (Seccomp, no(Errno::NOSYS)), (All, no(Errno::NOSYS))],
+    );
+    for number in [libc::SYS_bpf, libc::SYS_unshare, libc::SYS_keyctl, libc::SYS_userfaultfd] {
+        let it = move |_: &Path| call(number, [usize::MAX; 6]);
+        place.check(&it, &[(Seccomp, KILLED), (All, KILLED)]);
+    }
+    // One that this kernel does not have yet.
+    let newer = |_: &Path| call(9999, [0; 6]);
+    place.check(&newer, &[(Seccomp, no(Errno::NOSYS)), (All, no(Errno::NOSYS))]);
+    // A ring that lacks the restrictions of those that the worker has.
+    let ring = |_: &Path| {
+        filter::seal().map_err(|_| Errno::IO)?;
+        call(libc::SYS_io_uring_setup, [1, 0, 0, 0, 0, 0])
+    };
+    place.check(&ring, &[(Nothing, KILLED), (All, KILLED)]);
+}
+
+fn a_read_only_share_is_one_for_the_kernel_too() {
+    let dir = tempfile::tempdir().expect("directory");
+    std::fs::write(dir.path().join("file"), "x").expect("file");
+    let copy = ShareDir::open(dir.path(), Submounts::Hide, true).expect("share").copy();
+    let copy: OwnedFd = copy.expect("copy").into();
+    let write = OFlags::WRONLY;
+    let opened = rustix::fs::openat(&copy, "file", write, Mode::empty());
+    assert_eq!(opened.err(), Some(Errno::ROFS));
+}
