@@ -4,8 +4,9 @@
 //! A reply counts before the kernel gets it; a FORGET or a RELEASE when the daemon has answered
 //! it. So at a cut this is what the daemon has to start from for all that is in flight to come
 //! out right. Invariant: a node is here exactly while lookups of it were given and not given
-//! back, and what the kernel would refuse gives nothing; only NODE entries whose reply is yet to
-//! come are here besides, and few. All of it is bounded. It must not do I/O.
+//! back, and what the kernel would refuse gives nothing. Besides, recipes of a few nodes of which
+//! it has none: the reply that gives one is yet to come, and was perhaps made before those lookups
+//! were given back that brought the recipe. All of it is bounded. It must not do I/O.
 
 use crate::lane::lock;
 use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_ROOT_ID, ForgetOne, Opcode, OpenOut};
@@ -24,7 +25,7 @@ const SHARDS: usize = 64;
 const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
-/// NODE entries of one shard that wait for their replies.
+/// Recipes of one shard that wait for a reply that gives their nodes.
 const EARLY_PER_SHARD_MAX: usize = 256;
 /// A table with room for so many stays as large as it is.
 const SMALL_TABLE: usize = 1024;
@@ -105,7 +106,7 @@ impl Asked {
 
 #[derive(Debug)]
 struct Node {
-    /// Lookups; 0: its reply is yet to come.
+    /// Lookups, at least one.
     count: u64,
     recipe: Box<[u8]>,
 }
@@ -121,10 +122,44 @@ struct Handle {
 struct Shard {
     nodes: HashMap<u64, Node, Keyed>,
     handles: HashMap<u64, Handle, Keyed>,
-    /// Nodes that NODE named before a reply did, the oldest first.
-    early: VecDeque<u64>,
+    early: Early,
     node_id_max: u64,
     fh_max: u64,
+}
+
+/// Recipes of nodes that no reply has given yet, or again.
+#[derive(Debug)]
+struct Early {
+    /// Each with its number in `order`.
+    recipes: HashMap<u64, (u64, Box<[u8]>), Keyed>,
+    /// Numbers and nodes, the oldest first.
+    order: VecDeque<(u64, u64)>,
+    next: u64,
+}
+
+impl Early {
+    fn new(key: Keyed) -> Early {
+        Early { recipes: HashMap::with_hasher(key), order: VecDeque::new(), next: 0 }
+    }
+
+    fn put(&mut self, id: u64, recipe: Box<[u8]>) {
+        if recipe.is_empty() {
+            return;
+        }
+        if self.order.len() >= EARLY_PER_SHARD_MAX
+            && let Some((number, oldest)) = self.order.pop_front()
+            && self.recipes.get(&oldest).is_some_and(|(its, _)| *its == number)
+        {
+            self.recipes.remove(&oldest);
+        }
+        self.order.push_back((self.next, id));
+        self.recipes.insert(id, (self.next, recipe));
+        self.next += 1;
+    }
+
+    fn take(&mut self, id: u64) -> Box<[u8]> {
+        self.recipes.remove(&id).map(|(_, recipe)| recipe).unwrap_or_default()
+    }
 }
 
 /// A shard on cache lines of its own.
@@ -158,7 +193,7 @@ impl Known {
         let shard = || Shard {
             nodes: HashMap::with_hasher(key),
             handles: HashMap::with_hasher(key),
-            early: VecDeque::new(),
+            early: Early::new(key),
             node_id_max: 0,
             fh_max: 0,
         };
@@ -237,7 +272,7 @@ impl Known {
         }
     }
 
-    /// Nodes, those included that wait for their replies, and open files.
+    /// Nodes and open files.
     pub fn totals(&self) -> (u64, u64) {
         self.shards.iter().fold((0, 0), |(nodes, handles), shard| {
             let shard = lock(&shard.0);
@@ -256,7 +291,7 @@ impl Known {
             for id in ids {
                 bodies.make_room()?;
                 let shard = lock(&shard.0);
-                if let Some(Node { count: count @ 1.., recipe }) = shard.nodes.get(&id) {
+                if let Some(Node { count, recipe }) = shard.nodes.get(&id) {
                     done.nodes += 1;
                     done.nodes_lost += u64::from(recipe.is_empty());
                     bodies.put(&Restore::Node { id, count: *count, recipe });
@@ -319,16 +354,7 @@ impl Shard {
             }
             return;
         }
-        if self.early.len() >= EARLY_PER_SHARD_MAX
-            && let Some(oldest) = self.early.pop_front()
-            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
-        {
-            self.nodes.remove(&oldest);
-        }
-        if self.nodes.len() < NODES_PER_SHARD_MAX {
-            self.early.push_back(id);
-            self.nodes.insert(id, Node { count: 0, recipe: recipe.into() });
-        }
+        self.early.put(id, recipe.into());
     }
 
     fn give(&mut self, id: u64) {
@@ -340,7 +366,7 @@ impl Shard {
                 *count = (*count + 1).min(NUMBER_MAX);
             }
             Entry::Vacant(room) if !is_full => {
-                room.insert(Node { count: 1, recipe: Box::default() });
+                room.insert(Node { count: 1, recipe: self.early.take(id) });
             }
             Entry::Vacant(_) => {}
         }
@@ -351,7 +377,8 @@ impl Shard {
         let count = &mut known.get_mut().count;
         *count = count.saturating_sub(lookups);
         if *count == 0 {
-            known.remove();
+            // A reply that is on its way may give it all the same.
+            self.early.put(id, known.remove().recipe);
             let (len, room) = (self.nodes.len(), self.nodes.capacity());
             if room > SMALL_TABLE && len < room / 8 {
                 self.nodes.shrink_to(len * 2);
@@ -703,14 +730,30 @@ mod tests {
     }
 
     #[test]
+    fn a_reply_that_a_forget_overtook_finds_the_recipe() {
+        let known = Known::new(true);
+        let looked_up = |id| answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
+        known.hear(&node(5, b"recipe")).expect("well formed");
+        looked_up(5);
+        // The daemon has answered another LOOKUP before this, and that has no NODE of its own.
+        forget(&known, &[(5, 1)]);
+        assert_eq!(counts(&known), []);
+        for n in 0..2 {
+            looked_up(5);
+            assert_eq!(told(&known).0, BTreeMap::from([(5, (1, b"recipe".to_vec()))]), "{n}");
+            forget(&known, &[(5, 1)]);
+        }
+    }
+
+    #[test]
     fn what_no_reply_gives_is_bounded() {
         let known = Known::new(true);
         for id in 2..200_000 {
             known.hear(&node(id, &[7; 400])).expect("well formed");
         }
-        let (nodes, _) = known.totals();
-        assert!(nodes <= (SHARDS * EARLY_PER_SHARD_MAX) as u64, "{nodes}");
-        assert_eq!(counts(&known), []);
+        let waiting: usize = known.shards.iter().map(|s| lock(&s.0).early.recipes.len()).sum();
+        assert!(waiting <= SHARDS * EARLY_PER_SHARD_MAX, "{waiting}");
+        assert_eq!((counts(&known), known.totals()), (vec![], (0, 0)));
         // The last ones are there, and stay when their replies have come.
         for id in 199_000..200_000 {
             answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
@@ -779,11 +822,13 @@ mod tests {
                         }
                     }
                     5 => {
-                        let Some(entry) = nodes.get_mut(&id) else { continue };
+                        // Its recipe stays for a while.
+                        let Some(entry) = nodes.get_mut(&id).filter(|node| node.0 > 0) else {
+                            continue;
+                        };
                         let n = 1 + random.below(entry.0);
                         forget(&known, &[(id, n)]);
                         entry.0 -= n;
-                        nodes.retain(|_, (count, _)| *count > 0);
                     }
                     6 => {
                         open(&known, Opcode::Open, id, OFlags::RDWR, next_fh);
@@ -798,6 +843,7 @@ mod tests {
                     }
                 }
             }
+            nodes.retain(|_, (count, _)| *count > 0);
             let (found_nodes, found_handles, end) = told(&known);
             assert_eq!(found_nodes, nodes, "seed {seed}");
             assert_eq!((found_handles, end.fh_max), (handles, next_fh - 1), "seed {seed}");

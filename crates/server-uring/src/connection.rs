@@ -28,8 +28,13 @@ pub struct Waiting {
     pub newcomer: Box<Newcomer>,
     /// When it is decided whether the old socket's peer is alive.
     pub until: Instant,
-    /// The old socket has brought bytes since it was asked.
+    /// When at the latest.
+    pub last: Instant,
+    /// The old socket has brought bytes since: they may be late ones of a dead peer, or of one that
+    /// is busy and will answer soon.
     pub heard: bool,
+    /// With so many PONGs the old socket's peer was alive when this one had come.
+    pub pongs: u32,
 }
 
 /// One connection of a session.
@@ -94,6 +99,7 @@ impl Connection {
     /// The link is dead: what ends from now on stays in the table.
     pub fn cut(&mut self) {
         self.lanes.iter_mut().for_each(SlotTable::cut);
+        self.session.fs.noted_is_lost();
     }
 
     fn lane(&mut self, lane: u8) -> Option<&mut SlotTable<Cells>> {
