@@ -70,15 +70,20 @@ impl<R: Ring> Shard<R> {
         let link = &mut conn.link;
         let older = conn.waiting.take();
         let now = Instant::now();
-        let (until, heard) = match &older {
-            Some(older) => (older.until, older.heard),
-            None => (now + Duration::from_millis(PROBE_MS), false),
+        let (until, last, heard) = match &older {
+            Some(older) => (older.until, older.last, older.heard),
+            None => {
+                let ms = Duration::from_millis;
+                (now + ms(PROBE_MS), now + ms(PROBE_BUSY_MS), false)
+            }
         };
-        if older.is_none() && link.socket.is_some() && link.closing.is_none() {
+        let mut pongs = 0;
+        if link.socket.is_some() && link.closing.is_none() {
             tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
-            link.push(Kind::Ping, 0, &[], &mut self.buffers);
+            // For each: what has answered an earlier one may be gone by now, and come itself.
+            pongs = link.ping(&mut self.buffers);
         }
-        conn.waiting = Some(Waiting { newcomer, until, heard });
+        conn.waiting = Some(Waiting { newcomer, until, last, heard, pongs });
         if let Some(Waiting { newcomer: older, .. }) = older {
             let text = "another connection came in its place";
             self.turn_away(*older, refuse(Reason::Timeout, text));
@@ -87,9 +92,14 @@ impl<R: Ring> Shard<R> {
         self.flush(key);
     }
 
-    /// The old socket's peer lives: whoever came in its place is a clone.
-    pub(super) fn refuse_clone(&mut self, key: usize) {
+    /// A PING was answered. If it was sent when somebody had come in this peer's place, that one is
+    /// a clone: a guest lets go of a connection before it asks for the next.
+    pub(super) fn ponged(&mut self, key: usize) {
         let conn = &mut self.conns[key];
+        let pongs = conn.link.ponged();
+        if conn.waiting.as_ref().is_none_or(|waiting| pongs < waiting.pongs) {
+            return;
+        }
         let Some(Waiting { newcomer, .. }) = conn.waiting.take() else { return };
         tracing::warn!(session = conn.session.id, conn = conn.index, "a clone was refused");
         add(&self.shared.stats.clones_refused, 1);
@@ -206,7 +216,8 @@ impl<R: Ring> Shard<R> {
         }
         let registry = &self.shared.registry;
         conn.ended |= registry.grace.is_zero();
-        if !conn.ended && conn.session.give_up() {
+        // Only what this connection brings can rebuild it; another one may come and go meanwhile.
+        if !conn.ended && conn.index == 0 && conn.session.give_up() {
             // The guest tells all of it again, to a new one.
             tracing::info!(session = conn.session.id, "cut before it was rebuilt");
             conn.ended = true;
@@ -257,6 +268,8 @@ impl<R: Ring> Shard<R> {
                 tracing::warn!(session = session.id, %error, "cannot rebuild a session");
                 return Err(Reason::Limit);
             }
+            // Its end is on the way here.
+            Err(TakeOverError::GivenUp) => return Err(Reason::Timeout),
             Err(error) => return Err(self.protocol(key, error)),
         }
         Ok(Step::Taken)
@@ -337,10 +350,10 @@ impl<R: Ring> Shard<R> {
         self.sweep_at = None;
         let limit = Duration::from_millis(STALL_LIMIT_MS);
         let pressed = !self.starved.is_empty();
-        let (mut stalled, mut clones) = (Vec::new(), Vec::new());
+        let mut stalled = Vec::new();
         let mut next = pressed.then(|| now + Duration::from_millis(SWEEP_INTERVAL_MS));
         let mut again = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
-        for (key, conn) in self.conns.iter().filter(|(_, conn)| conn.is_attached()) {
+        for (key, conn) in self.conns.iter_mut().filter(|(_, conn)| conn.is_attached()) {
             let closing = conn.link.closing.is_some();
             if closing {
                 again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
@@ -351,11 +364,15 @@ impl<R: Ring> Shard<R> {
                 continue;
             }
             conn.leave_by.into_iter().for_each(&mut again);
-            match &conn.waiting {
+            let probe = now + Duration::from_millis(PROBE_MS);
+            match &mut conn.waiting {
                 Some(waiting) if waiting.until > now => again(waiting.until),
                 // Not its fault that nothing was received.
-                Some(_) if conn.link.starving => again(now + Duration::from_millis(PROBE_MS)),
-                Some(waiting) if waiting.heard && !closing => clones.push(key),
+                Some(_) if conn.link.starving => again(probe),
+                Some(waiting) if waiting.heard && waiting.last > now && !closing => {
+                    (waiting.heard, waiting.until) = (false, probe);
+                    again(probe);
+                }
                 Some(_) => stalled.push((key, "an old connection is silent: it is dead")),
                 None => {}
             }
@@ -365,6 +382,5 @@ impl<R: Ring> Shard<R> {
             tracing::warn!(session = self.conns[key].session.id, "{why}");
             self.hang_up(key, Reason::Timeout);
         }
-        clones.into_iter().for_each(|key| self.refuse_clone(key));
     }
 }

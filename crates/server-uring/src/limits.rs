@@ -51,6 +51,10 @@ pub const DETACHED_PER_PEER_MAX: usize = 64;
 pub const GRACE_SECS_DEFAULT: u32 = 600;
 /// Time for the old connection of a newcomer to show that it lives.
 pub const PROBE_MS: u64 = 500;
+/// PINGs of one socket that wait for their PONGs.
+pub const PINGS_MAX: u32 = 32;
+/// The same time where bytes come, but no answer.
+pub const PROBE_BUSY_MS: u64 = 5000;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer

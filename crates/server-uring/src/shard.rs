@@ -460,7 +460,7 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Pong) => {
-                self.refuse_clone(key);
+                self.ponged(key);
                 Ok(Step::Taken)
             }
             Some(Kind::Goodbye) => Err(Reason::Unmounted),

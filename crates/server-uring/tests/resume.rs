@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::Kind;
-use ringfs_wire::hello::{Hello, Reason};
+use ringfs_wire::hello::{Hello, Reason, welcome_flag};
 use ringfs_wire::slot::SlotUse;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -310,13 +310,39 @@ fn a_clone_is_refused_while_the_original_lives() {
             assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
             assert_eq!(daemon.counters()["clones_refused"], n);
         }
-        // Bytes are an answer too, if no end follows.
+        // A PONG that was not asked for is none.
+        guest.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, 0, &[]);
+        // Bytes alone are no answer, but they give time for one.
         let mut clone = Guest::hail(daemon.connect(), &Hello { ticket, ..hello("share") });
         let (record, _) = guest.receive().expect("a PING");
         assert_eq!(record.kind, Kind::Ping as u8);
         assert_eq!(guest.write(node, fh, 0, b"abc"), Ok(3));
+        guest.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, record.code, &[]);
+        guest.flush();
         assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
         goodbye(guest);
+    });
+}
+
+#[test]
+fn late_bytes_of_a_dead_connection_are_no_life() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        assert!(guest.lookup(1, "none").is_err());
+        let ticket = guest.welcome.ticket;
+        // It is asked whether it lives, twice, and has answered the first one only: that was
+        // before the second one came, which may be itself.
+        let hello = Hello { ticket, ..hello("share") };
+        let mut first = Guest::hail(daemon.connect(), &hello);
+        let (ping, _) = guest.receive().expect("a PING");
+        assert_eq!(ping.kind, Kind::Ping as u8);
+        let mut second = Guest::hail(daemon.connect(), &hello);
+        assert_eq!(first.ended_for(), Some(Reason::Timeout), "the second one came in its place");
+        guest.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, ping.code, &[]);
+        assert!(guest.flush());
+        second.await_welcome().expect("welcome");
+        assert_eq!(second.welcome.flags, welcome_flag::RESUMED);
+        goodbye(second);
     });
 }
 

@@ -37,10 +37,12 @@ pub enum Plant {
     AbandonedAreResent,
     /// The guest tells a new daemon less than what it will give back.
     ForgetsCountEarly,
+    /// Any bytes of an old connection show that its peer lives.
+    LateBytesCount,
 }
 
 impl Plant {
-    pub const ALL: [Plant; 13] = [
+    pub const ALL: [Plant; 14] = [
         Plant::HalfBatchStays,
         Plant::TableNotCut,
         Plant::RepliesUnasked,
@@ -50,6 +52,7 @@ impl Plant {
         Plant::OldTicketAnywhere,
         Plant::LateHellosCount,
         Plant::OrphansRunAgain,
+        Plant::LateBytesCount,
         Plant::KeptGivesNothing,
         Plant::NotHeldUntilRestored,
         Plant::AbandonedAreResent,
