@@ -5,6 +5,7 @@
 //! a plain function; what it needs more than the rig it makes itself.
 
 mod bad;
+mod guest;
 pub mod load;
 mod signals;
 mod smoke;
@@ -43,8 +44,13 @@ pub struct Args {
 
 type Case = (&'static str, fn(&Rig) -> Result<()>);
 
-const GROUPS: &[(&str, &[Case])] =
-    &[("smoke", smoke::CASES), ("trees", trees::CASES), ("load", load::CASES), ("bad", bad::CASES)];
+const GROUPS: &[(&str, &[Case])] = &[
+    ("smoke", smoke::CASES),
+    ("trees", trees::CASES),
+    ("load", load::CASES),
+    ("bad", bad::CASES),
+    ("guest", guest::CASES),
+];
 
 /// What a case is given: a running daemon with the share `d` over `backing`.
 pub struct Rig {

@@ -189,9 +189,10 @@ impl Daemon {
     }
 
     fn status_text(&self) -> Result<String> {
-        let stream = UnixStream::connect(&self.control)
+        let mut stream = UnixStream::connect(&self.control)
             .with_context(|| format!("connect to {}", self.control.display()))?;
         stream.set_read_timeout(Some(SETTLE))?;
+        stream.write_all(b"{\"ask\":\"counters\"}\n")?;
         let mut text = String::new();
         stream.take(STATUS_BYTES_MAX).read_to_string(&mut text).context("read the counters")?;
         Ok(text)

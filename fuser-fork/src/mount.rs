@@ -130,6 +130,14 @@ pub enum MountError {
         /// The mount point.
         path: PathBuf,
     },
+    /// `EBUSY` of a remount.
+    #[error(
+        "{path} cannot become read-only: files are open for writing there (`fuser -vm {path}`)"
+    )]
+    Writers {
+        /// The mount point.
+        path: PathBuf,
+    },
     /// No mount table.
     #[error("cannot read /proc/self/mountinfo: is /proc mounted?")]
     MountInfo {
@@ -416,21 +424,38 @@ impl Drop for Mount {
 ///
 /// `lazy` detaches it at once, used or not; else [`MountError::Busy`] tells that it is in use.
 pub fn unmount_path(path: &Path, lazy: bool) -> Result<(), MountError> {
+    let mount = mount_at(path)?;
+    take_down(&mount.mount_point, lazy, Some(Path::new(fusermount::PROGRAM)))
+}
+
+/// The ringfs mount at `path`, found without touching it.
+pub fn mount_at(path: &Path) -> Result<MountInfo, MountError> {
     let mounts = all_mounts().map_err(|source| MountError::MountInfo { source })?;
-    let find = |path: &Path| top_at(&mounts, path).filter(|mount| mount.is_ringfs());
+    let find = |path: &Path| top_at(&mounts, path).filter(|mount| mount.is_ringfs()).cloned();
     // As it stands first: its parent may lie in a dead mount too.
-    let real = match find(path) {
-        Some(_) => path.to_owned(),
-        None => resolve_parent(path)?,
-    };
-    if find(&real).is_none() {
+    if let Some(found) = find(path) {
+        return Ok(found);
+    }
+    let real = resolve_parent(path)?;
+    find(&real).ok_or_else(|| {
         let covered = mounts.iter().any(|mount| mount.mount_point == real && mount.is_ringfs());
-        return Err(match covered {
+        match covered {
             true => MountError::Covered { path: real },
             false => MountError::NotMounted { path: real },
-        });
-    }
-    take_down(&real, lazy, Some(Path::new(fusermount::PROGRAM)))
+        }
+    })
+}
+
+/// Gives a mount other flags: those of `options` that mount(2) changes (`ro`, `noexec`, `noatime`,
+/// `nodiratime`, `sync`). All else of `options` is ignored, as the kernel does.
+pub fn remount(mount: &MountInfo, options: &MountOptions) -> Result<(), MountError> {
+    let flags = options.flags().fold(MountFlags::empty(), |all, (flag, _)| all | flag);
+    let path = || mount.mount_point.clone();
+    rustix::mount::mount_remount(&mount.mount_point, flags, c"").map_err(|errno| match errno {
+        Errno::PERM | Errno::ACCESS => MountError::Permission { path: path() },
+        Errno::BUSY => MountError::Writers { path: path() },
+        source => MountError::Os { what: "remount", path: path(), source },
+    })
 }
 
 /// umount2(2), and the setuid program where that is not permitted.

@@ -53,6 +53,17 @@ impl MountInfo {
             || self.fs_type.starts_with("fuseblk.")
     }
 
+    /// Whether nothing can be written by it.
+    pub fn is_read_only(&self) -> bool {
+        self.has("ro")
+    }
+
+    /// Whether `word` stands among its options, or those of its file system.
+    pub fn has(&self, word: &str) -> bool {
+        let lists = [&self.options, &self.super_options];
+        lists.iter().any(|list| list.split(',').any(|one| one == word))
+    }
+
     /// Whether it is one of ours.
     pub fn is_ringfs(&self) -> bool {
         self.fs_type == FS_TYPE

@@ -113,13 +113,14 @@ impl MountOptions {
             _ => match word.strip_prefix("max_read=").map(str::parse) {
                 Some(Ok(bytes)) => self.max_read = Some(bytes),
                 Some(Err(_)) => return false,
-                None => return word.starts_with("x-"),
+                None => return word.starts_with("x-") || word.starts_with("X-"),
             },
         }
         true
     }
 
-    fn allows_other(&self) -> bool {
+    /// Whether others than who mounted get in.
+    pub fn allows_other(&self) -> bool {
         self.allow_other.unwrap_or_else(|| rustix::process::geteuid().is_root())
     }
 

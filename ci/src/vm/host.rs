@@ -142,8 +142,10 @@ impl Held {
     fn of(daemon: &Daemon) -> anyhow::Result<Self> {
         // Before the control connection, which is a descriptor of its own.
         let fds = open_fds(&daemon.process)?;
-        let stream = UnixStream::connect(&daemon.control).context("ringfsd's control socket")?;
+        let mut stream =
+            UnixStream::connect(&daemon.control).context("ringfsd's control socket")?;
         stream.set_read_timeout(Some(LISTEN_LIMIT))?;
+        stream.write_all(b"{\"ask\":\"counters\"}\n")?;
         let mut text = String::new();
         stream.take(STATUS_BYTES_MAX).read_to_string(&mut text)?;
         Self::parse(&text, fds).with_context(|| format!("counters of ringfsd: {text:?}"))

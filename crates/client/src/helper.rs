@@ -3,6 +3,8 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// What mount(8) wants.
@@ -20,6 +22,8 @@ pub struct HelperArgs {
     pub fake: bool,
     /// Say what is done.
     pub verbose: bool,
+    /// The mount namespace that is meant, as a file of /proc.
+    pub namespace: Option<PathBuf>,
 }
 
 /// Why a command line is none of a mount helper.
@@ -63,9 +67,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<HelperArgs, Hel
                     };
                     let value = value
                         .ok_or_else(|| error(format!("-{} needs a value", char::from(*letter))))?;
-                    if *letter == b'o' {
-                        let list = value.into_string();
-                        parsed.options.push(list.map_err(|_| error("-o is not UTF-8"))?);
+                    match letter {
+                        b'o' => {
+                            let list = value.into_string();
+                            parsed.options.push(list.map_err(|_| error("-o is not UTF-8"))?);
+                        }
+                        b'N' => parsed.namespace = Some(value.into()),
+                        // The type: we have one alone.
+                        _ => {}
                     }
                     break;
                 }
@@ -78,6 +87,19 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<HelperArgs, Hel
     match <[OsString; 2]>::try_from(places) {
         Ok([source, dir]) => Ok(HelperArgs { source, dir, ..parsed }),
         Err(places) => Err(error(format!("expected 2 places, found {}", places.len()))),
+    }
+}
+
+/// mount(8) with `-N` calls us in the namespace that it was called in. The mount would come about
+/// there, so another one is refused.
+pub fn check_namespace(named: &Path) -> Result<(), HelperError> {
+    let identity = |path: &Path| path.metadata().map(|meta| (meta.dev(), meta.ino()));
+    match (identity(named), identity(Path::new("/proc/self/ns/mnt"))) {
+        (Ok(named), Ok(ours)) if named == ours => Ok(()),
+        _ => Err(error(
+            "-N names another mount namespace: run mount in it (`nsenter --target PID --mount \
+             mount ..`)",
+        )),
     }
 }
 
@@ -100,12 +122,16 @@ mod tests {
         for line in [
             "d@unix:/s /m -o rw,lanes=2",
             "d@unix:/s /m -n -orw,lanes=2 -t ringfs",
-            "-no rw,lanes=2 d@unix:/s /m -N /proc/1/ns/mnt",
+            "-no rw,lanes=2 d@unix:/s /m",
         ] {
             assert_eq!(parse_words(line).as_ref(), Ok(&expected), "{line}");
         }
         let flags = parse_words("a b -sfv").expect("flags");
         assert!(flags.sloppy && flags.fake && flags.verbose);
+        let other = parse_words("a b -N /proc/self/ns/mnt").expect("a namespace").namespace;
+        assert!(check_namespace(&other.expect("named")).is_ok());
+        let error = check_namespace(Path::new("/proc/self/ns/net")).expect_err("another");
+        assert!(error.to_string().contains("nsenter"), "{error}");
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod mount_cmd;
 mod options;
 mod pump;
 mod rebuild;
+mod remount;
 mod resume;
 mod rings;
 mod session;
@@ -35,6 +36,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use mount_cmd::{Failure, Request};
 use options::Options;
+use remount::RemountError;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -47,8 +49,10 @@ const EXIT_FAILED: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 const EXIT_LOST: u8 = 3;
 const EXIT_TIMEOUT: u8 = 4;
+/// mount(8)'s "incorrect invocation or permissions".
+const EXIT_HELPER_USAGE: u8 = 1;
 /// mount(8)'s "mount failure".
-const EXIT_MOUNT_HELPER: u8 = 32;
+const EXIT_HELPER_FAILED: u8 = 32;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -61,7 +65,8 @@ Examples:
   ringfs reconnect && ringfs wait --resumed --timeout 10   after a VM's snapshot was restored
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the mount was ready and was lost later
-(--foreground); 4 `wait` ran out of time; as mount.ringfs 0, or 32 for a failed mount.
+(--foreground); 4 `wait` ran out of time; as mount.ringfs those of mount(8): 0, 1 for wrong
+usage, 32 for a failed mount.
 RUST_LOG=debug logs more (to standard error or --log).";
 
 const RECONNECT_HELP: &str = "\
@@ -106,7 +111,12 @@ Options of -o (comma-separated, may be repeated):
   allow_other, noallow_other   whether other users get in (default: if root mounts)
   nodefault_permissions  the kernel does not check permissions
   max_read=BYTES noatime nodiratime noexec sync dirsync   as in mount(8); always nosuid, nodev
-  _netdev nofail defaults x-*   accepted for fstab
+  remount                changes a mount that stands: ro, rw, noexec, noatime, nodiratime, sync;
+                         all else has to be as it is
+  _netdev nofail noauto user=NAME defaults x-*   accepted for fstab
+
+Users who may not mount do it by `fusermount3` (package fuse3): on a directory of their own, seen by
+them alone; `allow_other` needs the line user_allow_other in /etc/fuse.conf.
 
 Ctrl-C or SIGTERM unmounts; if files are in use the mount is detached and served until they are
 closed; a second signal ends it at once.";
@@ -190,7 +200,7 @@ fn main() -> ExitCode {
         .init();
     let mut args = std::env::args_os();
     if args.next().is_some_and(|name| helper::is_helper_name(&name)) {
-        return report(run_helper(args), EXIT_MOUNT_HELPER);
+        return report(run_helper(args), EXIT_HELPER_FAILED);
     }
     let done = match Cli::parse().command {
         Cmd::Mount(args) => run_mount(&args),
@@ -230,6 +240,7 @@ fn report(done: anyhow::Result<()>, failed: u8) -> ExitCode {
     let timed_out = error.downcast_ref::<ask::AskError>().is_some_and(ask::AskError::is_timeout);
     ExitCode::from(match failed {
         EXIT_FAILED if error.is::<Usage>() => EXIT_USAGE,
+        _ if error.is::<Usage>() => EXIT_HELPER_USAGE,
         EXIT_FAILED if late => EXIT_LOST,
         EXIT_FAILED if timed_out => EXIT_TIMEOUT,
         failed => failed,
@@ -237,15 +248,28 @@ fn report(done: anyhow::Result<()>, failed: u8) -> ExitCode {
 }
 
 fn parse_request(args: &MountArgs) -> anyhow::Result<Request> {
-    let usage = |error: anyhow::Error| Usage(error);
-    let target = Target::parse(&args.source).map_err(|e| usage(e.into()))?;
-    let options =
-        Options::parse(target.source(), &args.options, args.sloppy).map_err(|e| usage(e.into()))?;
+    let target = Target::parse(&args.source).map_err(usage)?;
+    let options = Options::parse(target.source(), &args.options, args.sloppy).map_err(usage)?;
     let mountpoint = std::path::absolute(&args.dir).context("the mount point")?;
-    Ok(Request { target, mountpoint, options })
+    Ok(Request { target, mountpoint, options, lists: args.options.clone() })
+}
+
+fn usage(error: impl Into<anyhow::Error>) -> Usage {
+    Usage(error.into())
+}
+
+fn run_remount(args: &MountArgs, fake: bool) -> anyhow::Result<()> {
+    let path = std::path::absolute(&args.dir).context("the mount point")?;
+    match remount::run(&path, &args.options, args.sloppy, fake) {
+        Err(error @ RemountError::Options(_)) => Err(usage(error).into()),
+        done => Ok(done?),
+    }
 }
 
 fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
+    if remount::is_wanted(&args.options) {
+        return run_remount(args, false);
+    }
     let request = parse_request(args)?;
     if args.foreground || args.background_child {
         return serve(args, &request);
@@ -282,7 +306,10 @@ fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
 }
 
 fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
-    let parsed = helper::parse(args)?;
+    let parsed = helper::parse(args).map_err(usage)?;
+    if let Some(namespace) = &parsed.namespace {
+        helper::check_namespace(namespace).map_err(usage)?;
+    }
     let args = MountArgs {
         source: parsed.source,
         dir: parsed.dir.into(),
@@ -295,7 +322,11 @@ fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     if parsed.verbose {
         eprintln!("mount.ringfs: {} on {}", args.source.display(), args.dir.display());
     }
-    if parsed.fake { parse_request(&args).map(drop) } else { run_mount(&args) }
+    match parsed.fake {
+        true if remount::is_wanted(&args.options) => run_remount(&args, true),
+        true => parse_request(&args).map(drop),
+        false => run_mount(&args),
+    }
 }
 
 fn run_status(json: bool) -> anyhow::Result<()> {

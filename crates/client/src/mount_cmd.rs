@@ -50,6 +50,8 @@ pub struct Request {
     pub mountpoint: PathBuf,
     /// From `-o`.
     pub options: Options,
+    /// The lists that those were read from.
+    pub lists: Vec<String>,
 }
 
 /// Why a mount did not come about, or ended badly.
@@ -275,7 +277,10 @@ impl Life {
             Ok(publisher) => self.publisher = Some(publisher),
             Err(error) => {
                 let dir = own_dir();
-                tracing::warn!(dir = %dir.display(), %error, "`ringfs status` is blind here");
+                tracing::warn!(
+                    dir = %dir.display(), %error,
+                    "`ringfs status` cannot ask this mount (users: set XDG_RUNTIME_DIR)"
+                );
             }
         }
         let source = request.target.source();
@@ -521,6 +526,7 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         read_only: options.mount.read_only,
         writeback: options.writeback,
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
+        options: request.lists.clone(),
     }
 }
 

@@ -97,6 +97,11 @@ pub enum Uring {
     Auto,
 }
 
+/// The words of option lists.
+pub fn words<S: AsRef<str>>(lists: &[S]) -> impl Iterator<Item = &str> {
+    lists.iter().flat_map(|list| list.as_ref().split(',')).map(str::trim).filter(|w| !w.is_empty())
+}
+
 fn did_you_mean(nearest: Option<&str>) -> String {
     nearest.map(|word| format!("; did you mean `{word}`?")).unwrap_or_default()
 }
@@ -142,28 +147,30 @@ impl Options {
         lists: &[S],
         sloppy: bool,
     ) -> Result<Options, OptionError> {
-        let mut options = Options::new(source);
-        for list in lists {
-            for word in list.as_ref().split(',').map(str::trim).filter(|word| !word.is_empty()) {
-                match options.apply(word) {
-                    Err(OptionError::Unknown { word, .. }) if sloppy => {
-                        tracing::warn!(word, "an unknown mount option is ignored");
-                    }
-                    done => done?,
+        Options::new(source).and(lists, sloppy)
+    }
+
+    /// These options, and further lists that overrule them.
+    pub fn and<S: AsRef<str>>(mut self, lists: &[S], sloppy: bool) -> Result<Options, OptionError> {
+        for word in words(lists) {
+            match self.apply(word) {
+                Err(OptionError::Unknown { word, .. }) if sloppy => {
+                    tracing::warn!(word, "an unknown mount option is ignored");
                 }
+                done => done?,
             }
         }
-        let has_data_cache = matches!(options.cache, CacheMode::Auto | CacheMode::Always);
-        if options.writeback && !has_data_cache {
+        let has_data_cache = matches!(self.cache, CacheMode::Auto | CacheMode::Always);
+        if self.writeback && !has_data_cache {
             return Err(OptionError::Writeback);
         }
-        options.soft = match (options.is_soft, options.timeout_s) {
+        self.soft = match (self.is_soft, self.timeout_s) {
             (true, Some(seconds)) => Some(Duration::from_secs(seconds)),
             (true, None) => return Err(OptionError::Soft),
             // A list that was overruled by a later `hard` may have left its timeout.
             (false, _) => None,
         };
-        Ok(options)
+        Ok(self)
     }
 
     fn apply(&mut self, word: &str) -> Result<(), OptionError> {

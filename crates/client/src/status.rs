@@ -1,8 +1,8 @@
 //! What a mount tells about itself, and `ringfs status`, which asks.
 //!
-//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`), reads
-//! one line ([`Ask`]) and writes one JSON document. Invariant: a mount point is never touched,
-//! since the mount may be dead; what is mounted comes from the mount table.
+//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`, or
+//! `/run/user/UID`), reads one line ([`Ask`]) and writes one JSON document. Invariant: a mount
+//! point is never touched, since the mount may be dead; what is mounted comes from the mount table.
 
 use crate::lane::LaneCounters;
 use crate::resume::Outlook;
@@ -24,6 +24,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Clients that are asked.
 const CLIENTS_MAX: usize = 4096;
+
+/// Where clients of root listen, and where users have a directory of their own.
+const ROOTS_DIR: &str = "/run/ringfs";
+const USERS_DIRS: &str = "/run/user";
 
 /// How long an asker may take to say what it wants; one that says nothing wants the status.
 const WORD_LIMIT: Duration = Duration::from_millis(200);
@@ -97,6 +101,9 @@ pub struct Facts {
     pub read_only: bool,
     pub writeback: bool,
     pub checksum: bool,
+    /// The lists of `-o`.
+    #[serde(default)]
+    pub options: Vec<String>,
 }
 
 /// Everything.
@@ -292,16 +299,18 @@ impl Drop for Publisher {
 
 /// Where clients of this user listen.
 pub fn own_dir() -> PathBuf {
-    let users = std::env::var_os("XDG_RUNTIME_DIR");
-    match users.filter(|_| !rustix::process::geteuid().is_root()) {
-        Some(dir) => Path::new(&dir).join("ringfs"),
-        None => PathBuf::from("/run/ringfs"),
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return PathBuf::from(ROOTS_DIR);
     }
+    let users = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    users.unwrap_or_else(|| Path::new(USERS_DIRS).join(uid.to_string())).join("ringfs")
 }
 
-/// Where clients that may be asked listen.
+/// Where clients that may be asked listen. Not those of other users: what they say of a mount need
+/// not be true.
 pub fn dirs() -> Vec<PathBuf> {
-    let mut dirs = vec![PathBuf::from("/run/ringfs"), own_dir()];
+    let mut dirs = vec![PathBuf::from(ROOTS_DIR), own_dir()];
     dirs.dedup();
     dirs
 }
@@ -319,7 +328,11 @@ pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
         let is_its = |(_, r): &(PathBuf, Report)| {
             r.facts.mountpoint == mount.mount_point && r.facts.source == source
         };
-        let found = reports.iter().position(is_its).map(|at| reports.swap_remove(at));
+        let mut found = reports.iter().position(is_its).map(|at| reports.swap_remove(at));
+        if let Some((_, report)) = &mut found {
+            // A remount changes it, and its client need not know.
+            report.facts.read_only = mount.is_read_only();
+        }
         let (socket, client) = found.unzip();
         Entry { mountpoint: mount.mount_point, source, client, socket }
     });

@@ -2,17 +2,21 @@
 //! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use thiserror::Error;
 
 /// Where guests come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Address {
     /// A Unix socket; for Firecracker and its kind, `<uds_path>_<port>`.
     Unix(PathBuf),
@@ -61,6 +65,19 @@ impl FromStr for Address {
     }
 }
 
+impl TryFrom<String> for Address {
+    type Error = ListenError;
+    fn try_from(text: String) -> Result<Address, ListenError> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> String {
+        address.to_string()
+    }
+}
+
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -69,6 +86,15 @@ impl std::fmt::Display for Address {
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
         }
     }
+}
+
+/// What those who connect want.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// A share.
+    Guests,
+    /// To ask about the daemon: see control.rs.
+    Control,
 }
 
 /// A bound socket. Its path goes with it.
@@ -91,8 +117,22 @@ pub struct Accepted {
 impl Listener {
     /// Binds. A socket file that nobody listens on any more is taken over.
     pub fn bind(address: Address) -> Result<Listener, ListenError> {
+        Listener::bind_mode(address, None)
+    }
+
+    /// Binds so that only the daemon's user may connect.
+    pub fn bind_private(address: Address) -> Result<Listener, ListenError> {
+        Listener::bind_mode(address, Some(Mode::RUSR | Mode::WUSR))
+    }
+
+    /// Where it is bound.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    fn bind_mode(address: Address, mode: Option<Mode>) -> Result<Listener, ListenError> {
         let socket = match &address {
-            Address::Unix(path) => bind_unix(path)?,
+            Address::Unix(path) => bind_unix(path, mode)?,
             Address::Vsock { port, .. } => {
                 let source = |source| ListenError::Vsock { port: *port, source };
                 let listener = vsock::VsockListener::bind_with_cid_port(CID_ANY, *port);
@@ -158,7 +198,7 @@ impl Drop for Listener {
     }
 }
 
-fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
+fn bind_unix(path: &Path, mode: Option<Mode>) -> Result<OwnedFd, ListenError> {
     let error = |source: Errno, hint| ListenError::Unix {
         path: path.to_owned(),
         source: source.into(),
@@ -193,6 +233,10 @@ fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
         Errno::ACCESS => error(e, " (no right to make a file there)"),
         _ => error(e, ""),
     })?;
+    if let Some(mode) = mode {
+        // Nobody gets in before it listens.
+        rustix::fs::chmod(path, mode).map_err(|e| error(e, " (its mode cannot be set)"))?;
+    }
     net::listen(&socket, 128).map_err(|e| error(e, ""))?;
     Ok(socket)
 }
@@ -210,30 +254,41 @@ fn is_alive(address: &SocketAddrUnix) -> bool {
     net::connect(&probe, address) != Err(Errno::CONNREFUSED)
 }
 
-/// Accepts until `stop` becomes readable; each connection goes to `hand_on`.
-pub fn run(listeners: &[Listener], stop: &OwnedFd, mut hand_on: impl FnMut(Accepted)) {
+/// Accepts until one of `wakes` becomes readable, and tells which; each connection goes to
+/// `hand_on`. `None`: nothing can be waited for.
+pub fn run(
+    listeners: &[(Door, Listener)],
+    wakes: &[&UnixStream],
+    mut hand_on: impl FnMut(Door, Accepted),
+) -> Option<usize> {
     let mut exhausted = false;
     loop {
-        let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
+        let mut fds: Vec<_> = wakes
+            .iter()
+            .map(|wake| PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN))
+            .collect();
         if !exhausted {
-            let sockets =
-                listeners.iter().map(|l| PollFd::from_borrowed_fd(l.socket.as_fd(), PollFlags::IN));
-            fds.extend(sockets);
+            let sockets = listeners.iter().map(|(_, l)| l.socket.as_fd());
+            fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         }
         // Out of fds: the listeners stay readable, so they are left alone for a while.
         let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
         match poll(&mut fds, exhausted.then_some(&pause)) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return tracing::error!(%error, "cannot wait for connections"),
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for connections");
+                return None;
+            }
         }
-        if !fds[0].revents().is_empty() {
-            return;
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let (woken, ready) = ready.split_at(wakes.len());
+        if let Some(wake) = woken.iter().position(|&woken| woken) {
+            return Some(wake);
         }
-        let ready: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
         exhausted = false;
-        for (listener, _) in listeners.iter().zip(ready).filter(|(_, ready)| *ready) {
+        for ((door, listener), _) in listeners.iter().zip(ready).filter(|(_, ready)| **ready) {
             match listener.accept() {
-                Ok(Some(accepted)) => hand_on(accepted),
+                Ok(Some(accepted)) => hand_on(*door, accepted),
                 Ok(None) => {}
                 Err(error) => {
                     let listener = &listener.address;

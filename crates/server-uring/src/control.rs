@@ -1,52 +1,198 @@
-//! The control socket: one JSON object of counters to whoever connects.
+//! The control socket. Who connects writes one line of JSON, `{"ask":"status"}` or
+//! `{"ask":"counters"}`, and is given one line of JSON; then the connection ends.
+//!
+//! The worker's side serves a connected stream ([`serve`]); it is the parent's that binds and
+//! accepts. Whoever may connect may end the daemon too (mode 0600), but does not hold it up: what
+//! he asks is bounded in bytes and time.
 
-use crate::accept::{Address, Listener};
-use crate::daemon::DaemonError;
+use crate::status::Status;
 use crate::worker::Counters;
-use rustix::io::Errno;
-use std::io::Write;
+use serde::{Deserialize, Serialize};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-/// The thread that answers; ends with this value.
-pub struct Control {
-    /// Closing it tells the thread to end.
-    stop: Option<UnixStream>,
-    thread: Option<JoinHandle<()>>,
+/// What can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ask {
+    /// The sums of all counters, one flat object.
+    Counters,
+    /// See [`Status`].
+    Status,
 }
 
-impl Control {
-    /// Binds `path` and answers there.
-    pub fn start(path: PathBuf, counters: Counters) -> Result<Control, DaemonError> {
-        let listener = Listener::bind(Address::Unix(path)).map_err(DaemonError::Control)?;
-        let (stop, stopped) = UnixStream::pair()?;
-        let stopped = OwnedFd::from(stopped);
-        let thread =
-            std::thread::Builder::new().name("ringfs-control".into()).spawn(move || {
-                crate::accept::run(&[listener], &stopped, |accepted| {
-                    let mut stream = UnixStream::from(accepted.socket);
-                    // Who does not read is not waited for.
-                    let _ = stream.set_nonblocking(false);
-                    let _ = stream.set_write_timeout(Some(Duration::from_millis(200)));
-                    if let Err(error) = stream.write_all(counters.totals().to_json().as_bytes())
-                        && error.raw_os_error() != Some(Errno::PIPE.raw_os_error())
-                    {
-                        tracing::debug!(%error, "cannot answer on the control socket");
-                    }
-                });
-            })?;
-        Ok(Control { stop: Some(stop), thread: Some(thread) })
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    ask: Ask,
+}
+
+/// Where the control socket is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ControlOption {
+    /// One below /run, if it can be made.
+    #[default]
+    Default,
+    /// Nowhere.
+    None,
+    /// There.
+    At(PathBuf),
+}
+
+/// Where those are that nobody has named.
+pub const DEFAULT_ABOVE: &str = "/run/ringfsd";
+const DEFAULT_PREFIX: &str = "control-";
+/// An ask has at most so many bytes.
+const ASK_BYTES_MAX: u64 = 1 << 10;
+/// And takes at most so long.
+const ASK_LIMIT: Duration = Duration::from_secs(1);
+/// An answer is never larger.
+const ANSWER_BYTES_MAX: u64 = 16 << 20;
+
+/// Answers whoever is at the other end.
+pub fn serve(socket: OwnedFd, counters: &Counters) {
+    let mut stream = UnixStream::from(socket);
+    if let Err(error) = answer(&mut stream, counters) {
+        tracing::debug!(%error, "cannot answer on the control socket");
     }
 }
 
-impl Drop for Control {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+fn answer(stream: &mut UnixStream, counters: &Counters) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(ASK_LIMIT))?;
+    let Some(line) = read_line(stream)? else { return Ok(()) };
+    let reply = match serde_json::from_slice(&line) {
+        Ok(Request { ask: Ask::Counters }) => counters.totals().to_json(),
+        Ok(Request { ask: Ask::Status }) => line_of(&counters.status())?,
+        Err(error) => line_of(&serde_json::json!({ "error": error.to_string() }))?,
+    };
+    stream.write_all(reply.as_bytes())
+}
+
+/// What was asked; `None`: nothing, by somebody who only looks whether there is a daemon.
+fn read_line(stream: &mut UnixStream) -> io::Result<Option<Vec<u8>>> {
+    let until = Instant::now() + ASK_LIMIT;
+    let mut line = Vec::new();
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() || line.len() as u64 > ASK_BYTES_MAX {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let mut chunk = [0; 256];
+        match stream.read(&mut chunk)? {
+            0 if line.is_empty() => return Ok(None),
+            0 => return Ok(Some(line)),
+            n => line.extend_from_slice(&chunk[..n]),
+        }
+        if let Some(end) = line.iter().position(|&byte| byte == b'\n') {
+            line.truncate(end);
+            return Ok(Some(line));
+        }
+    }
+}
+
+fn line_of(value: &impl Serialize) -> io::Result<String> {
+    Ok(serde_json::to_string(value)? + "\n")
+}
+
+/// Asks the daemon whose control socket is there.
+///
+/// # Errors
+/// Nobody listens there, or answers.
+pub fn ask(path: &Path, ask: Ask) -> io::Result<String> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.write_all(line_of(&Request { ask })?.as_bytes())?;
+    let mut answer = String::new();
+    BufReader::new(stream.take(ANSWER_BYTES_MAX)).read_line(&mut answer)?;
+    match answer.is_empty() {
+        true => Err(io::ErrorKind::UnexpectedEof.into()),
+        false => Ok(answer),
+    }
+}
+
+/// [`Ask::Status`], understood.
+///
+/// # Errors
+/// As [`ask`], or the answer is none.
+pub fn ask_status(path: &Path) -> io::Result<Status> {
+    Ok(serde_json::from_str(&ask(path, Ask::Status)?)?)
+}
+
+impl ControlOption {
+    /// The socket's path; what dead daemons left of default ones goes. `None`: there is to be none,
+    /// or none was named and there is no place for it.
+    pub fn path(&self) -> Option<PathBuf> {
+        match self {
+            ControlOption::None => None,
+            ControlOption::At(path) => Some(path.clone()),
+            ControlOption::Default => {
+                let above = Path::new(DEFAULT_ABOVE);
+                let made =
+                    std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o755)
+                        .recursive(true)
+                        .create(above);
+                if let Err(error) = made {
+                    tracing::debug!(%error, "no control socket: {DEFAULT_ABOVE} cannot be made");
+                    return None;
+                }
+                running(true);
+                Some(above.join(format!("{DEFAULT_PREFIX}{}", std::process::id())))
+            }
+        }
+    }
+}
+
+/// The control sockets below /run on which daemons answer; `sweep`: the others are removed.
+pub fn running(sweep: bool) -> Vec<PathBuf> {
+    let Ok(names) = std::fs::read_dir(DEFAULT_ABOVE) else { return Vec::new() };
+    let names = names.flatten().filter(|entry| {
+        entry.file_name().to_str().is_some_and(|name| name.starts_with(DEFAULT_PREFIX))
+    });
+    let mut alive = Vec::new();
+    for path in names.map(|entry| entry.path()) {
+        match UnixStream::connect(&path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                if sweep {
+                    let _ = std::fs::remove_file(&path);
+                }
+            }
+            Ok(_) | Err(_) => alive.push(path),
+        }
+    }
+    alive.sort();
+    alive
+}
+
+impl std::str::FromStr for ControlOption {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<ControlOption, &'static str> {
+        match text {
+            "" => Err("a path, or none"),
+            "none" => Ok(ControlOption::None),
+            path => Ok(ControlOption::At(path.into())),
+        }
+    }
+}
+
+impl TryFrom<String> for ControlOption {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<ControlOption, &'static str> {
+        text.parse()
+    }
+}
+
+impl From<ControlOption> for String {
+    fn from(option: ControlOption) -> String {
+        match option {
+            ControlOption::Default => String::new(),
+            ControlOption::None => "none".into(),
+            ControlOption::At(path) => path.to_string_lossy().into_owned(),
         }
     }
 }

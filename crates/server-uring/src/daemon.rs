@@ -1,73 +1,26 @@
-//! The daemon's life: opens shares and listeners, starts the shards, waits for the signal to end.
+//! The daemon's life: opens shares and listeners, starts the shards, waits for signals.
 //!
 //! What is done before [`Worker`] starts, and what it is given, is what a parent outside a sandbox
 //! would do and pass: share roots as fds, and accepted connections. Everything that reads a guest's
 //! bytes is behind that line.
 
-use crate::accept::{self, Address, ListenError, Listener};
-use crate::control::Control;
+use crate::accept::{self, Address, Door, ListenError, Listener};
+use crate::config::{Config, Source};
 use crate::fds::Fds;
-use crate::fs::{Fs, FsOptions, ShareRoot, Submounts};
-use crate::greet::Share;
-use crate::state_dir::{StateError, StateOption};
-use crate::worker::Worker;
-use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
+use crate::reload::{InForce, open_share};
+use crate::state_dir::StateError;
+use crate::worker::{Update, Worker};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
-use std::os::fd::OwnedFd;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Duration;
 use thiserror::Error;
-
-/// How files and sockets are driven.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
-    /// io_uring.
-    Uring,
-    /// Blocking threads.
-    Threads,
-}
-
-/// All that the daemon is told, checked.
-pub struct Config {
-    /// What to share.
-    pub shares: Vec<ShareConfig>,
-    /// Where to listen.
-    pub listen: Vec<Address>,
-    /// CPUs to use; all that are allowed by default.
-    pub cpus: Option<Vec<usize>>,
-    /// How files and sockets are driven.
-    pub engine: Engine,
-    /// Looks for input before a thread sleeps; 0: none.
-    pub spin: u32,
-    /// How long a session without connections is kept.
-    pub grace: Duration,
-    /// Where what is known of sessions outlives this daemon.
-    pub state_dir: StateOption,
-    /// Path of the control socket.
-    pub control: Option<PathBuf>,
-}
-
-/// `NAME=DIR[,OPTION...]`.
-#[derive(Clone, Debug)]
-pub struct ShareConfig {
-    /// What guests call it.
-    pub name: String,
-    /// The directory.
-    pub dir: PathBuf,
-    /// How it is served, whatever guests ask for.
-    pub options: FsOptions,
-}
 
 /// Why the daemon cannot serve.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum DaemonError {
-    #[error("the share name {0:?} is given twice")]
-    Twice(String),
     #[error("cannot serve the share {name:?}")]
     Serve { name: String, source: crate::fs::FsError },
     #[error(transparent)]
@@ -93,60 +46,6 @@ impl From<rustix::io::Errno> for DaemonError {
     }
 }
 
-impl FromStr for ShareConfig {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<ShareConfig, String> {
-        let (name, rest) =
-            text.split_once('=').ok_or("a share is NAME=DIR or NAME=DIR,OPTION...")?;
-        let mut options = FsOptions::default();
-        let mut dir = rest;
-        // From the right, so that only the last parts can be options and a directory may have
-        // commas.
-        while let Some((before, word)) = dir.rsplit_once(',') {
-            match word {
-                "ro" => options.read_only = true,
-                "rw" => options.read_only = false,
-                "direct_io=pass" => options.direct_io = true,
-                "direct_io=buffered" => options.direct_io = false,
-                "submounts=merge" => options.submounts = Submounts::Merge,
-                "submounts=hide" => options.submounts = Submounts::Hide,
-                "dev" => options.device_nodes = true,
-                "nodev" => options.device_nodes = false,
-                _ => break,
-            }
-            dir = before;
-        }
-        if name.is_empty() || name.len() > SHARE_NAME_BYTES_MAX || name.contains(['/', '@']) {
-            return Err(format!(
-                "the share name {name:?} must have 1 to {SHARE_NAME_BYTES_MAX} bytes, and no / or @"
-            ));
-        }
-        if dir.is_empty() {
-            return Err(format!("the share {name:?} has no directory"));
-        }
-        Ok(ShareConfig { name: name.into(), dir: dir.into(), options })
-    }
-}
-
-/// Reads a list such as `0-3,8`.
-pub fn parse_cpus(text: &str) -> Result<Vec<usize>, String> {
-    let bad = |_| format!("{text:?} is no list of CPUs such as 0-3,8");
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let first: usize = first.trim().parse().map_err(bad)?;
-        let last: usize = last.trim().parse().map_err(bad)?;
-        if first > last || last >= CpuSet::MAX_CPU {
-            return Err(format!("{part:?} is no range of CPUs"));
-        }
-        cpus.extend(first..=last);
-    }
-    cpus.sort_unstable();
-    cpus.dedup();
-    Ok(cpus)
-}
-
 /// The CPUs to serve on: those asked for, all of them allowed ones.
 fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
     let mask = sched_getaffinity(None)?;
@@ -156,15 +55,6 @@ fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
         Some(&cpu) => Err(DaemonError::Cpu(cpu, allowed)),
         None => Ok(asked),
     }
-}
-
-fn open_share(config: ShareConfig) -> Result<Share, DaemonError> {
-    let ShareConfig { name, dir, options } = config;
-    let serve = |source| DaemonError::Serve { name: name.clone(), source };
-    let root = ShareRoot::open(&dir, options.submounts).map_err(serve)?;
-    // Tried once, so that what can never be served is said at the start.
-    root.try_clone().and_then(|root| Fs::on(root, options.clone())).map_err(serve)?;
-    Ok(Share { name, dir, root, options })
 }
 
 /// An inode that a guest uses costs an fd: as many as the kernel gives a process, or at least as
@@ -191,77 +81,79 @@ fn become_root_group() -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Serves until SIGTERM or SIGINT.
-pub fn run(config: Config) -> Result<(), DaemonError> {
-    let (stop, signalled) = UnixStream::pair()?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+/// What is readable once one of these signals has come.
+fn on_signals(signals: &[i32]) -> std::io::Result<UnixStream> {
+    let (come, signalled) = UnixStream::pair()?;
+    come.set_nonblocking(true)?;
+    for &signal in signals {
         signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
     }
+    Ok(come)
+}
+
+/// A control socket that was asked for must be there; the default one may fail.
+fn bind_control(config: &Config) -> Result<Option<Listener>, DaemonError> {
+    let Some(path) = config.control.path() else { return Ok(None) };
+    match Listener::bind_private(Address::Unix(path)) {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if config.control == Default::default() => {
+            tracing::warn!(%error, "no control socket");
+            Ok(None)
+        }
+        Err(error) => Err(DaemonError::Control(error)),
+    }
+}
+
+/// Serves until SIGTERM or SIGINT. `source` is where `config` is from, and is read again on SIGHUP.
+///
+/// # Errors
+/// See [`DaemonError`].
+pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
+    let stop = on_signals(&[SIGTERM, SIGINT])?;
+    let mut hangup = on_signals(&[SIGHUP])?;
     raise_open_files();
     become_root_group()?;
-    let mut shares = Vec::new();
     let fds = Fds::of_process();
-    for mut share in config.shares {
-        share.options.fds = Arc::clone(&fds);
-        if shares.iter().any(|known: &Share| known.name == share.name) {
-            return Err(DaemonError::Twice(share.name));
-        }
-        shares.push(open_share(share)?);
+    let mut shares = Vec::new();
+    for share in &config.shares {
+        let failed = |source| DaemonError::Serve { name: share.name.clone(), source };
+        shares.push(open_share(share, &fds).map_err(failed)?);
     }
-    let cpus = choose_cpus(config.cpus)?;
-    let listeners: Vec<Listener> =
-        config.listen.iter().cloned().map(Listener::bind).collect::<Result<_, _>>()?;
+    let cpus = choose_cpus(config.cpus.clone())?;
+    let addresses: Vec<Address> = config.listen.iter().map(|one| one.address.clone()).collect();
+    let mut listeners = Vec::new();
+    for address in &addresses {
+        listeners.push((Door::Guests, Listener::bind(address.clone())?));
+    }
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
-        false => config.state_dir.open(&config.listen, config.grace)?,
+        false => config.state_dir.open(&addresses, config.grace)?,
     };
+    let control = bind_control(&config)?;
     let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
-    let control = config.control.map(|path| Control::start(path, worker.counters())).transpose()?;
-    for address in &config.listen {
-        tracing::info!(%address, ?cpus, engine = ?config.engine, "listening");
+    listeners.extend(control.map(|listener| (Door::Control, listener)));
+    let engine = config.engine;
+    for address in &addresses {
+        tracing::info!(%address, ?cpus, ?engine, "listening");
     }
-    accept::run(&listeners, &OwnedFd::from(stop), |accepted| worker.greet(accepted));
+    let mut in_force = InForce::new(source, config, fds);
+    worker.update(Update::Config(in_force.state()));
+    loop {
+        let wakes = accept::run(&listeners, &[&stop, &hangup], |door, accepted| match door {
+            Door::Guests => worker.greet(accepted),
+            Door::Control => worker.control(accepted.socket),
+        });
+        if wakes != Some(1) {
+            break;
+        }
+        while hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
+        in_force.reload(&mut listeners, &worker);
+    }
     tracing::info!("stopping");
     drop(listeners);
     let totals = worker.counters().totals();
     worker.stop();
-    drop(control);
     tracing::info!("stopped; {}", totals.to_json().trim_end());
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares() {
-        let check = |text: &str, expected: Option<(&str, &str, bool, bool, Submounts)>| {
-            let parsed = text.parse::<ShareConfig>().ok();
-            let found = parsed.as_ref().map(|share| {
-                let FsOptions { read_only, direct_io, submounts, .. } = share.options;
-                let dir = share.dir.to_str().unwrap_or_default();
-                (share.name.as_str(), dir, read_only, direct_io, submounts)
-            });
-            assert_eq!(found, expected, "{text}");
-        };
-        let (hide, merge) = (Submounts::Hide, Submounts::Merge);
-        check("a=/b", Some(("a", "/b", false, false, hide)));
-        check("a=/b,ro", Some(("a", "/b", true, false, hide)));
-        check("a=/b,c,ro,direct_io=pass", Some(("a", "/b,c", true, true, hide)));
-        check("a=/b=c,submounts=merge", Some(("a", "/b=c", false, false, merge)));
-        check("a=/b,unknown", Some(("a", "/b,unknown", false, false, hide)));
-        for bad in ["", "a", "=/b", "a=", "a/b=/c", "a@b=/c", "a=,ro"] {
-            check(bad, None);
-        }
-    }
-
-    #[test]
-    fn cpu_lists() {
-        assert_eq!(parse_cpus("0-2,5, 1"), Ok(vec![0, 1, 2, 5]));
-        for bad in ["", "x", "3-1", "0-99999999", "-1", "1,,2"] {
-            assert!(parse_cpus(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -17,6 +17,7 @@ use ringfs_wire::table::Given;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::dispatch::Request;
 use crate::fdops::{self, FsKind, LocalFs};
@@ -38,7 +39,8 @@ pub(crate) fn valid_secs(cache: CacheMode) -> u64 {
 }
 
 /// What a guest sees of host mounts below the share.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Submounts {
     /// The directory underneath.
     #[default]

@@ -10,6 +10,7 @@ use crate::limits::*;
 use crate::link::Numbers;
 use crate::mailbox::Mail;
 use crate::session::{Registry, Session, Terms, let_go};
+use crate::status::ShareStatus;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{
     Hello, Reason, Ticket, VERSION_MAX, VERSION_MIN, Welcome, common_version, feature, mount_flag,
@@ -21,9 +22,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
@@ -37,16 +38,60 @@ pub struct Share {
     pub root: ShareRoot,
     /// How it is served.
     pub options: FsOptions,
+    /// Sessions of it that are being opened now.
+    pub opening: AtomicUsize,
+}
+
+impl Share {
+    /// For people; without its sessions.
+    pub fn status(&self) -> ShareStatus {
+        ShareStatus {
+            name: self.name.clone(),
+            path: self.dir.clone(),
+            read_only: self.options.read_only,
+            ..Default::default()
+        }
+    }
+}
+
+/// What there is to mount; shares come and go.
+#[derive(Default)]
+pub struct Shares(RwLock<Vec<Arc<Share>>>);
+
+impl Shares {
+    /// All of them now.
+    pub fn all(&self) -> Vec<Arc<Share>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn find(&self, name: &str) -> Option<Arc<Share>> {
+        let shares = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        shares.iter().find(|share| share.name == name).cloned()
+    }
+
+    /// Adds one, or puts it in the place of the one of its name.
+    pub fn put(&self, share: Share) {
+        let share = Arc::new(share);
+        let mut shares = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match shares.iter_mut().find(|old| old.name == share.name) {
+            Some(old) => *old = share,
+            None => shares.push(share),
+        }
+    }
+
+    /// Nobody mounts it any more.
+    pub fn remove(&self, name: &str) {
+        let mut shares = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        shares.retain(|share| share.name != name);
+    }
 }
 
 /// What is needed to welcome somebody.
 pub struct Greeter {
     /// What there is to mount.
-    pub shares: Vec<Share>,
+    pub shares: Arc<Shares>,
     /// Sessions.
     pub registry: Arc<Registry>,
-    /// Of each share, how many sessions are being opened now.
-    pub opening: Vec<AtomicUsize>,
 }
 
 /// A connection whose HELLO was read, on its way to the shard that welcomes it.
@@ -225,25 +270,25 @@ impl Greeter {
     /// have shares that are not.
     fn begin_opening(self: &Arc<Self>, hailed: Hailed) -> Result<(), (Accepted, Refusal)> {
         let name = &hailed.hello.share;
-        let Some(index) = self.shares.iter().position(|share| share.name == *name) else {
+        let Some(share) = self.shares.find(name) else {
             let text = format!("there is no share {name:?} here");
             return Err((hailed.accepted, refuse(Reason::UnknownShare, text)));
         };
-        if self.opening[index].fetch_add(1, Ordering::Relaxed) >= OPENINGS_PER_SHARE_MAX {
-            self.opening[index].fetch_sub(1, Ordering::Relaxed);
+        if share.opening.fetch_add(1, Ordering::Relaxed) >= OPENINGS_PER_SHARE_MAX {
+            share.opening.fetch_sub(1, Ordering::Relaxed);
             let text = "the file system of this share does not answer";
             return Err((hailed.accepted, refuse(Reason::Limit, text)));
         }
-        let greeter = self.clone();
+        let (greeter, opened) = (self.clone(), share.clone());
         let thread = std::thread::Builder::new().name("ringfs-open".into());
         let spawned = thread.spawn(move || {
-            let session = greeter.open(&hailed.hello, &greeter.shares[index], &hailed.accepted);
-            greeter.opening[index].fetch_sub(1, Ordering::Relaxed);
+            let session = greeter.open(&hailed.hello, &opened, &hailed.accepted);
+            opened.opening.fetch_sub(1, Ordering::Relaxed);
             greeter.join(hailed, session);
         });
         if let Err(error) = spawned {
             // The connection went with the closure.
-            self.opening[index].fetch_sub(1, Ordering::Relaxed);
+            share.opening.fetch_sub(1, Ordering::Relaxed);
             tracing::error!(%error, "no thread for a new session: the guest is cut off");
         }
         Ok(())

@@ -55,6 +55,8 @@ pub const PROBE_MS: u64 = 500;
 pub const PINGS_MAX: u32 = 32;
 /// The same time where bytes come, but no answer.
 pub const PROBE_BUSY_MS: u64 = 5000;
+/// Those who wait to be answered on the control socket.
+pub const VISITORS_MAX: usize = 16;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer

@@ -1,14 +1,15 @@
 //! `ringfsd`: shares host directories with guests.
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use ringfs_server::accept::Address;
-use ringfs_server::daemon::{self, Config, Engine, ShareConfig};
-use ringfs_server::limits::GRACE_SECS_DEFAULT;
-use ringfs_server::state_dir::StateOption;
-use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
+use clap::{Args, Parser, Subcommand};
+use ringfs_server::config::{Fault, Settings, Source};
+use ringfs_server::control::{self, Ask};
+use ringfs_server::daemon;
+use ringfs_server::status::Status;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 /// Shares host directories with guests that mount them by `ringfs`.
 ///
@@ -33,78 +34,78 @@ Examples:
       in the guest: ringfs mount home@vsock:2:5640 /mnt
   ringfsd --share home=/srv/home --listen vsock:3:5640
       for a QEMU guest with vhost-vsock and CID 3
+  ringfsd --config /etc/ringfs/ringfsd.toml
+      the same from a file (ringfsd check-config --help shows one)
 
-Exit codes: 0 after SIGTERM or SIGINT, 1 on failure, 2 on wrong arguments.";
+Exit codes: 0 after SIGTERM or SIGINT, 1 on failure, 2 on wrong arguments or configuration.";
+
+const FILE_EXAMPLE: &str = "\
+A file has the long options as keys, a table for each share and one for each listener:
+  grace = 60
+  cpus = \"0-3\"
+
+  [[listen]]
+  address = \"unix:/run/vm1/v.sock_5640\"
+
+  [share.src]
+  path = \"/srv/src\"
+  ro = true                 # and: direct-io = \"pass\", submounts = \"merge\", dev = true
+
+Exit codes: 0 the daemon could serve this, 2 it is wrong; each fault is told as FILE:LINE: what.";
 
 #[derive(Args)]
 struct Serve {
-    /// Directory to share, and the name that guests mount it by. May be given several times.
-    ///
-    /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the
-    /// host's disk; by default, buffered, it bypasses the guest's cache only); submounts=merge
-    /// (what is mounted below DIR on the host is seen; by default, hide, the directory underneath
-    /// is); dev (guests may make device nodes, which no guest can open through the share).
-    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
-    shares: Vec<ShareConfig>,
-    /// Where guests connect. May be given several times.
-    #[arg(long = "listen", value_name = "unix:PATH|vsock:[CID:]PORT")]
-    listen: Vec<Address>,
-    /// CPUs to serve on, such as 0-3,8; at most those that the process may use.
-    #[arg(long, value_name = "LIST")]
-    cpus: Option<CpuList>,
-    /// How files and sockets are driven.
-    #[arg(long, value_enum, default_value = "uring")]
-    engine: EngineArg,
-    /// How often a thread that has just served looks for more, giving its CPU away in between,
-    /// before it sleeps. 0: it sleeps at once, which costs the least CPU and more time a request.
-    /// An idle daemon sleeps either way.
-    #[arg(long, value_name = "N", default_value_t = SPIN_TRIES_DEFAULT)]
-    spin: u32,
-    /// How long the session of a guest that has lost its connections is kept, so that it can go on
-    /// where it was cut: its files stay open and its nodes known. 0: it ends with the last
-    /// connection.
-    #[arg(long, value_name = "SECONDS", default_value_t = GRACE_SECS_DEFAULT)]
-    grace: u32,
-    /// Directory in memory (a tmpfs) that tells the next daemon which requests were running if this
-    /// one is killed, so that none is lost or done twice. Of this daemon alone: it is made with
-    /// mode 0700, and another daemon that names it ends at once. none: there is none. [default: one
-    /// below /run/ringfsd, by the listeners]
-    #[arg(long, value_name = "DIR|none")]
-    state_dir: Option<StateOption>,
-    /// Unix socket that gives whoever connects one JSON object of counters.
+    /// Settings from a file; options of the command line win, shares and listeners add up.
+    /// [default: /etc/ringfs/ringfsd.toml, if it exists and no --share is given]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// How long a reload may take.
+const RELOAD_LIMIT: Duration = Duration::from_secs(60);
+
+#[derive(Args)]
+struct Of {
+    /// The daemon's control socket. [default: that of the only daemon below /run/ringfsd]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum EngineArg {
-    /// io_uring.
-    Uring,
-    /// Blocking threads, where io_uring is forbidden.
-    Threads,
-}
-
 #[derive(Subcommand)]
 enum Command {
-    /// Print the counters of a running daemon as JSON.
+    /// Tell what a running daemon does: shares, sessions, what became of the last reload.
     Status {
-        /// The daemon's --control socket.
-        #[arg(long, value_name = "PATH")]
-        control: PathBuf,
+        #[command(flatten)]
+        of: Of,
+        /// As one line of JSON.
+        #[arg(long)]
+        json: bool,
+        /// The sums of all counters, as one flat object of JSON.
+        #[arg(long)]
+        counters: bool,
+    },
+    /// Have a running daemon read its configuration again, as SIGHUP does, and tell what became
+    /// of it.
+    ///
+    /// Shares and listeners come and go without a word to those who are connected. The sessions of
+    /// a share that is gone go on until they are unmounted, unless drop-removed is set. A
+    /// configuration with any fault changes nothing.
+    Reload {
+        #[command(flatten)]
+        of: Of,
+    },
+    /// Read a configuration file, print what would be in force, or what is wrong and where.
+    #[command(after_help = FILE_EXAMPLE)]
+    CheckConfig {
+        /// The file. [default: /etc/ringfs/ringfsd.toml]
+        #[arg(value_name = "FILE", default_value = ringfs_server::config::FILE_DEFAULT)]
+        file: PathBuf,
     },
 }
 
-#[derive(Clone)]
-struct CpuList(Vec<usize>);
-
-impl std::str::FromStr for CpuList {
-    type Err = String;
-    fn from_str(text: &str) -> Result<CpuList, String> {
-        daemon::parse_cpus(text).map(CpuList)
-    }
-}
-
-fn main() {
+fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
@@ -112,46 +113,102 @@ fn main() {
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
         .init();
-    if let Err(error) = run(Cli::parse()) {
+    run(Cli::parse()).unwrap_or_else(|error| {
         eprintln!("ringfsd: {error:#}");
-        std::process::exit(1);
-    }
+        ExitCode::FAILURE
+    })
 }
 
-fn run(cli: Cli) -> Result<()> {
+fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        Some(Command::Status { control }) => status(&control),
-        None => serve(cli.serve),
+        Some(Command::Status { of, json, counters }) => status(&of, json, counters)?,
+        Some(Command::Reload { of }) => return reload(&of),
+        Some(Command::CheckConfig { file }) => return Ok(check_config(file)),
+        None => {
+            let Serve { config, settings } = cli.serve;
+            let source = Source::new(config, settings);
+            match source.config() {
+                Ok(config) => daemon::run(config, source)?,
+                Err(faults) => return Ok(tell(&faults)),
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tell(faults: &[Fault]) -> ExitCode {
+    faults.iter().for_each(|fault| eprintln!("ringfsd: {fault}"));
+    ExitCode::from(2)
+}
+
+fn check_config(file: PathBuf) -> ExitCode {
+    let source = Source::new(Some(file), Settings::default());
+    match source.config().and_then(|_| source.settings()) {
+        Ok(settings) => {
+            print!("{}", settings.to_toml());
+            ExitCode::SUCCESS
+        }
+        Err(faults) => tell(&faults),
     }
 }
 
-fn status(control: &PathBuf) -> Result<()> {
-    let mut stream = std::os::unix::net::UnixStream::connect(control)
-        .with_context(|| format!("cannot connect to {control:?}; is a daemon running with it?"))?;
-    std::io::copy(&mut stream, &mut std::io::stdout()).context("cannot read the counters")?;
+fn status(of: &Of, json: bool, counters: bool) -> Result<()> {
+    let path = of.path()?;
+    let asked = if counters { Ask::Counters } else { Ask::Status };
+    let cannot = || format!("cannot ask {path:?}; is a daemon running with it?");
+    let answer = control::ask(&path, asked).with_context(cannot)?;
+    if json || counters {
+        print!("{answer}");
+        return Ok(());
+    }
+    let status: Status = serde_json::from_str(&answer).context("the daemon answers strangely")?;
+    print!("{}", status.to_text());
     Ok(())
 }
 
-fn serve(args: Serve) -> Result<()> {
-    if args.shares.is_empty() {
-        bail!("nothing to share: give at least one --share NAME=DIR (see --help)");
+/// Whoever may connect may send the signal too: the socket is its user's.
+fn reload(of: &Of) -> Result<ExitCode> {
+    let path = of.path()?;
+    let ask = || control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"));
+    let before = ask()?.config.reloads;
+    let stream = UnixStream::connect(&path).with_context(|| format!("connect to {path:?}"))?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose socket is it?")?;
+    rustix::process::kill_process(peer.pid, rustix::process::Signal::HUP)
+        .with_context(|| format!("cannot send SIGHUP to {}", peer.pid.as_raw_pid()))?;
+    let until = Instant::now() + RELOAD_LIMIT;
+    loop {
+        let config = ask()?.config;
+        if config.reloads > before {
+            config.changed.iter().filter(|_| config.errors.is_empty()).for_each(|what| {
+                println!("{what}");
+            });
+            if !config.needs_restart.is_empty() {
+                println!("not before the next start: {}", config.needs_restart.join(", "));
+            }
+            config.errors.iter().for_each(|error| eprintln!("ringfsd: {error}"));
+            return Ok(ExitCode::from(if config.errors.is_empty() { 0 } else { 2 }));
+        }
+        if Instant::now() > until {
+            bail!("the daemon has not reloaded in {RELOAD_LIMIT:?}: does a share not answer?");
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
-    if args.listen.is_empty() {
-        bail!("nowhere to listen: give at least one --listen unix:PATH or vsock:PORT (see --help)");
+}
+
+impl Of {
+    /// The socket that is meant: the one that is named, or the only one there is.
+    fn path(&self) -> Result<PathBuf> {
+        if let Some(path) = &self.control {
+            return Ok(path.clone());
+        }
+        let mut running = control::running(false);
+        match running.len() {
+            0 => bail!(
+                "no daemon is running that tells below {}; name its --control socket",
+                control::DEFAULT_ABOVE
+            ),
+            1 => Ok(running.remove(0)),
+            _ => bail!("several daemons are running; name one by --control: {running:?}"),
+        }
     }
-    let config = Config {
-        shares: args.shares,
-        listen: args.listen,
-        cpus: args.cpus.map(|list| list.0),
-        engine: match args.engine {
-            EngineArg::Uring => Engine::Uring,
-            EngineArg::Threads => Engine::Threads,
-        },
-        spin: args.spin,
-        grace: Duration::from_secs(u64::from(args.grace)),
-        state_dir: args.state_dir.unwrap_or_default(),
-        control: args.control,
-    };
-    daemon::run(config)?;
-    Ok(())
 }

@@ -62,7 +62,7 @@ impl<R: Ring> Shard<R> {
         }
         let mut tag = RequestTag::of(key, &header);
         tag.reserved = reserved as u32;
-        self.shared.stats.begin_op(header.code);
+        self.op_begins(key, header.code);
         let session = &self.conns[key].session;
         // Finding out what became of it may wait.
         let route = if past.is_some() { Route::Pool } else { route };
@@ -126,6 +126,20 @@ impl<R: Ring> Shard<R> {
         Ok(Step::Taken)
     }
 
+    /// Counts a request that begins.
+    fn op_begins(&self, key: usize, opcode: u32) {
+        self.shared.stats.begin_op(opcode);
+        let conn = &self.conns[key];
+        add(&conn.session.work[usize::from(conn.index)].begun, 1);
+    }
+
+    /// Counts a request that is over; whether its reply goes out.
+    pub(super) fn op_ends(&self, key: usize, sent: bool) {
+        self.shared.stats.end_op(sent);
+        let conn = &self.conns[key];
+        add(&conn.session.work[usize::from(conn.index)].ended, 1);
+    }
+
     fn execute(
         &mut self,
         tag: RequestTag,
@@ -155,7 +169,7 @@ impl<R: Ring> Shard<R> {
                         add(&self.shared.stats.errors, 1);
                     }
                 }
-                self.shared.stats.end_op(true);
+                self.op_ends(tag.conn, true);
             }
             Some(mut buf) => match fs.execute(request, &mut buf[BODY_AT..]) {
                 Ok(len) => self.reply_from(tag, buf, len),
@@ -268,7 +282,7 @@ impl<R: Ring> Shard<R> {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
                         add(&self.shared.stats.bytes_read, n);
-                        return self.shared.stats.end_op(true);
+                        return self.op_ends(tag.conn, true);
                     }
                     Cached::Part(_) => {}
                     Cached::Failed(errno) => return self.answer(tag, Err(errno)),
@@ -480,7 +494,7 @@ impl<R: Ring> Shard<R> {
         {
             self.shared.pool.release(self.conns[key].session.owner, released);
         }
-        self.shared.stats.begin_op(opcode);
+        self.op_begins(key, opcode);
         self.answer(RequestTag::of(key, &header), Ok(&[]));
         Ok(Step::Taken)
     }

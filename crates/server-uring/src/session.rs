@@ -10,6 +10,7 @@ use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
 use crate::restore::{Restoring, TakeOverError};
 use crate::state_dir::{StateDir, StateFile, StateTerms};
+use crate::status::SessionStatus;
 use ringfs_wire::hello::{Reason, Ticket};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,10 +23,14 @@ pub struct Session {
     pub id: u64,
     /// The share's name.
     pub share: String,
+    /// The directory below the share that the guest has.
+    pub subdir: Vec<u8>,
     /// The peer, for people.
     pub peer: String,
     /// Stands for the peer where peers are treated alike; see [`crate::accept::Accepted`].
     pub owner: u64,
+    /// What each of its connections has done.
+    pub work: Box<[ConnWork]>,
     /// Since when.
     pub since: Instant,
     /// Executes its requests.
@@ -44,6 +49,16 @@ pub struct Session {
     pub file: Option<Arc<StateFile>>,
 }
 
+/// What one connection has done. Written by its shard alone.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct ConnWork {
+    /// Requests begun.
+    pub begun: AtomicU64,
+    /// Requests that are over.
+    pub ended: AtomicU64,
+}
+
 /// How far a rebuild is.
 pub struct Rebuild {
     /// `None`: it was given up, and nothing will ever run on the session.
@@ -58,6 +73,17 @@ impl Default for Rebuild {
 }
 
 impl Session {
+    /// Requests begun, and those of them that are not over.
+    pub fn work(&self) -> (u64, u64) {
+        let sum = |pick: fn(&ConnWork) -> &AtomicU64| {
+            self.work.iter().map(|work| pick(work).load(Ordering::Relaxed)).sum::<u64>()
+        };
+        // In this order none is over that has not begun.
+        let ended = sum(|work| &work.ended);
+        let begun = sum(|work| &work.begun);
+        (begun, begun.saturating_sub(ended))
+    }
+
     /// Whether requests may run: all that is to be restored is there.
     pub fn is_ready(&self) -> bool {
         self.rebuilt.as_ref().is_none_or(|rebuild| rebuild.complete.load(Ordering::Acquire))
@@ -236,8 +262,10 @@ impl Registry {
         let session = Arc::new(Session {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             share: terms.share,
+            subdir: terms.subdir,
             peer: terms.peer,
             owner: terms.owner,
+            work: (0..terms.conns).map(|_| ConnWork::default()).collect(),
             since: Instant::now(),
             fs: Arc::new(fs),
             lanes: terms.lanes,
@@ -475,6 +503,50 @@ impl Registry {
     pub fn stop(&self) {
         self.lock().stopped = true;
         self.changed.notify_all();
+    }
+
+    /// What every session has and does.
+    pub fn status(&self) -> Vec<SessionStatus> {
+        let sessions: Vec<_> = {
+            let sessions = self.lock();
+            sessions.live.values().map(|live| (live.session.clone(), live.cut)).collect()
+        };
+        let now = Instant::now();
+        let age = |at: Instant| now.saturating_duration_since(at).as_secs();
+        let of = |(session, cut): (Arc<Session>, Option<Instant>)| {
+            let counts = session.fs.counts();
+            let (requests, in_flight) = session.work();
+            let status = SessionStatus {
+                id: session.id,
+                share: session.share.clone(),
+                subdir: String::from_utf8_lossy(&session.subdir).into_owned(),
+                peer: session.peer.clone(),
+                age_s: age(session.since),
+                cut_s: cut.map(age),
+                lanes: session.lanes,
+                requests,
+                in_flight,
+                nodes: counts.nodes as u64,
+                handles: counts.handles as u64,
+            };
+            let_go(session);
+            status
+        };
+        let mut all: Vec<SessionStatus> = sessions.into_iter().map(of).collect();
+        all.sort_by_key(|session| session.id);
+        all
+    }
+
+    /// Ends all sessions of a share.
+    pub fn end_share(&self, name: &str) {
+        let ended: Vec<Live> = {
+            let mut sessions = self.lock();
+            let of_it = sessions.live.iter().filter(|(_, live)| live.session.share == name);
+            let ids: Vec<u64> = of_it.map(|(id, _)| *id).collect();
+            let mut out = |id| self.take_out(&mut sessions, id, Reason::UnknownShare);
+            ids.into_iter().filter_map(&mut out).collect()
+        };
+        ended.into_iter().for_each(|ended| self.bury(ended, Reason::UnknownShare));
     }
 
     /// Numbers over all sessions: sessions, nodes, handles, fds.

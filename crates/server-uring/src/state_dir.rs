@@ -16,6 +16,7 @@ use ringfs_wire::table::{are_whole, rebuild};
 use rustix::fs::{AtFlags, Dir, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::rand::GetRandomFlags;
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::accept::Address;
@@ -62,7 +63,8 @@ pub enum StateError {
 }
 
 /// Which directory, as `--state-dir` says.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum StateOption {
     /// One of this daemon's listeners below /run, if it can be made.
     #[default]
@@ -83,6 +85,23 @@ impl std::str::FromStr for StateOption {
             "" => Err("a directory, or none"),
             "none" => Ok(StateOption::None),
             path => Ok(StateOption::At(path.into())),
+        }
+    }
+}
+
+impl TryFrom<String> for StateOption {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<StateOption, &'static str> {
+        text.parse()
+    }
+}
+
+impl From<StateOption> for String {
+    fn from(option: StateOption) -> String {
+        match option {
+            StateOption::Default => String::new(),
+            StateOption::None => "none".into(),
+            StateOption::At(path) => path.to_string_lossy().into_owned(),
         }
     }
 }

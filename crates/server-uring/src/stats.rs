@@ -78,20 +78,20 @@ impl ShardStats {
     /// A request begins.
     pub fn begin_op(&self, opcode: u32) {
         let index = Opcode::from_u32(opcode).map_or(0, |opcode| opcode as usize);
-        self.ops[index].fetch_add(1, Relaxed);
-        self.slots_in_use.fetch_add(1, Relaxed);
+        add(&self.ops[index], 1);
+        add(&self.slots_in_use, 1);
     }
 
     /// It is over; whether its reply goes out.
     pub fn end_op(&self, sent: bool) {
-        self.slots_in_use.fetch_sub(1, Relaxed);
-        self.records_out.fetch_add(u64::from(sent), Relaxed);
+        self.slots_in_use.store(self.slots_in_use.load(Relaxed).wrapping_sub(1), Relaxed);
+        add(&self.records_out, usize::from(sent));
     }
 }
 
-/// Adds `n` to a counter.
+/// Adds `n` to a counter that this thread alone writes.
 pub fn add(counter: &AtomicU64, n: usize) {
-    counter.fetch_add(n as u64, Relaxed);
+    counter.store(counter.load(Relaxed).wrapping_add(n as u64), Relaxed);
 }
 
 /// Sums of all shards and sessions, as the control socket gives them.

@@ -1,9 +1,11 @@
 //! What serves guests: the greeter's thread, a thread and a ring a CPU, and the pool.
 
 use crate::accept::Accepted;
-use crate::daemon::{DaemonError, Engine};
-use crate::greet::{Greeter, Share};
-use crate::limits::POOL_THREADS_MAX;
+use crate::config::Engine;
+use crate::control;
+use crate::daemon::DaemonError;
+use crate::greet::{Greeter, Share, Shares};
+use crate::limits::{POOL_THREADS_MAX, VISITORS_MAX};
 use crate::mailbox::{Mail, Mailbox};
 use crate::pool::Pool;
 use crate::ring::{Ring, UringRing};
@@ -12,13 +14,15 @@ use crate::session::Registry;
 use crate::shard::{Shard, Shared};
 use crate::state_dir::StateDir;
 use crate::stats::{ShardStats, Totals};
+use crate::status::{ConfigState, ShareStatus, Status};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The running threads.
 pub struct Worker {
@@ -29,6 +33,25 @@ pub struct Worker {
     reaper: JoinHandle<()>,
     accepted: mpsc::Sender<Accepted>,
     bell: Arc<OwnedFd>,
+    shares: Arc<Shares>,
+    counters: Counters,
+    visitors: SyncSender<OwnedFd>,
+    teller: JoinHandle<()>,
+}
+
+/// What the parent tells a worker while it runs.
+pub enum Update {
+    /// A share is new, or is to be served in another way from the next mount on.
+    Share(Share),
+    /// A share is no more.
+    ShareGone {
+        /// What guests called it.
+        name: String,
+        /// Those who have it lose it; else nobody new gets it.
+        ends_sessions: bool,
+    },
+    /// What is in force.
+    Config(ConfigState),
 }
 
 struct ShardThread {
@@ -42,6 +65,10 @@ struct ShardThread {
 pub struct Counters {
     registry: Arc<Registry>,
     stats: Vec<Arc<ShardStats>>,
+    shares: Arc<Shares>,
+    cpus: Vec<usize>,
+    since: Instant,
+    config: Arc<Mutex<ConfigState>>,
 }
 
 impl Counters {
@@ -49,10 +76,41 @@ impl Counters {
     pub fn totals(&self) -> Totals {
         let mut totals = Totals::of_shards(self.stats.iter().map(|stats| &**stats));
         totals.numbers.splice(0..0, self.registry.totals());
-        let fds = std::fs::read_dir("/proc/self/fd").map_or(0, |dir| dir.count() as u64);
-        totals.numbers.insert(0, ("fds", fds));
+        totals.numbers.insert(0, ("fds", open_fds()));
         totals
     }
+
+    /// All that is told to people.
+    pub fn status(&self) -> Status {
+        let sessions = self.registry.status();
+        let mut shares: Vec<ShareStatus> = self.shares.all().iter().map(|s| s.status()).collect();
+        for session in &sessions {
+            match shares.iter_mut().find(|share| share.name == session.share) {
+                Some(share) => share.sessions += 1,
+                None => shares.push(ShareStatus {
+                    name: session.share.clone(),
+                    removed: true,
+                    sessions: 1,
+                    ..Default::default()
+                }),
+            }
+        }
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            up_s: self.since.elapsed().as_secs(),
+            cpus: self.cpus.clone(),
+            fds: open_fds(),
+            fds_max: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
+            config: self.config.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            shares,
+            sessions,
+        }
+    }
+}
+
+fn open_fds() -> u64 {
+    std::fs::read_dir("/proc/self/fd").map_or(0, |dir| dir.count() as u64)
 }
 
 impl Worker {
@@ -74,9 +132,23 @@ impl Worker {
             shards.push(start_shard(cpu, engine, spin, &registry, &pool)?);
         }
         registry.set_shards(shards.iter().map(|shard| shard.mailbox.clone()).collect());
-        let opening = shares.iter().map(|_| AtomicUsize::new(0)).collect();
-        let greeter = Greeter { shares, registry: registry.clone(), opening };
-        let greeter = Arc::new(greeter);
+        let known = Arc::new(Shares::default());
+        shares.into_iter().for_each(|share| known.put(share));
+        let greeter = Arc::new(Greeter { shares: known.clone(), registry: registry.clone() });
+        let counters = Counters {
+            registry: registry.clone(),
+            stats: shards.iter().map(|shard| shard.stats.clone()).collect(),
+            shares: known.clone(),
+            cpus: cpus.to_vec(),
+            since: Instant::now(),
+            config: Arc::default(),
+        };
+        let (visitors, come) = mpsc::sync_channel::<OwnedFd>(VISITORS_MAX);
+        let teller = {
+            let counters = counters.clone();
+            let thread = std::thread::Builder::new().name("ringfs-control".into());
+            thread.spawn(move || come.iter().for_each(|one| control::serve(one, &counters)))?
+        };
         let (accepted, incoming) = mpsc::channel();
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let greeter = {
@@ -89,7 +161,20 @@ impl Worker {
             let thread = std::thread::Builder::new().name("ringfs-reap".into());
             thread.spawn(move || registry.reap())?
         };
-        Ok(Worker { registry, pool, shards, greeter, reaper, accepted, bell })
+        let shares = known;
+        Ok(Worker {
+            registry,
+            pool,
+            shards,
+            greeter,
+            reaper,
+            accepted,
+            bell,
+            shares,
+            counters,
+            visitors,
+            teller,
+        })
     }
 
     /// Takes a connection in.
@@ -99,15 +184,47 @@ impl Worker {
         }
     }
 
-    /// For the control socket.
-    pub fn counters(&self) -> Counters {
-        let stats = self.shards.iter().map(|shard| shard.stats.clone()).collect();
-        Counters { registry: self.registry.clone(), stats }
+    /// Answers somebody on the control socket. Where too many wait already he is cut off.
+    pub fn control(&self, socket: OwnedFd) {
+        let _ = self.visitors.try_send(socket);
+    }
+
+    /// Serves differently from now on.
+    pub fn update(&self, update: Update) {
+        match update {
+            Update::Share(share) => self.shares.put(share),
+            Update::ShareGone { name, ends_sessions } => {
+                self.shares.remove(&name);
+                if ends_sessions {
+                    self.registry.end_share(&name);
+                }
+            }
+            Update::Config(state) => {
+                *self.counters.config.lock().unwrap_or_else(PoisonError::into_inner) = state;
+            }
+        }
+    }
+
+    /// What can be told.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Says goodbye to all guests and ends the threads.
     pub fn stop(self) {
-        let Worker { registry, pool, shards, greeter, reaper, accepted, bell } = self;
+        let Worker {
+            registry,
+            pool,
+            shards,
+            greeter,
+            reaper,
+            accepted,
+            bell,
+            visitors,
+            teller,
+            ..
+        } = self;
+        drop(visitors);
         registry.stop();
         let _ = reaper.join();
         drop(accepted);
@@ -118,6 +235,7 @@ impl Worker {
             let _ = shard.thread.join();
         }
         pool.close();
+        let _ = teller.join();
     }
 }
 

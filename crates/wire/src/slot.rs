@@ -1,5 +1,5 @@
-//! The session table of one lane, after NFSv4.1's: it bounds what is in flight, leads replies back
-//! to their requests, and tells a repeated request from a new one.
+//! The guest's side of a lane's session table, after NFSv4.1's: it bounds what is in flight and leads
+//! replies back to their requests. The host's side is `table.rs`.
 //!
 //! A request occupies a slot until its reply. Each use of a slot has the next `slot_seq`, so a
 //! record of an earlier use can never be taken for the current one.
@@ -99,74 +99,6 @@ impl<T> ClientSlots<T> {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct ServerSlot {
-    next: u32,
-    busy: bool,
-}
-
-/// The host's side: which use of each slot comes next.
-#[derive(Debug)]
-pub struct ServerSlots {
-    slots: Vec<ServerSlot>,
-    in_use: usize,
-}
-
-impl ServerSlots {
-    /// `granted` slots, all at their first use.
-    pub fn new(granted: u16) -> ServerSlots {
-        ServerSlots {
-            slots: vec![ServerSlot { next: 0, busy: false }; granted as usize],
-            in_use: 0,
-        }
-    }
-
-    /// A request came in on `at`; it is executed only if this says so.
-    pub fn begin(&mut self, at: SlotUse) -> Result<(), SlotError> {
-        let SlotUse { slot, seq } = at;
-        let entry = self.entry(slot)?;
-        if entry.busy {
-            return Err(SlotError::Busy { slot });
-        }
-        if entry.next != seq {
-            return Err(SlotError::Sequence { slot, seq, expected: entry.next });
-        }
-        entry.busy = true;
-        self.in_use += 1;
-        Ok(())
-    }
-
-    /// Whether that use is being executed now: a CANCEL may name one that is over.
-    pub fn is_running(&self, at: SlotUse) -> bool {
-        self.slots.get(at.slot as usize).is_some_and(|entry| entry.busy && entry.next == at.seq)
-    }
-
-    /// The reply goes out.
-    pub fn finish(&mut self, at: SlotUse) -> Result<(), SlotError> {
-        let SlotUse { slot, seq } = at;
-        let entry = self.entry(slot)?;
-        if !entry.busy {
-            return Err(SlotError::Idle { slot });
-        }
-        if entry.next != seq {
-            return Err(SlotError::Sequence { slot, seq, expected: entry.next });
-        }
-        *entry = ServerSlot { next: seq.wrapping_add(1), busy: false };
-        self.in_use -= 1;
-        Ok(())
-    }
-
-    /// Requests being executed.
-    pub fn in_use(&self) -> usize {
-        self.in_use
-    }
-
-    fn entry(&mut self, slot: u16) -> Result<&mut ServerSlot, SlotError> {
-        let granted = self.slots.len() as u16;
-        self.slots.get_mut(slot as usize).ok_or(SlotError::Range { slot, granted })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,40 +106,28 @@ mod tests {
     #[test]
     fn slots_bound_what_is_in_flight() {
         let mut client = ClientSlots::new(2);
-        let mut server = ServerSlots::new(2);
         let a = client.claim("a").expect("free");
         let b = client.claim("b").expect("free");
+        assert_ne!(a.slot, b.slot);
         assert_eq!(client.claim("c"), Err("c"));
-        for at in [a, b] {
-            server.begin(at).expect("new");
-            assert_eq!(server.begin(at), Err(SlotError::Busy { slot: at.slot }));
-        }
-        assert!(server.is_running(a));
-        server.finish(a).expect("running");
-        assert!(!server.is_running(a));
         assert_eq!(client.complete(a), Ok("a"));
         assert_eq!(
             client.complete(a),
             Err(SlotError::Sequence { slot: a.slot, seq: 0, expected: 1 })
         );
-        let c = client.claim("c").expect("freed");
-        assert_eq!(c, SlotUse { slot: a.slot, seq: 1 });
-        server.begin(c).expect("next use");
-        assert_eq!((client.in_use(), server.in_use()), (2, 2));
+        assert_eq!(client.claim("c"), Ok(SlotUse { slot: a.slot, seq: 1 }));
+        assert_eq!(client.in_use(), 2);
     }
 
     #[test]
     fn a_request_that_was_not_sent_uses_no_sequence() {
         let mut client = ClientSlots::new(1);
-        let mut server = ServerSlots::new(1);
         let unsent = client.claim("a").expect("free");
         assert_eq!(client.unclaim(unsent), Ok("a"));
         assert_eq!(client.unclaim(unsent), Err(SlotError::Idle { slot: 0 }));
         for seq in 0..2 {
             let at = client.claim("b").expect("freed");
             assert_eq!(at, SlotUse { slot: 0, seq });
-            server.begin(at).expect("the use that is expected");
-            server.finish(at).expect("running");
             assert_eq!(client.complete(at), Ok("b"));
         }
         assert_eq!(
@@ -218,16 +138,10 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_invents_is_refused() {
-        let mut server = ServerSlots::new(1);
-        let check = |server: &mut ServerSlots, slot, seq, expected| {
-            assert_eq!(server.begin(SlotUse { slot, seq }), Err(expected));
-        };
-        check(&mut server, 1, 0, SlotError::Range { slot: 1, granted: 1 });
-        check(&mut server, 0, 1, SlotError::Sequence { slot: 0, seq: 1, expected: 0 });
-        let at = SlotUse { slot: 0, seq: 0 };
-        assert_eq!(server.finish(at), Err(SlotError::Idle { slot: 0 }));
+    fn a_reply_that_a_peer_invents_is_refused() {
         let mut client = ClientSlots::<()>::new(1);
-        assert_eq!(client.complete(at), Err(SlotError::Idle { slot: 0 }));
+        let at = |slot| SlotUse { slot, seq: 0 };
+        assert_eq!(client.complete(at(0)), Err(SlotError::Idle { slot: 0 }));
+        assert_eq!(client.complete(at(1)), Err(SlotError::Range { slot: 1, granted: 1 }));
     }
 }

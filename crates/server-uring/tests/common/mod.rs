@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -98,6 +98,31 @@ impl Daemon {
         daemon
     }
 
+    /// One that has all but its control socket from a file, which `text` makes for its directory.
+    pub fn start_with_file(text: impl FnOnce(&Path) -> String) -> Daemon {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        std::fs::create_dir(dir.path().join("share")).expect("the share's directory");
+        std::fs::write(dir.path().join("ringfsd.toml"), text(dir.path())).expect("write");
+        let child = Command::new(env!("CARGO_BIN_EXE_ringfsd"))
+            .arg("--config")
+            .arg(dir.path().join("ringfsd.toml"))
+            .arg("--control")
+            .arg(dir.path().join("c"))
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or("off".into()))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("ringfsd starts");
+        let daemon = Daemon { child, dir };
+        until("the control socket", || UnixStream::connect(daemon.path("c")).ok());
+        daemon
+    }
+
+    /// Runs a subcommand of `ringfsd` on this daemon.
+    pub fn command(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+        command.args(words).arg("--control").arg(self.path("c")).output().expect("ringfsd runs")
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -114,6 +139,7 @@ impl Daemon {
         let mut text = String::new();
         let mut stream = UnixStream::connect(self.path("c")).expect("the control socket");
         stream.set_read_timeout(Some(LIMIT)).expect("timeout");
+        stream.write_all(b"{\"ask\":\"counters\"}\n").expect("ask");
         stream.read_to_string(&mut text).expect("counters");
         let pairs = text.split(['{', '}', ',']).filter_map(|pair| pair.split_once(':'));
         pairs

@@ -1,0 +1,417 @@
+//! What the daemon is told: one set of settings, filled by a file and by the command line.
+//!
+//! [`Settings`] is both: the same field is a key of `ringfsd.toml` and an option of `ringfsd`, and
+//! its documentation is the help text. What is not said is `None`, so that one layer can stand over
+//! another; [`Config`] is what is in force, with everything decided and checked once. Invariant:
+//! what `ringfsd check-config` prints, read again, is the same configuration.
+//!
+//! A new setting is a field of `Settings`, its default ([`Settings::defaults`]), a line of
+//! [`Settings::over`] and its place in `Config`; one of a share or a listener is a field of
+//! [`ShareConfig`] or [`ListenConfig`] (config/entry.rs) alone.
+
+mod entry;
+mod fault;
+
+pub use entry::{DirectIo, Engine, ListenConfig, ShareConfig};
+pub use fault::{Fault, What};
+
+use crate::accept::Address;
+use crate::control::ControlOption;
+use crate::limits::GRACE_SECS_DEFAULT;
+use crate::state_dir::StateOption;
+use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
+use rustix::thread::CpuSet;
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The file that is read where no other is named and the command line shares nothing.
+pub const FILE_DEFAULT: &str = "/etc/ringfs/ringfsd.toml";
+
+/// What one layer says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Settings {
+    /// CPUs to serve on, such as 0-3,8; at most those that the process may use.
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// How files and sockets are driven. [default: uring]
+    #[arg(long, value_enum)]
+    pub engine: Option<Engine>,
+    /// How often a thread that has just served looks for more, giving its CPU away in between,
+    /// before it sleeps. 0: it sleeps at once, which costs the least CPU and more time a request.
+    /// An idle daemon sleeps either way. [default: 100]
+    #[arg(long, value_name = "N")]
+    pub spin: Option<u32>,
+    /// How long the session of a guest that has lost its connections is kept, so that it can go on
+    /// where it was cut: its files stay open and its nodes known. 0: it ends with the last
+    /// connection. [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    pub grace: Option<u32>,
+    /// Directory in memory (a tmpfs) that tells the next daemon which requests were running if this
+    /// one is killed, so that none is lost or done twice. Of this daemon alone: it is made with
+    /// mode 0700, and another daemon that names it ends at once. none: there is none. [default: one
+    /// below /run/ringfsd, by the listeners]
+    #[arg(long, value_name = "DIR|none")]
+    pub state_dir: Option<StateOption>,
+    /// Unix socket of mode 0600 by which `ringfsd status` and `reload` ask this daemon. none: there
+    /// is none. [default: one below /run/ringfsd, by the process]
+    #[arg(long, value_name = "PATH|none")]
+    pub control: Option<ControlOption>,
+    /// A share that a reload removes takes its sessions with it; otherwise they go on until they
+    /// are unmounted.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub drop_removed: Option<bool>,
+    /// Where guests connect. May be given several times.
+    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub listen: Vec<ListenConfig>,
+    /// Directory to share, and the name that guests mount it by. May be given several times.
+    ///
+    /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the
+    /// host's disk; by default, buffered, it bypasses the guest's cache only); submounts=merge
+    /// (what is mounted below DIR on the host is seen; by default, hide, the directory underneath
+    /// is); dev (guests may make device nodes, which no guest can open through the share).
+    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
+    #[serde(default, rename = "share", with = "entry::by_name")]
+    pub shares: Vec<ShareConfig>,
+}
+
+/// All that is in force, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// What to share.
+    pub shares: Vec<ShareConfig>,
+    /// Where to listen.
+    pub listen: Vec<ListenConfig>,
+    /// CPUs to use; all that are allowed by default.
+    pub cpus: Option<Vec<usize>>,
+    /// How files and sockets are driven.
+    pub engine: Engine,
+    /// Looks for input before a thread sleeps; 0: none.
+    pub spin: u32,
+    /// How long a session without connections is kept.
+    pub grace: Duration,
+    /// Where what is known of sessions outlives this daemon.
+    pub state_dir: StateOption,
+    /// The control socket.
+    pub control: ControlOption,
+    /// Sessions of a share that is removed end.
+    pub drop_removed: bool,
+}
+
+/// A list such as `0-3,8`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct CpuList(pub Vec<usize>);
+
+impl Settings {
+    /// What holds where nobody says anything.
+    pub fn defaults() -> Settings {
+        Settings {
+            engine: Some(Engine::Uring),
+            spin: Some(SPIN_TRIES_DEFAULT),
+            grace: Some(GRACE_SECS_DEFAULT),
+            drop_removed: Some(false),
+            ..Settings::default()
+        }
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub fn read(path: &Path) -> Result<Settings, Fault> {
+        let text = std::fs::read_to_string(path);
+        let text = text.map_err(|source| Fault::of(path, 0, What::Read(source)))?;
+        toml::from_str(&text).map_err(|error| fault::of_toml(path, &text, &error))
+    }
+
+    /// This layer over another: what it says wins, its listeners come in addition, its shares in
+    /// addition or in place of those of the same name.
+    #[must_use]
+    pub fn over(self, base: Settings) -> Settings {
+        let mut shares = base.shares;
+        shares.retain(|old| !self.shares.iter().any(|new| new.name == old.name));
+        shares.extend(self.shares);
+        let mut listen = base.listen;
+        listen.extend(self.listen);
+        Settings {
+            cpus: self.cpus.or(base.cpus),
+            engine: self.engine.or(base.engine),
+            spin: self.spin.or(base.spin),
+            grace: self.grace.or(base.grace),
+            state_dir: self.state_dir.or(base.state_dir),
+            control: self.control.or(base.control),
+            drop_removed: self.drop_removed.or(base.drop_removed),
+            listen,
+            shares,
+        }
+    }
+
+    /// Decides what is not said, and checks how things go together.
+    ///
+    /// # Errors
+    /// All that is wrong; `file` is where the places are looked for.
+    pub fn check(self, file: Option<&Path>) -> Result<Config, Vec<Fault>> {
+        let settings = self.over(Settings::defaults());
+        let faults = settings.faults();
+        if !faults.is_empty() {
+            let text = file.and_then(|path| Some((path, std::fs::read_to_string(path).ok()?)));
+            return Err(faults.into_iter().map(|what| what.find_in(&text)).collect());
+        }
+        Ok(Config {
+            shares: settings.shares,
+            listen: settings.listen,
+            cpus: settings.cpus.map(|list| list.0),
+            engine: settings.engine.unwrap_or_default(),
+            spin: settings.spin.unwrap_or_default(),
+            grace: Duration::from_secs(settings.grace.unwrap_or_default().into()),
+            state_dir: settings.state_dir.unwrap_or_default(),
+            control: settings.control.unwrap_or_default(),
+            drop_removed: settings.drop_removed.unwrap_or_default(),
+        })
+    }
+
+    fn faults(&self) -> Vec<What> {
+        let mut faults = Vec::new();
+        if self.shares.is_empty() {
+            faults.push(What::NoShare);
+        }
+        if self.listen.is_empty() {
+            faults.push(What::NoListener);
+        }
+        let mut names = HashSet::new();
+        for share in &self.shares {
+            let name = share.name.clone();
+            if let Err(why) = share.check_name() {
+                faults.push(What::ShareName { name: name.clone(), why });
+            }
+            match std::fs::metadata(&share.path) {
+                _ if !names.insert(&share.name) => faults.push(What::ShareTwice(name)),
+                Ok(meta) if meta.is_dir() => {}
+                Ok(_) => {
+                    let source = std::io::ErrorKind::NotADirectory.into();
+                    faults.push(What::Share { name, path: share.path.clone(), source });
+                }
+                Err(source) => {
+                    faults.push(What::Share { name, path: share.path.clone(), source });
+                }
+            }
+        }
+        let mut addresses: Vec<&Address> = Vec::new();
+        for listen in &self.listen {
+            if addresses.contains(&&listen.address) {
+                faults.push(What::ListenTwice(listen.address.clone()));
+            }
+            addresses.push(&listen.address);
+        }
+        faults
+    }
+
+    /// As a file that says the same.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_else(|error| format!("# cannot be written: {error}\n"))
+    }
+}
+
+/// Where settings come from: told once, read at the start and at each reload.
+#[derive(Clone, Debug)]
+pub struct Source {
+    file: Option<PathBuf>,
+    command_line: Settings,
+}
+
+impl Source {
+    /// `file` is the one that was named. Where none was and the command line shares nothing, the
+    /// default one is read.
+    pub fn new(file: Option<PathBuf>, command_line: Settings) -> Source {
+        let default = Path::new(FILE_DEFAULT);
+        let file = file.or_else(|| {
+            (command_line.shares.is_empty() && default.exists()).then(|| default.to_owned())
+        });
+        Source { file, command_line }
+    }
+
+    /// The file, where there is one.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// What both say together, with the defaults.
+    ///
+    /// # Errors
+    /// What is wrong with the file's text.
+    pub fn settings(&self) -> Result<Settings, Vec<Fault>> {
+        let base = match &self.file {
+            Some(path) => Settings::read(path).map_err(|fault| vec![fault])?,
+            None => Settings::default(),
+        };
+        Ok(self.command_line.clone().over(base).over(Settings::defaults()))
+    }
+
+    /// What is to be in force.
+    ///
+    /// # Errors
+    /// All that is wrong.
+    pub fn config(&self) -> Result<Config, Vec<Fault>> {
+        self.settings()?.check(self.file())
+    }
+}
+
+impl std::str::FromStr for CpuList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<CpuList, String> {
+        let bad = |_| format!("{text:?} is no list of CPUs such as 0-3,8");
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let first: usize = first.trim().parse().map_err(bad)?;
+            let last: usize = last.trim().parse().map_err(bad)?;
+            if first > last || last >= CpuSet::MAX_CPU {
+                return Err(format!("{part:?} is no range of CPUs"));
+            }
+            cpus.extend(first..=last);
+        }
+        cpus.sort_unstable();
+        cpus.dedup();
+        Ok(CpuList(cpus))
+    }
+}
+
+impl TryFrom<String> for CpuList {
+    type Error = String;
+    fn try_from(text: String) -> Result<CpuList, String> {
+        text.parse()
+    }
+}
+
+impl std::fmt::Display for CpuList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let runs = self.0.chunk_by(|a, b| a + 1 == *b);
+        let runs = runs.filter_map(|run| Some((run.first()?, run.last()?)));
+        let runs = runs.map(|(first, last)| match first == last {
+            true => first.to_string(),
+            false => format!("{first}-{last}"),
+        });
+        f.write_str(&runs.collect::<Vec<_>>().join(","))
+    }
+}
+
+impl From<CpuList> for String {
+    fn from(list: CpuList) -> String {
+        list.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings, Fault> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("ringfsd.toml");
+        std::fs::write(&path, text).expect("write");
+        Settings::read(&path)
+    }
+
+    const WHOLE: &str = r#"
+cpus = "0-1,3"
+engine = "threads"
+spin = 7
+grace = 9
+state-dir = "none"
+control = "/run/c"
+
+[[listen]]
+address = "unix:/run/s"
+
+[[listen]]
+address = "vsock:3:5640"
+
+[share.src]
+path = "/"
+ro = true
+direct-io = "pass"
+submounts = "merge"
+dev = true
+
+[share.docs]
+path = "/usr"
+"#;
+
+    #[test]
+    fn what_is_printed_is_the_same_configuration() {
+        for text in [WHOLE, "", "[share.a]\npath = \"/\"\n"] {
+            let settings = read(text).expect("a configuration").over(Settings::defaults());
+            let printed = settings.to_toml();
+            let again = read(&printed).unwrap_or_else(|fault| panic!("{fault}\n{printed}"));
+            assert_eq!((again.to_toml(), again), (printed, settings));
+        }
+    }
+
+    #[test]
+    fn the_command_line_stands_over_the_file() {
+        let words = ["ringfsd", "--spin=3", "--share", "docs=/,ro", "--listen", "unix:/x"];
+        let line = <Settings as clap::Args>::augment_args(clap::Command::new("ringfsd"));
+        let line = line.try_get_matches_from(words).expect("arguments");
+        let line = <Settings as clap::FromArgMatches>::from_arg_matches(&line).expect("settings");
+        let config = line.over(read(WHOLE).expect("a configuration")).check(None).expect("good");
+        assert_eq!((config.spin, config.grace), (3, Duration::from_secs(9)));
+        let shares: Vec<_> = config.shares.iter().map(|s| (&*s.name, s.ro, &*s.path)).collect();
+        assert_eq!(shares, [("src", true, Path::new("/")), ("docs", true, Path::new("/"))]);
+        assert_eq!(config.listen.len(), 3);
+        assert_eq!(config.cpus, Some(vec![0, 1, 3]));
+    }
+
+    #[test]
+    fn what_is_wrong_has_a_line_and_a_remedy() {
+        let check = |text: &str, line: usize, says: &[&str]| {
+            let fault = match read(text) {
+                Err(fault) => fault,
+                Ok(settings) => {
+                    let dir = tempfile::tempdir().expect("a temporary directory");
+                    let path = dir.path().join("ringfsd.toml");
+                    std::fs::write(&path, text).expect("write");
+                    settings.check(Some(&path)).expect_err(text).remove(0)
+                }
+            };
+            let said = fault.to_string();
+            assert_eq!(fault.line, line, "{said}");
+            assert!(says.iter().all(|words| said.contains(words)), "{said}");
+        };
+        check("spin = 1\ngrce = 2\n", 2, &["`grce`", "did you mean `grace`?"]);
+        check("state_dir = \"none\"\n", 1, &["did you mean `state-dir`?"]);
+        check("[share.a]\npath = \"/\"\nr0 = true\n", 3, &["did you mean `ro`?"]);
+        check("[share.a]\npath = \"/\"\n\nfrobnicate = 1\n", 4, &["known here: ", "`submounts`"]);
+        check("[shares.a]\npath = \"/\"\n", 1, &["did you mean `share`?"]);
+        check("[[listen]]\naddress = \"tcp:1\"\n", 2, &["unix:PATH"]);
+        check("[[listen]]\nadress = \"vsock:1\"\n", 2, &["did you mean `address`?"]);
+        check("spin = \"x\"\n", 1, &["expected u32"]);
+        check("\ncpus = \"3-1\"\n", 2, &["no range of CPUs"]);
+        check("engine = \"urin\"\n", 1, &["did you mean `uring`?"]);
+        check("[share.a]\nro = true\n", 1, &["missing field `path`"]);
+        check("spin = 1\nspin = 2\n", 2, &["duplicate key"]);
+        check("[share.a\n", 1, &["unclosed table"]);
+        let listen = "[[listen]]\naddress = \"vsock:1\"\n";
+        check(&format!("{listen}\n[share.a]\npath = \"/none\"\n"), 4, &["\"a\"", "No such file"]);
+        check(&format!("{listen}\n[share.\"a/b\"]\npath = \"/\"\n"), 4, &["no / or @"]);
+        check(&format!("{listen}{listen}[share.a]\npath=\"/\"\n"), 3, &["given twice"]);
+        check(listen, 0, &["nothing to share"]);
+        check("[share.a]\npath = \"/\"\n", 0, &["nowhere to listen"]);
+    }
+
+    #[test]
+    fn cpu_lists() {
+        let parse = |text: &str| text.parse::<CpuList>();
+        assert_eq!(parse("0-2,5, 1"), Ok(CpuList(vec![0, 1, 2, 5])));
+        for bad in ["", "x", "3-1", "0-99999999", "-1", "1,,2"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+        for list in ["0", "0-3", "0-1,3,5-9"] {
+            assert_eq!(parse(list).map(|list| list.to_string()), Ok(list.to_owned()));
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The parts of the settings that can be there several times: shares and listeners.
+//!
+//! Each is a table of the file, and one word of the command line.
+
+use crate::accept::{Address, ListenError};
+use crate::fds::Fds;
+use crate::fs::{FsOptions, Submounts};
+use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// How files and sockets are driven.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// io_uring.
+    #[default]
+    Uring,
+    /// Blocking threads, where io_uring is forbidden.
+    Threads,
+}
+
+/// `[[listen]]`: where guests connect.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ListenConfig {
+    /// `unix:PATH`, `vsock:PORT` or `vsock:CID:PORT`.
+    pub address: Address,
+}
+
+/// `[share.NAME]`: a directory that guests may mount.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ShareConfig {
+    /// What guests call it.
+    #[serde(skip)]
+    pub name: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// Guests may not change it.
+    #[serde(default)]
+    pub ro: bool,
+    /// How far a guest's O_DIRECT goes.
+    #[serde(default)]
+    pub direct_io: DirectIo,
+    /// What is mounted below the directory.
+    #[serde(default)]
+    pub submounts: Submounts,
+    /// Guests may make device nodes.
+    #[serde(default)]
+    pub dev: bool,
+}
+
+/// How far a guest's O_DIRECT goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirectIo {
+    /// Past the guest's cache.
+    #[default]
+    Buffered,
+    /// To the host's disk.
+    Pass,
+}
+
+impl ShareConfig {
+    /// How the share is served, whatever guests ask for.
+    pub fn options(&self, fds: &Arc<Fds>) -> FsOptions {
+        FsOptions {
+            read_only: self.ro,
+            direct_io: self.direct_io == DirectIo::Pass,
+            submounts: self.submounts,
+            device_nodes: self.dev,
+            fds: fds.clone(),
+            ..FsOptions::default()
+        }
+    }
+
+    /// Why guests cannot name it so.
+    pub(super) fn check_name(&self) -> Result<(), String> {
+        let name = &self.name;
+        if name.is_empty() || name.len() > SHARE_NAME_BYTES_MAX || name.contains(['/', '@']) {
+            return Err(format!("must have 1 to {SHARE_NAME_BYTES_MAX} bytes, and no / or @"));
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for ShareConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ShareConfig, String> {
+        let (name, rest) =
+            text.split_once('=').ok_or("a share is NAME=DIR or NAME=DIR,OPTION...")?;
+        let mut share = ShareConfig { name: name.to_owned(), ..Default::default() };
+        let mut dir = rest;
+        // From the right, so that only the last parts can be options and a directory may have
+        // commas.
+        while let Some((before, word)) = dir.rsplit_once(',') {
+            match word {
+                "ro" => share.ro = true,
+                "rw" => share.ro = false,
+                "direct_io=pass" => share.direct_io = DirectIo::Pass,
+                "direct_io=buffered" => share.direct_io = DirectIo::Buffered,
+                "submounts=merge" => share.submounts = Submounts::Merge,
+                "submounts=hide" => share.submounts = Submounts::Hide,
+                "dev" => share.dev = true,
+                "nodev" => share.dev = false,
+                _ => break,
+            }
+            dir = before;
+        }
+        share.check_name().map_err(|why| format!("the share name {name:?} {why}"))?;
+        if dir.is_empty() {
+            return Err(format!("the share {name:?} has no directory"));
+        }
+        share.path = dir.into();
+        Ok(share)
+    }
+}
+
+impl FromStr for ListenConfig {
+    type Err = ListenError;
+
+    fn from_str(text: &str) -> Result<ListenConfig, ListenError> {
+        Ok(ListenConfig { address: text.parse()? })
+    }
+}
+
+/// Shares as tables by their names, in the order of the file.
+pub(super) mod by_name {
+    use super::ShareConfig;
+    use serde::de::{MapAccess, Visitor};
+    use serde::ser::SerializeMap;
+    use serde::{Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(shares: &[ShareConfig], out: S) -> Result<S::Ok, S::Error> {
+        let mut map = out.serialize_map(Some(shares.len()))?;
+        for share in shares {
+            map.serialize_entry(&share.name, share)?;
+        }
+        map.end()
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<ShareConfig>, D::Error> {
+        struct Tables;
+        impl<'de> Visitor<'de> for Tables {
+            type Value = Vec<ShareConfig>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("tables [share.NAME]")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut shares = Vec::new();
+                while let Some((name, share)) = map.next_entry::<String, ShareConfig>()? {
+                    shares.push(ShareConfig { name, ..share });
+                }
+                Ok(shares)
+            }
+        }
+        from.deserialize_map(Tables)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares() {
+        let check = |text: &str, expected: Option<(&str, &str, bool, DirectIo, Submounts)>| {
+            let parsed = text.parse::<ShareConfig>().ok();
+            let found = parsed.as_ref().map(|share| {
+                let path = share.path.to_str().unwrap_or_default();
+                (share.name.as_str(), path, share.ro, share.direct_io, share.submounts)
+            });
+            assert_eq!(found, expected, "{text}");
+        };
+        let (hide, merge) = (Submounts::Hide, Submounts::Merge);
+        let (buffered, pass) = (DirectIo::Buffered, DirectIo::Pass);
+        check("a=/b", Some(("a", "/b", false, buffered, hide)));
+        check("a=/b,ro", Some(("a", "/b", true, buffered, hide)));
+        check("a=/b,c,ro,direct_io=pass", Some(("a", "/b,c", true, pass, hide)));
+        check("a=/b=c,submounts=merge", Some(("a", "/b=c", false, buffered, merge)));
+        check("a=/b,unknown", Some(("a", "/b,unknown", false, buffered, hide)));
+        for bad in ["", "a", "=/b", "a=", "a/b=/c", "a@b=/c", "a=,ro"] {
+            check(bad, None);
+        }
+    }
+}

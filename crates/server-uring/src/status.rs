@@ -1,0 +1,233 @@
+//! What a daemon tells about itself: the answer to `ringfsd status`, as JSON and as tables.
+//!
+//! Numbers and names only. The reader may be older or newer than the daemon: what it does not know
+//! it skips, what is missing is zero.
+
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// All of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// Of the daemon.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Seconds since its start.
+    pub up_s: u64,
+    /// CPUs that have a shard each.
+    pub cpus: Vec<usize>,
+    /// Open file descriptors.
+    pub fds: u64,
+    /// As many it may have.
+    pub fds_max: u64,
+    /// What is in force, and what became of the last reload.
+    pub config: ConfigState,
+    /// What can be mounted.
+    pub shares: Vec<ShareStatus>,
+    /// Who has mounted.
+    pub sessions: Vec<SessionStatus>,
+}
+
+/// The configuration in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ConfigState {
+    /// Where it is from; `None`: from the command line alone.
+    pub file: Option<PathBuf>,
+    /// When it came into force, in seconds of Unix time.
+    pub loaded_unix_s: u64,
+    /// Reloads asked for since the start.
+    pub reloads: u64,
+    /// What the last good one changed.
+    pub changed: Vec<String>,
+    /// Settings that it changed and that wait for the next start.
+    pub needs_restart: Vec<String>,
+    /// When the last one failed; `None` once one was good.
+    pub failed_unix_s: Option<u64>,
+    /// Why it failed.
+    pub errors: Vec<String>,
+    /// Where guests connect.
+    pub listeners: Vec<String>,
+}
+
+/// One share.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ShareStatus {
+    /// What guests call it.
+    pub name: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// Guests may not change it.
+    pub read_only: bool,
+    /// It was removed by a reload, and sessions of it go on.
+    pub removed: bool,
+    /// Sessions of it.
+    pub sessions: u64,
+}
+
+/// One session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SessionStatus {
+    /// Counts up from 1 in this daemon.
+    pub id: u64,
+    /// What it has mounted.
+    pub share: String,
+    /// The directory below it.
+    pub subdir: String,
+    /// The listener and who is at the other end.
+    pub peer: String,
+    /// Seconds since it was opened here.
+    pub age_s: u64,
+    /// Seconds since its last connection was lost, if none is there.
+    pub cut_s: Option<u64>,
+    /// Lanes.
+    pub lanes: u16,
+    /// Requests begun.
+    pub requests: u64,
+    /// Those of them that are being executed.
+    pub in_flight: u64,
+    /// Inodes that the guest knows.
+    pub nodes: u64,
+    /// Files and directories that it has open.
+    pub handles: u64,
+}
+
+impl Status {
+    /// For people.
+    pub fn to_text(&self) -> String {
+        let mut out = String::new();
+        let cpus: Vec<String> = self.cpus.iter().map(ToString::to_string).collect();
+        let Status { version, pid, fds, fds_max, .. } = self;
+        let up = span(self.up_s);
+        let cpus = cpus.join(",");
+        let _ = writeln!(out, "ringfsd {version}, pid {pid}, up {up}, CPUs {cpus}");
+        let _ = writeln!(out, "open files: {fds} of {fds_max}");
+        self.config.write(&mut out);
+        let rows = self.shares.iter().map(ShareStatus::row);
+        table(&mut out, &["SHARE", "SESSIONS", "PATH", ""], rows);
+        if !self.sessions.is_empty() {
+            let head = [
+                "SESSION", "SHARE", "STATE", "AGE", "LANES", "BUSY", "DONE", "NODES", "OPEN",
+                "PEER",
+            ];
+            table(&mut out, &head, self.sessions.iter().map(SessionStatus::row));
+        }
+        out
+    }
+}
+
+impl ConfigState {
+    fn write(&self, out: &mut String) {
+        let file =
+            self.file.as_ref().map_or("the command line".into(), |f| f.display().to_string());
+        let _ = writeln!(out, "configuration: {file}, {} reloads", self.reloads);
+        for error in &self.errors {
+            let _ = writeln!(out, "  THE LAST RELOAD FAILED, the old one is in force: {error}");
+        }
+        if !self.needs_restart.is_empty() {
+            let _ = writeln!(out, "  not before the next start: {}", self.needs_restart.join(", "));
+        }
+        let _ = writeln!(out, "listening: {}", self.listeners.join(" "));
+    }
+}
+
+impl ShareStatus {
+    fn row(&self) -> Vec<String> {
+        let marks = match (self.removed, self.read_only) {
+            (true, _) => "removed",
+            (false, true) => "ro",
+            (false, false) => "",
+        };
+        let path = self.path.display().to_string();
+        vec![self.name.clone(), self.sessions.to_string(), path, marks.into()]
+    }
+}
+
+impl SessionStatus {
+    fn row(&self) -> Vec<String> {
+        let share = match self.subdir.as_str() {
+            "" => self.share.clone(),
+            subdir => format!("{}/{subdir}", self.share),
+        };
+        let state = match self.cut_s {
+            Some(seconds) => format!("cut {}", span(seconds)),
+            None => "connected".into(),
+        };
+        let done = self.requests.saturating_sub(self.in_flight);
+        let numbers = [u64::from(self.lanes), self.in_flight, done, self.nodes, self.handles];
+        let mut row = vec![self.id.to_string(), share, state, span(self.age_s)];
+        row.extend(numbers.iter().map(ToString::to_string));
+        row.push(self.peer.clone());
+        row
+    }
+}
+
+/// Columns as wide as they must be. What peers have named holds no control characters here.
+pub(crate) fn table(out: &mut String, head: &[&str], rows: impl Iterator<Item = Vec<String>>) {
+    let head = head.iter().map(|name| (*name).to_owned()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows.map(printable)).collect();
+    let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..rows[0].len()).filter_map(widest).collect();
+    out.push('\n');
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+        let line = cells.collect::<Vec<_>>().join("  ");
+        let _ = writeln!(out, "{}", line.trim_end());
+    }
+}
+
+fn printable(row: Vec<String>) -> Vec<String> {
+    let clean = |cell: String| cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    row.into_iter().map(clean).collect()
+}
+
+/// Seconds, for people.
+pub(crate) fn span(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{:02}m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_for_people() {
+        let session = SessionStatus {
+            id: 7,
+            share: "src".into(),
+            peer: "/run/v.sock_5640 pid 12\x1b[2J".into(),
+            age_s: 3725,
+            cut_s: Some(61),
+            requests: 12,
+            in_flight: 2,
+            ..Default::default()
+        };
+        let share = ShareStatus { name: "src".into(), path: "/srv".into(), ..Default::default() };
+        let (shares, sessions) = (vec![share], vec![session]);
+        let config = ConfigState { errors: vec!["x:3: bad".into()], ..Default::default() };
+        let text = Status { shares, sessions, config, ..Default::default() }.to_text();
+        let lines: Vec<&str> = text.lines().collect();
+        let row = "7        src    cut 1m01s  1h02m  0      2     10    0      0     \
+                   /run/v.sock_5640 pid 12?[2J";
+        assert_eq!(lines.last(), Some(&row));
+        assert!(lines.iter().any(|line| line.contains("RELOAD FAILED") && line.contains("x:3")));
+        assert!(lines.contains(&"src    0         /srv"));
+    }
+
+    #[test]
+    fn older_and_newer_ones_are_understood() {
+        let newer = r#"{"pid": 3, "colour": "red", "sessions": [{"id": 1, "mood": "good"}]}"#;
+        let status: Status = serde_json::from_str(newer).expect("understood");
+        assert_eq!((status.pid, status.sessions[0].id, status.shares.len()), (3, 1, 0));
+    }
+}
