@@ -13,6 +13,7 @@ use crate::restore::TakeOverError;
 use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
 /// Whether the peer has closed its end.
@@ -68,43 +69,57 @@ impl<R: Ring> Shard<R> {
         }
         let conn = &mut self.conns[key];
         let link = &mut conn.link;
-        let older = conn.waiting.take();
-        let now = Instant::now();
-        let (until, last, heard) = match &older {
-            Some(older) => (older.until, older.last, older.heard),
-            None => {
-                let ms = Duration::from_millis;
-                (now + ms(PROBE_MS), now + ms(PROBE_BUSY_MS), false)
-            }
-        };
         let mut pongs = 0;
         if link.socket.is_some() && link.closing.is_none() {
             tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
             // For each: what has answered an earlier one may be gone by now, and come itself.
             pongs = link.ping(&mut self.buffers);
         }
-        conn.waiting = Some(Waiting { newcomer, until, last, heard, pongs });
-        if let Some(Waiting { newcomer: older, .. }) = older {
-            let text = "another connection came in its place";
-            self.turn_away(*older, refuse(Reason::Timeout, text));
-        }
+        let waiting = conn.waiting.get_or_insert_with(|| {
+            let (now, ms) = (Instant::now(), Duration::from_millis);
+            let (until, last) = (now + ms(PROBE_MS), now + ms(PROBE_BUSY_MS));
+            Waiting { newcomers: VecDeque::new(), until, last, heard: false }
+        });
+        waiting.newcomers.push_back((pongs, newcomer));
+        let many = waiting.newcomers.len() > NEWCOMERS_MAX;
+        let (oldest, until) = (many.then(|| waiting.newcomers.pop_front()), waiting.until);
+        self.overtake(oldest.flatten());
         self.plan_sweep_at(until);
         self.flush(key);
     }
 
-    /// A PING was answered. If it was sent when somebody had come in this peer's place, that one is
-    /// a clone: a guest lets go of a connection before it asks for the next.
+    /// Those who waited for what another one gets.
+    fn overtake(&self, newcomers: impl IntoIterator<Item = (u32, Box<Newcomer>)>) {
+        for (_, newcomer) in newcomers {
+            let text = "another connection came in its place";
+            self.turn_away(*newcomer, refuse(Reason::Timeout, text));
+        }
+    }
+
+    /// A PING was answered. Those who had come in this peer's place when it was sent are clones: a
+    /// guest lets go of a connection before it asks for the next.
     pub(super) fn ponged(&mut self, key: usize) {
         let conn = &mut self.conns[key];
         let pongs = conn.link.ponged();
-        if conn.waiting.as_ref().is_none_or(|waiting| pongs < waiting.pongs) {
-            return;
+        let Some(waiting) = &mut conn.waiting else { return };
+        let (session, index) = (conn.session.id, conn.index);
+        let all = std::mem::take(&mut waiting.newcomers);
+        let (clones, mut stay): (VecDeque<_>, VecDeque<_>) =
+            all.into_iter().partition(|(its, _)| *its <= pongs);
+        for (its, _) in stay.iter_mut().filter(|(its, _)| *its == u32::MAX) {
+            *its = conn.link.ping(&mut self.buffers);
         }
-        let Some(Waiting { newcomer, .. }) = conn.waiting.take() else { return };
-        tracing::warn!(session = conn.session.id, conn = conn.index, "a clone was refused");
-        add(&self.shared.stats.clones_refused, 1);
-        let text = "this session is in use by another guest; mount again";
-        self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
+        match stay.is_empty() {
+            true => conn.waiting = None,
+            false => waiting.newcomers = stay,
+        }
+        for (_, newcomer) in clones {
+            tracing::warn!(session, conn = index, "a clone was refused");
+            add(&self.shared.stats.clones_refused, 1);
+            let text = "this session is in use by another guest; mount again";
+            self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
+        }
+        self.touched.push(key);
     }
 
     fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
@@ -233,7 +248,10 @@ impl<R: Ring> Shard<R> {
     fn drop_if_over(&mut self, key: usize) {
         let conn = &mut self.conns[key];
         if !conn.ended {
-            if let Some(Waiting { newcomer, .. }) = conn.waiting.take() {
+            if let Some(mut waiting) = conn.waiting.take()
+                && let Some((_, newcomer)) = waiting.newcomers.pop_back()
+            {
+                self.overtake(waiting.newcomers);
                 self.welcome(key, *newcomer, true);
             }
             return;
@@ -246,7 +264,7 @@ impl<R: Ring> Shard<R> {
         let Connection { session, index, waiting, .. } = self.conns.remove(key);
         self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
-        if let Some(Waiting { newcomer, .. }) = waiting {
+        for (_, newcomer) in waiting.into_iter().flat_map(|waiting| waiting.newcomers) {
             self.join(newcomer);
         }
     }

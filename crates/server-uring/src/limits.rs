@@ -51,8 +51,8 @@ pub const DETACHED_PER_PEER_MAX: usize = 64;
 pub const GRACE_SECS_DEFAULT: u32 = 600;
 /// Time for the old connection of a newcomer to show that it lives.
 pub const PROBE_MS: u64 = 500;
-/// PINGs of one socket that wait for their PONGs.
-pub const PINGS_MAX: u32 = 32;
+/// Newcomers of one connection that wait, and PINGs of one socket.
+pub const NEWCOMERS_MAX: usize = 32;
 /// The same time where bytes come, but no answer.
 pub const PROBE_BUSY_MS: u64 = 5000;
 /// Those who wait to be answered on the control socket.

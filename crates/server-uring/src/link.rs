@@ -376,8 +376,8 @@ impl Link {
 
     /// Asks the peer whether it is there. With how many PONGs it has answered.
     pub fn ping(&mut self, buffers: &mut BufferPool) -> u32 {
-        if self.pings.wrapping_sub(self.pongs) >= PINGS_MAX {
-            // It has not answered so many: one more would not either.
+        if self.pings.wrapping_sub(self.pongs) >= NEWCOMERS_MAX as u32 {
+            // One more would not be answered either, for now.
             return u32::MAX;
         }
         self.push(Kind::Ping, 0, &[], buffers);
