@@ -79,6 +79,9 @@ pub const DEFAULT: &str = "bare,local,ringfs,ringfs-nospin,ringfs-uring,fuser,ss
 /// The same for --quick.
 pub const QUICK: &str = "bare,local,ringfs,ringfs-nospin";
 
+/// The same for --goals.
+pub const GOALS: &str = "bare,local,ringfs,ringfs-nospin,ringfs-uring";
+
 /// The contenders by these names, with the programs in `bin`.
 pub fn by_names(names: &[String], bin: &Path) -> Result<Vec<Spec>> {
     let known: Vec<&str> = TABLE.iter().map(|entry| entry.name).collect();

@@ -98,6 +98,11 @@ pub const GOALS: &[Goal] = &[
     itself("daemon's RSS a known inode, B", "footprint", "rss-node", 200.0),
 ];
 
+/// Whether a goal is set for that work.
+pub fn is_for(work: &str) -> bool {
+    GOALS.iter().any(|goal| goal.work == work)
+}
+
 /// A contender's standing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Standing {

@@ -27,6 +27,7 @@ use backing::{Backing, Ground, build_passthrough, temporary_dir};
 use clap::Parser;
 use contender::{BASE, Kind, Spec, Tools};
 use report::About;
+use rounds::Pace;
 use samples::Samples;
 use site::{Place, Site};
 use std::fs;
@@ -57,6 +58,10 @@ struct Cli {
     /// `local` takes part beside unless --contenders says so
     #[arg(long, value_name = "LABEL=DIR")]
     ab: Vec<String>,
+    /// Only what goals are set for, with all that they need: ringfs by its defaults, without
+    /// spinning, and over rings, beside `bare` and `local`. The last table says which are met
+    #[arg(long, conflicts_with_all = ["ab", "growth", "mounted"])]
+    goals: bool,
     /// Only works whose name holds one of these, comma-separated
     #[arg(long, value_delimiter = ',')]
     work: Vec<String>,
@@ -81,7 +86,7 @@ struct Cli {
     #[arg(long, value_name = "FILE")]
     about: Option<PathBuf>,
     /// Count system calls, bytes on the wire and records a batch in a pass of their own; always
-    /// without --quick
+    /// without --quick and --goals
     #[arg(long)]
     costs: bool,
     /// Instead: rates and memory with 1 to 64 sessions, 1 to 8 lanes, up to 100,000 known names
@@ -98,6 +103,7 @@ struct Cli {
 
 const EXAMPLES: &str = "Examples:
   ringfs-bench --quick
+  ringfs-bench --goals
   ringfs-bench --ab old=/tmp/old --ab new=target/release --work randread,stat --rounds 5 --quick
   ringfs-bench --ab 'spin=;spin=20;--spin 20' --ab 'none=;spin=0;--spin 0' --base none
   ringfs-bench --backing ext4 --contenders bare,local,ringfs --work tree";
@@ -207,9 +213,15 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     scale.nodes = scale.nodes.min(files_limit() / 2);
     let rounds = cli.rounds.unwrap_or(if cli.quick { 3 } else { 7 });
     let place = Place { backing: &backing, scratch, tools: &tools, label: "", relayed: false };
-    rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES)?;
-    if cli.mounted.is_empty() && (cli.costs || !cli.quick) {
-        count(&specs, sites, &works, &place, &scale)?;
+    let counts = cli.mounted.is_empty() && (cli.costs || !cli.quick && !cli.goals);
+    let mut all = rounds::expected(&works, rounds, sites.len(), &scale);
+    if counts {
+        all += rounds::expected_count(&works, sites.len(), &scale);
+    }
+    let mut pace = Pace::new(all);
+    rounds::run(&mut sites, &works, rounds, &place, &scale, &SAMPLES, &mut pace)?;
+    if counts {
+        count(&specs, sites, &works, &place, &scale, &mut pace)?;
     }
     Ok(())
 }
@@ -221,6 +233,7 @@ fn count(
     works: &[Work],
     place: &Place<'_>,
     scale: &Scale,
+    pace: &mut Pace,
 ) -> Result<()> {
     if !counting::can_count(place.scratch) {
         eprintln!("LEFT OUT: system calls, wire and batches: perf cannot count them here");
@@ -232,7 +245,7 @@ fn count(
         let label = format!("{}-relayed", spec.name);
         sites.push(Site::start(spec, &Place { label: &label, relayed: true, ..*place })?);
     }
-    rounds::count(&mut sites, works, place, scale, &SAMPLES)
+    rounds::count(&mut sites, works, place, scale, &SAMPLES, pace)
 }
 
 impl Cli {
@@ -255,6 +268,7 @@ impl Cli {
                 false => work::ON_MOUNTED.contains(&work.name),
             };
             let possible = self.mounted.is_empty() || work.costed();
+            let possible = possible && (!self.goals || goals::is_for(work.name));
             possible && if self.work.is_empty() { usual } else { named && by_hand }
         };
         let mut works: Vec<Work> = Work::all().into_iter().filter(wanted).collect();
@@ -267,10 +281,11 @@ impl Cli {
 
     /// Who takes part and can; those who cannot are named.
     fn specs(&self, tools: &Tools) -> Result<Vec<Spec>> {
-        let usual = match (self.ab.is_empty(), self.quick) {
-            (false, _) => BASE,
-            (true, true) => contender::QUICK,
-            (true, false) => contender::DEFAULT,
+        let usual = match (self.ab.is_empty(), self.goals, self.quick) {
+            (false, ..) => BASE,
+            (true, true, _) => contender::GOALS,
+            (true, false, true) => contender::QUICK,
+            (true, false, false) => contender::DEFAULT,
         };
         if !self.mounted.is_empty() {
             let Backing::Dir(behind) = &self.backing else {

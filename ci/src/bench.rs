@@ -25,8 +25,8 @@ pub struct Args {
     /// Takes --quick, --rounds N, --work A,B, --keep
     #[arg(long)]
     vm: bool,
-    /// Passed to ringfs-bench: --quick, --rounds N, --backing tmpfs|ext4|DIR, --contenders A,B,
-    /// --work PART, --ab LABEL=DIR, --engine-ab, --growth; see `cargo xtask bench --help-all`
+    /// Passed to ringfs-bench: --quick, --goals, --rounds N, --backing tmpfs|ext4|DIR, --contenders
+    /// A,B, --work PART, --ab LABEL=DIR, --engine-ab, --growth; see `cargo xtask bench --help-all`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
     /// The bench's own help

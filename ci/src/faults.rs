@@ -8,16 +8,16 @@ mod checker;
 mod link;
 mod model;
 mod op;
-mod proxy;
+pub mod proxy;
 mod pump;
 mod real;
-mod rng;
-mod schedule;
+pub mod rng;
+pub mod schedule;
 mod shared;
 mod workload;
 mod world;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
@@ -458,17 +458,7 @@ impl<'a> Under<'a> {
     /// Copies the logs to where they outlive the run.
     fn keep_logs(&self) -> PathBuf {
         let dir = paths::target().join("faults").join(format!("seed-{}", self.seed));
-        let copied = fs::create_dir_all(&dir).and_then(|()| {
-            for entry in fs::read_dir(self.sandbox.path(""))?.flatten() {
-                if entry.path().extension().is_some_and(|extension| extension == "log") {
-                    fs::copy(entry.path(), dir.join(entry.file_name()))?;
-                }
-            }
-            Ok(())
-        });
-        if let Err(error) = copied {
-            eprintln!("faults: cannot keep the logs in {}: {error}", dir.display());
-        }
+        self.sandbox.keep_logs(&dir);
         dir
     }
 }

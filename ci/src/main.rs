@@ -21,6 +21,7 @@ mod proc;
 mod rig;
 mod sandbox;
 mod stress;
+mod survive;
 mod test;
 mod tidy;
 mod vm;
@@ -57,6 +58,8 @@ enum Command {
     Fsx(fsx::Args),
     /// Connections cut, silenced and garbled by a seeded proxy while everything is checked
     Faults(faults::Args),
+    /// How soon a mount goes on after its connections or its daemon are lost
+    Survive(survive::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
     /// stress-ng's file-system stressors on one and on several mounts
@@ -92,6 +95,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Pjdfstest(args) => close("pjdfstest", pjdfstest::run(&args)?),
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
         Command::Faults(args) => close("faults", faults::run(&args)?),
+        Command::Survive(args) => close("survive", survive::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),

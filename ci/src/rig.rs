@@ -72,6 +72,27 @@ impl Counters {
     }
 }
 
+/// What a mount's client tells of itself, as `ringfs status --json` writes it.
+#[derive(Clone, Debug, Deserialize)]
+#[allow(missing_docs, reason = "docs/operations.md has them")]
+pub struct Told {
+    pub nodes_known: u64,
+    pub handles_known: u64,
+    pub rebuilds: u64,
+    pub nodes_restored: u64,
+    pub nodes_lost: u64,
+    pub handles_restored: u64,
+    pub rebuild_bytes: u64,
+    pub rebuild_us: u64,
+}
+
+/// One line of the table of mounts.
+#[derive(Deserialize)]
+struct Listed {
+    mountpoint: PathBuf,
+    client: Option<Told>,
+}
+
 /// A running `ringfsd`.
 #[derive(Debug)]
 pub struct Daemon {
@@ -130,8 +151,20 @@ impl Daemon {
     /// Kills it without a warning and starts it again on the same sockets; its log goes on in a
     /// file of its own.
     pub fn kill_and_start_again(&mut self) -> Result<()> {
+        self.kill()?;
+        self.start_again()?;
+        self.wait_ready()
+    }
+
+    /// Kills it without a warning.
+    pub fn kill(&mut self) -> Result<()> {
         self.process.signal(Signal::KILL)?;
         ensure!(self.process.wait(SETTLE)?.is_some(), "ringfsd survives SIGKILL for {SETTLE:?}");
+        Ok(())
+    }
+
+    /// Starts it after a [`Daemon::kill`], and does not wait until it accepts.
+    pub fn start_again(&mut self) -> Result<()> {
         self.restarts += 1;
         if let Some((go, process, log)) = self.spares.pop_front() {
             (self.process, self.log) = (process, log);
@@ -140,7 +173,7 @@ impl Daemon {
             self.log.set_extension(format!("{}.log", self.restarts));
             self.process = launch(&self.ringfsd, &self.arguments, &self.log)?;
         }
-        self.wait_ready()
+        Ok(())
     }
 
     /// Makes processes ready for that many restarts. One that is forked later inherits the files
@@ -159,13 +192,18 @@ impl Daemon {
         Ok(())
     }
 
-    fn wait_ready(&mut self) -> Result<()> {
+    /// Whether it takes guests.
+    pub fn accepts(&self) -> bool {
+        UnixStream::connect(&self.socket).is_ok()
+    }
+
+    /// Waits until it takes guests and can be asked.
+    pub fn wait_ready(&mut self) -> Result<()> {
         let ready = guard::poll_until(SETTLE, || {
             if let Some(status) = self.process.wait(Duration::ZERO)? {
                 bail!("ringfsd ended with {status} at its start:\n{}", self.log_tail());
             }
-            Ok(UnixStream::connect(&self.socket).is_ok()
-                && UnixStream::connect(&self.control).is_ok())
+            Ok(self.accepts() && UnixStream::connect(&self.control).is_ok())
         })?;
         ensure!(ready, "ringfsd does not accept after {SETTLE:?}:\n{}", self.log_tail());
         Ok(())
@@ -313,6 +351,16 @@ impl Mount {
         let sh = Cmd::new("sh").args(["-c", each]).arg(&path).arg(&self.ringfs).arg(&self.dir);
         let process = sh.spawn(&sandbox.path(&format!("{name}.ask.log")))?;
         Ok(Asker { fifo, _process: process })
+    }
+
+    /// What its client tells.
+    pub fn told(&self) -> Result<Told> {
+        let text = Cmd::new(&self.ringfs).args(["status", "--json"]).limit(SETTLE).run()?;
+        let listed: Vec<Listed> =
+            serde_json::from_str(&text).with_context(|| format!("`ringfs status`: {text}"))?;
+        let mut own = listed.into_iter().filter(|listed| listed.mountpoint == self.dir);
+        let told = own.next().and_then(|listed| listed.client);
+        told.with_context(|| format!("no client answers for {}", self.dir.display()))
     }
 
     /// Unmounts in the orderly way, and sees it gone.

@@ -13,6 +13,7 @@ use rustix::mount::{MountFlags, mount};
 
 use crate::guard::{self, Guard, Undo};
 use crate::mounts;
+use crate::paths;
 use crate::proc::Cmd;
 
 /// Directories are called `PREFIX.pid.n`; short, because socket paths hold 107 bytes.
@@ -48,6 +49,32 @@ impl Sandbox {
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Copies its logs to `dir`, where they outlive the run.
+    pub fn keep_logs(&self, dir: &Path) {
+        let copied = fs::create_dir_all(dir).and_then(|()| {
+            for entry in fs::read_dir(&self.dir)?.flatten() {
+                if entry.path().extension().is_some_and(|extension| extension == "log") {
+                    fs::copy(entry.path(), dir.join(entry.file_name()))?;
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = copied {
+            eprintln!("xtask: cannot keep the logs in {}: {error}", dir.display());
+        }
+    }
+
+    /// The same where `result` is an error, in a directory of `target` called `name`, and the
+    /// error says so.
+    pub fn logged<T>(&self, name: &str, result: Result<T>) -> Result<T> {
+        if result.is_ok() {
+            return result;
+        }
+        let dir = paths::target().join(name);
+        self.keep_logs(&dir);
+        result.with_context(|| format!("logs in {}", dir.display()))
     }
 
     /// A new directory in it.

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 
 use crate::paths::{self, Bins};
 use crate::vm::{self, VmArgs};
-use crate::{demo, deny, deps, e2e, faults, fsx, pjdfstest, stress};
+use crate::{demo, deny, deps, e2e, faults, fsx, pjdfstest, stress, survive};
 
 /// The slowest single cargo call, a release build from nothing on two busy cores.
 const CARGO_LIMIT: Duration = Duration::from_secs(1500);
@@ -47,6 +47,7 @@ const STEPS: &[Step] = &[
     Step { name: "fsx", run: || fsx::run(&fsx::Args::short()) },
     Step { name: "stress", run: || stress::run(&stress::Args::short()) },
     Step { name: "faults", run: faults::run_short },
+    Step { name: "survive", run: survive::run_short },
     Step { name: "vm", run: || vm::run(VmArgs::short()).map(|()| "smoke on 6.12".into()) },
     Step { name: "demo", run: || demo::run(&demo::Args::once()) },
 ];

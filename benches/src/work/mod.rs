@@ -167,6 +167,22 @@ impl Work {
         matches!(self.what, What::Fio(_) | What::Stream | What::Names(_) | What::Workers(_))
     }
 
+    /// About how long one run takes with its preparation: what is left of a bench is told by it.
+    pub fn expected(&self, scale: &Scale) -> Duration {
+        let names = |count: usize| Duration::from_micros(60) * count as u32;
+        let more = Duration::from_millis(400);
+        more + match &self.what {
+            What::Fio(_) | What::Stream => scale.runtime,
+            What::Names(names::Step::List { .. }) => names(scale.entries),
+            What::Names(_) => names(scale.names),
+            What::Workers(_) => Duration::from_secs(1),
+            What::Mixed | What::Idle | What::Frozen { .. } => scale.runtime * 2,
+            What::Footprint => names(scale.nodes),
+            What::Growth(_) => scale.runtime * 3,
+            What::Tree => Duration::from_secs(10),
+        }
+    }
+
     /// Does it once in `site`; `None` where it says nothing about that contender. `place` is where
     /// servers of the work's own may run.
     pub fn run(&self, site: &Site, place: &Place<'_>, scale: &Scale) -> Result<Vec<Metric>> {

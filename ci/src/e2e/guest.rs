@@ -16,6 +16,7 @@ pub const CASES: &[Case] = &[
     ("mount_8_and_fstab", mount_8_and_fstab),
     ("remount_changes_flags_alone", remount),
     ("users_mount_by_fusermount3", users_mount),
+    ("the_doctor_tells_what_is_missing", doctor),
 ];
 
 /// Each script begins so: `$src` is the share, `$mnt` a place for it, `$ringfs` the program, also
@@ -170,6 +171,29 @@ says 1 'package fuse3' user env PATH=/nonexistent $ringfs mount $src $mnt
 chmod 600 $here/own/fuse
 says 1 'chmod 666 /dev/fuse' user $ringfs mount $src $mnt
 gone
+"#,
+    )
+}
+
+fn doctor(rig: &Rig) -> Result<()> {
+    script(
+        rig,
+        r#"
+says 0 ' 0 fail' $ringfs doctor $src
+says 0 'wire version 1' $ringfs doctor $src
+says 0 '"level": "ok"' $ringfs doctor $src --json
+says 1 'has no share of that name' $ringfs doctor n$src
+says 1 'is ringfsd running' $ringfs doctor d@unix:$here/none.sock
+says 2 'names no share' $ringfs doctor nothing
+mknod -m 600 $here/own/fuse c 10 229
+mount --bind $here/own/fuse /dev/fuse
+says 1 'chmod 666 /dev/fuse' user $ringfs doctor $src
+mount --bind /dev/null /dev/fuse
+says 1 '10:229' $ringfs doctor
+umount /dev/fuse; chmod 666 $here/own/fuse
+says 0 'by fusermount3' user $ringfs doctor $src
+mount --bind /dev/null /usr/bin/fusermount3
+says 1 'not setuid root' user $ringfs doctor $src
 "#,
     )
 }

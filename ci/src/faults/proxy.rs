@@ -75,6 +75,8 @@ pub struct Shared {
     begun: Instant,
     findings: Mutex<Vec<String>>,
     links: Mutex<Vec<Weak<Link>>>,
+    /// Connections that are held open without a sign of life.
+    silent: Mutex<Vec<Arc<Link>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -147,6 +149,7 @@ impl Proxy {
             begun: Instant::now(),
             findings: Mutex::default(),
             links: Mutex::default(),
+            silent: Mutex::default(),
         });
         let accepting = shared.clone();
         let acceptor = thread::Builder::new().name("proxy".into()).spawn(move || {
@@ -179,6 +182,35 @@ impl Proxy {
     pub fn live(&self) -> usize {
         let links = lock(&self.shared.links);
         links.iter().filter_map(Weak::upgrade).filter(|link| link.seems_live()).count()
+    }
+
+    /// Ends all connections: both ends see EOF, now.
+    pub fn cut(&self) {
+        self.all().iter().for_each(|link| link.cut());
+    }
+
+    /// Leaves the guest in silence on all connections, as a restored snapshot is; the daemon sees
+    /// EOF, or nothing either. They stay so until the guest leaves.
+    pub fn silence(&self, daemon_too: bool) {
+        for link in self.all() {
+            link.mute(true);
+            link.stop();
+            if !daemon_too {
+                // It may have gone already.
+                let _ = link.daemon.shutdown(std::net::Shutdown::Both);
+            }
+            lock(&self.shared.silent).push(link);
+        }
+    }
+
+    /// Connections left in silence are let go of: whoever is still there sees their end.
+    pub fn end_silence(&self) {
+        lock(&self.shared.silent).clear();
+    }
+
+    fn all(&self) -> Vec<Arc<Link>> {
+        let links = lock(&self.shared.links);
+        links.iter().filter_map(Weak::upgrade).filter(|link| !link.stopped()).collect()
     }
 
     /// What the ends must not have done.

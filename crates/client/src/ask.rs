@@ -3,7 +3,7 @@
 //! Invariant: a mount point is never touched; mounts are found in the mount table, and their
 //! clients by their sockets. Whoever asks learns the truth by the exit code.
 
-use crate::status::{self, Ask, Entry};
+use crate::status::{self, Ask};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -35,36 +35,50 @@ impl AskError {
     }
 }
 
-/// The mounts that are meant: that one, or all.
-fn mounts(at: Option<&Path>) -> Result<Vec<(PathBuf, PathBuf)>, AskError> {
-    let entries = status::collect(&status::dirs()).map_err(AskError::Mounts)?;
-    let absolute = at.map(|path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
-    let meant = |entry: &Entry| absolute.as_ref().is_none_or(|path| entry.mountpoint == *path);
-    let found: Vec<Entry> = entries.into_iter().filter(meant).collect();
-    if let (Some(path), true) = (absolute, found.is_empty()) {
-        return Err(AskError::NoMount(path));
+/// Does `act` with each mount that is meant, that one or all, as soon as its client has answered:
+/// none waits for another one's that is stuck. How many there are, or the first error.
+fn each(
+    at: Option<&Path>,
+    mut act: impl FnMut(&Path, &Path) -> Result<(), AskError>,
+) -> Result<usize, AskError> {
+    let mut entries = status::mounts().map_err(AskError::Mounts)?;
+    if let Some(path) = at {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        entries.retain(|entry| entry.mountpoint == path);
+        if entries.is_empty() {
+            return Err(AskError::NoMount(path));
+        }
     }
-    let with_socket = |entry: Entry| match entry.socket {
-        Some(socket) => Ok((entry.mountpoint, socket)),
-        None => Err(AskError::NoClient(entry.mountpoint)),
-    };
-    found.into_iter().map(with_socket).collect()
+    let mut done = Ok(());
+    status::each_client(&status::dirs(), &mut entries, |entry| {
+        if let Some(socket) = &entry.socket {
+            let acted = act(&entry.mountpoint, socket);
+            done = std::mem::replace(&mut done, Ok(())).and(acted);
+        }
+    });
+    let stuck = entries.iter().find(|entry| entry.socket.is_none());
+    match stuck {
+        Some(entry) => done.and(Err(AskError::NoClient(entry.mountpoint.clone()))),
+        None => done.map(|()| entries.len()),
+    }
 }
 
 /// Has connections dropped and joined anew; how many mounts were asked.
 pub fn reconnect(at: Option<&Path>) -> Result<usize, AskError> {
-    let mounts = mounts(at)?;
-    for (mountpoint, socket) in &mounts {
+    each(at, |mountpoint, socket| {
         let asked = status::ask(socket, Ask::Reconnect, Some(ANSWER_LIMIT));
-        asked.map_err(|error| AskError::NoAnswer(mountpoint.clone(), error))?;
-    }
-    Ok(mounts.len())
+        asked.map(drop).map_err(|error| AskError::NoAnswer(mountpoint.to_owned(), error))
+    })
 }
 
 /// Waits until all lanes have their connections; how many mounts were asked.
 pub fn wait_resumed(at: Option<&Path>, limit: Option<Duration>) -> Result<usize, AskError> {
     let deadline = limit.map(|limit| Instant::now() + limit);
-    let mounts = mounts(at)?;
+    let mut mounts = Vec::new();
+    each(at, |mountpoint, socket| {
+        mounts.push((mountpoint.to_owned(), socket.to_owned()));
+        Ok(())
+    })?;
     for (mountpoint, socket) in &mounts {
         // At least a moment: to ask without waiting is to ask as well.
         let left = deadline

@@ -184,6 +184,10 @@ pub struct Restored {
     pub nodes_lost: u64,
     /// Open files and directories.
     pub handles: u64,
+    /// On the wire, with all headers.
+    pub bytes: u64,
+    /// From the connect of the connection that tells it to the last byte sent, in microseconds.
+    pub took_us: u64,
 }
 
 impl Known {

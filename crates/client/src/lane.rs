@@ -238,6 +238,7 @@ impl Lane {
             && table.phase == Phase::Open
             && let Ok(at) = table.slots.claim(request)
         {
+            self.trace(at, request, "asked");
             return Claim::Slot(at);
         }
         table.starved = true;
@@ -274,7 +275,14 @@ impl Lane {
         };
         let parked = table.park.pop_front()?;
         table.park_bytes -= parked.frame.len();
+        self.trace(at, request, "asked");
         Some((at, parked))
+    }
+
+    /// What a request is called on both sides: the daemon's log of slow ones has the same `op`.
+    fn trace(&self, at: SlotUse, request: InFlight, what: &str) {
+        let op = format_args!("{}.{}.{}", self.index, at.slot, at.seq);
+        tracing::trace!(%op, ?request, "{what}");
     }
 
     /// What is parked waits for something else than a slot, which the next reply may bring.
@@ -362,6 +370,7 @@ impl Lane {
         let mut table = lock(&self.table);
         let request = table.slots.complete(at)?;
         self.slot_is_free(table);
+        self.trace(at, request, "answered");
         Ok(request)
     }
 

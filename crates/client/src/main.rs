@@ -10,6 +10,7 @@ mod ask;
 mod background;
 mod batcher;
 mod conn;
+mod doctor;
 mod down;
 mod groups;
 mod handshake;
@@ -37,7 +38,7 @@ use clap::{Args, Parser, Subcommand};
 use mount_cmd::{Failure, Request};
 use options::Options;
 use remount::RemountError;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -61,6 +62,7 @@ Examples:
   ringfs mount data@vsock:2:5640 /mnt -o ro,cache=always,lanes=2
   mount -t ringfs data@vsock:2:5640 /mnt         with this program linked as /sbin/mount.ringfs
   data@vsock:2:5640 /mnt ringfs _netdev 0 0      the same in /etc/fstab
+  ringfs doctor data@vsock:2:5640                what is missing here, and how to get it
   ringfs status; ringfs umount /mnt
   ringfs reconnect && ringfs wait --resumed --timeout 10   after a VM's snapshot was restored
 
@@ -83,6 +85,12 @@ Returns once every lane of the mount has its connection; at once if that is so a
 
 Exit codes: 0 connected; 1 there is no such mount, or it ended meanwhile; 4 the time is over (the
 mount goes on trying).";
+
+const DOCTOR_HELP: &str = "\
+Looks at the kernel, /dev/fuse, rights, mount(8), FUSE-over-io_uring, limits and vsock; with SOURCE
+it says hello to the daemon and leaves at once. It changes nothing.
+
+Exit codes: 0 nothing fails (there may be warnings); 1 something does; 2 wrong usage.";
 
 const MOUNT_HELP: &str = "\
 Options of -o (comma-separated, may be repeated):
@@ -160,6 +168,18 @@ enum Cmd {
         /// The mount point (default: all ringfs mounts)
         dir: Option<PathBuf>,
     },
+    /// Tell what this machine lacks for a mount, and how to get it
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor {
+        /// The share that is to be mounted: its daemon is asked too
+        source: Option<OsString>,
+        /// Mount options, as for `mount`
+        #[arg(short = 'o', value_name = "OPTIONS")]
+        options: Vec<String>,
+        /// As JSON: {ok, version, wire, checks: [{name, level, found, fix}]}
+        #[arg(long)]
+        json: bool,
+    },
     /// Show the ringfs mounts and what they do
     Status {
         /// As JSON: a list of {mountpoint, source, client}
@@ -211,6 +231,13 @@ fn main() -> ExitCode {
         Cmd::Reconnect { dir } => tell_none(ask::reconnect(dir.as_deref())),
         Cmd::Wait { resumed: _, timeout, dir } => {
             tell_none(ask::wait_resumed(dir.as_deref(), timeout.map(Duration::from_secs)))
+        }
+        Cmd::Doctor { source, options, json } => {
+            match run_doctor(source.as_deref(), &options, json) {
+                Ok(true) => return ExitCode::SUCCESS,
+                Ok(false) => return ExitCode::from(EXIT_FAILED),
+                Err(error) => Err(error),
+            }
         }
         Cmd::Status { json } => run_status(json),
     };
@@ -327,6 +354,19 @@ fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         true => parse_request(&args).map(drop),
         false => run_mount(&args),
     }
+}
+
+/// Whether nothing fails.
+fn run_doctor(source: Option<&OsStr>, lists: &[String], json: bool) -> anyhow::Result<bool> {
+    let target = source.map(Target::parse).transpose().map_err(usage)?;
+    let options = Options::parse("doctor", lists, false).map_err(usage)?;
+    let findings = doctor::examine(target.as_ref(), &options);
+    let text = match json {
+        true => serde_json::to_string_pretty(&findings)? + "\n",
+        false => doctor::render(&findings),
+    };
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(findings.ok)
 }
 
 fn run_status(json: bool) -> anyhow::Result<()> {

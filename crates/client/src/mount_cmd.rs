@@ -469,6 +469,13 @@ fn connect(address: &Address, hello: &Hello) -> Result<(Conn, ConnRx, Welcome), 
     Ok((conn, half, welcome))
 }
 
+/// Joins and leaves at once: what the daemon would grant.
+pub fn probe(request: &Request) -> Result<Welcome, Failure> {
+    let (conn, half, welcome) = connect(&request.target.address, &hello(request, 0))?;
+    drop(Joined(vec![(conn, half)]));
+    Ok(welcome)
+}
+
 fn hello(request: &Request, extra: u16) -> Hello {
     let options = &request.options;
     let over_vsock = matches!(request.target.address, Address::Vsock { .. });

@@ -21,23 +21,29 @@ const BUFFER_BYTES: usize =
 pub fn tell(joined: &mut Joined, known: &Known) -> Result<Restored, HandshakeError> {
     joined.socket.set_limit(Some(LIMIT)).map_err(io_error)?;
     let mut buffer = vec![0; BUFFER_BYTES];
-    let told = known.restore(|body| send(joined, &mut buffer, body));
+    let mut bytes = 0;
+    let told = known.restore(|body| {
+        bytes += send(joined, &mut buffer, body)? as u64;
+        Ok(())
+    });
     match told {
         Ok(restored) => {
             joined.socket.set_limit(None).map_err(io_error)?;
-            Ok(restored)
+            Ok(Restored { bytes, ..restored })
         }
         Err(errno) => Err(refusal(joined).unwrap_or_else(|| io_error(errno))),
     }
 }
 
-fn send(joined: &mut Joined, buffer: &mut [u8], body: &[u8]) -> Result<(), Errno> {
+/// Gives the length of the batch.
+fn send(joined: &mut Joined, buffer: &mut [u8], body: &[u8]) -> Result<usize, Errno> {
     let mut builder = BatchBuilder::new();
     let header = RecordHeader { kind: Kind::Restore as u8, ..Default::default() };
     let fits = builder.push(buffer, header, body);
     debug_assert!(fits, "a body of {} bytes", body.len());
     let batch = joined.tx.seal(&mut builder, buffer, joined.rx.received());
-    joined.socket.send_all(batch)
+    joined.socket.send_all(batch)?;
+    Ok(batch.len())
 }
 
 /// Why the daemon takes no more, if it has said so.

@@ -252,8 +252,15 @@ impl Resume {
         let mut state = lock(&self.state);
         state.rebuilds += 1;
         state.restored = restored;
-        let Restored { nodes, nodes_lost, handles } = restored;
-        tracing::warn!(nodes, nodes_lost, handles, "the daemon did not know the session: rebuilt");
+        let Restored { nodes, nodes_lost, handles, bytes, took_us } = restored;
+        tracing::warn!(
+            nodes,
+            nodes_lost,
+            handles,
+            bytes,
+            took_us,
+            "the daemon did not know the session: rebuilt"
+        );
     }
 
     /// Ends the connections that there are, and the try for another.
@@ -515,6 +522,7 @@ pub fn run(session: &Session, mut terms: Terms) {
 /// One try.
 fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeError> {
     let resume = &session.resume;
+    let begun = Instant::now();
     let socket = Socket::connect(&terms.address, handshake::LIMIT)?;
     if !resume.begin_try(&socket) {
         return Err(ResumeError::Overtaken);
@@ -538,7 +546,7 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     let is_rebuild = check_terms(terms, port, used, &welcome)?;
     // Whatever becomes of this connection: the daemon may know the new ticket alone by now.
     terms.welcome = welcome;
-    if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined) {
+    if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined, begun) {
         resume.end_try(port, None);
         return Err(error);
     }
@@ -558,6 +566,7 @@ fn rebuild(
     terms: &mut Terms,
     port: u16,
     joined: &mut Joined,
+    begun: Instant,
 ) -> Result<(), ResumeError> {
     (terms.is_untold, terms.joined) = (true, 0);
     let is_first = port == 0;
@@ -566,6 +575,8 @@ fn rebuild(
         return Err(ResumeError::Overtaken);
     }
     let restored = rebuild::tell(joined, &session.known)?;
+    let took_us = begun.elapsed().as_micros() as u64;
+    let restored = Restored { took_us, ..restored };
     terms.is_untold = false;
     session.resume.has_told(restored);
     Ok(())

@@ -7,7 +7,8 @@
 use crate::lane::LaneCounters;
 use crate::resume::Outlook;
 use crate::session::Session;
-use fuser_fork::mountinfo::find_mounts;
+use fuser_fork::mountinfo::{MountInfo, find_mounts};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 use std::io::{self, Read, Write as _};
@@ -16,10 +17,12 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long a client may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+/// Clients that are asked at the same time.
+const ASKED_AT_ONCE: usize = 256;
 /// Bytes of an answer that are read.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Clients that are asked.
@@ -130,11 +133,13 @@ pub struct Report {
     pub nodes_known: u64,
     pub handles_known: u64,
     /// How often one was; and what the last one was told: nodes, those of them that nothing finds,
-    /// and open files.
+    /// open files, in how many bytes on the wire and how much time since the connect.
     pub rebuilds: u64,
     pub nodes_restored: u64,
     pub nodes_lost: u64,
     pub handles_restored: u64,
+    pub rebuild_bytes: u64,
+    pub rebuild_us: u64,
     pub records_skipped: u64,
     /// All lanes have their connections (else `resuming`), and since when it is as it is.
     pub connected: bool,
@@ -162,6 +167,9 @@ pub struct Entry {
     /// Where that listens.
     #[serde(skip)]
     pub socket: Option<PathBuf>,
+    /// As the kernel has it.
+    #[serde(skip)]
+    pub is_read_only: bool,
 }
 
 impl Report {
@@ -186,6 +194,8 @@ impl Report {
             nodes_restored: restored.nodes,
             nodes_lost: restored.nodes_lost,
             handles_restored: restored.handles,
+            rebuild_bytes: restored.bytes,
+            rebuild_us: restored.took_us,
             records_skipped: session.records_skipped.load(Ordering::Relaxed),
             ..Report::default()
         };
@@ -322,48 +332,84 @@ pub fn unix_now_s() -> u64 {
 
 /// The ringfs mounts of this mount namespace, each with what its client says.
 pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
-    let mut reports = ask_all(dirs);
-    let entries = find_mounts()?.into_iter().map(|mount| {
-        let source = mount.source.to_string_lossy().into_owned();
-        let is_its = |(_, r): &(PathBuf, Report)| {
-            r.facts.mountpoint == mount.mount_point && r.facts.source == source
-        };
-        let mut found = reports.iter().position(is_its).map(|at| reports.swap_remove(at));
-        if let Some((_, report)) = &mut found {
-            // A remount changes it, and its client need not know.
-            report.facts.read_only = mount.is_read_only();
-        }
-        let (socket, client) = found.unzip();
-        Entry { mountpoint: mount.mount_point, source, client, socket }
-    });
-    Ok(entries.collect())
+    let mut entries = mounts()?;
+    each_client(dirs, &mut entries, |_| {});
+    Ok(entries)
 }
 
-fn ask_all(dirs: &[PathBuf]) -> Vec<(PathBuf, Report)> {
+/// The same, their clients not asked.
+pub fn mounts() -> io::Result<Vec<Entry>> {
+    let entry = |mount: MountInfo| {
+        let source = mount.source.to_string_lossy().into_owned();
+        let is_read_only = mount.is_read_only();
+        Entry { mountpoint: mount.mount_point, source, client: None, socket: None, is_read_only }
+    };
+    Ok(find_mounts()?.into_iter().map(entry).collect())
+}
+
+/// Asks clients until each of those mounts has one that has answered, or no more answer comes in
+/// time; `found` is told of each at once, so that nobody waits for a client that is stuck.
+pub fn each_client(dirs: &[PathBuf], entries: &mut [Entry], mut found: impl FnMut(&Entry)) {
     let files = dirs.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
     let sockets = files
         .filter_map(|file| Some(file.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|extension| extension == "sock"));
-    let asked = sockets.take(CLIENTS_MAX).map(|path| {
-        let report = ask(&path, Ask::Status, Some(ANSWER_LIMIT));
-        (path, report)
-    });
-    asked.filter_map(|(path, report)| Some((path, report.ok()?))).collect()
+    let sockets: Vec<PathBuf> = sockets.take(CLIENTS_MAX).collect();
+    for some in sockets.chunks(ASKED_AT_ONCE) {
+        let asked = some.iter().filter_map(|path| Some((path, say(path, Ask::Status).ok()?)));
+        let mut asked: Vec<(&PathBuf, UnixStream)> = asked.collect();
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        while !asked.is_empty() && entries.iter().any(|entry| entry.client.is_none()) {
+            let Some(ready) = first_ready(&asked, deadline) else { break };
+            let (path, stream) = asked.swap_remove(ready);
+            let Ok(mut report) = answer(stream, Some(ANSWER_LIMIT)) else { continue };
+            let is_its = |entry: &&mut Entry| {
+                let facts = &report.facts;
+                entry.client.is_none()
+                    && (&entry.mountpoint, &entry.source) == (&facts.mountpoint, &facts.source)
+            };
+            if let Some(entry) = entries.iter_mut().find(is_its) {
+                // A remount changes it, and its client need not know.
+                report.facts.read_only = entry.is_read_only;
+                (entry.client, entry.socket) = (Some(report), Some(path.clone()));
+                found(entry);
+            }
+        }
+    }
+}
+
+/// Which of them has something to say, or has gone.
+fn first_ready(asked: &[(&PathBuf, UnixStream)], deadline: Instant) -> Option<usize> {
+    let mut fds: Vec<PollFd<'_>> =
+        asked.iter().map(|(_, stream)| PollFd::new(stream, PollFlags::IN)).collect();
+    let left = deadline.saturating_duration_since(Instant::now());
+    let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    // A signal ends this command anyway.
+    rustix::event::poll(&mut fds, Some(&limit)).ok()?;
+    fds.iter().position(|fd| !fd.revents().is_empty())
 }
 
 /// Asks one client; `None`: for as long as it takes.
 pub fn ask(socket: &Path, what: Ask, limit: Option<Duration>) -> io::Result<Report> {
+    answer(say(socket, what)?, limit)
+}
+
+fn say(socket: &Path, what: Ask) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).inspect_err(|error| {
         if error.kind() == io::ErrorKind::ConnectionRefused {
             // Its process is dead; if the file is not ours, it stays.
             let _ = std::fs::remove_file(socket);
         }
     })?;
-    stream.set_read_timeout(limit)?;
     stream.set_write_timeout(Some(ANSWER_LIMIT))?;
     stream.write_all(what.word().as_bytes())?;
+    Ok(stream)
+}
+
+fn answer(stream: UnixStream, limit: Option<Duration>) -> io::Result<Report> {
+    stream.set_read_timeout(limit)?;
     let mut bytes = Vec::new();
-    (&mut stream).take(ANSWER_BYTES_MAX).read_to_end(&mut bytes)?;
+    stream.take(ANSWER_BYTES_MAX).read_to_end(&mut bytes)?;
     Ok(serde_json::from_slice(&bytes)?)
 }
 
@@ -415,8 +461,13 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
     if report.rebuilds > 0 {
         let _ = writeln!(
             text,
-            "  rebuilds {}, the last one of {} nodes ({} lost) and {} open files",
-            report.rebuilds, report.nodes_restored, report.nodes_lost, report.handles_restored
+            "  rebuilds {}, the last one of {} nodes ({} lost) and {} open files ({} in {} ms)",
+            report.rebuilds,
+            report.nodes_restored,
+            report.nodes_lost,
+            report.handles_restored,
+            bytes(report.rebuild_bytes),
+            report.rebuild_us / 1000
         );
     }
     let granted = |granted: &Granted| match &granted.why {
@@ -498,6 +549,8 @@ mod tests {
             rebuilds: 1,
             nodes_restored: 5,
             handles_restored: 2,
+            rebuild_bytes: 4096,
+            rebuild_us: 3500,
             ..Report::default()
         }
     }
@@ -509,8 +562,23 @@ mod tests {
         let dirs = [dir.path().to_owned()];
         let dead = dir.path().join("1.sock");
         drop(UnixListener::bind(&dead).expect("bind"));
+        let stuck = UnixListener::bind(dir.path().join("0.sock")).expect("bind");
+        let entry = |source: &str| Entry {
+            mountpoint: PathBuf::new(),
+            source: source.into(),
+            client: None,
+            socket: None,
+            is_read_only: false,
+        };
         let asked = std::thread::scope(|scope| {
-            let asked = scope.spawn(|| ask_all(&dirs));
+            let asked = scope.spawn(|| {
+                let mut entries = [entry("another's"), entry("")];
+                let mut told = Vec::new();
+                each_client(&dirs, &mut entries, |entry| told.push(entry.clone()));
+                assert_eq!(told, entries[1..]);
+                assert_eq!(entries[0], entry("another's"));
+                told.remove(0)
+            });
             let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
             let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
             assert_eq!(rustix::event::poll(&mut fds, Some(&limit)), Ok(1));
@@ -520,9 +588,10 @@ mod tests {
             });
             asked.join().expect("asker")
         });
-        assert_eq!(asked, [(publisher.path.clone(), report())]);
+        assert_eq!((asked.client, asked.socket), (Some(report()), Some(publisher.path.clone())));
         assert!(!dead.exists());
-        drop(publisher);
+        drop((publisher, stuck));
+        std::fs::remove_file(dir.path().join("0.sock")).expect("the stuck one's is left alone");
         assert_eq!(std::fs::read_dir(dir.path()).expect("dir").count(), 0);
     }
 
@@ -563,6 +632,7 @@ mod tests {
             source: source.clone(),
             client,
             socket: None,
+            is_read_only: false,
         };
         let text = render(&[entry(Some(report())), entry(None)], 61);
         for expected in [
@@ -570,7 +640,7 @@ mod tests {
             "lanes 1 of 4 (no clones), slots a lane 0, spin 0",
             "mounted for 1 min",
             "RESUMING, requests wait, for 21 s; cuts 2, resumes 1, the last one: reset",
-            "rebuilds 1, the last one of 5 nodes (0 lost) and 2 open files",
+            "rebuilds 1, the last one of 5 nodes (0 lost) and 2 open files (4.0 KiB in 3 ms)",
             "requests 12 (3 in flight, 0 parked, 0 abandoned)",
             "2.0 KiB up",
             "ringfs umount -l /m",

@@ -202,6 +202,8 @@ impl<'s> RingLane<'s> {
             }
         }
         self.link = Some(link);
+        // What it holds has slots, and is among what is sent again.
+        self.builder = BatchBuilder::new();
         self.resends = Some(self.lane.resend());
         // What came behind the WELCOME.
         self.take_received()

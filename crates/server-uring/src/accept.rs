@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -27,6 +28,8 @@ pub enum Address {
         /// The port to listen on.
         port: u32,
     },
+    /// TCP: for metrics alone, guests cannot come so.
+    Tcp(SocketAddr),
 }
 
 /// Any CID.
@@ -44,6 +47,8 @@ pub enum ListenError {
         "cannot listen on vsock port {port} (is the module vhost_vsock or vsock_loopback loaded?)"
     )]
     Vsock { port: u32, source: std::io::Error },
+    #[error("cannot listen on tcp:{address}")]
+    Tcp { address: SocketAddr, source: std::io::Error },
 }
 
 impl FromStr for Address {
@@ -84,6 +89,7 @@ impl std::fmt::Display for Address {
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Vsock { cid: CID_ANY, port } => write!(f, "vsock:{port}"),
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+            Address::Tcp(address) => write!(f, "tcp:{address}"),
         }
     }
 }
@@ -95,6 +101,8 @@ pub enum Door {
     Guests,
     /// To ask about the daemon: see control.rs.
     Control,
+    /// Metrics: see prometheus.rs.
+    Metrics,
 }
 
 /// A bound socket. Its path goes with it.
@@ -140,6 +148,12 @@ impl Listener {
                 listener.set_nonblocking(true).map_err(source)?;
                 OwnedFd::from(listener)
             }
+            Address::Tcp(address) => {
+                let source = |source| ListenError::Tcp { address: *address, source };
+                let listener = TcpListener::bind(address).map_err(source)?;
+                listener.set_nonblocking(true).map_err(source)?;
+                OwnedFd::from(listener)
+            }
         };
         Ok(Listener { address, socket })
     }
@@ -162,6 +176,11 @@ impl Listener {
                 Ok(Some(Accepted { socket, peer, owner }))
             }
             Address::Vsock { cid, port } => accept_vsock(&self.socket, *cid, *port),
+            Address::Tcp(address) => match net::accept_with(&self.socket, flags) {
+                Ok(socket) => Ok(Some(Accepted { socket, peer: address.to_string(), owner: 0 })),
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+                Err(errno) => Err(errno),
+            },
         }
     }
 }

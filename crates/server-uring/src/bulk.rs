@@ -23,7 +23,8 @@ pub(super) struct Bulk {
 }
 
 impl<R: Ring> Shard<R> {
-    pub(super) fn put_off(&mut self, bulk: Bulk) {
+    pub(super) fn put_off(&mut self, mut bulk: Bulk) {
+        bulk.tag.place = Place::Peer;
         self.conns[bulk.tag.conn].running += 1;
         self.bulk.push_back(bulk);
     }

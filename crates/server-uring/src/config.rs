@@ -12,12 +12,12 @@
 mod entry;
 mod fault;
 
-pub use entry::{DirectIo, Engine, ListenConfig, ShareConfig};
+pub use entry::{DirectIo, Engine, ListenConfig, LogFormat, MetricsAddress, ShareConfig};
 pub use fault::{Fault, What};
 
 use crate::accept::Address;
 use crate::control::ControlOption;
-use crate::limits::GRACE_SECS_DEFAULT;
+use crate::limits::{GRACE_SECS_DEFAULT, SLOW_OP_MS_DEFAULT};
 use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use rustix::thread::CpuSet;
@@ -59,6 +59,21 @@ pub struct Settings {
     /// is none. [default: one below /run/ringfsd, by the process]
     #[arg(long, value_name = "PATH|none")]
     pub control: Option<ControlOption>,
+    /// Metrics for Prometheus over HTTP, by a Unix socket of mode 0600 or an address that only this
+    /// machine reaches.
+    #[arg(long, value_name = "unix:PATH|tcp:127.0.0.1:PORT")]
+    pub metrics: Option<MetricsAddress>,
+    /// A request that takes so long is told in the log and by `ringfsd status`: whose, where it ran
+    /// and waited. 0: none is. [default: 1000]
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub slow_op: Option<u32>,
+    /// How much is logged: error, warn, info, debug or trace, also by module as RUST_LOG has it
+    /// (info,ringfs_server::join=debug). [default: what RUST_LOG says, or info]
+    #[arg(long, value_name = "LEVEL")]
+    pub log: Option<String>,
+    /// How it is written. [default: text]
+    #[arg(long, value_enum)]
+    pub log_format: Option<LogFormat>,
     /// A share that a reload removes takes its sessions with it; otherwise they go on until they
     /// are unmounted.
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
@@ -97,6 +112,14 @@ pub struct Config {
     pub state_dir: StateOption,
     /// The control socket.
     pub control: ControlOption,
+    /// Where metrics are told.
+    pub metrics: Option<Address>,
+    /// From when on a request is slow; 0: never.
+    pub slow_op: Duration,
+    /// What is logged.
+    pub log: Option<String>,
+    /// And how.
+    pub log_format: LogFormat,
     /// Sessions of a share that is removed end.
     pub drop_removed: bool,
 }
@@ -113,6 +136,8 @@ impl Settings {
             engine: Some(Engine::Uring),
             spin: Some(SPIN_TRIES_DEFAULT),
             grace: Some(GRACE_SECS_DEFAULT),
+            slow_op: Some(SLOW_OP_MS_DEFAULT),
+            log_format: Some(LogFormat::Text),
             drop_removed: Some(false),
             ..Settings::default()
         }
@@ -144,6 +169,10 @@ impl Settings {
             grace: self.grace.or(base.grace),
             state_dir: self.state_dir.or(base.state_dir),
             control: self.control.or(base.control),
+            metrics: self.metrics.or(base.metrics),
+            slow_op: self.slow_op.or(base.slow_op),
+            log: self.log.or(base.log),
+            log_format: self.log_format.or(base.log_format),
             drop_removed: self.drop_removed.or(base.drop_removed),
             listen,
             shares,
@@ -170,6 +199,10 @@ impl Settings {
             grace: Duration::from_secs(settings.grace.unwrap_or_default().into()),
             state_dir: settings.state_dir.unwrap_or_default(),
             control: settings.control.unwrap_or_default(),
+            metrics: settings.metrics.map(|metrics| metrics.0),
+            slow_op: Duration::from_millis(settings.slow_op.unwrap_or_default().into()),
+            log: settings.log,
+            log_format: settings.log_format.unwrap_or_default(),
             drop_removed: settings.drop_removed.unwrap_or_default(),
         })
     }
@@ -181,6 +214,11 @@ impl Settings {
         }
         if self.listen.is_empty() {
             faults.push(What::NoListener);
+        }
+        if let Some(log) = &self.log
+            && let Err(error) = log.parse::<tracing_subscriber::EnvFilter>()
+        {
+            faults.push(What::Log { log: log.clone(), why: error.to_string() });
         }
         let mut names = HashSet::new();
         for share in &self.shares {
@@ -399,6 +437,9 @@ path = "/usr"
         check(&format!("{listen}\n[share.a]\npath = \"/none\"\n"), 4, &["\"a\"", "No such file"]);
         check(&format!("{listen}\n[share.\"a/b\"]\npath = \"/\"\n"), 4, &["no / or @"]);
         check(&format!("{listen}{listen}[share.a]\npath=\"/\"\n"), 3, &["given twice"]);
+        check("metrics = \"tcp:0.0.0.0:1\"\n", 1, &["can be reached by others"]);
+        let whole = format!("log = \"a=b=c\"\n{listen}[share.a]\npath=\"/\"\n");
+        check(&whole, 1, &["says not what to log: error parsing"]);
         check(listen, 0, &["nothing to share"]);
         check("[share.a]\npath = \"/\"\n", 0, &["nowhere to listen"]);
     }

@@ -19,21 +19,16 @@ use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::slot::{SlotError, SlotUse};
 use ringfs_wire::table::{Abandon, Begin, Fate, Past, SlotTable};
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Those who say that this is their connection, while its old socket is still there.
+/// Somebody who says that this is his connection, while its old socket is still there.
 pub struct Waiting {
-    /// Who, the last one last; each with the number of PONGs that shows that the old socket's peer
-    /// was alive when he had come.
-    pub newcomers: VecDeque<(u32, Box<Newcomer>)>,
+    /// Who.
+    pub newcomer: Box<Newcomer>,
     /// When it is decided whether the old socket's peer is alive.
     pub until: Instant,
-    /// When at the latest.
-    pub last: Instant,
-    /// The old socket has brought bytes since: they may be late ones of a dead peer, or of one that
-    /// is busy and will answer soon.
+    /// The old socket has brought bytes since it was asked.
     pub heard: bool,
 }
 
@@ -51,7 +46,7 @@ pub struct Connection {
     pub ended: bool,
     /// Until when its peer may end the stream by itself.
     pub leave_by: Option<Instant>,
-    /// Who want to go on in its place.
+    /// Who wants to go on in its place.
     pub waiting: Option<Waiting>,
     /// The tables of lanes `index`, `index + conns`, ...
     lanes: Vec<SlotTable<Cells>>,

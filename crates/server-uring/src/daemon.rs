@@ -131,8 +131,11 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         false => config.state_dir.open(&addresses, config.grace)?,
     };
     let control = bind_control(&config)?;
+    let metrics = config.metrics.clone().map(Listener::bind_private).transpose()?;
     let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
     listeners.extend(control.map(|listener| (Door::Control, listener)));
+    listeners.extend(metrics.map(|listener| (Door::Metrics, listener)));
+    worker.update(Update::Slow(config.slow_op));
     let engine = config.engine;
     for address in &addresses {
         tracing::info!(%address, ?cpus, ?engine, "listening");
@@ -143,6 +146,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         let wakes = accept::run(&listeners, &[&stop, &hangup], |door, accepted| match door {
             Door::Guests => worker.greet(accepted),
             Door::Control => worker.control(accepted.socket),
+            Door::Metrics => worker.metrics(accepted.socket),
         });
         if wakes != Some(1) {
             break;

@@ -131,6 +131,9 @@ pub struct FsCounts {
     pub overdrawn: u64,
 }
 
+/// A path of more names is not told.
+const KNOWN_PATH_NAMES_MAX: usize = 64;
+
 /// One session's view of one share.
 pub struct Fs {
     pub(crate) options: FsOptions,
@@ -296,6 +299,23 @@ impl Fs {
             handles: self.handles.count(),
             overdrawn: self.nodes.overdrawn(),
         }
+    }
+
+    /// Where in the share a node was seen last, as far as that is known without looking: for
+    /// people. Names are bytes of the guest's.
+    pub fn known_path(&self, id: u64) -> Option<String> {
+        let mut names = Vec::new();
+        let mut node = self.nodes.find_resident(id)?;
+        while node.id != abi::FUSE_ROOT_ID {
+            let place = node.place();
+            names.push(place.name.to_string_lossy().into_owned());
+            if names.len() > KNOWN_PATH_NAMES_MAX {
+                return None;
+            }
+            node = self.nodes.find_resident(place.parent)?;
+        }
+        names.reverse();
+        Some(format!("/{}", names.join("/")))
     }
 
     /// INIT flags in force (0 before INIT).

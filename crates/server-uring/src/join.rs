@@ -13,7 +13,6 @@ use crate::restore::TakeOverError;
 use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
 /// Whether the peer has closed its end.
@@ -67,59 +66,55 @@ impl<R: Ring> Shard<R> {
             let refusal = ended(&newcomer.session);
             return self.turn_away(*newcomer, refusal);
         }
+        let older = self.conns[key].waiting.take();
+        let (until, heard) = match &older {
+            Some(older) => (older.until, older.heard),
+            None => (self.ask(key), false),
+        };
         let conn = &mut self.conns[key];
-        let link = &mut conn.link;
-        let mut pongs = 0;
-        if link.socket.is_some() && link.closing.is_none() {
-            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
-            // For each: what has answered an earlier one may be gone by now, and come itself.
-            pongs = link.ping(&mut self.buffers);
+        if older.is_none() && conn.link.asked.is_some() {
+            // Who has lost one without our knowing has lost them all, and comes for them in turn.
+            self.shared.registry.ask_others(&conn.session, conn.index);
         }
-        let waiting = conn.waiting.get_or_insert_with(|| {
-            let (now, ms) = (Instant::now(), Duration::from_millis);
-            let (until, last) = (now + ms(PROBE_MS), now + ms(PROBE_BUSY_MS));
-            Waiting { newcomers: VecDeque::new(), until, last, heard: false }
-        });
-        waiting.newcomers.push_back((pongs, newcomer));
-        let many = waiting.newcomers.len() > NEWCOMERS_MAX;
-        let (oldest, until) = (many.then(|| waiting.newcomers.pop_front()), waiting.until);
-        self.overtake(oldest.flatten());
+        conn.waiting = Some(Waiting { newcomer, until, heard });
+        if let Some(Waiting { newcomer: older, .. }) = older {
+            let text = "another connection came in its place";
+            self.turn_away(*older, refuse(Reason::Timeout, text));
+        }
         self.plan_sweep_at(until);
         self.flush(key);
     }
 
-    /// Those who waited for what another one gets.
-    fn overtake(&self, newcomers: impl IntoIterator<Item = (u32, Box<Newcomer>)>) {
-        for (_, newcomer) in newcomers {
-            let text = "another connection came in its place";
-            self.turn_away(*newcomer, refuse(Reason::Timeout, text));
+    /// Asks a connection's peer whether it lives; until when it has time to answer. One that was
+    /// asked before and has been silent since is not asked again.
+    fn ask(&mut self, key: usize) -> Instant {
+        let conn = &mut self.conns[key];
+        let link = &mut conn.link;
+        let until = link.asked.unwrap_or(Instant::now() + Duration::from_millis(PROBE_MS));
+        if link.asked.is_none() && link.socket.is_some() && link.closing.is_none() {
+            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
+            link.push(Kind::Ping, 0, &[], &mut self.buffers);
+            link.asked = Some(until);
+        }
+        until
+    }
+
+    /// The peer of another connection of that session is being asked.
+    pub(super) fn ask_too(&mut self, session: u64, index: u16) {
+        if let Some(key) = self.key_of(session, index) {
+            self.ask(key);
+            self.flush(key);
         }
     }
 
-    /// A PING was answered. Those who had come in this peer's place when it was sent are clones: a
-    /// guest lets go of a connection before it asks for the next.
-    pub(super) fn ponged(&mut self, key: usize) {
+    /// The old socket's peer lives: whoever came in its place is a clone.
+    pub(super) fn refuse_clone(&mut self, key: usize) {
         let conn = &mut self.conns[key];
-        let pongs = conn.link.ponged();
-        let Some(waiting) = &mut conn.waiting else { return };
-        let (session, index) = (conn.session.id, conn.index);
-        let all = std::mem::take(&mut waiting.newcomers);
-        let (clones, mut stay): (VecDeque<_>, VecDeque<_>) =
-            all.into_iter().partition(|(its, _)| *its <= pongs);
-        for (its, _) in stay.iter_mut().filter(|(its, _)| *its == u32::MAX) {
-            *its = conn.link.ping(&mut self.buffers);
-        }
-        match stay.is_empty() {
-            true => conn.waiting = None,
-            false => waiting.newcomers = stay,
-        }
-        for (_, newcomer) in clones {
-            tracing::warn!(session, conn = index, "a clone was refused");
-            add(&self.shared.stats.clones_refused, 1);
-            let text = "this session is in use by another guest; mount again";
-            self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
-        }
-        self.touched.push(key);
+        let Some(Waiting { newcomer, .. }) = conn.waiting.take() else { return };
+        tracing::warn!(session = conn.session.id, conn = conn.index, "a clone was refused");
+        add(&self.shared.stats.clones_refused, 1);
+        let text = "this session is in use by another guest; mount again";
+        self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
     }
 
     fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
@@ -248,10 +243,7 @@ impl<R: Ring> Shard<R> {
     fn drop_if_over(&mut self, key: usize) {
         let conn = &mut self.conns[key];
         if !conn.ended {
-            if let Some(mut waiting) = conn.waiting.take()
-                && let Some((_, newcomer)) = waiting.newcomers.pop_back()
-            {
-                self.overtake(waiting.newcomers);
+            if let Some(Waiting { newcomer, .. }) = conn.waiting.take() {
                 self.welcome(key, *newcomer, true);
             }
             return;
@@ -264,7 +256,7 @@ impl<R: Ring> Shard<R> {
         let Connection { session, index, waiting, .. } = self.conns.remove(key);
         self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
-        for (_, newcomer) in waiting.into_iter().flat_map(|waiting| waiting.newcomers) {
+        if let Some(Waiting { newcomer, .. }) = waiting {
             self.join(newcomer);
         }
     }
@@ -368,10 +360,10 @@ impl<R: Ring> Shard<R> {
         self.sweep_at = None;
         let limit = Duration::from_millis(STALL_LIMIT_MS);
         let pressed = !self.starved.is_empty();
-        let mut stalled = Vec::new();
+        let (mut stalled, mut clones) = (Vec::new(), Vec::new());
         let mut next = pressed.then(|| now + Duration::from_millis(SWEEP_INTERVAL_MS));
         let mut again = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
-        for (key, conn) in self.conns.iter_mut().filter(|(_, conn)| conn.is_attached()) {
+        for (key, conn) in self.conns.iter().filter(|(_, conn)| conn.is_attached()) {
             let closing = conn.link.closing.is_some();
             if closing {
                 again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
@@ -382,15 +374,11 @@ impl<R: Ring> Shard<R> {
                 continue;
             }
             conn.leave_by.into_iter().for_each(&mut again);
-            let probe = now + Duration::from_millis(PROBE_MS);
-            match &mut conn.waiting {
+            match &conn.waiting {
                 Some(waiting) if waiting.until > now => again(waiting.until),
                 // Not its fault that nothing was received.
-                Some(_) if conn.link.starving => again(probe),
-                Some(waiting) if waiting.heard && waiting.last > now && !closing => {
-                    (waiting.heard, waiting.until) = (false, probe);
-                    again(probe);
-                }
+                Some(_) if conn.link.starving => again(now + Duration::from_millis(PROBE_MS)),
+                Some(waiting) if waiting.heard && !closing => clones.push(key),
                 Some(_) => stalled.push((key, "an old connection is silent: it is dead")),
                 None => {}
             }
@@ -400,5 +388,6 @@ impl<R: Ring> Shard<R> {
             tracing::warn!(session = self.conns[key].session.id, "{why}");
             self.hang_up(key, Reason::Timeout);
         }
+        clones.into_iter().for_each(|key| self.refuse_clone(key));
     }
 }

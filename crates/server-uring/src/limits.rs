@@ -51,11 +51,9 @@ pub const DETACHED_PER_PEER_MAX: usize = 64;
 pub const GRACE_SECS_DEFAULT: u32 = 600;
 /// Time for the old connection of a newcomer to show that it lives.
 pub const PROBE_MS: u64 = 500;
-/// Newcomers of one connection that wait, and PINGs of one socket.
-pub const NEWCOMERS_MAX: usize = 32;
-/// The same time where bytes come, but no answer.
-pub const PROBE_BUSY_MS: u64 = 5000;
-/// Those who wait to be answered on the control socket.
+/// From when on a request is slow, where nobody says otherwise.
+pub const SLOW_OP_MS_DEFAULT: u32 = 1000;
+/// Those who wait to be answered on the control socket, and on that of metrics.
 pub const VISITORS_MAX: usize = 16;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;

@@ -75,10 +75,8 @@ pub struct Link {
     pub starving: bool,
     /// The ticket that its WELCOME gave, until something shows that this has arrived.
     pub unproven: Option<Ticket>,
-    /// PINGs that were sent.
-    pings: u32,
-    /// PONGs that have come back: the last one says that its PING had arrived.
-    pongs: u32,
+    /// Until when its peer may show that it lives: it was asked, and nothing has come since.
+    pub asked: Option<Instant>,
     /// Since when large replies wait until the peer has taken most of what was sent.
     pub room_since: Option<Instant>,
     /// Since when a large buffer waits for the rest of its batch.
@@ -123,8 +121,7 @@ impl Link {
             dead: false,
             starving: false,
             unproven: None,
-            pings: 0,
-            pongs: 0,
+            asked: None,
             room_since: None,
             receiving_since: None,
             sending_since: None,
@@ -372,23 +369,6 @@ impl Link {
             let pushed = self.builder.push(buf, header, body);
             debug_assert!(pushed, "reply_room made the room");
         }
-    }
-
-    /// Asks the peer whether it is there. With how many PONGs it has answered.
-    pub fn ping(&mut self, buffers: &mut BufferPool) -> u32 {
-        if self.pings.wrapping_sub(self.pongs) >= NEWCOMERS_MAX as u32 {
-            // One more would not be answered either, for now.
-            return u32::MAX;
-        }
-        self.push(Kind::Ping, 0, &[], buffers);
-        self.pings += 1;
-        self.pings
-    }
-
-    /// A PONG came; how many have. One that nobody asked for is none.
-    pub fn ponged(&mut self) -> u32 {
-        self.pongs = self.pings.min(self.pongs + 1);
-        self.pongs
     }
 
     /// What finds nodes again: it leaves before the reply that gives them.

@@ -21,6 +21,14 @@ pub enum Mail {
         /// Why.
         reason: Reason,
     },
+    /// Somebody has come in the place of another connection of that session: this one's peer is to
+    /// be asked as well whether it lives.
+    Ask {
+        /// Which session.
+        session: u64,
+        /// Which of its connections.
+        conn: u16,
+    },
     /// A session that is rebuilt has all that its requests need.
     Restored {
         /// Which session.

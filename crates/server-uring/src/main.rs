@@ -2,20 +2,22 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use ringfs_server::config::{Fault, Settings, Source};
+use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
 use ringfs_server::status::Status;
+use ringfs_server::top;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use tracing_subscriber::EnvFilter;
 
 /// Shares host directories with guests that mount them by `ringfs`.
 ///
 /// One thread and one io_uring a CPU serve all guests; the CPUs are those of the affinity mask
-/// (cpuset, taskset) or of --cpus. The daemon stays in the foreground and logs to stderr; RUST_LOG
-/// sets how much (RUST_LOG=debug).
+/// (cpuset, taskset) or of --cpus. The daemon stays in the foreground and logs to stderr.
 #[derive(Parser)]
 #[command(name = "ringfsd", version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
 struct Cli {
@@ -86,6 +88,21 @@ enum Command {
         #[arg(long)]
         counters: bool,
     },
+    /// Show what a running daemon does in each second: requests, bytes and times of each share.
+    ///
+    /// MEAN, P50 and P99 are times from when the daemon takes a request up until its reply is made;
+    /// half of the requests, and 99 of 100, take less than P50 and P99 say. Below each share the
+    /// kinds of requests that came. Ctrl-C ends it.
+    Top {
+        #[command(flatten)]
+        of: Of,
+        /// Seconds between two looks.
+        #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+        interval: f64,
+        /// Show one interval and end.
+        #[arg(long)]
+        once: bool,
+    },
     /// Have a running daemon read its configuration again, as SIGHUP does, and tell what became
     /// of it.
     ///
@@ -106,13 +123,6 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
-        )
-        .init();
     run(Cli::parse()).unwrap_or_else(|error| {
         eprintln!("ringfsd: {error:#}");
         ExitCode::FAILURE
@@ -122,18 +132,35 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Some(Command::Status { of, json, counters }) => status(&of, json, counters)?,
+        Some(Command::Top { of, interval, once }) => top(&of, interval, once)?,
         Some(Command::Reload { of }) => return reload(&of),
         Some(Command::CheckConfig { file }) => return Ok(check_config(file)),
         None => {
             let Serve { config, settings } = cli.serve;
             let source = Source::new(config, settings);
             match source.config() {
-                Ok(config) => daemon::run(config, source)?,
+                Ok(config) => {
+                    start_log(&config);
+                    daemon::run(config, source)?;
+                }
                 Err(faults) => return Ok(tell(&faults)),
             }
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn start_log(config: &Config) {
+    let filter = config.log.as_ref().and_then(|log| EnvFilter::try_new(log).ok());
+    let filter = filter.or_else(|| EnvFilter::try_from_default_env().ok());
+    let log = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_env_filter(filter.unwrap_or_else(|| "info".into()));
+    match config.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
 }
 
 fn tell(faults: &[Fault]) -> ExitCode {
@@ -164,6 +191,28 @@ fn status(of: &Of, json: bool, counters: bool) -> Result<()> {
     let status: Status = serde_json::from_str(&answer).context("the daemon answers strangely")?;
     print!("{}", status.to_text());
     Ok(())
+}
+
+fn top(of: &Of, interval: f64, once: bool) -> Result<()> {
+    let interval = Duration::try_from_secs_f64(interval.max(0.05)).context("--interval")?;
+    let path = of.path()?;
+    let ask = || control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"));
+    let (mut before, mut since) = (ask()?, Instant::now());
+    loop {
+        std::thread::sleep(interval);
+        let (now, at) = (ask()?, Instant::now());
+        let screen = top::screen(&before, &now, at.duration_since(since));
+        // Home, each line's rest cleared, and what is below.
+        let clear = if once { String::new() } else { "\x1b[H".into() };
+        let end = if once { "\n" } else { "\x1b[K\n" };
+        let lines: String = screen.lines().map(|line| format!("{line}{end}")).collect();
+        let mut out = std::io::stdout().lock();
+        let shown = write!(out, "{clear}{lines}{}", if once { "" } else { "\x1b[J" });
+        if once || shown.and_then(|()| out.flush()).is_err() {
+            return Ok(());
+        }
+        (before, since) = (now, at);
+    }
 }
 
 /// Whoever may connect may send the signal too: the socket is its user's.

@@ -48,7 +48,7 @@ impl<R: Ring> Shard<R> {
     /// Writes the end of a request into the table; whether its reply is to be sent.
     pub(super) fn settle(&mut self, tag: &RequestTag, errno: u32, body: &[u8]) -> bool {
         let fate = self.conns[tag.conn].settle(tag, errno, body);
-        self.op_ends(tag.conn, fate == Fate::Send);
+        self.op_ends(tag, errno, fate == Fate::Send);
         match fate {
             Fate::Send => true,
             Fate::Keep => false,

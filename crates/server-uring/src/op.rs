@@ -79,12 +79,58 @@ pub struct RequestTag {
     pub stored: u32,
     /// A WRITE of pages: all or an error.
     pub pages: bool,
+    /// The kind of request.
+    pub opcode: u8,
+    /// Where it runs.
+    pub place: Place,
+    /// When the shard took it up, in units of 2048 ns of its clock: enough for hours, and for what
+    /// is not over at once.
+    pub begun: u32,
+    /// The node that it names.
+    pub node: u64,
+}
+
+/// Where a request runs, for people who ask where it was slow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    /// On the shard's thread.
+    #[default]
+    Shard,
+    /// On the ring: a disk, or a file system that takes its time.
+    Ring,
+    /// On a thread of the pool.
+    Pool,
+    /// Put off until the peer had room for a large reply.
+    Peer,
+}
+
+impl Place {
+    /// For people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Place::Shard => "shard",
+            Place::Ring => "ring",
+            Place::Pool => "pool",
+            Place::Peer => "peer",
+        }
+    }
 }
 
 impl RequestTag {
     /// Of a request that a record brought or names.
     pub fn of(conn: usize, record: &RecordHeader) -> RequestTag {
         let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-        RequestTag { conn, lane: record.lane, at, reserved: 0, stored: 0, pages: false }
+        RequestTag {
+            conn,
+            lane: record.lane,
+            at,
+            reserved: 0,
+            stored: 0,
+            pages: false,
+            opcode: u8::try_from(record.code).unwrap_or(u8::MAX),
+            place: Place::Shard,
+            begun: 0,
+            node: 0,
+        }
     }
 }

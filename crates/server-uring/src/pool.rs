@@ -22,6 +22,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
 
 /// Where the request of a job is.
 pub enum Body {
@@ -82,6 +83,8 @@ pub struct Job {
     pub past: Option<PastOf>,
     /// The shard that waits.
     pub mailbox: Arc<Mailbox>,
+    /// Since when it waits for a thread.
+    pub queued: Instant,
 }
 
 /// What is known of a request that a dead daemon began.
@@ -106,6 +109,8 @@ pub struct Done {
     pub notes: Vec<u8>,
     /// The job's batch, so that its memory returns to the shard.
     pub batch: Option<Arc<Buf>>,
+    /// How long it waited for a thread.
+    pub waited_us: u32,
 }
 
 /// What waits for a thread.
@@ -272,6 +277,14 @@ impl Pool {
         }
     }
 
+    /// Threads, jobs that run, and jobs that wait.
+    pub fn load(&self) -> (usize, usize, usize) {
+        let threads = self.handles.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).len();
+        let queue = self.lock();
+        let running = queue.turns.iter().map(|turn| turn.running).sum();
+        (threads, running, queue.turns.iter().map(|turn| turn.waiting.len()).sum())
+    }
+
     /// Lets the threads finish what is queued, and waits for them.
     pub fn close(&self) {
         self.lock().closed = true;
@@ -336,9 +349,11 @@ fn execute_request(job: Job) {
         place,
         past,
         mailbox,
+        queued,
         owner: _,
         session: _,
     } = job;
+    let waited_us = u32::try_from(queued.elapsed().as_micros()).unwrap_or(u32::MAX);
     let mut outcome = None;
     let mut small = Vec::new();
     let notes = Notes::of_pool();
@@ -379,5 +394,6 @@ fn execute_request(job: Job) {
         outcome,
         notes: notes.into_body(),
         batch: body.into_batch(),
+        waited_us,
     }));
 }

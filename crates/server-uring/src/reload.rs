@@ -123,6 +123,10 @@ impl InForce {
             listeners.retain(|(_, bound)| *bound.address() != listen.address);
         }
         listeners.extend(bound);
+        if old.slow_op != new.slow_op {
+            changed.push(format!("slow-op {} ms", new.slow_op.as_millis()));
+            worker.update(Update::Slow(new.slow_op));
+        }
         self.state.needs_restart = needs_restart(old, &new);
         // What needs a restart stays as it is, and is said again by the next reload.
         self.config = Config {
@@ -132,6 +136,9 @@ impl InForce {
             grace: old.grace,
             state_dir: old.state_dir.clone(),
             control: old.control.clone(),
+            metrics: old.metrics.clone(),
+            log: old.log.clone(),
+            log_format: old.log_format,
             ..new
         };
         Ok(changed)
@@ -146,6 +153,9 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         ("grace", old.grace != new.grace),
         ("state-dir", old.state_dir != new.state_dir),
         ("control", old.control != new.control),
+        ("metrics", old.metrics != new.metrics),
+        ("log", old.log != new.log),
+        ("log-format", old.log_format != new.log_format),
     ];
     differ.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()
 }

@@ -62,7 +62,7 @@ impl<R: Ring> Shard<R> {
         }
         let mut tag = RequestTag::of(key, &header);
         tag.reserved = reserved as u32;
-        self.op_begins(key, header.code);
+        self.op_begins(&mut tag, request.nodeid);
         let session = &self.conns[key].session;
         // Finding out what became of it may wait.
         let route = if past.is_some() { Route::Pool } else { route };
@@ -101,6 +101,7 @@ impl<R: Ring> Shard<R> {
                 self.begin(tag, Io::Fsync { file, data_only });
             }
             Route::Pool => {
+                tag.place = Place::Pool;
                 let conn = &mut self.conns[key];
                 conn.running += 1;
                 self.shared.pool.submit(Job {
@@ -116,6 +117,7 @@ impl<R: Ring> Shard<R> {
                     place: conn.session.file.as_ref().and_then(|f| f.intent(tag.lane, tag.at)),
                     past,
                     mailbox: self.shared.mailbox.clone(),
+                    queued: Instant::now(),
                 });
             }
             Route::Refuse(errno) => self.answer(tag, Err(errno)),
@@ -124,20 +126,6 @@ impl<R: Ring> Shard<R> {
         }
         own.into_iter().for_each(|buf| self.buffers.give(buf));
         Ok(Step::Taken)
-    }
-
-    /// Counts a request that begins.
-    fn op_begins(&self, key: usize, opcode: u32) {
-        self.shared.stats.begin_op(opcode);
-        let conn = &self.conns[key];
-        add(&conn.session.work[usize::from(conn.index)].begun, 1);
-    }
-
-    /// Counts a request that is over; whether its reply goes out.
-    pub(super) fn op_ends(&self, key: usize, sent: bool) {
-        self.shared.stats.end_op(sent);
-        let conn = &self.conns[key];
-        add(&conn.session.work[usize::from(conn.index)].ended, 1);
     }
 
     fn execute(
@@ -153,6 +141,7 @@ impl<R: Ring> Shard<R> {
             None => {
                 let len = tag.reserved as usize;
                 let room = conn.link.reply_room(len, &mut self.buffers);
+                let mut failed = 0;
                 match fs.execute(request, &mut room[..len]) {
                     Ok(len) if self.notes.is_empty() => conn.reply_made(&tag, 0, len),
                     Ok(len) => {
@@ -165,11 +154,12 @@ impl<R: Ring> Shard<R> {
                         conn.reply_made(&tag, 0, len);
                     }
                     Err(errno) => {
-                        conn.reply_made(&tag, errno.raw_os_error() as u32, 0);
+                        failed = errno.raw_os_error() as u32;
+                        conn.reply_made(&tag, failed, 0);
                         add(&self.shared.stats.errors, 1);
                     }
                 }
-                self.op_ends(tag.conn, true);
+                self.op_ends(&tag, failed, true);
             }
             Some(mut buf) => match fs.execute(request, &mut buf[BODY_AT..]) {
                 Ok(len) => self.reply_from(tag, buf, len),
@@ -230,7 +220,8 @@ impl<R: Ring> Shard<R> {
 
     /// Answers a request that the pool has executed.
     pub(super) fn executed(&mut self, done: Done) {
-        let Done { tag, result, small, own, outcome, notes, batch } = done;
+        let Done { tag, result, small, own, outcome, notes, batch, waited_us } = done;
+        self.waited_us = waited_us;
         add(&self.shared.stats.recovered, usize::from(outcome.is_some()));
         add(&self.shared.stats.ambiguous, usize::from(outcome == Some(Outcome::Ambiguous)));
         batch.into_iter().for_each(|batch| self.buffers.give_shared(batch));
@@ -250,7 +241,8 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    pub(super) fn begin(&mut self, tag: RequestTag, io: Io) {
+    pub(super) fn begin(&mut self, mut tag: RequestTag, io: Io) {
+        tag.place = Place::Ring;
         self.conns[tag.conn].running += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
     }
@@ -281,8 +273,8 @@ impl<R: Ring> Shard<R> {
                 match read_cached(&file, &mut room[..len], offset) {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
-                        add(&self.shared.stats.bytes_read, n);
-                        return self.op_ends(tag.conn, true);
+                        self.was_read(tag.conn, n);
+                        return self.op_ends(&tag, 0, true);
                     }
                     Cached::Part(_) => {}
                     Cached::Failed(errno) => return self.answer(tag, Err(errno)),
@@ -344,7 +336,7 @@ impl<R: Ring> Shard<R> {
             self.splicer.discard();
             return Err(buf);
         }
-        add(&self.shared.stats.bytes_read, taken);
+        self.was_read(tag.conn, taken);
         let wanted = self.settle(&tag, 0, &[]);
         let link = &mut self.conns[tag.conn].link;
         let Some(socket) = link.socket.clone().filter(|_| wanted) else {
@@ -387,7 +379,7 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(super) fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
-        add(&self.shared.stats.bytes_read, len);
+        self.was_read(tag.conn, len);
         self.reply_from(tag, buf, len);
         self.touched.push(tag.conn);
     }
@@ -447,7 +439,7 @@ impl<R: Ring> Shard<R> {
 
     fn write_answer(&mut self, tag: RequestTag, result: IoResult) {
         if let Ok(n) = result {
-            add(&self.shared.stats.bytes_written, n);
+            self.was_written(tag.conn, n);
         }
         let out = result.map(|n| WriteOut { size: n as u32, padding: 0 });
         self.answer(tag, out.as_ref().map(WriteOut::as_bytes).map_err(|&errno| errno));
@@ -494,8 +486,10 @@ impl<R: Ring> Shard<R> {
         {
             self.shared.pool.release(self.conns[key].session.owner, released);
         }
-        self.op_begins(key, opcode);
-        self.answer(RequestTag::of(key, &header), Ok(&[]));
+        let mut tag = RequestTag::of(key, &header);
+        tag.opcode = opcode as u8;
+        self.op_begins(&mut tag, 0);
+        self.answer(tag, Ok(&[]));
         Ok(Step::Taken)
     }
 }

@@ -8,6 +8,7 @@
 use crate::fs::Fs;
 use crate::limits::*;
 use crate::mailbox::{Mail, Mailbox};
+use crate::metrics::{Metrics, ShareMetrics};
 use crate::restore::{Restoring, TakeOverError};
 use crate::state_dir::{StateDir, StateFile, StateTerms};
 use crate::status::SessionStatus;
@@ -31,6 +32,8 @@ pub struct Session {
     pub owner: u64,
     /// What each of its connections has done.
     pub work: Box<[ConnWork]>,
+    /// What is counted of its share.
+    pub metrics: Arc<ShareMetrics>,
     /// Since when.
     pub since: Instant,
     /// Executes its requests.
@@ -193,6 +196,8 @@ pub struct Registry {
     pub epoch: u64,
     /// How long a session without connections is kept.
     pub grace: Duration,
+    /// What is counted of the shares.
+    pub metrics: Metrics,
     /// Where what outlives this daemon is.
     state: Option<StateDir>,
     next_id: AtomicU64,
@@ -210,6 +215,7 @@ impl Registry {
         Registry {
             epoch: now.as_nanos() as u64,
             grace,
+            metrics: Metrics::default(),
             state,
             next_id: AtomicU64::new(1),
             sessions: Mutex::default(),
@@ -239,6 +245,8 @@ impl Registry {
     /// come again) the second gets the first one's session: there is one table of what ran.
     pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
         let fresh = new_ticket().ok_or(Reason::Internal)?;
+        let shards = self.shards.get().map_or(1, Vec::len);
+        let metrics = self.metrics.of(&terms.share, shards);
         let of = terms.of_file();
         let adopted = |sessions: &Sessions| {
             let presented = terms.presented?;
@@ -266,6 +274,7 @@ impl Registry {
             peer: terms.peer,
             owner: terms.owner,
             work: (0..terms.conns).map(|_| ConnWork::default()).collect(),
+            metrics,
             since: Instant::now(),
             fs: Arc::new(fs),
             lanes: terms.lanes,
@@ -453,6 +462,15 @@ impl Registry {
         for conn in 0..session.conns {
             if let Some(shard) = self.shard(session, conn) {
                 shard.post(Mail::Restored { session: session.id, conn });
+            }
+        }
+    }
+
+    /// Has the peers of all connections but one asked whether they live.
+    pub fn ask_others(&self, session: &Session, but: u16) {
+        for conn in (0..session.conns).filter(|&conn| conn != but) {
+            if let Some(shard) = self.shard(session, conn) {
+                shard.post(Mail::Ask { session: session.id, conn });
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::limits::*;
 use crate::link::{BODY_AT, Next, SPLICE_HEAD_BYTES};
 use crate::mailbox::{Mail, Mailbox};
 use crate::notes::Notes;
-use crate::op::{Io, Op, RequestTag, Tag};
+use crate::op::{Io, Op, Place, RequestTag, Tag};
 use crate::pool::{Body, Done, Job, Pool};
 use crate::ring::{IoResult, Ring};
 use crate::session::Registry;
@@ -35,6 +35,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
+#[path = "account.rs"]
+mod account;
 #[path = "bulk.rs"]
 mod bulk;
 #[path = "join.rs"]
@@ -59,6 +61,8 @@ pub struct Shared {
     pub mailbox: Arc<Mailbox>,
     /// This shard's counters.
     pub stats: Arc<ShardStats>,
+    /// Which of the shards this is.
+    pub index: usize,
 }
 
 /// One core's share of the work.
@@ -92,6 +96,14 @@ pub struct Shard<R: Ring> {
     /// Operations that the ring had no room for.
     refused: Vec<Op>,
     ending: Option<Instant>,
+    /// Where the shard's clock begins.
+    origin: Instant,
+    /// What the clock said last in this turn.
+    now_ns: Option<u64>,
+    /// When the last request was taken up.
+    begun_ns: u64,
+    /// How long the one that is answered waited for a thread of the pool.
+    waited_us: u32,
 }
 
 /// What working on one record came to.
@@ -128,6 +140,10 @@ impl<R: Ring> Shard<R> {
             scratch: Vec::new(),
             refused: Vec::new(),
             ending: None,
+            origin: Instant::now(),
+            now_ns: None,
+            begun_ns: 0,
+            waited_us: 0,
         }
     }
 
@@ -137,6 +153,7 @@ impl<R: Ring> Shard<R> {
         let mut done = Vec::new();
         loop {
             self.wait()?;
+            self.now_ns = None;
             self.ring.reap(&mut done);
             for op in std::mem::take(&mut self.refused) {
                 self.submit(op);
@@ -182,6 +199,9 @@ impl<R: Ring> Shard<R> {
         stats.connections.store(self.attached as u64, Relaxed);
         // Each open connection has one buffer to receive into.
         stats.buffers_in_use.store(self.buffers.in_use() as u64, Relaxed);
+        stats.ring_in_flight.store(self.ring.in_flight() as u64, Relaxed);
+        stats.replies_put_off.store(self.bulk.len() as u64, Relaxed);
+        stats.starved.store(self.starved.len() as u64, Relaxed);
     }
 
     fn submit(&mut self, op: Op) {
@@ -228,6 +248,7 @@ impl<R: Ring> Shard<R> {
         match mail {
             Mail::Join(newcomer) => self.join(newcomer),
             Mail::End { session, conn, reason } => self.session_ended(session, conn, reason),
+            Mail::Ask { session, conn } => self.ask_too(session, conn),
             Mail::Restored { session, conn } => self.restored(session, conn),
             Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {
@@ -261,6 +282,7 @@ impl<R: Ring> Shard<R> {
                 if let Some(ticket) = link.unproven.take() {
                     self.shared.registry.prove(&conn.session, ticket);
                 }
+                conn.link.asked = None;
                 conn.waiting.iter_mut().for_each(|waiting| waiting.heard = true);
                 self.touched.push(key);
             }
@@ -460,7 +482,7 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Pong) => {
-                self.ponged(key);
+                self.refuse_clone(key);
                 Ok(Step::Taken)
             }
             Some(Kind::Goodbye) => Err(Reason::Unmounted),

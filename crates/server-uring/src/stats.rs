@@ -44,6 +44,12 @@ pub struct ShardStats {
     pub slots_in_use: AtomicU64,
     /// Gauge: buffers that are out.
     pub buffers_in_use: AtomicU64,
+    /// Gauge: operations that the ring has in flight.
+    pub ring_in_flight: AtomicU64,
+    /// Gauge: large replies that wait until their peer has room.
+    pub replies_put_off: AtomicU64,
+    /// Gauge: connections that wait for a large buffer.
+    pub starved: AtomicU64,
 }
 
 const OPCODES: usize = 64;
@@ -70,6 +76,9 @@ impl Default for ShardStats {
             connections: AtomicU64::new(0),
             slots_in_use: AtomicU64::new(0),
             buffers_in_use: AtomicU64::new(0),
+            ring_in_flight: AtomicU64::new(0),
+            replies_put_off: AtomicU64::new(0),
+            starved: AtomicU64::new(0),
         }
     }
 }
@@ -113,6 +122,9 @@ impl Totals {
             ("connections", sum(|s| &s.connections)),
             ("slots_in_use", sum(|s| &s.slots_in_use)),
             ("buffers_in_use", sum(|s| &s.buffers_in_use)),
+            ("ring_in_flight", sum(|s| &s.ring_in_flight)),
+            ("replies_put_off", sum(|s| &s.replies_put_off)),
+            ("starved", sum(|s| &s.starved)),
             ("errors", sum(|s| &s.errors)),
             ("protocol_errors", sum(|s| &s.protocol_errors)),
             ("bytes_read", sum(|s| &s.bytes_read)),

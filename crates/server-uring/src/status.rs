@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -29,6 +30,8 @@ pub struct Status {
     pub shares: Vec<ShareStatus>,
     /// Who has mounted.
     pub sessions: Vec<SessionStatus>,
+    /// Requests that took long, the newest last.
+    pub slow: Vec<SlowOp>,
 }
 
 /// The configuration in force.
@@ -67,6 +70,62 @@ pub struct ShareStatus {
     pub removed: bool,
     /// Sessions of it.
     pub sessions: u64,
+    /// Payload bytes of READ replies.
+    pub bytes_read: u64,
+    /// Payload bytes that WRITEs stored.
+    pub bytes_written: u64,
+    /// Requests answered with an errno.
+    pub errors: u64,
+    /// Requests that took longer than `slow-op`.
+    pub slow: u64,
+    /// What was done, by kind.
+    pub operations: Vec<OperationStatus>,
+}
+
+/// How often a kind of request took how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct OperationStatus {
+    /// The kind.
+    pub name: String,
+    /// All times together.
+    pub sum_ns: u64,
+    /// How many took at most `1024 ns << index`, and longer than the one before; the last one has
+    /// all that took longer.
+    pub buckets: Vec<u64>,
+}
+
+/// A request that took long.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SlowOp {
+    /// When it was over, in seconds of Unix time.
+    pub unix_s: u64,
+    /// Whose.
+    pub share: String,
+    /// Whose.
+    pub session: u64,
+    /// `lane.slot.seq`: what the guest calls the same request.
+    pub op: String,
+    /// The kind.
+    pub opcode: String,
+    /// The node that it names; 0: none.
+    pub node: u64,
+    /// Where in the share that was seen last, if that is known.
+    pub path: Option<String>,
+    /// From when it was taken up until its reply was made.
+    pub took_us: u64,
+    /// Of that, waiting for a thread of the pool.
+    pub waited_us: u64,
+    /// Where it ran: shard, ring, pool; or peer: its reply waited until the guest had room.
+    pub place: String,
+}
+
+impl OperationStatus {
+    /// How many.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
 }
 
 /// One session.
@@ -109,13 +168,18 @@ impl Status {
         let _ = writeln!(out, "open files: {fds} of {fds_max}");
         self.config.write(&mut out);
         let rows = self.shares.iter().map(ShareStatus::row);
-        table(&mut out, &["SHARE", "SESSIONS", "PATH", ""], rows);
+        let head = ["SHARE", "SESSIONS", "DONE", "ERRORS", "SLOW", "READ", "WRITTEN", "PATH", ""];
+        table(&mut out, &head, rows);
         if !self.sessions.is_empty() {
             let head = [
                 "SESSION", "SHARE", "STATE", "AGE", "LANES", "BUSY", "DONE", "NODES", "OPEN",
                 "PEER",
             ];
             table(&mut out, &head, self.sessions.iter().map(SessionStatus::row));
+        }
+        if !self.slow.is_empty() {
+            let head = ["SLOW", "SESSION", "SHARE", "OP", "OPCODE", "TOOK", "WAITED", "AT", "PATH"];
+            table(&mut out, &head, self.slow.iter().rev().map(SlowOp::row));
         }
         out
     }
@@ -144,7 +208,30 @@ impl ShareStatus {
             (false, false) => "",
         };
         let path = self.path.display().to_string();
-        vec![self.name.clone(), self.sessions.to_string(), path, marks.into()]
+        let done: u64 = self.operations.iter().map(OperationStatus::count).sum();
+        let numbers = [self.sessions, done, self.errors, self.slow];
+        let mut row = vec![self.name.clone()];
+        row.extend(numbers.iter().map(ToString::to_string));
+        row.extend([bytes(self.bytes_read), bytes(self.bytes_written), path, marks.into()]);
+        row
+    }
+}
+
+impl SlowOp {
+    fn row(&self) -> Vec<String> {
+        let ms = |us: u64| format!("{}ms", us / 1000);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        vec![
+            format!("{} ago", span(now.saturating_sub(self.unix_s))),
+            self.session.to_string(),
+            self.share.clone(),
+            self.op.clone(),
+            self.opcode.clone(),
+            ms(self.took_us),
+            ms(self.waited_us),
+            self.place.clone(),
+            self.path.clone().unwrap_or_else(|| format!("node {}", self.node)),
+        ]
     }
 }
 
@@ -186,6 +273,13 @@ fn printable(row: Vec<String>) -> Vec<String> {
     row.into_iter().map(clean).collect()
 }
 
+/// Bytes, for people.
+pub(crate) fn bytes(n: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (0..units.len() - 1).take_while(|unit| n >> (10 * (unit + 1)) >= 10).count();
+    format!("{}{}", n >> (10 * unit), units[unit])
+}
+
 /// Seconds, for people.
 pub(crate) fn span(seconds: u64) -> String {
     match seconds {
@@ -221,7 +315,11 @@ mod tests {
                    /run/v.sock_5640 pid 12?[2J";
         assert_eq!(lines.last(), Some(&row));
         assert!(lines.iter().any(|line| line.contains("RELOAD FAILED") && line.contains("x:3")));
-        assert!(lines.contains(&"src    0         /srv"));
+        let row = "src    0         0     0       0     0B    0B       /srv";
+        assert!(lines.contains(&row), "{text}");
+        for (n, said) in [(0, "0B"), (10_239, "10239B"), (10_240, "10KiB"), (20 << 30, "20GiB")] {
+            assert_eq!(bytes(n), said);
+        }
     }
 
     #[test]

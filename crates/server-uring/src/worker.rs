@@ -7,7 +7,9 @@ use crate::daemon::DaemonError;
 use crate::greet::{Greeter, Share, Shares};
 use crate::limits::{POOL_THREADS_MAX, VISITORS_MAX};
 use crate::mailbox::{Mail, Mailbox};
+use crate::metrics::ShareTotals;
 use crate::pool::Pool;
+use crate::prometheus;
 use crate::ring::{Ring, UringRing};
 use crate::ring_threads::ThreadRing;
 use crate::session::Registry;
@@ -35,8 +37,27 @@ pub struct Worker {
     bell: Arc<OwnedFd>,
     shares: Arc<Shares>,
     counters: Counters,
-    visitors: SyncSender<OwnedFd>,
+    visitors: [Visitors; 2],
+}
+
+/// Whoever asks for something that is told; answered one after the other.
+struct Visitors {
+    come: SyncSender<OwnedFd>,
     teller: JoinHandle<()>,
+}
+
+impl Visitors {
+    fn start(
+        name: &str,
+        counters: &Counters,
+        serve: fn(OwnedFd, &Counters),
+    ) -> std::io::Result<Visitors> {
+        let (come, asking) = mpsc::sync_channel::<OwnedFd>(VISITORS_MAX);
+        let counters = counters.clone();
+        let thread = std::thread::Builder::new().name(name.into());
+        let teller = thread.spawn(move || asking.iter().for_each(|one| serve(one, &counters)))?;
+        Ok(Visitors { come, teller })
+    }
 }
 
 /// What the parent tells a worker while it runs.
@@ -50,6 +71,8 @@ pub enum Update {
         /// Those who have it lose it; else nobody new gets it.
         ends_sessions: bool,
     },
+    /// From which time on a request is slow; 0: none is.
+    Slow(Duration),
     /// What is in force.
     Config(ConfigState),
 }
@@ -64,6 +87,7 @@ struct ShardThread {
 #[derive(Clone)]
 pub struct Counters {
     registry: Arc<Registry>,
+    pool: Arc<Pool>,
     stats: Vec<Arc<ShardStats>>,
     shares: Arc<Shares>,
     cpus: Vec<usize>,
@@ -76,6 +100,10 @@ impl Counters {
     pub fn totals(&self) -> Totals {
         let mut totals = Totals::of_shards(self.stats.iter().map(|stats| &**stats));
         totals.numbers.splice(0..0, self.registry.totals());
+        let (threads, running, waiting) = self.pool.load();
+        let pool =
+            [("pool_threads", threads), ("pool_running", running), ("pool_waiting", waiting)];
+        totals.numbers.extend(pool.map(|(name, n)| (name, n as u64)));
         totals.numbers.insert(0, ("fds", open_fds()));
         totals
     }
@@ -95,6 +123,12 @@ impl Counters {
                 }),
             }
         }
+        for share in &mut shares {
+            let Some(totals) = self.share(&share.name) else { continue };
+            (share.bytes_read, share.bytes_written) = (totals.bytes_read, totals.bytes_written);
+            share.errors = totals.errors.iter().map(|(_, times)| times).sum();
+            (share.slow, share.operations) = (totals.slow, totals.operations);
+        }
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -105,7 +139,13 @@ impl Counters {
             config: self.config.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             shares,
             sessions,
+            slow: self.registry.metrics.recent_slow(),
         }
+    }
+
+    /// What was counted of a share, if anything.
+    pub fn share(&self, name: &str) -> Option<ShareTotals> {
+        self.registry.metrics.totals(name)
     }
 }
 
@@ -129,7 +169,8 @@ impl Worker {
         let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX), pool_cpus);
         let mut shards = Vec::new();
         for &cpu in cpus {
-            shards.push(start_shard(cpu, engine, spin, &registry, &pool)?);
+            let index = shards.len();
+            shards.push(start_shard((index, cpu), engine, spin, &registry, &pool)?);
         }
         registry.set_shards(shards.iter().map(|shard| shard.mailbox.clone()).collect());
         let known = Arc::new(Shares::default());
@@ -137,18 +178,17 @@ impl Worker {
         let greeter = Arc::new(Greeter { shares: known.clone(), registry: registry.clone() });
         let counters = Counters {
             registry: registry.clone(),
+            pool: pool.clone(),
             stats: shards.iter().map(|shard| shard.stats.clone()).collect(),
             shares: known.clone(),
             cpus: cpus.to_vec(),
             since: Instant::now(),
             config: Arc::default(),
         };
-        let (visitors, come) = mpsc::sync_channel::<OwnedFd>(VISITORS_MAX);
-        let teller = {
-            let counters = counters.clone();
-            let thread = std::thread::Builder::new().name("ringfs-control".into());
-            thread.spawn(move || come.iter().for_each(|one| control::serve(one, &counters)))?
-        };
+        let visitors = [
+            Visitors::start("ringfs-control", &counters, control::serve)?,
+            Visitors::start("ringfs-metrics", &counters, prometheus::serve)?,
+        ];
         let (accepted, incoming) = mpsc::channel();
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let greeter = {
@@ -173,7 +213,6 @@ impl Worker {
             shares,
             counters,
             visitors,
-            teller,
         })
     }
 
@@ -186,7 +225,12 @@ impl Worker {
 
     /// Answers somebody on the control socket. Where too many wait already he is cut off.
     pub fn control(&self, socket: OwnedFd) {
-        let _ = self.visitors.try_send(socket);
+        let _ = self.visitors[0].come.try_send(socket);
+    }
+
+    /// Answers somebody who wants metrics.
+    pub fn metrics(&self, socket: OwnedFd) {
+        let _ = self.visitors[1].come.try_send(socket);
     }
 
     /// Serves differently from now on.
@@ -198,7 +242,11 @@ impl Worker {
                 if ends_sessions {
                     self.registry.end_share(&name);
                 }
+                let shares = self.shares.all();
+                let is_kept = |name: &str| shares.iter().any(|share| share.name == name);
+                self.registry.metrics.sweep(is_kept);
             }
+            Update::Slow(from) => self.registry.metrics.set_slow(from),
             Update::Config(state) => {
                 *self.counters.config.lock().unwrap_or_else(PoisonError::into_inner) = state;
             }
@@ -212,19 +260,7 @@ impl Worker {
 
     /// Says goodbye to all guests and ends the threads.
     pub fn stop(self) {
-        let Worker {
-            registry,
-            pool,
-            shards,
-            greeter,
-            reaper,
-            accepted,
-            bell,
-            visitors,
-            teller,
-            ..
-        } = self;
-        drop(visitors);
+        let Worker { registry, pool, shards, greeter, reaper, accepted, bell, visitors, .. } = self;
         registry.stop();
         let _ = reaper.join();
         drop(accepted);
@@ -235,12 +271,15 @@ impl Worker {
             let _ = shard.thread.join();
         }
         pool.close();
-        let _ = teller.join();
+        for Visitors { come, teller } in visitors {
+            drop(come);
+            let _ = teller.join();
+        }
     }
 }
 
 fn start_shard(
-    cpu: usize,
+    (index, cpu): (usize, usize),
     engine: Engine,
     spin: u32,
     registry: &Arc<Registry>,
@@ -253,6 +292,7 @@ fn start_shard(
         pool: pool.clone(),
         mailbox: mailbox.clone(),
         stats: stats.clone(),
+        index,
     };
     let (ready, started) = mpsc::channel();
     let body = move || {

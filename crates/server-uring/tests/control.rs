@@ -36,6 +36,11 @@ fn it_tells_who_has_mounted_what() {
         let peer = format!("pid {}", std::process::id());
         let row = table.lines().find(|line| line.ends_with(&peer)).expect("the session's row");
         assert!(row.contains("share") && row.contains("connected"), "{table}");
+        let screen = daemon.command(&["top", "--once", "--interval=0.1"]);
+        assert!(screen.status.success(), "{screen:?}");
+        let screen = String::from_utf8(screen.stdout).expect("text");
+        assert!(screen.contains("1 sessions, 0 busy") && !screen.contains('\x1b'), "{screen}");
+        assert!(screen.lines().any(|line| line.starts_with("share ")), "{screen}");
         drop(guest);
         until("the end of the session", || status(&daemon).sessions.is_empty().then_some(()));
         daemon.stop_well();

@@ -1,5 +1,5 @@
-//! The guest's side of a lane's session table, after NFSv4.1's: it bounds what is in flight and leads
-//! replies back to their requests. The host's side is `table.rs`.
+//! The guest's side of a lane's session table, after NFSv4.1's: it bounds what is in flight and
+//! leads replies back to their requests. The host's side is `table.rs`.
 //!
 //! A request occupies a slot until its reply. Each use of a slot has the next `slot_seq`, so a
 //! record of an earlier use can never be taken for the current one.

@@ -7,6 +7,7 @@ use crate::fds::Fds;
 use crate::fs::{FsOptions, Submounts};
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -126,6 +127,57 @@ impl FromStr for ListenConfig {
     fn from_str(text: &str) -> Result<ListenConfig, ListenError> {
         Ok(ListenConfig { address: text.parse()? })
     }
+}
+
+/// Where metrics are told: `unix:PATH` or `tcp:ADDRESS:PORT`, an address of this machine alone.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MetricsAddress(pub Address);
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<MetricsAddress, String> {
+        let bad = || format!("{text:?} is not unix:PATH or tcp:127.0.0.1:PORT");
+        match text.split_once(':').ok_or_else(bad)? {
+            ("unix", path) if !path.is_empty() => Ok(MetricsAddress(Address::Unix(path.into()))),
+            ("tcp", address) => {
+                let address: SocketAddr = address.parse().map_err(|_| bad())?;
+                if !address.ip().is_loopback() {
+                    return Err(format!(
+                        "{address} can be reached by others: metrics have no password; use \
+                         127.0.0.1, and a proxy where they are read elsewhere"
+                    ));
+                }
+                Ok(MetricsAddress(Address::Tcp(address)))
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl TryFrom<String> for MetricsAddress {
+    type Error = String;
+    fn try_from(text: String) -> Result<MetricsAddress, String> {
+        text.parse()
+    }
+}
+
+impl From<MetricsAddress> for String {
+    fn from(address: MetricsAddress) -> String {
+        address.0.to_string()
+    }
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
 }
 
 /// Shares as tables by their names, in the order of the file.

@@ -30,6 +30,8 @@ pub enum What {
          its address"
     )]
     NoListener,
+    #[error("{log:?} says not what to log: {why}")]
+    Log { log: String, why: String },
     #[error("the share name {name:?} {why}")]
     ShareName { name: String, why: String },
     #[error("the share name {0:?} is given twice")]
@@ -79,6 +81,7 @@ impl What {
                     let all = table.get("listen")?.get_ref().as_array()?;
                     Some(all.iter().rfind(same)?.span().start)
                 }
+                What::Log { .. } => Some(table.get_key_value("log")?.0.span().start),
                 What::Read(_) | What::Text { .. } | What::ShareTwice(_) => None,
                 What::NoShare | What::NoListener => None,
             }

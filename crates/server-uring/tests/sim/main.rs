@@ -72,6 +72,7 @@ fn run_life(
         pool: pool.clone(),
         mailbox: mailbox.clone(),
         stats: stats.clone(),
+        index: 0,
     };
     let mut shard = Shard::new(SimRing::new(seed, plan.faults, world), shared, 0);
     shard.run().unwrap_or_else(|error| panic!("seed {seed}: {error}"));

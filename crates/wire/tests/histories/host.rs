@@ -82,8 +82,6 @@ struct Link {
     ticket: Ticket,
     is_proven: bool,
     heard: bool,
-    pings: u32,
-    pongs: u32,
 }
 
 struct Running {
@@ -101,8 +99,6 @@ struct Conn {
     link: Option<Link>,
     running: Vec<Running>,
     waiting: Option<Newcomer>,
-    /// With so many PONGs the link's peer was there when who waits had come.
-    pongs: u32,
     half: VecDeque<Record>,
 }
 
@@ -304,7 +300,6 @@ impl Daemon {
             link: None,
             running: Vec::new(),
             waiting: None,
-            pongs: 0,
             half: VecDeque::new(),
         };
         let fresh = net.ticket();
@@ -344,10 +339,10 @@ impl Daemon {
         if conn.link.is_none() {
             return self.welcome(at, newcomer, true, net);
         }
-        if let Some(link) = &mut conn.link {
+        if let Some(link) = &mut conn.link
+            && conn.waiting.is_none()
+        {
             link.heard = false;
-            link.pings += 1;
-            conn.pongs = link.pings;
             link.tell(Kind::Ping, net);
         }
         if let Some(mut older) = conn.waiting.replace(newcomer) {
@@ -362,11 +357,7 @@ impl Daemon {
         let conn = &mut self.sessions[at].conns[c];
         let (Some(link), true) = (&conn.link, conn.waiting.is_some()) else { return };
         let pipe = &net.pipes[link.pipe];
-        let lives = match net.is_planted(Plant::LateBytesCount) {
-            true => link.heard,
-            false => link.pongs >= conn.pongs,
-        };
-        if lives {
+        if link.heard && !pipe.is_cut {
             let Some(newcomer) = conn.waiting.take() else { return };
             let session = &self.sessions[at];
             let lanes = session.conns.iter().map(|conn| conn.lanes.len() as u16).sum();
@@ -445,16 +436,15 @@ impl Daemon {
         let conn = &mut session.conns[usize::from(conn)];
         let accepted = std::mem::take(&mut conn.half);
         conn.known = true;
-        let (is_proven, heard, pings, pongs) = (false, false, 0, 0);
-        let ticket = fresh;
-        conn.link = Some(Link { pipe, end, accepted, ticket, is_proven, heard, pings, pongs });
+        let (is_proven, heard) = (false, false);
+        conn.link = Some(Link { pipe, end, accepted, ticket: fresh, is_proven, heard });
     }
 
     fn receive(&mut self, at: usize, c: usize, net: &mut Net) -> Result<(), Fault> {
         let session = &mut self.sessions[at];
         let Some(link) = &mut session.conns[c].link else { return Ok(()) };
         let pipe = &mut net.pipes[link.pipe];
-        if pipe.says_nothing(Way::Up) {
+        if pipe.is_silent {
             return Ok(());
         }
         let most = 1 + [20, 400, 4000][net.rng.below(3)];
@@ -572,7 +562,7 @@ impl Daemon {
                 }
             }
             Kind::Ping => link.tell(Kind::Pong, net),
-            Kind::Pong => link.pongs += 1,
+            Kind::Pong => {}
             Kind::Restore => session.restore(&record.body)?,
             _ => return Err(format!("{kind:?} from a guest")),
         }

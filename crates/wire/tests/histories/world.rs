@@ -37,12 +37,10 @@ pub enum Plant {
     AbandonedAreResent,
     /// The guest tells a new daemon less than what it will give back.
     ForgetsCountEarly,
-    /// Any bytes of an old connection show that its peer lives.
-    LateBytesCount,
 }
 
 impl Plant {
-    pub const ALL: [Plant; 14] = [
+    pub const ALL: [Plant; 13] = [
         Plant::HalfBatchStays,
         Plant::TableNotCut,
         Plant::RepliesUnasked,
@@ -52,7 +50,6 @@ impl Plant {
         Plant::OldTicketAnywhere,
         Plant::LateHellosCount,
         Plant::OrphansRunAgain,
-        Plant::LateBytesCount,
         Plant::KeptGivesNothing,
         Plant::NotHeldUntilRestored,
         Plant::AbandonedAreResent,
