@@ -4,8 +4,8 @@
 //! disk a caught signal does not disturb stat, open, unlink or a read; so a request is dropped
 //! (EINTR from the park, a CANCEL to the daemon) only when its task is dying. That is looked up in
 //! `/proc/PID/status`, at once and then every [`LOOK_INTERVAL`] until the request is answered: by a
-//! thread of its own, which sleeps while no interrupted request waits. Not in `stat`: who reads that
-//! of a task in execve waits for it, and it may wait for us, with the FLUSH of a file.
+//! thread of its own, which sleeps while no interrupted request waits. Not in `stat`: whoever reads
+//! that of a task in execve waits for it, and it may wait for us, with the FLUSH of a file.
 //!
 //! Invariant: a request of a task that lives, or of which nothing is known (pid 0: a task outside
 //! of our pid namespace; no /proc), is never dropped. It must not read devices or sockets.
@@ -122,21 +122,15 @@ fn is_dying(pid: u32) -> bool {
 /// any more; only what never ran a program has none either. A signal that is fatal and makes no
 /// core comes as a SIGKILL to each task of the process (kernel/signal.c).
 fn says_dying(status: &[u8]) -> bool {
-    let mut lines = status.split(|&byte| byte == b'\n');
     let field = |name: &str| {
-        let value = lines.find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b":"));
-        value.map(<[u8]>::trim_ascii)
+        let mut lines = status.split(|&byte| byte == b'\n');
+        lines.find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b":"))
     };
-    let mut field = field;
-    if field("State").is_none() {
-        return false;
-    }
-    let has_memory = status.windows(8).any(|window| window == b"\nVmSize:");
     let pending = field("SigPnd").and_then(|value| std::str::from_utf8(value).ok());
-    let Some(pending) = pending.and_then(|value| u64::from_str_radix(value, 16).ok()) else {
+    let Some(pending) = pending.and_then(|value| u64::from_str_radix(value.trim(), 16).ok()) else {
         return false;
     };
-    !has_memory || pending & 1 << (Signal::KILL.as_raw() - 1) != 0
+    field("VmSize").is_none() || pending & 1 << (Signal::KILL.as_raw() - 1) != 0
 }
 
 #[cfg(test)]
