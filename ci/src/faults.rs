@@ -401,8 +401,8 @@ impl<'a> Under<'a> {
         Ok(())
     }
 
-    /// A guest that is cut often waits for up to a second before it comes again; one that is told
-    /// to comes at once, and so there is more to see.
+    /// A guest that is cut often waits for up to 0.3 s before it comes again; one that is told to
+    /// comes at once, and so there is more to see.
     fn hurry(&self, mut asker: Asker, over: &mpsc::Receiver<()>) {
         let all = self.proxy.live();
         self.proxy.note(&format!("{all} connections"));

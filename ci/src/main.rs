@@ -15,11 +15,13 @@ mod fuzz;
 mod guard;
 mod lex;
 mod mounts;
+mod package;
 mod paths;
 mod pjdfstest;
 mod proc;
 mod rig;
 mod sandbox;
+mod soak;
 mod stress;
 mod survive;
 mod test;
@@ -60,8 +62,12 @@ enum Command {
     Faults(faults::Args),
     /// How soon a mount goes on after its connections or its daemon are lost
     Survive(survive::Args),
+    /// Several guests for a long time, with kills, cuts and reconnects
+    Soak(soak::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
+    /// Debian packages, a static tarball and the container's place, in target/packages
+    Package(package::Args),
     /// stress-ng's file-system stressors on one and on several mounts
     Stress(stress::Args),
     /// ringfs against the bare directory and a local FUSE passthrough, in interleaved rounds
@@ -96,7 +102,9 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
         Command::Faults(args) => close("faults", faults::run(&args)?),
         Command::Survive(args) => close("survive", survive::run(&args)?),
+        Command::Soak(args) => close("soak", soak::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
+        Command::Package(args) => close("package", package::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),
         Command::Vm(args) => vm::run(args),

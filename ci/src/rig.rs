@@ -76,6 +76,12 @@ impl Counters {
 #[derive(Clone, Debug, Deserialize)]
 #[allow(missing_docs, reason = "docs/operations.md has them")]
 pub struct Told {
+    pub pid: u32,
+    pub lanes: Granted,
+    pub slots_per_lane: u64,
+    pub in_flight: u64,
+    pub parked: u64,
+    pub parked_bytes: u64,
     pub nodes_known: u64,
     pub handles_known: u64,
     pub rebuilds: u64,
@@ -84,6 +90,13 @@ pub struct Told {
     pub handles_restored: u64,
     pub rebuild_bytes: u64,
     pub rebuild_us: u64,
+}
+
+/// Of what was asked for.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Granted {
+    /// So many were given.
+    pub got: u64,
 }
 
 /// One line of the table of mounts.
@@ -361,6 +374,11 @@ impl Mount {
         let mut own = listed.into_iter().filter(|listed| listed.mountpoint == self.dir);
         let told = own.next().and_then(|listed| listed.client);
         told.with_context(|| format!("no client answers for {}", self.dir.display()))
+    }
+
+    /// `ringfs reconnect`.
+    pub fn reconnect(&self) -> Result<()> {
+        Cmd::new(&self.ringfs).arg("reconnect").arg(&self.dir).limit(SETTLE).run().map(drop)
     }
 
     /// Unmounts in the orderly way, and sees it gone.

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 
 use crate::paths::{self, Bins};
 use crate::vm::{self, VmArgs};
-use crate::{demo, deny, deps, e2e, faults, fsx, pjdfstest, stress, survive};
+use crate::{demo, deny, deps, e2e, faults, fsx, pjdfstest, soak, stress, survive};
 
 /// The slowest single cargo call, a release build from nothing on two busy cores.
 const CARGO_LIMIT: Duration = Duration::from_secs(1500);
@@ -48,7 +48,8 @@ const STEPS: &[Step] = &[
     Step { name: "stress", run: || stress::run(&stress::Args::short()) },
     Step { name: "faults", run: faults::run_short },
     Step { name: "survive", run: survive::run_short },
-    Step { name: "vm", run: || vm::run(VmArgs::short()).map(|()| "smoke on 6.12".into()) },
+    Step { name: "soak", run: soak::run_short },
+    Step { name: "vm", run: vm },
     Step { name: "demo", run: || demo::run(&demo::Args::once()) },
 ];
 
@@ -114,6 +115,11 @@ fn summary(verdicts: &[(&str, Verdict, Duration)]) -> Result<()> {
 fn cargo(args: &[&str]) -> Result<String> {
     paths::cargo().args(args).limit(CARGO_LIMIT).show()?;
     Ok(format!("cargo {}", args.join(" ")))
+}
+
+fn vm() -> Result<String> {
+    VmArgs::short().into_iter().try_for_each(vm::run)?;
+    Ok("smoke and a root file system, on 6.12".into())
 }
 
 fn clippy() -> Result<String> {

@@ -18,6 +18,7 @@ use self::kernel::Series;
 use self::protocol::Outcome;
 use self::scenario::{Scenario, Step};
 use self::tools::Tools;
+pub use self::tools::static_program;
 use crate::guard::{Guard, Undo};
 
 pub mod bench;
@@ -51,9 +52,12 @@ pub struct VmArgs {
 }
 
 impl VmArgs {
-    /// What CI runs.
-    pub fn short() -> VmArgs {
-        let scenario = Scenario::Smoke;
+    /// What CI runs: one mount at work, and a root file system on one.
+    pub fn short() -> [VmArgs; 2] {
+        [Scenario::Smoke, Scenario::Rootfs].map(VmArgs::of)
+    }
+
+    fn of(scenario: Scenario) -> VmArgs {
         VmArgs { scenario, kernel: None, steps: Vec::new(), list: false, keep: false }
     }
 }
@@ -125,6 +129,9 @@ fn run_one(
 ) -> anyhow::Result<guest::Results> {
     let daemon = tools.product.as_ref().map(|product| product.daemon.as_path());
     let mut host = Host::start(run_dir, daemon)?;
+    if plan.iter().any(|step| step.stage == scenario::Stage::NewRoot) {
+        host.make_root(&tools.busybox)?;
+    }
     let results = guest::boot(kernel, tools, plan, &mut host, run_dir, &Extras::default())?;
     if results.iter().any(|(_, outcome, _)| matches!(outcome, Outcome::Failed(_)))
         && let Some(log) = host.daemon_log()
@@ -148,7 +155,9 @@ fn series(args: &VmArgs) -> Vec<Series> {
         (Some(KernelChoice::V6_12), _) => vec![Series::V6_12],
         (Some(KernelChoice::V6_1), _) => vec![Series::V6_1],
         (Some(KernelChoice::All), _) | (None, Scenario::Full) => vec![Series::V6_12, Series::V6_1],
-        (None, Scenario::Boot | Scenario::Smoke | Scenario::None) => vec![Series::V6_12],
+        (None, Scenario::Boot | Scenario::Smoke | Scenario::Rootfs | Scenario::None) => {
+            vec![Series::V6_12]
+        }
     }
 }
 

@@ -182,7 +182,7 @@ fn about(
     let programs = [
         (&bench.virtiofsd, VIRTIOFS[0].arguments(share)),
         (&bench.virtiofsd, VIRTIOFS[1].arguments(share)),
-        (&product.daemon, host::daemon_arguments(share)),
+        (&product.daemon, host::daemon_arguments(share, &host::direct_socket())),
         (&tools.vhost_vsock, guest::vhost_arguments().into()),
         (&tools.qemu, guest::qemu_arguments(kernel, run_dir, extras)),
     ];

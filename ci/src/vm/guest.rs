@@ -214,6 +214,7 @@ fn build_initramfs(
     }
     root.file("modules/order", order.as_bytes());
     root.file("guest/stage", include_bytes!("../../guest/stage"));
+    root.file("guest/shutdown", include_bytes!("../../guest/shutdown"));
     root.file("guest/step", include_bytes!("../../guest/step"));
     root.file("guest/pjdfstest.toml", include_bytes!("../../guest/pjdfstest.toml"));
     root.file("guest/plan", scenario::as_text(plan).as_bytes());
@@ -244,8 +245,10 @@ fn environment(programs: &[(&str, PathBuf)]) -> String {
 /// Programs that the guest takes from the host's root, under the names that steps know them by.
 fn host_programs(tools: &Tools) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
     let daemon = tools.product.as_ref().map(|product| &product.daemon);
+    let ourselves = std::env::current_exe()?;
     let all = [
         ("ping", Some(&tools.ping)),
+        ("xtask", Some(&ourselves)),
         ("ringfsd", daemon),
         ("pjdfstest", tools.pjdfstest.as_ref()),
         ("bench", tools.bench.as_ref().map(|bench| &bench.program)),

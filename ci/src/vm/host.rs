@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,6 +16,8 @@ use anyhow::{Context as _, bail, ensure};
 
 use super::process::Process;
 use super::tools;
+use crate::faults::proxy::Proxy;
+use crate::faults::schedule::Schedule;
 
 /// The share's name in the guest's commands.
 pub const SHARE: &str = "data";
@@ -34,6 +37,9 @@ const IDLE_LIMIT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
 /// The daemon's counters, relative to the run's directory.
 const CONTROL: &str = "ringfsd.ctl";
+/// Where the daemon listens behind the proxy, and keeps its state; relative as well.
+const BEHIND: &str = "behind.sock";
+const STATE_DIR: &str = "state";
 const STATUS_BYTES_MAX: u64 = 1 << 20;
 const FILES_FROM_HOST: u32 = 150;
 
@@ -41,10 +47,16 @@ const FILES_FROM_HOST: u32 = 150;
 pub struct Host {
     share: PathBuf,
     daemon: Option<Daemon>,
+    /// Between the guest and the daemon, so that connections can be cut.
+    proxy: Option<Proxy>,
 }
 
 struct Daemon {
     process: Process,
+    program: PathBuf,
+    arguments: Vec<String>,
+    run_dir: PathBuf,
+    socket: PathBuf,
     control: PathBuf,
     /// Before any guest came.
     idle: Held,
@@ -56,14 +68,37 @@ impl Host {
         let share = run_dir.join("share");
         make_share(&share)?;
         start_echo(&run_dir.join(format!("{UDS_BASE}_{ECHO_PORT}")))?;
-        let daemon = ringfsd.map(|program| start_daemon(program, run_dir, &share)).transpose()?;
-        Ok(Self { share, daemon })
+        let Some(program) = ringfsd else { return Ok(Self { share, daemon: None, proxy: None }) };
+        let daemon = start_daemon(program, run_dir, &share, BEHIND)?;
+        let schedule = Schedule { seed: 0, gap_max: 1, calm: true };
+        let log = std::fs::File::create(run_dir.join("proxy.log"))?;
+        let socket = run_dir.join(direct_socket());
+        let proxy = Proxy::start(&socket, &run_dir.join(BEHIND), schedule, log)?;
+        Ok(Self { share, daemon: Some(daemon), proxy: Some(proxy) })
     }
 
     /// Only the daemon, serving a directory that is there.
     pub fn serve(run_dir: &Path, ringfsd: &Path, share: &Path) -> anyhow::Result<Self> {
-        let daemon = Some(start_daemon(ringfsd, run_dir, share)?);
-        Ok(Self { share: share.to_owned(), daemon })
+        let daemon = Some(start_daemon(ringfsd, run_dir, share, &direct_socket())?);
+        Ok(Self { share: share.to_owned(), daemon, proxy: None })
+    }
+
+    /// Adds a root file system to the share: busybox, and an init.
+    pub fn make_root(&self, busybox: &Path) -> anyhow::Result<()> {
+        let root = self.share.join("root");
+        for dir in ["bin", "dev", "etc", "proc", "run", "sbin", "sys", "tmp"] {
+            std::fs::create_dir_all(root.join(dir))?;
+        }
+        std::fs::copy(busybox, root.join("bin/busybox"))?;
+        for applet in
+            ["sh", "cat", "cut", "grep", "mkdir", "readlink", "sleep", "timeout", "tail", "tr"]
+        {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
+        }
+        let init = root.join("sbin/init");
+        std::fs::write(&init, include_bytes!("../../guest/root-init"))?;
+        std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755))?;
+        std::fs::write(root.join("etc/hello"), "the host's root\n").map_err(Into::into)
     }
 
     /// Answers one request of the guest: `ok ...` or `failed ...`.
@@ -73,6 +108,9 @@ impl Host {
             ["checksum", name, expected] => self.checksum(name, expected),
             ["absent", name] => self.absent(name),
             ["daemon-idle"] => self.daemon_idle(),
+            ["kill-daemon"] => self.kill_daemon(),
+            ["cut"] => self.cut(),
+            ["silence"] => self.silence(),
             _ => Err(anyhow::anyhow!("the host knows no request {request:?}")),
         };
         match result {
@@ -102,6 +140,36 @@ impl Host {
         let path = self.share.join(name);
         ensure!(path.symlink_metadata().is_err(), "{name} is still there on the host");
         Ok(format!("{name} is gone"))
+    }
+
+    /// Without a warning; another one takes its place.
+    fn kill_daemon(&mut self) -> anyhow::Result<String> {
+        let Some(daemon) = self.daemon.as_mut() else { bail!("no daemon runs") };
+        daemon.process.kill()?;
+        daemon.process =
+            Process::start("ringfsd", &daemon.program, &daemon.arguments, &daemon.run_dir, false)?;
+        let end = Instant::now() + LISTEN_LIMIT;
+        while UnixStream::connect(&daemon.socket).is_err() {
+            daemon.process.check_running()?;
+            ensure!(Instant::now() < end, "the next daemon does not listen");
+            std::thread::sleep(POLL);
+        }
+        Ok("killed and started again".to_owned())
+    }
+
+    fn cut(&self) -> anyhow::Result<String> {
+        let proxy = self.proxy.as_ref().context("no proxy runs")?;
+        proxy.cut();
+        ensure!(proxy.findings().is_empty(), "{:?}", proxy.findings());
+        Ok("connections are cut".to_owned())
+    }
+
+    /// As a restored snapshot finds its connections.
+    fn silence(&self) -> anyhow::Result<String> {
+        let proxy = self.proxy.as_ref().context("no proxy runs")?;
+        proxy.end_silence();
+        proxy.silence(false);
+        Ok("connections are dead, and nobody says so to the guest".to_owned())
     }
 
     /// After the last unmount the daemon must hold what it held before the first mount.
@@ -165,29 +233,43 @@ impl Held {
     }
 }
 
-fn start_daemon(program: &Path, run_dir: &Path, share: &Path) -> anyhow::Result<Daemon> {
-    let socket = format!("{UDS_BASE}_{PORT}");
-    let arguments = daemon_arguments(share);
+fn start_daemon(
+    program: &Path,
+    run_dir: &Path,
+    share: &Path,
+    socket: &str,
+) -> anyhow::Result<Daemon> {
+    let arguments = daemon_arguments(share, socket);
     let mut process = Process::start("ringfsd", program, &arguments, run_dir, false)?;
     let control = run_dir.join(CONTROL);
-    process.wait_for(&run_dir.join(&socket), LISTEN_LIMIT)?;
+    process.wait_for(&run_dir.join(socket), LISTEN_LIMIT)?;
     process.wait_for(&control, LISTEN_LIMIT)?;
     // One visit that says nothing brings up what the daemon makes on its first connection.
-    drop(UnixStream::connect(run_dir.join(&socket)).context("connecting to ringfsd")?);
-    let mut daemon = Daemon { process, control, idle: Held::default() };
+    let socket = run_dir.join(socket);
+    drop(UnixStream::connect(&socket).context("connecting to ringfsd")?);
+    let (program, run_dir) = (program.to_owned(), run_dir.to_owned());
+    let idle = Held::default();
+    let mut daemon = Daemon { process, program, arguments, run_dir, socket, control, idle };
     daemon.idle = settled(&daemon)?;
     Ok(daemon)
 }
 
+/// Where vhost-device-vsock looks for whoever serves the guest.
+pub fn direct_socket() -> String {
+    format!("{UDS_BASE}_{PORT}")
+}
+
 /// What the daemon is started with.
-pub fn daemon_arguments(share: &Path) -> Vec<String> {
+pub fn daemon_arguments(share: &Path, socket: &str) -> Vec<String> {
     [
         "--share".to_owned(),
         format!("{SHARE}={},dev", share.display()),
         "--listen".to_owned(),
-        format!("unix:{UDS_BASE}_{PORT}"),
+        format!("unix:{socket}"),
         "--control".to_owned(),
         CONTROL.to_owned(),
+        "--state-dir".to_owned(),
+        STATE_DIR.to_owned(),
     ]
     .into()
 }

@@ -109,6 +109,13 @@ impl Process {
         }
     }
 
+    /// Ends it without a warning.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill().with_context(|| format!("killing {}", self.name))?;
+        self.child.wait()?;
+        Ok(())
+    }
+
     /// The last lines of the log.
     pub fn log_tail(&self, lines: usize) -> String {
         tail(&self.log, lines)

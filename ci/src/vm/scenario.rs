@@ -14,6 +14,8 @@ pub enum Scenario {
     Smoke,
     /// All of it: a part of pjdfstest, fio with verify, both ends in the guest, errors.
     Full,
+    /// A guest whose root file system is the share.
+    Rootfs,
     /// Only what is named with `--step`.
     None,
 }
@@ -25,6 +27,10 @@ pub enum Stage {
     Initramfs,
     /// The host's root under an overlay, with all its tools.
     Root,
+    /// A root file system on the share, instead of the stage `root`; after `switch_root`.
+    NewRoot,
+    /// Behind that: back in memory, as systemd's `/run/initramfs/shutdown`.
+    Exitrd,
 }
 
 impl Stage {
@@ -32,6 +38,8 @@ impl Stage {
         match self {
             Self::Initramfs => "initramfs",
             Self::Root => "root",
+            Self::NewRoot => "newroot",
+            Self::Exitrd => "exitrd",
         }
     }
 }
@@ -53,11 +61,11 @@ const fn step(from: Scenario, stage: Stage, limit_s: u32, name: &'static str) ->
     Step { name, stage, limit_s, from }
 }
 
-use Scenario::{Boot, Full, None as OnDemand, Smoke};
-use Stage::{Initramfs, Root};
+use Scenario::{Boot, Full, None as OnDemand, Rootfs, Smoke};
+use Stage::{Exitrd, Initramfs, NewRoot, Root};
 
 /// All steps in the order in which they run.
-pub const STEPS: [Step; 37] = [
+pub const STEPS: [Step; 43] = [
     step(Boot, Initramfs, 20, "modules"),
     step(Smoke, Initramfs, 120, "initramfs_mount"),
     step(Boot, Root, 120, "vsock_pieces_1k"),
@@ -67,6 +75,8 @@ pub const STEPS: [Step; 37] = [
     step(Smoke, Root, 300, "files"),
     step(Smoke, Root, 300, "copy_tree"),
     step(Smoke, Root, 300, "dd_checksum"),
+    step(Smoke, Root, 300, "survive"),
+    step(Full, Root, 600, "survive_more"),
     step(Full, Root, 120, "features"),
     step(Full, Root, 600, "fio_verify"),
     step(Full, Root, 600, "pjdfstest_chmod"),
@@ -87,6 +97,10 @@ pub const STEPS: [Step; 37] = [
     step(Full, Root, 300, "loop_copy_tree"),
     step(Full, Root, 600, "loop_fio_verify"),
     step(Full, Root, 120, "loop_umount"),
+    step(Rootfs, Initramfs, 60, "doctor"),
+    step(Rootfs, Initramfs, 120, "root_mount"),
+    step(Rootfs, NewRoot, 120, "root_runs"),
+    step(Rootfs, Exitrd, 120, "root_unmounted"),
     step(OnDemand, Root, 1200, "pjdfstest_all"),
     step(OnDemand, Root, 120, "vsock_pieces_48k"),
     step(OnDemand, Root, 300, "plain_files"),
@@ -109,7 +123,11 @@ pub fn plan(scenario: Scenario, named: &[String]) -> Result<Vec<Step>, String> {
         return Err(unknown.clone());
     }
     let wanted = |step: &&Step| {
-        let in_scenario = step.from != OnDemand && scenario != OnDemand && step.from <= scenario;
+        let in_scenario = match scenario {
+            OnDemand => false,
+            Rootfs => step.from == Rootfs || step.name == "modules",
+            Boot | Smoke | Full => step.from <= scenario,
+        };
         in_scenario || named.iter().any(|name| name == step.name)
     };
     Ok(STEPS.iter().filter(wanted).copied().collect())
@@ -153,6 +171,7 @@ mod tests {
         }
         check(Boot, &[], "initramfs modules 20\nroot vsock_pieces_1k 120\n", &[]);
         check(Smoke, &["fio_verify"], "initramfs modules 20\n", &["mount", "fio_verify"]);
+        check(Rootfs, &[], "initramfs modules 20\ninitramfs doctor 60\n", &["root_runs"]);
         check(OnDemand, &["umount", "mount"], "root mount 120\nroot umount 120\n", &[]);
         assert!(!plan(Full, &[]).expect("no names").iter().any(|s| s.from == OnDemand));
         assert_eq!(plan(Full, &["nonsense".into()]), Err("nonsense".into()));

@@ -57,7 +57,9 @@ impl Tools {
         let want_bench = plan.iter().any(|step| step.name == scenario::BENCH.name);
         // The steps of the scenario `boot`, and some on demand, go without.
         let want_product = want_bench
-            || plan.iter().any(|step| matches!(step.from, Scenario::Smoke | Scenario::Full));
+            || plan.iter().any(|step| {
+                matches!(step.from, Scenario::Smoke | Scenario::Full | Scenario::Rootfs)
+            });
         // util-linux: setpriv; xz-utils: the modules of a guest's kernel.
         let mut packages =
             vec!["qemu-system-x86", "busybox-static", "xz-utils", "util-linux", "fio"];
@@ -151,22 +153,23 @@ fn which(program: &str) -> Option<PathBuf> {
 }
 
 fn product(root: &Path) -> anyhow::Result<Product> {
-    Ok(Product { client: static_client(root)?, daemon: daemon(root)? })
+    Ok(Product { client: static_program(root, "ringfs-client", "ringfs")?, daemon: daemon(root)? })
 }
 
-fn static_client(root: &Path) -> anyhow::Result<PathBuf> {
+/// Builds a program of ours that needs no libc where it runs.
+pub fn static_program(root: &Path, package: &str, name: &str) -> anyhow::Result<PathBuf> {
     let target = root.join("target/static");
     run(cargo(root)
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .args(["build", "--quiet", "--release", "-p", "ringfs-client", "--bin", "ringfs"])
+        .args(["build", "--quiet", "--release", "--locked", "-p", package, "--bin", name])
         .args(["--target", STATIC_TARGET, "--target-dir"])
         .arg(&target))?;
-    let client = target.join(STATIC_TARGET).join("release/ringfs");
-    let kind = std::fs::read(&client).with_context(|| format!("reading {}", client.display()))?;
+    let program = target.join(STATIC_TARGET).join("release").join(name);
+    let kind = std::fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
     if has_interpreter(&kind) {
-        bail!("{} is not static: it asks for a dynamic loader", client.display());
+        bail!("{} is not static: it asks for a dynamic loader", program.display());
     }
-    Ok(client)
+    Ok(program)
 }
 
 fn daemon(root: &Path) -> anyhow::Result<PathBuf> {

@@ -27,12 +27,18 @@ fn start(what: &'static str) -> impl Fn(io::Error) -> BackgroundError {
     move |source| BackgroundError::Start { what, source }
 }
 
-/// Runs this program with `args` in the background, until it is ready or has failed.
-pub fn spawn<S: AsRef<OsStr>>(args: &[S]) -> Result<(), BackgroundError> {
+/// Runs this program with `args` in the background, until it is ready or has failed. `for_root`:
+/// its name begins with an `@`, so that systemd lets it live at the shutdown of what it serves
+/// (<https://systemd.io/ROOT_STORAGE_DAEMONS/>).
+pub fn spawn<S: AsRef<OsStr>>(args: &[S], for_root: bool) -> Result<(), BackgroundError> {
     let program = program().map_err(start("find this program; is /proc mounted?"))?;
     let (mut ready, theirs) = io::pipe().map_err(start("pipe"))?;
     let mut command = Command::new(program);
-    command.arg0("ringfs").args(args).stdin(Stdio::null()).stdout(theirs);
+    command
+        .arg0(if for_root { "@ringfs" } else { "ringfs" })
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(theirs);
     let mut child = command.spawn().map_err(start("spawn"))?;
     // It holds our copy of the pipe's other end.
     drop(command);

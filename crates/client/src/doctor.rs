@@ -387,7 +387,7 @@ impl Machine {
                 NAME,
                 Level::Ok,
                 "CID 2: this is a host",
-                "guests reach it as vsock:2:PORT; here itself use vsock:1:PORT or a Unix socket",
+                "guests reach it as vsock:2:PORT; from here use vsock:1:PORT or a Unix socket",
             ),
             Some(cid) => ok(NAME, format!("CID {cid}; the host is CID 2")),
         }

@@ -34,13 +34,13 @@ mod up;
 mod uring_lane;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use mount_cmd::{Failure, Request};
 use options::Options;
 use remount::RemountError;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
@@ -180,6 +180,11 @@ enum Cmd {
         #[arg(long)]
         json: bool,
     },
+    /// Print the completions of a shell, to be put where it looks for them
+    Completions { shell: clap_complete::Shell },
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    ManPages { dir: PathBuf },
     /// Show the ringfs mounts and what they do
     Status {
         /// As JSON: a list of {mountpoint, source, client}
@@ -238,6 +243,14 @@ fn main() -> ExitCode {
                 Ok(false) => return ExitCode::from(EXIT_FAILED),
                 Err(error) => Err(error),
             }
+        }
+        Cmd::Completions { shell } => {
+            let mut out = std::io::stdout();
+            clap_complete::generate(shell, &mut Cli::command(), "ringfs", &mut out);
+            Ok(())
+        }
+        Cmd::ManPages { dir } => {
+            clap_mangen::generate_to(Cli::command(), dir).map_err(anyhow::Error::from)
         }
         Cmd::Status { json } => run_status(json),
     };
@@ -312,7 +325,10 @@ fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
         child.push("--sloppy".into());
     }
     child.extend(["--".into(), request.target.source(), request.mountpoint.into()]);
-    Ok(background::spawn(&child)?)
+    // In an initramfs it mounts what the system that comes then lives on.
+    let for_root = options::words(&args.options).any(|word| word == "x-initrd.mount")
+        || Path::new("/etc/initrd-release").exists();
+    Ok(background::spawn(&child, for_root)?)
 }
 
 fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
@@ -382,7 +398,6 @@ fn run_status(json: bool) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_sound() {

@@ -520,6 +520,7 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         pid: std::process::id(),
         source: target.source().to_string_lossy().into_owned(),
         mountpoint: mount.mountpoint().to_owned(),
+        dev_minor: mount.dev_minor(),
         share: target.share.clone(),
         subdir: String::from_utf8_lossy(&target.subdir).into_owned(),
         address: target.address.to_string(),

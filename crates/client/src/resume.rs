@@ -28,8 +28,9 @@ use thiserror::Error;
 
 /// Between the first two tries after one that failed.
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
-/// Between two tries at most.
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Between two tries at most: the first answer is to come half a second after a daemon does,
+/// however long there was none, and the rebuild has its part of that.
+const BACKOFF_MAX: Duration = Duration::from_millis(300);
 /// A daemon that refuses the ticket so often in a row, at first perhaps as it is just letting go
 /// of the session, does not have it for us.
 const UNKNOWN_MAX: u32 = 2;
@@ -633,7 +634,7 @@ mod tests {
     fn tries_become_rare() {
         let mut backoff = Backoff::default();
         assert_eq!(backoff.delay(u64::MAX), Duration::ZERO);
-        for full in [10, 20, 40, 80, 160, 320, 640, 1000, 1000] {
+        for full in [10, 20, 40, 80, 160, 300, 300] {
             let mut twin = Backoff { next: backoff.next };
             let (low, high) = (Duration::from_millis(full) / 2, Duration::from_millis(full));
             assert_eq!(twin.delay(0), low);

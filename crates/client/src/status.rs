@@ -91,6 +91,8 @@ pub struct Facts {
     pub pid: u32,
     pub source: String,
     pub mountpoint: PathBuf,
+    /// Of the mount's device: finds it again where it was moved, or became the root.
+    pub dev_minor: Option<u32>,
     pub share: String,
     pub subdir: String,
     pub address: String,
@@ -170,6 +172,9 @@ pub struct Entry {
     /// As the kernel has it.
     #[serde(skip)]
     pub is_read_only: bool,
+    /// Of its device.
+    #[serde(skip)]
+    pub dev_minor: u32,
 }
 
 impl Report {
@@ -341,8 +346,9 @@ pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
 pub fn mounts() -> io::Result<Vec<Entry>> {
     let entry = |mount: MountInfo| {
         let source = mount.source.to_string_lossy().into_owned();
-        let is_read_only = mount.is_read_only();
-        Entry { mountpoint: mount.mount_point, source, client: None, socket: None, is_read_only }
+        let (is_read_only, dev_minor) = (mount.is_read_only(), mount.dev_minor);
+        let mountpoint = mount.mount_point;
+        Entry { mountpoint, source, client: None, socket: None, is_read_only, dev_minor }
     };
     Ok(find_mounts()?.into_iter().map(entry).collect())
 }
@@ -365,8 +371,11 @@ pub fn each_client(dirs: &[PathBuf], entries: &mut [Entry], mut found: impl FnMu
             let Ok(mut report) = answer(stream, Some(ANSWER_LIMIT)) else { continue };
             let is_its = |entry: &&mut Entry| {
                 let facts = &report.facts;
-                entry.client.is_none()
-                    && (&entry.mountpoint, &entry.source) == (&facts.mountpoint, &facts.source)
+                let here = match facts.dev_minor {
+                    Some(minor) => entry.dev_minor == minor,
+                    None => entry.mountpoint == facts.mountpoint,
+                };
+                entry.client.is_none() && entry.source == facts.source && here
             };
             if let Some(entry) = entries.iter_mut().find(is_its) {
                 // A remount changes it, and its client need not know.
@@ -569,6 +578,7 @@ mod tests {
             client: None,
             socket: None,
             is_read_only: false,
+            dev_minor: 0,
         };
         let asked = std::thread::scope(|scope| {
             let asked = scope.spawn(|| {
@@ -633,6 +643,7 @@ mod tests {
             client,
             socket: None,
             is_read_only: false,
+            dev_minor: 0,
         };
         let text = render(&[entry(Some(report())), entry(None)], 61);
         for expected in [

@@ -6,13 +6,16 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Where guests come from.
@@ -47,6 +50,8 @@ pub enum ListenError {
         "cannot listen on vsock port {port} (is the module vhost_vsock or vsock_loopback loaded?)"
     )]
     Vsock { port: u32, source: std::io::Error },
+    #[error("a socket that was passed is none to accept on (Accept=no, ListenStream=)")]
+    Passed(#[source] std::io::Error),
     #[error("cannot listen on tcp:{address}")]
     Tcp { address: SocketAddr, source: std::io::Error },
 }
@@ -105,10 +110,11 @@ pub enum Door {
     Metrics,
 }
 
-/// A bound socket. Its path goes with it.
+/// A bound socket. Its path goes with it, if it was bound here.
 pub struct Listener {
     address: Address,
     socket: OwnedFd,
+    passed: bool,
 }
 
 /// A connection of which nothing was read yet.
@@ -133,6 +139,36 @@ impl Listener {
         Listener::bind_mode(address, Some(Mode::RUSR | Mode::WUSR))
     }
 
+    /// A socket that somebody has bound, and goes on owning.
+    ///
+    /// # Errors
+    /// It is none to listen on.
+    pub fn passed(socket: OwnedFd) -> Result<Listener, ListenError> {
+        let wrong = |what| ListenError::Passed(what);
+        let listens = net::sockopt::socket_acceptconn(&socket).map_err(|e| wrong(e.into()))?;
+        let name = net::getsockname(&socket).map_err(|e| wrong(e.into()))?;
+        let address = if !listens {
+            None
+        } else if name.address_family() == AddressFamily::VSOCK {
+            let listener = vsock::VsockListener::from(socket.try_clone().map_err(wrong)?);
+            let port = listener.local_addr().map_err(wrong)?.port();
+            Some(Address::Vsock { cid: CID_ANY, port })
+        } else if let Ok(unix) = SocketAddrUnix::try_from(name.clone()) {
+            let path = unix.path_bytes().map(|path| path.strip_suffix(b"\0").unwrap_or(path));
+            path.map(|path| Address::Unix(OsStr::from_bytes(path).into()))
+        } else {
+            SocketAddr::try_from(name).ok().map(Address::Tcp)
+        };
+        let address = address.ok_or_else(|| wrong(std::io::ErrorKind::InvalidInput.into()))?;
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| wrong(e.into()))?;
+        Ok(Listener { address, socket, passed: true })
+    }
+
+    /// Somebody else has bound it.
+    pub fn is_passed(&self) -> bool {
+        self.passed
+    }
+
     /// Where it is bound.
     pub fn address(&self) -> &Address {
         &self.address
@@ -155,7 +191,7 @@ impl Listener {
                 OwnedFd::from(listener)
             }
         };
-        Ok(Listener { address, socket })
+        Ok(Listener { address, socket, passed: false })
     }
 
     /// Takes one connection; `None` when none waits or it may not come in.
@@ -211,7 +247,9 @@ fn owner_of(peer: &impl Hash) -> u64 {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Address::Unix(path) = &self.address {
+        if let Address::Unix(path) = &self.address
+            && !self.passed
+        {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -274,10 +312,11 @@ fn is_alive(address: &SocketAddrUnix) -> bool {
 }
 
 /// Accepts until one of `wakes` becomes readable, and tells which; each connection goes to
-/// `hand_on`. `None`: nothing can be waited for.
+/// `hand_on`, and every so `often` there is a `beat`. `None`: nothing can be waited for.
 pub fn run(
     listeners: &[(Door, Listener)],
     wakes: &[&UnixStream],
+    (often, beat): (Option<Duration>, &dyn Fn()),
     mut hand_on: impl FnMut(Door, Accepted),
 ) -> Option<usize> {
     let mut exhausted = false;
@@ -291,8 +330,10 @@ pub fn run(
             fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         }
         // Out of fds: the listeners stay readable, so they are left alone for a while.
-        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        match poll(&mut fds, exhausted.then_some(&pause)) {
+        let pause = exhausted.then_some(Duration::from_millis(100)).or(often);
+        let pause = pause.and_then(|pause| Timespec::try_from(pause).ok());
+        beat();
+        match poll(&mut fds, pause.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot wait for connections");

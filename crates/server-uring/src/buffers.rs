@@ -51,8 +51,10 @@ impl DerefMut for Buf {
 }
 
 /// The free buffers of one shard, and the count of those that are out.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BufferPool {
+    /// Large ones that may be out.
+    large_max: usize,
     small: Vec<Buf>,
     large: Vec<Buf>,
     small_out: usize,
@@ -61,7 +63,26 @@ pub struct BufferPool {
     slots_given: u16,
 }
 
+impl Default for BufferPool {
+    fn default() -> BufferPool {
+        BufferPool::new(LARGE_BUFFERS_MAX)
+    }
+}
+
 impl BufferPool {
+    /// With so many large buffers, at most [`LARGE_BUFFERS_MAX`].
+    pub fn new(large_max: usize) -> BufferPool {
+        BufferPool {
+            large_max: large_max.clamp(LARGE_BUFFERS_MIN, LARGE_BUFFERS_MAX),
+            small: Vec::new(),
+            large: Vec::new(),
+            small_out: 0,
+            large_out: 0,
+            large_returned: 0,
+            slots_given: 0,
+        }
+    }
+
     /// A buffer of [`SMALL_BUFFER_BYTES`]. How many are out follows from the bounds on connections
     /// and requests.
     pub fn small(&mut self) -> Buf {
@@ -71,7 +92,7 @@ impl BufferPool {
 
     /// A buffer of [`LARGE_BUFFER_BYTES`], or `None` while too many are out.
     pub fn large(&mut self) -> Option<Buf> {
-        if self.large_out >= LARGE_BUFFERS_MAX {
+        if self.large_out >= self.large_max {
             return None;
         }
         self.large_out += 1;
@@ -88,7 +109,7 @@ impl BufferPool {
     /// As [`BufferPool::large`], but only from the first half: what came in must never hold all the
     /// buffers that its answers need.
     pub fn large_for_input(&mut self) -> Option<Buf> {
-        if self.large_out >= LARGE_BUFFERS_MAX / 2 { None } else { self.large() }
+        if self.large_out >= self.large_max / 2 { None } else { self.large() }
     }
 
     /// Counts the large buffers that came back.
@@ -134,6 +155,15 @@ impl BufferPool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_memory_is_short_there_are_fewer() {
+        for (asked, expected) in [(0, LARGE_BUFFERS_MIN), (20, 20), (9999, LARGE_BUFFERS_MAX)] {
+            let mut pool = BufferPool::new(asked);
+            let large: Vec<Buf> = std::iter::from_fn(|| pool.large()).collect();
+            assert_eq!(large.len(), expected);
+        }
+    }
 
     #[test]
     fn buffers_are_aligned_bounded_and_come_back() {

@@ -12,7 +12,9 @@
 mod entry;
 mod fault;
 
-pub use entry::{DirectIo, Engine, ListenConfig, LogFormat, MetricsAddress, ShareConfig};
+pub use entry::{
+    DirectIo, Engine, IoPriority, ListenConfig, LogFormat, MetricsAddress, ShareConfig,
+};
 pub use fault::{Fault, What};
 
 use crate::accept::Address;
@@ -33,9 +35,16 @@ pub const FILE_DEFAULT: &str = "/etc/ringfs/ringfsd.toml";
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Settings {
-    /// CPUs to serve on, such as 0-3,8; at most those that the process may use.
+    /// CPUs to serve on, such as 0-3,8; at most those that the process may use. [default: all of
+    /// them; a thread on each, fewer where the control group's CPU quota is smaller]
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
+    /// Priority on the CPU, -20 (first) to 19 (last), as nice(1) has it.
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub nice: Option<i32>,
+    /// Priority on the disk, as ionice(1) has it.
+    #[arg(long, value_name = "idle|be:N|rt:N")]
+    pub ioprio: Option<IoPriority>,
     /// How files and sockets are driven. [default: uring]
     #[arg(long, value_enum)]
     pub engine: Option<Engine>,
@@ -102,6 +111,10 @@ pub struct Config {
     pub listen: Vec<ListenConfig>,
     /// CPUs to use; all that are allowed by default.
     pub cpus: Option<Vec<usize>>,
+    /// Priority on the CPU.
+    pub nice: Option<i32>,
+    /// Priority on the disk.
+    pub ioprio: Option<IoPriority>,
     /// How files and sockets are driven.
     pub engine: Engine,
     /// Looks for input before a thread sleeps; 0: none.
@@ -164,6 +177,8 @@ impl Settings {
         listen.extend(self.listen);
         Settings {
             cpus: self.cpus.or(base.cpus),
+            nice: self.nice.or(base.nice),
+            ioprio: self.ioprio.or(base.ioprio),
             engine: self.engine.or(base.engine),
             spin: self.spin.or(base.spin),
             grace: self.grace.or(base.grace),
@@ -182,10 +197,14 @@ impl Settings {
     /// Decides what is not said, and checks how things go together.
     ///
     /// # Errors
-    /// All that is wrong; `file` is where the places are looked for.
-    pub fn check(self, file: Option<&Path>) -> Result<Config, Vec<Fault>> {
+    /// All that is wrong; `file` is where the places are looked for. `has_sockets`: there need not
+    /// be an address to listen on.
+    pub fn check(self, file: Option<&Path>, has_sockets: bool) -> Result<Config, Vec<Fault>> {
         let settings = self.over(Settings::defaults());
-        let faults = settings.faults();
+        let mut faults = settings.faults();
+        if settings.listen.is_empty() && !has_sockets {
+            faults.push(What::NoListener);
+        }
         if !faults.is_empty() {
             let text = file.and_then(|path| Some((path, std::fs::read_to_string(path).ok()?)));
             return Err(faults.into_iter().map(|what| what.find_in(&text)).collect());
@@ -194,6 +213,8 @@ impl Settings {
             shares: settings.shares,
             listen: settings.listen,
             cpus: settings.cpus.map(|list| list.0),
+            nice: settings.nice,
+            ioprio: settings.ioprio,
             engine: settings.engine.unwrap_or_default(),
             spin: settings.spin.unwrap_or_default(),
             grace: Duration::from_secs(settings.grace.unwrap_or_default().into()),
@@ -211,9 +232,6 @@ impl Settings {
         let mut faults = Vec::new();
         if self.shares.is_empty() {
             faults.push(What::NoShare);
-        }
-        if self.listen.is_empty() {
-            faults.push(What::NoListener);
         }
         if let Some(log) = &self.log
             && let Err(error) = log.parse::<tracing_subscriber::EnvFilter>()
@@ -259,6 +277,8 @@ impl Settings {
 pub struct Source {
     file: Option<PathBuf>,
     command_line: Settings,
+    /// Where to listen may be said otherwise.
+    has_sockets: bool,
 }
 
 impl Source {
@@ -269,7 +289,13 @@ impl Source {
         let file = file.or_else(|| {
             (command_line.shares.is_empty() && default.exists()).then(|| default.to_owned())
         });
-        Source { file, command_line }
+        Source { file, command_line, has_sockets: false }
+    }
+
+    /// Somebody passes sockets to listen on (systemd.rs), so that none need be configured.
+    #[must_use]
+    pub fn with_sockets(self, has_sockets: bool) -> Source {
+        Source { has_sockets, ..self }
     }
 
     /// The file, where there is one.
@@ -294,7 +320,7 @@ impl Source {
     /// # Errors
     /// All that is wrong.
     pub fn config(&self) -> Result<Config, Vec<Fault>> {
-        self.settings()?.check(self.file())
+        self.settings()?.check(self.file(), self.has_sockets)
     }
 }
 
@@ -396,7 +422,8 @@ path = "/usr"
         let line = <Settings as clap::Args>::augment_args(clap::Command::new("ringfsd"));
         let line = line.try_get_matches_from(words).expect("arguments");
         let line = <Settings as clap::FromArgMatches>::from_arg_matches(&line).expect("settings");
-        let config = line.over(read(WHOLE).expect("a configuration")).check(None).expect("good");
+        let config =
+            line.over(read(WHOLE).expect("a configuration")).check(None, false).expect("good");
         assert_eq!((config.spin, config.grace), (3, Duration::from_secs(9)));
         let shares: Vec<_> = config.shares.iter().map(|s| (&*s.name, s.ro, &*s.path)).collect();
         assert_eq!(shares, [("src", true, Path::new("/")), ("docs", true, Path::new("/"))]);
@@ -413,7 +440,7 @@ path = "/usr"
                     let dir = tempfile::tempdir().expect("a temporary directory");
                     let path = dir.path().join("ringfsd.toml");
                     std::fs::write(&path, text).expect("write");
-                    settings.check(Some(&path)).expect_err(text).remove(0)
+                    settings.check(Some(&path), false).expect_err(text).remove(0)
                 }
             };
             let said = fault.to_string();

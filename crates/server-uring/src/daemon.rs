@@ -5,16 +5,19 @@
 //! bytes is behind that line.
 
 use crate::accept::{self, Address, Door, ListenError, Listener};
+use crate::cgroup::{Limits, Placement};
 use crate::config::{Config, Source};
+use crate::fdops;
 use crate::fds::Fds;
 use crate::reload::{InForce, open_share};
 use crate::state_dir::StateError;
+use crate::systemd::{self, Notify};
 use crate::worker::{Update, Worker};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{CpuSet, sched_getaffinity};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use thiserror::Error;
 
 /// Why the daemon cannot serve.
@@ -36,6 +39,8 @@ pub enum DaemonError {
     Uring(std::io::Error),
     #[error("CPU {0} is not among those that this process may use ({1:?})")]
     Cpu(usize, Vec<usize>),
+    #[error("cannot have this --nice or --ioprio")]
+    Nice(#[source] rustix::io::Errno),
     #[error("cannot start")]
     Start(#[from] std::io::Error),
 }
@@ -43,17 +48,6 @@ pub enum DaemonError {
 impl From<rustix::io::Errno> for DaemonError {
     fn from(errno: rustix::io::Errno) -> Self {
         DaemonError::Start(errno.into())
-    }
-}
-
-/// The CPUs to serve on: those asked for, all of them allowed ones.
-fn choose_cpus(asked: Option<Vec<usize>>) -> Result<Vec<usize>, DaemonError> {
-    let mask = sched_getaffinity(None)?;
-    let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| mask.is_set(cpu)).collect();
-    let Some(asked) = asked else { return Ok(allowed) };
-    match asked.iter().find(|cpu| !allowed.contains(cpu)) {
-        Some(&cpu) => Err(DaemonError::Cpu(cpu, allowed)),
-        None => Ok(asked),
     }
 }
 
@@ -79,6 +73,31 @@ fn become_root_group() -> Result<(), DaemonError> {
         rustix::thread::set_thread_res_gid(root, root, root)?;
     }
     Ok(())
+}
+
+/// Before any thread starts: they inherit it.
+fn set_priorities(config: &Config) -> Result<(), DaemonError> {
+    if let Some(nice) = config.nice {
+        rustix::process::setpriority_process(None, nice).map_err(DaemonError::Nice)?;
+    }
+    if let Some(priority) = config.ioprio {
+        fdops::set_io_priority(priority.value()).map_err(DaemonError::Nice)?;
+    }
+    Ok(())
+}
+
+/// Sockets that were bound for this process, by what they are for.
+fn passed_sockets() -> Result<Vec<(Door, Listener)>, DaemonError> {
+    let sockets = systemd::take()?.into_iter();
+    let listeners = sockets.map(|(name, socket)| {
+        let door = match name.as_str() {
+            "control" => Door::Control,
+            "metrics" => Door::Metrics,
+            _ => Door::Guests,
+        };
+        Ok((door, Listener::passed(socket)?))
+    });
+    listeners.collect()
 }
 
 /// What is readable once one of these signals has come.
@@ -111,6 +130,8 @@ fn bind_control(config: &Config) -> Result<Option<Listener>, DaemonError> {
 pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     let stop = on_signals(&[SIGTERM, SIGINT])?;
     let mut hangup = on_signals(&[SIGHUP])?;
+    let notify = Notify::from_environment();
+    set_priorities(&config)?;
     raise_open_files();
     become_root_group()?;
     let fds = Fds::of_process();
@@ -119,31 +140,41 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         let failed = |source| DaemonError::Serve { name: share.name.clone(), source };
         shares.push(open_share(share, &fds).map_err(failed)?);
     }
-    let cpus = choose_cpus(config.cpus.clone())?;
-    let addresses: Vec<Address> = config.listen.iter().map(|one| one.address.clone()).collect();
-    let mut listeners = Vec::new();
-    for address in &addresses {
-        listeners.push((Door::Guests, Listener::bind(address.clone())?));
+    let limits = Limits::read(Path::new("/"));
+    let placement = Placement::new(config.cpus.clone(), &limits)?;
+    let mut listeners = passed_sockets()?;
+    for listen in &config.listen {
+        if !listeners.iter().any(|(_, passed)| *passed.address() == listen.address) {
+            listeners.push((Door::Guests, Listener::bind(listen.address.clone())?));
+        }
     }
+    let guests = listeners.iter().filter(|(door, _)| *door == Door::Guests);
+    let addresses: Vec<Address> = guests.map(|(_, one)| one.address().clone()).collect();
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
         false => config.state_dir.open(&addresses, config.grace)?,
     };
-    let control = bind_control(&config)?;
+    let has = |door| listeners.iter().any(|(known, _)| *known == door);
+    let control = if has(Door::Control) { None } else { bind_control(&config)? };
     let metrics = config.metrics.clone().map(Listener::bind_private).transpose()?;
-    let worker = Worker::start(shares, &cpus, config.engine, config.spin, config.grace, state)?;
+    let Placement { cpus, shards, large_buffers, .. } = placement.clone();
+    let worker = Worker::start(shares, placement, config.engine, config.spin, config.grace, state)?;
     listeners.extend(control.map(|listener| (Door::Control, listener)));
     listeners.extend(metrics.map(|listener| (Door::Metrics, listener)));
     worker.update(Update::Slow(config.slow_op));
     let engine = config.engine;
     for address in &addresses {
-        tracing::info!(%address, ?cpus, ?engine, "listening");
+        tracing::info!(%address, "listening");
     }
+    tracing::info!(shards, ?cpus, large_buffers, ?limits, ?engine, "serving");
     let mut in_force = InForce::new(source, config, fds);
-    worker.update(Update::Config(in_force.state()));
+    worker.update(Update::Config(in_force.state(&listeners)));
+    notify.ready(&in_force.summary());
     loop {
-        let wakes = accept::run(&listeners, &[&stop, &hangup], |door, accepted| match door {
+        let alive = || notify.alive();
+        let beat: (_, &dyn Fn()) = (notify.watchdog, &alive);
+        let wakes = accept::run(&listeners, &[&stop, &hangup], beat, |door, accepted| match door {
             Door::Guests => worker.greet(accepted),
             Door::Control => worker.control(accepted.socket),
             Door::Metrics => worker.metrics(accepted.socket),
@@ -152,8 +183,11 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
             break;
         }
         while hangup.read(&mut [0; 64]).is_ok_and(|n| n > 0) {}
+        notify.reloading();
         in_force.reload(&mut listeners, &worker);
+        notify.ready(&in_force.summary());
     }
+    notify.stopping();
     tracing::info!("stopping");
     drop(listeners);
     let totals = worker.counters().totals();

@@ -14,8 +14,8 @@
 //!
 //! Exception to the rule that raw libc stands in `ring.rs` alone: `mod sys` at the end calls
 //! `getdents64` into a lent byte buffer (rustix wants uninitialised memory and trusts the records),
-//! `close` with its error reported (rustix has it only as an unsafe call) and SIOCOUTQ. It is the
-//! only unsafe code of this file.
+//! `close` with its error reported (rustix has it only as an unsafe call), SIOCOUTQ and ioprio_set.
+//! It is the only unsafe code of this file.
 
 use std::ffi::CStr;
 use std::io::{IoSlice, IoSliceMut};
@@ -674,6 +674,14 @@ impl ProcPath {
     }
 }
 
+/// The priority of this thread's disk accesses, and of those of threads that it starts.
+///
+/// # Errors
+/// What ioprio_set(2) says.
+pub fn set_io_priority(value: u16) -> Result<()> {
+    sys::set_io_priority(value)
+}
+
 /// The raw calls; see the head of the file for why each is here.
 #[allow(unsafe_code, reason = "calls that rustix lacks or offers only for trusted records")]
 mod sys {
@@ -705,5 +713,13 @@ mod sys {
     pub(super) fn close(fd: OwnedFd) -> Result<()> {
         // SAFETY: `into_raw_fd` gave up the ownership, so this is the only close of this fd.
         if unsafe { libc::close(fd.into_raw_fd()) } == 0 { Ok(()) } else { Err(last_errno()) }
+    }
+
+    pub(super) fn set_io_priority(value: u16) -> Result<()> {
+        const WHO_PROCESS: libc::c_int = 1;
+        let value = libc::c_int::from(value);
+        // SAFETY: the call takes numbers alone.
+        let done = unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, value) };
+        if done == 0 { Ok(()) } else { Err(last_errno()) }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod accept;
 pub mod buffers;
+pub mod cgroup;
 mod cold;
 pub mod config;
 pub mod connection;
@@ -46,5 +47,6 @@ pub mod state_dir;
 pub mod state_file;
 pub mod stats;
 pub mod status;
+pub mod systemd;
 pub mod top;
 pub mod worker;

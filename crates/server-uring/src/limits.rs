@@ -14,6 +14,12 @@ pub const SMALL_BUFFERS_KEPT: usize = 64;
 pub const LARGE_BUFFERS_KEPT: usize = 8;
 /// Large buffers of a shard that are out at once; requests that need one more wait.
 pub const LARGE_BUFFERS_MAX: usize = 96;
+/// As many there are wherever memory is short: enough for what comes in, and for its answers.
+pub const LARGE_BUFFERS_MIN: usize = 8;
+/// The part of a memory limit that large buffers may take together.
+pub const LARGE_BUFFERS_OF_MEMORY: u64 = 4;
+/// How often it is looked whether the daemon may use other CPUs.
+pub const CPUS_LOOKED_AT_MS: u64 = 1_000;
 /// Bytes of replies, made or being made, that one connection may have before it is read no further.
 pub const REPLY_BYTES_PER_CONN_MAX: usize = 8 << 20;
 /// Records of one connection that a shard steps through before it looks at the next connection.

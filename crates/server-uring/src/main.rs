@@ -1,11 +1,12 @@
 //! `ringfsd`: shares host directories with guests.
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
 use ringfs_server::status::Status;
+use ringfs_server::systemd;
 use ringfs_server::top;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -113,6 +114,17 @@ enum Command {
         #[command(flatten)]
         of: Of,
     },
+    /// Print the completions of a shell, to be put where it looks for them.
+    Completions {
+        /// Its name
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a directory.
+    #[command(hide = true)]
+    ManPages {
+        /// An existing one
+        dir: PathBuf,
+    },
     /// Read a configuration file, print what would be in force, or what is wrong and where.
     #[command(after_help = FILE_EXAMPLE)]
     CheckConfig {
@@ -134,10 +146,16 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Status { of, json, counters }) => status(&of, json, counters)?,
         Some(Command::Top { of, interval, once }) => top(&of, interval, once)?,
         Some(Command::Reload { of }) => return reload(&of),
+        Some(Command::Completions { shell }) => {
+            let mut out = std::io::stdout();
+            clap_complete::generate(shell, &mut Cli::command(), "ringfsd", &mut out);
+        }
+        Some(Command::ManPages { dir }) => clap_mangen::generate_to(Cli::command(), dir)?,
         Some(Command::CheckConfig { file }) => return Ok(check_config(file)),
         None => {
             let Serve { config, settings } = cli.serve;
-            let source = Source::new(config, settings);
+            let sockets = systemd::passed() > 0;
+            let source = Source::new(config, settings).with_sockets(sockets);
             match source.config() {
                 Ok(config) => {
                     start_log(&config);
@@ -169,9 +187,13 @@ fn tell(faults: &[Fault]) -> ExitCode {
 }
 
 fn check_config(file: PathBuf) -> ExitCode {
-    let source = Source::new(Some(file), Settings::default());
+    // Sockets may be passed to it (ringfsd.socket): that is not for the file to say.
+    let source = Source::new(Some(file), Settings::default()).with_sockets(true);
     match source.config().and_then(|_| source.settings()) {
         Ok(settings) => {
+            if settings.listen.is_empty() {
+                eprintln!("ringfsd: no [[listen]]: guests come by sockets that systemd passes");
+            }
             print!("{}", settings.to_toml());
             ExitCode::SUCCESS
         }

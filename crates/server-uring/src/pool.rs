@@ -18,10 +18,10 @@ use crate::op::RequestTag;
 use crate::state_dir::IntentPlace;
 use ringfs_wire::table::Past;
 use rustix::io::Errno;
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::{CpuSet, Pid, gettid, sched_setaffinity};
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Where the request of a job is.
@@ -144,7 +144,9 @@ pub struct Pool {
     /// How many of the threads one peer may have.
     share: usize,
     /// Where the threads may run: whoever starts one is itself bound to one CPU.
-    cpus: CpuSet,
+    cpus: Mutex<CpuSet>,
+    /// Its threads, as the kernel names them.
+    tids: Mutex<Vec<Pid>>,
     handles: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
@@ -156,7 +158,8 @@ impl Pool {
             work: Condvar::new(),
             threads: threads.max(2),
             share: threads.div_ceil(2),
-            cpus,
+            cpus: Mutex::new(cpus),
+            tids: Mutex::default(),
             handles: Mutex::default(),
         })
     }
@@ -252,8 +255,12 @@ impl Pool {
     }
 
     fn run(self: &Arc<Self>) {
-        if let Err(error) = sched_setaffinity(None, &self.cpus) {
-            tracing::debug!(%error, "cannot let a pool thread run on all CPUs");
+        {
+            let cpus = self.cpus.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = sched_setaffinity(None, &cpus) {
+                tracing::debug!(%error, "cannot let a pool thread run on all CPUs");
+            }
+            self.tids.lock().unwrap_or_else(PoisonError::into_inner).push(gettid());
         }
         loop {
             let mut queue = self.lock();
@@ -274,6 +281,15 @@ impl Pool {
             }
             // A peer that was at its share may go on.
             self.work.notify_one();
+        }
+    }
+
+    /// The threads run there from now on.
+    pub fn move_to(&self, cpus: CpuSet) {
+        let mut now = self.cpus.lock().unwrap_or_else(PoisonError::into_inner);
+        *now = cpus;
+        for &tid in &*self.tids.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = sched_setaffinity(Some(tid), &now);
         }
     }
 

@@ -55,9 +55,19 @@ impl InForce {
     }
 
     /// For people and tools: what is in force, and what became of the last reload.
-    pub fn state(&self) -> ConfigState {
-        let listeners = self.config.listen.iter().map(|listen| listen.address.to_string());
-        ConfigState { listeners: listeners.collect(), ..self.state.clone() }
+    pub fn state(&self, listeners: &[(Door, Listener)]) -> ConfigState {
+        let guests = listeners.iter().filter(|(door, _)| *door == Door::Guests);
+        let listeners = guests.map(|(_, listener)| listener.address().to_string()).collect();
+        ConfigState { listeners, ..self.state.clone() }
+    }
+
+    /// One line, for a service manager's status.
+    pub fn summary(&self) -> String {
+        let shares = self.config.shares.len();
+        match self.state.errors.first() {
+            Some(error) => format!("{shares} shares; THE LAST RELOAD FAILED: {error}"),
+            None => format!("{shares} shares"),
+        }
     }
 
     /// Reads the configuration again and serves by it. If anything is wrong with it the old one
@@ -84,7 +94,7 @@ impl InForce {
                 };
             }
         }
-        worker.update(Update::Config(self.state()));
+        worker.update(Update::Config(self.state(listeners)));
     }
 
     fn take(
@@ -99,7 +109,10 @@ impl InForce {
             let failed = |source| ReloadError::Share { name: share.name.clone(), source };
             opened.push(open_share(share, &self.fds).map_err(failed)?);
         }
-        let is_new = |listen: &&ListenConfig| !old.listen.contains(listen);
+        let has = |listen: &ListenConfig| {
+            listeners.iter().any(|(_, bound)| *bound.address() == listen.address)
+        };
+        let is_new = |listen: &&ListenConfig| !old.listen.contains(listen) && !has(listen);
         let mut bound = Vec::new();
         for listen in new.listen.iter().filter(is_new) {
             bound.push((Door::Guests, Listener::bind(listen.address.clone())?));
@@ -120,7 +133,8 @@ impl InForce {
         changed.extend(bound.iter().map(|(_, new)| format!("new listener {}", new.address())));
         for listen in old.listen.iter().filter(|listen| !new.listen.contains(listen)) {
             changed.push(format!("removed listener {}", listen.address));
-            listeners.retain(|(_, bound)| *bound.address() != listen.address);
+            let stays = |one: &Listener| one.is_passed() || *one.address() != listen.address;
+            listeners.retain(|(_, bound)| stays(bound));
         }
         listeners.extend(bound);
         if old.slow_op != new.slow_op {
@@ -131,6 +145,8 @@ impl InForce {
         // What needs a restart stays as it is, and is said again by the next reload.
         self.config = Config {
             cpus: old.cpus.clone(),
+            nice: old.nice,
+            ioprio: old.ioprio,
             engine: old.engine,
             spin: old.spin,
             grace: old.grace,
@@ -148,6 +164,8 @@ impl InForce {
 fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     let differ = [
         ("cpus", old.cpus != new.cpus),
+        ("nice", old.nice != new.nice),
+        ("ioprio", old.ioprio != new.ioprio),
         ("engine", old.engine != new.engine),
         ("spin", old.spin != new.spin),
         ("grace", old.grace != new.grace),

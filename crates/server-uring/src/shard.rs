@@ -63,6 +63,8 @@ pub struct Shared {
     pub stats: Arc<ShardStats>,
     /// Which of the shards this is.
     pub index: usize,
+    /// Large buffers that it may have.
+    pub large_buffers: usize,
 }
 
 /// One core's share of the work.
@@ -123,9 +125,9 @@ impl<R: Ring> Shard<R> {
     pub fn new(ring: R, shared: Shared, spin: u32) -> Shard<R> {
         Shard {
             ring,
-            shared,
             conns: Slab::new(),
-            buffers: BufferPool::default(),
+            buffers: BufferPool::new(shared.large_buffers),
+            shared,
             splicer: Splicer::default(),
             attached: 0,
             large_sockets: 0,

@@ -18,7 +18,9 @@ pub struct Status {
     pub pid: u32,
     /// Seconds since its start.
     pub up_s: u64,
-    /// CPUs that have a shard each.
+    /// Threads that serve, each with a ring.
+    pub shards: usize,
+    /// CPUs that they may use.
     pub cpus: Vec<usize>,
     /// Open file descriptors.
     pub fds: u64,
@@ -161,10 +163,11 @@ impl Status {
     pub fn to_text(&self) -> String {
         let mut out = String::new();
         let cpus: Vec<String> = self.cpus.iter().map(ToString::to_string).collect();
-        let Status { version, pid, fds, fds_max, .. } = self;
+        let Status { version, pid, fds, fds_max, shards, .. } = self;
         let up = span(self.up_s);
         let cpus = cpus.join(",");
-        let _ = writeln!(out, "ringfsd {version}, pid {pid}, up {up}, CPUs {cpus}");
+        let _ =
+            writeln!(out, "ringfsd {version}, pid {pid}, up {up}, {shards} shards on CPUs {cpus}");
         let _ = writeln!(out, "open files: {fds} of {fds_max}");
         self.config.write(&mut out);
         let rows = self.shares.iter().map(ShareStatus::row);

@@ -1,11 +1,12 @@
 //! What serves guests: the greeter's thread, a thread and a ring a CPU, and the pool.
 
 use crate::accept::Accepted;
+use crate::cgroup::Placement;
 use crate::config::Engine;
 use crate::control;
 use crate::daemon::DaemonError;
 use crate::greet::{Greeter, Share, Shares};
-use crate::limits::{POOL_THREADS_MAX, VISITORS_MAX};
+use crate::limits::{CPUS_LOOKED_AT_MS, POOL_THREADS_MAX, VISITORS_MAX};
 use crate::mailbox::{Mail, Mailbox};
 use crate::metrics::ShareTotals;
 use crate::pool::Pool;
@@ -19,9 +20,9 @@ use crate::stats::{ShardStats, Totals};
 use crate::status::{ConfigState, ShareStatus, Status};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, getrlimit};
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::{Pid, gettid, sched_setaffinity};
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -38,6 +39,8 @@ pub struct Worker {
     shares: Arc<Shares>,
     counters: Counters,
     visitors: [Visitors; 2],
+    /// Closing it ends the thread.
+    keeper: (mpsc::Sender<()>, JoinHandle<()>),
 }
 
 /// Whoever asks for something that is told; answered one after the other.
@@ -78,6 +81,7 @@ pub enum Update {
 }
 
 struct ShardThread {
+    tid: Pid,
     mailbox: Arc<Mailbox>,
     stats: Arc<ShardStats>,
     thread: JoinHandle<()>,
@@ -90,7 +94,7 @@ pub struct Counters {
     pool: Arc<Pool>,
     stats: Vec<Arc<ShardStats>>,
     shares: Arc<Shares>,
-    cpus: Vec<usize>,
+    cpus: Arc<Mutex<Vec<usize>>>,
     since: Instant,
     config: Arc<Mutex<ConfigState>>,
 }
@@ -133,7 +137,8 @@ impl Counters {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             up_s: self.since.elapsed().as_secs(),
-            cpus: self.cpus.clone(),
+            shards: self.stats.len(),
+            cpus: self.cpus.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             fds: open_fds(),
             fds_max: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
             config: self.config.lock().unwrap_or_else(PoisonError::into_inner).clone(),
@@ -154,23 +159,21 @@ fn open_fds() -> u64 {
 }
 
 impl Worker {
-    /// Starts one shard on each of `cpus`; fails if one of them cannot have its ring.
+    /// Starts the shards; fails if one of them cannot have its ring.
     pub fn start(
         shares: Vec<Share>,
-        cpus: &[usize],
+        placement: Placement,
         engine: Engine,
         spin: u32,
         grace: Duration,
         state: Option<StateDir>,
     ) -> Result<Worker, DaemonError> {
         let registry = Arc::new(Registry::new(grace, state));
-        let mut pool_cpus = CpuSet::new();
-        cpus.iter().for_each(|&cpu| pool_cpus.set(cpu));
-        let pool = Pool::new((cpus.len() * 4).min(POOL_THREADS_MAX), pool_cpus);
+        let threads = (placement.shards * 4).min(POOL_THREADS_MAX);
+        let pool = Pool::new(threads, placement.mask());
         let mut shards = Vec::new();
-        for &cpu in cpus {
-            let index = shards.len();
-            shards.push(start_shard((index, cpu), engine, spin, &registry, &pool)?);
+        for index in 0..placement.shards {
+            shards.push(start_shard((index, &placement), engine, spin, &registry, &pool)?);
         }
         registry.set_shards(shards.iter().map(|shard| shard.mailbox.clone()).collect());
         let known = Arc::new(Shares::default());
@@ -181,7 +184,7 @@ impl Worker {
             pool: pool.clone(),
             stats: shards.iter().map(|shard| shard.stats.clone()).collect(),
             shares: known.clone(),
-            cpus: cpus.to_vec(),
+            cpus: Arc::new(Mutex::new(placement.cpus.clone())),
             since: Instant::now(),
             config: Arc::default(),
         };
@@ -189,6 +192,7 @@ impl Worker {
             Visitors::start("ringfs-control", &counters, control::serve)?,
             Visitors::start("ringfs-metrics", &counters, prometheus::serve)?,
         ];
+        let keeper = keep_placed(placement, &shards, &pool, counters.cpus.clone())?;
         let (accepted, incoming) = mpsc::channel();
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let greeter = {
@@ -213,6 +217,7 @@ impl Worker {
             shares,
             counters,
             visitors,
+            keeper,
         })
     }
 
@@ -261,6 +266,9 @@ impl Worker {
     /// Says goodbye to all guests and ends the threads.
     pub fn stop(self) {
         let Worker { registry, pool, shards, greeter, reaper, accepted, bell, visitors, .. } = self;
+        let (stop, keeper) = self.keeper;
+        drop(stop);
+        let _ = keeper.join();
         registry.stop();
         let _ = reaper.join();
         drop(accepted);
@@ -278,8 +286,39 @@ impl Worker {
     }
 }
 
+/// Looks now and then whether the daemon may use other CPUs, and moves its threads there.
+fn keep_placed(
+    mut placement: Placement,
+    shards: &[ShardThread],
+    pool: &Arc<Pool>,
+    told: Arc<Mutex<Vec<usize>>>,
+) -> std::io::Result<(mpsc::Sender<()>, JoinHandle<()>)> {
+    let tids: Vec<Pid> = shards.iter().map(|shard| shard.tid).collect();
+    let pool = pool.clone();
+    let (stop, stopped) = mpsc::channel::<()>();
+    let often = Duration::from_millis(CPUS_LOOKED_AT_MS);
+    let thread = std::thread::Builder::new().name("ringfs-cpus".into());
+    let thread = thread.spawn(move || {
+        // This thread is bound to nothing, so its mask is that of the control group.
+        while stopped.recv_timeout(often) == Err(RecvTimeoutError::Timeout) {
+            if !placement.look() {
+                continue;
+            }
+            tracing::info!(cpus = ?placement.cpus, "other CPUs from now on");
+            for (shard, &tid) in tids.iter().enumerate() {
+                if let Err(error) = sched_setaffinity(Some(tid), &placement.mask_of(shard)) {
+                    tracing::warn!(shard, %error, "cannot move a shard");
+                }
+            }
+            pool.move_to(placement.mask());
+            *told.lock().unwrap_or_else(PoisonError::into_inner) = placement.cpus.clone();
+        }
+    })?;
+    Ok((stop, thread))
+}
+
 fn start_shard(
-    (index, cpu): (usize, usize),
+    (index, placement): (usize, &Placement),
     engine: Engine,
     spin: u32,
     registry: &Arc<Registry>,
@@ -293,22 +332,30 @@ fn start_shard(
         mailbox: mailbox.clone(),
         stats: stats.clone(),
         index,
+        large_buffers: placement.large_buffers,
     };
     let (ready, started) = mpsc::channel();
+    let (tell, told) = mpsc::channel();
+    let mask = placement.mask_of(index);
     let body = move || {
-        pin(cpu);
+        if let Err(error) = sched_setaffinity(None, &mask) {
+            tracing::warn!(index, %error, "cannot pin a shard to its CPU");
+        }
+        let _ = tell.send(gettid());
         // A ring belongs to the thread that made it.
         match engine {
-            Engine::Uring => serve(UringRing::new(), &ready, shared, cpu, spin),
-            Engine::Threads => serve(ThreadRing::new(), &ready, shared, cpu, spin),
+            Engine::Uring => serve(UringRing::new(), &ready, shared, spin),
+            Engine::Threads => serve(ThreadRing::new(), &ready, shared, spin),
         }
     };
-    let thread = std::thread::Builder::new().name(format!("ringfs-cpu-{cpu}")).spawn(body)?;
+    let thread = std::thread::Builder::new().name(format!("ringfs-shard-{index}")).spawn(body)?;
+    let gone = || DaemonError::Start(std::io::ErrorKind::BrokenPipe.into());
+    let tid = told.recv().map_err(|_| gone())?;
     match started.recv() {
-        Ok(Ok(())) => Ok(ShardThread { mailbox, stats, thread }),
+        Ok(Ok(())) => Ok(ShardThread { tid, mailbox, stats, thread }),
         Ok(Err(error)) if engine == Engine::Uring => Err(DaemonError::Uring(error)),
         Ok(Err(error)) => Err(DaemonError::Start(error)),
-        Err(_) => Err(DaemonError::Start(std::io::ErrorKind::BrokenPipe.into())),
+        Err(_) => Err(gone()),
     }
 }
 
@@ -316,24 +363,16 @@ fn serve<R: Ring>(
     ring: std::io::Result<R>,
     ready: &mpsc::Sender<std::io::Result<()>>,
     shared: Shared,
-    cpu: usize,
     spin: u32,
 ) {
+    let shard = shared.index;
     let ring = match ring {
         Ok(ring) => ring,
         Err(error) => return drop(ready.send(Err(error))),
     };
     let _ = ready.send(Ok(()));
     if let Err(error) = Shard::new(ring, shared, spin).run() {
-        tracing::error!(cpu, %error, "a shard has failed; its guests are cut off");
+        tracing::error!(shard, %error, "a shard has failed; its guests are cut off");
         std::process::exit(1);
-    }
-}
-
-fn pin(cpu: usize) {
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    if let Err(error) = sched_setaffinity(None, &set) {
-        tracing::warn!(cpu, %error, "cannot pin a shard to its CPU");
     }
 }

@@ -137,8 +137,8 @@ fn goodbye(mut guest: Guest) {
     guest.ending();
 }
 
-/// All clones at once; how many have the original's session.
-fn clones_come(daemon: &Daemon, memory: &Memory) -> usize {
+/// All clones at once; how many have the original's session, and the longest time to an answer.
+fn clones_come(daemon: &Daemon, memory: &Memory) -> (usize, Duration) {
     let (begin, lived) = (Barrier::new(CLONES as usize), AtomicU64::new(0));
     let clone = |n: u64| {
         begin.wait();
@@ -156,12 +156,14 @@ fn clones_come(daemon: &Daemon, memory: &Memory) -> usize {
             assert!(begun.elapsed() < LIMIT, "clone {n} is left alone");
         }
         goodbye(guest);
-        is_own
+        (is_own, took)
     };
     std::thread::scope(|scope| {
         let clones: Vec<_> = (0..CLONES).map(|n| scope.spawn(move || clone(n))).collect();
-        let own = clones.into_iter().map(|clone| clone.join().expect("a clone"));
-        own.filter(|&is_own| is_own).count()
+        clones.into_iter().fold((0, Duration::ZERO), |(own, slowest), clone| {
+            let (is_own, took) = clone.join().expect("a clone");
+            (own + usize::from(is_own), slowest.max(took))
+        })
     })
 }
 
@@ -185,7 +187,10 @@ fn twenty_four_clones(original_lives: bool) {
                     original
                 })
             });
-            let resumed = clones_come(&daemon, &memory);
+            let (resumed, slowest) = clones_come(&daemon, &memory);
+            println!(
+                "{engine}: {CLONES} clones, {resumed} resumed, the slowest answer {slowest:?}"
+            );
             over.store(true, Ordering::Relaxed);
             if let Some(life) = life {
                 goodbye(life.join().expect("the original"));

@@ -169,6 +169,54 @@ impl From<MetricsAddress> for String {
     }
 }
 
+/// `idle`, `be:0` to `be:7` or `rt:0` to `rt:7`, as ionice(1) has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct IoPriority {
+    class: u8,
+    level: u8,
+}
+
+impl IoPriority {
+    /// As ioprio_set(2) takes it.
+    pub fn value(self) -> u16 {
+        u16::from(self.class) << 13 | u16::from(self.level)
+    }
+}
+
+const IO_CLASSES: [&str; 4] = ["none", "rt", "be", "idle"];
+
+impl FromStr for IoPriority {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<IoPriority, String> {
+        let (class, level) = text.split_once(':').unwrap_or((text, "0"));
+        let class = IO_CLASSES.iter().position(|name| *name == class).filter(|&class| class > 0);
+        match (class, level.parse()) {
+            (Some(class), Ok(level @ 0..8)) if class < 3 || !text.contains(':') => {
+                Ok(IoPriority { class: class as u8, level })
+            }
+            _ => Err(format!("{text:?} is not idle, be:0 to be:7 or rt:0 to rt:7")),
+        }
+    }
+}
+
+impl TryFrom<String> for IoPriority {
+    type Error = String;
+    fn try_from(text: String) -> Result<IoPriority, String> {
+        text.parse()
+    }
+}
+
+impl From<IoPriority> for String {
+    fn from(priority: IoPriority) -> String {
+        match IO_CLASSES[usize::from(priority.class)] {
+            "idle" => "idle".into(),
+            class => format!("{class}:{}", priority.level),
+        }
+    }
+}
+
 /// How the log is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -219,6 +267,18 @@ pub(super) mod by_name {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn io_priorities() {
+        for text in ["idle", "be:0", "be:7", "rt:3"] {
+            let priority: IoPriority = text.parse().expect(text);
+            assert_eq!(String::from(priority), text);
+        }
+        assert_eq!("be:4".parse::<IoPriority>().map(IoPriority::value), Ok(2 << 13 | 4));
+        for bad in ["", "none", "be:8", "idle:1", "x:1", "be:"] {
+            assert!(bad.parse::<IoPriority>().is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn shares() {

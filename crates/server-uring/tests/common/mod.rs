@@ -193,6 +193,11 @@ impl Daemon {
         Guest::greet(self.connect(), &hello("share")).expect("welcome")
     }
 
+    pub fn signal_to_reload(&self) {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).expect("kill");
+    }
+
     pub fn signal_to_end(&self) {
         let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("a pid");
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");

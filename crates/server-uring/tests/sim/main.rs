@@ -73,6 +73,7 @@ fn run_life(
         mailbox: mailbox.clone(),
         stats: stats.clone(),
         index: 0,
+        large_buffers: usize::MAX,
     };
     let mut shard = Shard::new(SimRing::new(seed, plan.faults, world), shared, 0);
     shard.run().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
