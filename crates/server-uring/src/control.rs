@@ -46,6 +46,8 @@ pub enum ControlOption {
 /// Where those are that nobody has named.
 pub const DEFAULT_ABOVE: &str = "/run/ringfsd";
 const DEFAULT_PREFIX: &str = "control-";
+/// What it is called where a unit names it.
+const UNIT_NAME: &str = "control";
 /// An ask has at most so many bytes.
 const ASK_BYTES_MAX: u64 = 1 << 10;
 /// And takes at most so long.
@@ -148,21 +150,27 @@ impl ControlOption {
     }
 }
 
-/// The control sockets below /run on which daemons answer; `sweep`: the others are removed.
+/// The control sockets below /run on which daemons answer: default ones, and those of the systemd
+/// units. `sweep`: default ones whose daemon is gone are removed.
 pub fn running(sweep: bool) -> Vec<PathBuf> {
-    let Ok(names) = std::fs::read_dir(DEFAULT_ABOVE) else { return Vec::new() };
-    let names = names.flatten().filter(|entry| {
-        entry.file_name().to_str().is_some_and(|name| name.starts_with(DEFAULT_PREFIX))
-    });
+    let Ok(entries) = std::fs::read_dir(DEFAULT_ABOVE) else { return Vec::new() };
     let mut alive = Vec::new();
-    for path in names.map(|entry| entry.path()) {
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let is_default = name.to_str().is_some_and(|name| name.starts_with(DEFAULT_PREFIX));
+        let path = match is_default || name == UNIT_NAME {
+            true => entry.path(),
+            false => entry.path().join(UNIT_NAME),
+        };
         match UnixStream::connect(&path) {
+            Ok(_) => alive.push(path),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => alive.push(path),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                if sweep {
+                if sweep && is_default {
                     let _ = std::fs::remove_file(&path);
                 }
             }
-            Ok(_) | Err(_) => alive.push(path),
+            Err(_) => {}
         }
     }
     alive.sort();

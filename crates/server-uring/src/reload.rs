@@ -10,8 +10,8 @@ use crate::fs::{Fs, FsError, ShareRoot};
 use crate::greet::Share;
 use crate::status::ConfigState;
 use crate::worker::{Update, Worker};
-use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// Why the configuration stays as it was.
@@ -24,7 +24,14 @@ pub enum ReloadError {
     Share { name: String, source: FsError },
     #[error(transparent)]
     Listen(#[from] ListenError),
+    #[error("the configuration cannot be read in {READ_LIMIT:?}: does a share not answer?")]
+    Stuck,
+    #[error("no thread to read the configuration: {0}")]
+    Thread(#[source] std::io::Error),
 }
+
+/// How long reading a configuration and opening its shares may take.
+const READ_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the parent keeps of its configuration.
 pub struct InForce {
@@ -97,18 +104,33 @@ impl InForce {
         worker.update(Update::Config(self.state(listeners)));
     }
 
+    /// Reads the configuration and opens the shares that are new in it. On a thread of its own: a
+    /// file system that does not answer must not keep the parent from accepting.
+    fn read(&self) -> Result<(Config, Vec<Share>), ReloadError> {
+        let (source, fds) = (self.source.clone(), self.fds.clone());
+        let known = self.config.shares.clone();
+        let (tell, told) = mpsc::channel();
+        let read = move || {
+            let new = source.config().map_err(ReloadError::Config)?;
+            let mut opened = Vec::new();
+            for share in new.shares.iter().filter(|share| !known.contains(share)) {
+                let failed = |source| ReloadError::Share { name: share.name.clone(), source };
+                opened.push(open_share(share, &fds).map_err(failed)?);
+            }
+            Ok((new, opened))
+        };
+        let thread = std::thread::Builder::new().name("ringfs-reload".into());
+        thread.spawn(move || drop(tell.send(read()))).map_err(ReloadError::Thread)?;
+        told.recv_timeout(READ_LIMIT).map_err(|_| ReloadError::Stuck)?
+    }
+
     fn take(
         &mut self,
         listeners: &mut Vec<(Door, Listener)>,
         worker: &Worker,
     ) -> Result<Vec<String>, ReloadError> {
-        let new = self.source.config().map_err(ReloadError::Config)?;
+        let (new, opened) = self.read()?;
         let old = &self.config;
-        let mut opened = Vec::new();
-        for share in new.shares.iter().filter(|share| !old.shares.contains(share)) {
-            let failed = |source| ReloadError::Share { name: share.name.clone(), source };
-            opened.push(open_share(share, &self.fds).map_err(failed)?);
-        }
         let has = |listen: &ListenConfig| {
             listeners.iter().any(|(_, bound)| *bound.address() == listen.address)
         };
