@@ -45,7 +45,7 @@ impl Perf {
             let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
             rustix::fs::mkfifoat(rustix::fs::CWD, fifo, mode)?;
         }
-        let pids: Vec<String> = pids.iter().map(i32::to_string).collect();
+        let pids: Vec<String> = crate::proc::tree(pids).iter().map(i32::to_string).collect();
         let mut command = Command::new("perf");
         command.args(["stat", "-x,", "-e", "raw_syscalls:sys_enter", "-D", "-1", "-p"]);
         command.arg(pids.join(",")).arg("-o").arg(&output).arg("--control");

@@ -20,7 +20,7 @@ mod world;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,6 +52,10 @@ const MORE_TIMES: u32 = 4;
 /// The seed of CI's first run; the second one's is random.
 const CI_SEED: u64 = 1;
 const FSX_OPS: u64 = 2000;
+/// A gap that makes faults rare.
+const NO_FAULTS: u64 = 1_000_000;
+/// Times between kills of the client, in twelfths: some come while the next one begins.
+const CLIENT_KILLS: [u32; 4] = [12, 1, 20, 3];
 
 /// Which work is done under the faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -96,6 +100,9 @@ pub struct Args {
     /// Kill the daemon that often, in milliseconds, and start it again
     #[arg(long, value_name = "MS")]
     kill_every: Option<u64>,
+    /// Kill the client that often, in milliseconds: another one takes the mount over
+    #[arg(long, value_name = "MS")]
+    kill_client_every: Option<u64>,
     /// Threads of the checker
     #[arg(long, default_value_t = 6)]
     threads: u64,
@@ -129,6 +136,7 @@ impl Args {
             engine: Engine::Uring,
             rings: false,
             kill_every: None,
+            kill_client_every: None,
             threads: 6,
             gap: 2000,
             calm: false,
@@ -159,6 +167,9 @@ impl Args {
         if let Some(ms) = self.kill_every {
             line += &format!(" --kill-every {ms}");
         }
+        if let Some(ms) = self.kill_client_every {
+            line += &format!(" --kill-client-every {ms}");
+        }
         if !self.options.is_empty() {
             line += &format!(" --options {}", self.options);
         }
@@ -166,12 +177,30 @@ impl Args {
     }
 }
 
-/// Short enough for CI: a fixed seed, then a random one.
+/// Short enough for CI: a fixed seed, then a random one, then kills of the client.
 pub fn run_short() -> Result<String> {
     let args = Args::short();
     let first = run(&Args { seed: Some(CI_SEED), ..args.clone() })?;
     let second = run(&args)?;
-    Ok(format!("{first}; {second}"))
+    let third = match resends()? {
+        true => run(&Args {
+            cuts: 0,
+            gap: NO_FAULTS,
+            seconds: 8,
+            kill_client_every: Some(150),
+            ..args
+        })?,
+        false => "SKIPPED: a client that is killed is taken over from Linux 6.9 on".to_owned(),
+    };
+    println!("faults: {third}");
+    Ok(format!("{first}; {second}; {third}"))
+}
+
+/// Whether this kernel sends requests again that a dead client had read.
+fn resends() -> Result<bool> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    Ok((numbers.next(), numbers.next()) >= (Some(6u32), Some(9)))
 }
 
 /// Runs with one seed; gives the closing line.
@@ -241,6 +270,7 @@ struct Under<'a> {
     start: rig::Counters,
     proxy: Proxy,
     begun: Instant,
+    client_kills: AtomicU64,
     _rings: Option<Guard>,
 }
 
@@ -273,7 +303,9 @@ impl<'a> Under<'a> {
         let log = File::create(sandbox.path("decisions.log"))?;
         let proxy = Proxy::start(&sandbox.path("p.sock"), &daemon.socket, schedule, log)?;
         let (daemon, begun) = (Mutex::new(daemon), Instant::now());
-        Ok(Self { args, seed, sandbox, backing, daemon, start, proxy, begun, _rings: rings })
+        let client_kills = AtomicU64::new(0);
+        let _rings = rings;
+        Ok(Self { args, seed, sandbox, backing, daemon, start, proxy, begun, client_kills, _rings })
     }
 
     /// All work that is asked for, with progress lines and kills beside it.
@@ -382,6 +414,11 @@ impl<'a> Under<'a> {
         let result = thread::scope(|scope| {
             let (done, over) = mpsc::channel::<()>();
             scope.spawn(move || self.hurry(asker, &over));
+            let (_done_too, kills_over) = mpsc::channel::<()>();
+            if let Some(ms) = self.args.kill_client_every {
+                let (every, dir) = (Duration::from_millis(ms), &mount.dir);
+                scope.spawn(move || self.kill_clients(&kills_over, every, dir, account));
+            }
             let result = work(&mount, &name);
             drop(done);
             result
@@ -399,6 +436,34 @@ impl<'a> Under<'a> {
             lock(&self.daemon).assert_back_at(&self.start)?;
         }
         Ok(())
+    }
+
+    /// Kills whoever serves the mount, also soon after it was killed.
+    fn kill_clients(
+        &self,
+        over: &mpsc::Receiver<()>,
+        every: Duration,
+        dir: &Path,
+        account: &Account,
+    ) {
+        let delays = CLIENT_KILLS.iter().cycle().map(|twelfths| every * *twelfths / 12);
+        for delay in delays {
+            if over.recv_timeout(delay) != Err(mpsc::RecvTimeoutError::Timeout) {
+                return;
+            }
+            match rig::kill_client_of(dir) {
+                // The next one is not there yet.
+                Ok(false) => {}
+                Ok(true) => {
+                    let kills = self.client_kills.fetch_add(1, Relaxed) + 1;
+                    self.proxy.note(&format!("kill {kills} of the client"));
+                }
+                Err(error) => {
+                    account.problem(format!("no client is killed: {error:#}"));
+                    return;
+                }
+            }
+        }
     }
 
     /// A guest that is cut often waits for up to 0.3 s before it comes again; one that is told to
@@ -448,6 +513,10 @@ impl<'a> Under<'a> {
         );
         let mut closing =
             format!("{} operations, {} cuts", account.ops.load(Relaxed), tally.cuts());
+        let client_kills = self.client_kills.load(Relaxed);
+        if client_kills > 0 {
+            closing += &format!(", {client_kills} kills of the client");
+        }
         if kills > 0 {
             let tolerated = account.tolerated.load(Relaxed);
             closing += &format!(", {kills} kills with {tolerated} allowed errors");

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -390,6 +391,25 @@ impl Mount {
         }
         Ok(())
     }
+}
+
+/// Kills the process that serves the mount at `dir`, as the keeper has started it; false: there is
+/// none now. The mount is not touched, nor a process forked, which would have its files open.
+pub fn kill_client_of(dir: &Path) -> Result<bool> {
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        // It may be gone by now.
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let is_worker = words.contains(&&b"--worker"[..]);
+        if is_worker && words.contains(&dir.as_os_str().as_bytes()) {
+            let pid = rustix::process::Pid::from_raw(pid).context("a process number")?;
+            let killed = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            return Ok(killed.is_ok());
+        }
+    }
+    Ok(false)
 }
 
 fn launch(ringfsd: &Path, arguments: &[OsString], log: &Path) -> Result<Process> {

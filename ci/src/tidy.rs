@@ -24,9 +24,10 @@ const FILE_LINES_MAX: usize = 800;
 /// fault proxy of xtask cuts at the boundaries of batches and records, so it knows the wire.
 const OUR_DEPENDENCIES: &[(&str, &[&str])] = &[
     ("ringfs-wire", &[]),
+    ("ringfs-mapping", &[]),
     ("fuser-fork", &["ringfs-wire"]),
-    ("ringfs-client", &["ringfs-wire", "fuser-fork"]),
-    ("ringfs-server-uring", &["ringfs-wire"]),
+    ("ringfs-client", &["ringfs-wire", "ringfs-mapping", "fuser-fork"]),
+    ("ringfs-server-uring", &["ringfs-wire", "ringfs-mapping"]),
     ("ringfs-benches", &[]),
     ("xtask", &["ringfs-wire"]),
 ];
@@ -48,7 +49,7 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/fdops.rs", "system calls on an open fd that rustix lacks"),
     ("crates/server-uring/src/creds.rs", "credentials of one thread, which rustix refuses"),
     ("crates/server-uring/src/import.rs", "file handles: name_to_handle_at, open_by_handle_at"),
-    ("crates/server-uring/src/mapping.rs", "a session's file as memory, which mmap gives"),
+    ("crates/mapping/src/lib.rs", "a session's file as memory, which mmap gives"),
     ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
     ("fuser-fork/src/sys.rs", "/dev/fuse: the clone ioctl, and queue entries lent to the kernel"),
 ];

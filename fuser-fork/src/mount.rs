@@ -354,6 +354,19 @@ impl Mount {
         self.identity.map(|(_, dev_minor)| dev_minor)
     }
 
+    /// A mount that another process made: `session` is its first fd, `identity` what
+    /// [`Mount::identity`] told there.
+    pub fn adopt(mountpoint: PathBuf, session: &Device, identity: Option<(u32, u32)>) -> Mount {
+        let session = session.session();
+        let fusermount = Some(PathBuf::from(fusermount::PROGRAM));
+        Mount { mountpoint, identity, session, fusermount, armed: true }
+    }
+
+    /// Mount id and number of the connection; `None` where no mount table was readable.
+    pub fn identity(&self) -> Option<(u32, u32)> {
+        self.identity
+    }
+
     /// Whether it is still in the mount table (`true` where that cannot be seen).
     pub fn is_mounted(&self) -> bool {
         self.place().is_none_or(|place| place.is_some())
@@ -456,6 +469,24 @@ pub fn remount(mount: &MountInfo, options: &MountOptions) -> Result<(), MountErr
         Errno::BUSY => MountError::Writers { path: path() },
         source => MountError::Os { what: "remount", path: path(), source },
     })
+}
+
+/// Detaches the mount that [`Mount::identity`] told of, wherever it is by now; that it is gone is
+/// fine. `(0, 0)`: whichever ringfs mount is at `path`.
+pub fn unmount_identity(path: &Path, identity: (u32, u32)) -> Result<(), MountError> {
+    if identity == (0, 0) {
+        return unmount_path(path, true);
+    }
+    let mounts = all_mounts().map_err(|source| MountError::MountInfo { source })?;
+    let is_ours = |mount: &&MountInfo| (mount.mount_id, mount.dev_minor) == identity;
+    let Some(ours) = mounts.iter().find(is_ours).filter(|mount| mount.is_ringfs()) else {
+        return Ok(());
+    };
+    let path = &ours.mount_point;
+    if top_at(&mounts, path).is_none_or(|top| top.mount_id != ours.mount_id) {
+        return Err(MountError::Covered { path: path.clone() });
+    }
+    take_down(path, true, Some(Path::new(fusermount::PROGRAM)))
 }
 
 /// umount2(2), and the setuid program where that is not permitted.

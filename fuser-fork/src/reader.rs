@@ -52,6 +52,11 @@ impl Clones {
         Clones { devices, shortfall: None }
     }
 
+    /// Those that another process has opened, the session's first fd first; at least one.
+    pub fn adopt(devices: Vec<Device>) -> Clones {
+        Clones { devices: devices.into_iter().map(Arc::new).collect(), shortfall: None }
+    }
+
     /// One device a lane; the first is the session's own. All must live as long as the mount.
     pub fn devices(&self) -> &[Arc<Device>] {
         &self.devices

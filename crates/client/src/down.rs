@@ -7,7 +7,7 @@
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::goodbye_text;
 use crate::kept::Kept;
-use crate::known::Asked;
+use crate::known::{Asked, tag_of};
 use crate::lane::{Control, InFlight, Lane, LaneCounters};
 use crate::session::{End, Session};
 use fuser_fork::frame::{error_reply, out_header};
@@ -103,23 +103,30 @@ fn take_reply(
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let request = lane.complete(at)?;
     let asked = kept.record(at.slot);
+    let tag = tag_of(lane.index, at);
     match request {
         InFlight::Request { opcode, .. } => {
             let asked = || asked.and_then(Asked::of_record);
-            session.known.answered(opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
+            session.known.answered(tag, opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
         }
         InFlight::Forget => {
-            session.known.forgotten(asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
+            session.known.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
         }
         // What it gave the daemon takes back.
         InFlight::Abandoned => {}
     }
     kept.release(at.slot);
-    let InFlight::Request { unique, opcode, .. } = request else { return Ok(()) };
+    let InFlight::Request { unique, opcode, .. } = request else {
+        lane.settled(at);
+        return Ok(());
+    };
+    lane.delivering(at);
     LaneCounters::add(&lane.counters.replies, 1);
     LaneCounters::add(&lane.counters.bytes_down, bytes.len());
     if opcode == Opcode::Init as u32 {
-        return take_init(session, lane, unique, record.code, &bytes[RECORD_HEADER_BYTES..]);
+        take_init(session, lane, unique, record.code, &bytes[RECORD_HEADER_BYTES..])?;
+        lane.settled(at);
+        return Ok(());
     }
     if record.code == 0 {
         let header = out_header(unique, bytes.len() - RECORD_HEADER_BYTES);
@@ -128,6 +135,7 @@ fn take_reply(
     } else {
         lane.answer_error(unique, errno_of(record.code));
     }
+    lane.settled(at);
     Ok(())
 }
 

@@ -84,6 +84,17 @@ impl Kept {
         frame.place = Place::Copied;
     }
 
+    /// The record that another client had in that slot.
+    pub fn adopt(&mut self, slot: u16, record: &[u8]) {
+        let mut buffer = match record.len() > BATCH_TARGET_BYTES {
+            true => batch_buffer(),
+            false => return self.keep(slot, record, 0..record.len()),
+        };
+        buffer[..record.len()].copy_from_slice(record);
+        self.keep(slot, &buffer, 0..record.len());
+        self.retire(&mut buffer);
+    }
+
     /// The batch has left, or never will: its buffer stays with the slot of its large frame, if it
     /// has one, and `buffer` is another one then.
     pub fn retire(&mut self, buffer: &mut Vec<u8>) {

@@ -4,14 +4,16 @@
 //! A reply counts before the kernel gets it; a FORGET or a RELEASE when the daemon has answered
 //! it. So at a cut this is what the daemon has to start from for all that is in flight to come
 //! out right. Invariant: a node is here exactly while lookups of it were given and not given
-//! back, and what the kernel would refuse gives nothing. Besides, recipes of a few nodes of which
-//! it has none: the reply that gives one is yet to come, and was perhaps made before those lookups
-//! were given back that brought the recipe. All of it is bounded. It must not do I/O.
+//! back, and what the kernel would refuse gives nothing; only NODE entries whose reply is yet to
+//! come are here besides, and few. All of it is bounded. It must not do I/O. Where the client is to
+//! be taken over (takeover.rs), each change is in a log first, with the request that made it.
 
+use crate::journal::{Entry as Change, Log};
 use crate::lane::lock;
 use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_ROOT_ID, ForgetOne, Opcode, OpenOut};
-use ringfs_wire::limits::{RECIPE_BYTES_MAX, RESTORE_BODY_BYTES_MAX};
+use ringfs_wire::limits::{LANES_MAX, RECIPE_BYTES_MAX, RESTORE_BODY_BYTES_MAX};
 use ringfs_wire::restore::{End, NUMBER_MAX, Nodes, Restore, RestoreError, push_restore};
+use ringfs_wire::slot::SlotUse;
 use rustix::fs::{FileType, OFlags};
 use std::collections::hash_map::{Entry, RandomState};
 use std::collections::{HashMap, VecDeque};
@@ -20,12 +22,12 @@ use std::sync::{Mutex, MutexGuard};
 use zerocopy::FromBytes;
 
 /// Locks: a node may be found by one lane and forgotten by another.
-const SHARDS: usize = 64;
+pub const SHARDS: usize = 64;
 /// Nodes of one shard: 4 million in all. What comes beyond is lost with the daemon, and only then.
 const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
-/// Recipes of one shard that wait for a reply that gives their nodes.
+/// NODE entries of one shard that wait for their replies.
 const EARLY_PER_SHARD_MAX: usize = 256;
 /// A table with room for so many stays as large as it is.
 const SMALL_TABLE: usize = 1024;
@@ -106,7 +108,7 @@ impl Asked {
 
 #[derive(Debug)]
 struct Node {
-    /// Lookups, at least one.
+    /// Lookups; 0: its reply is yet to come.
     count: u64,
     recipe: Box<[u8]>,
 }
@@ -118,48 +120,49 @@ struct Handle {
     directory: bool,
 }
 
+/// Names the use of a slot whose reply changes something; never 0.
+pub fn tag_of(lane: u8, at: SlotUse) -> u64 {
+    1 << 63 | u64::from(lane) << 48 | u64::from(at.slot) << 32 | u64::from(at.seq)
+}
+
+/// What the last reply of a lane has changed in a shard: should it not have reached the kernel.
+#[derive(Debug, Default)]
+struct Recent {
+    tag: u64,
+    given: Vec<u64>,
+    opened: Vec<u64>,
+    /// Which of a FORGET's node ids are done.
+    forgotten: Vec<u32>,
+}
+
+/// What a shard needs for the client that takes over.
+#[derive(Debug)]
+struct Journal {
+    log: Log,
+    recent: [Recent; LANES_MAX],
+}
+
+fn recent_of(recent: &mut [Recent; LANES_MAX], tag: u64) -> &mut Recent {
+    let recent = &mut recent[(tag >> 48) as usize % LANES_MAX];
+    if recent.tag != tag {
+        recent.tag = tag;
+        recent.given.clear();
+        recent.opened.clear();
+        recent.forgotten.clear();
+    }
+    recent
+}
+
 #[derive(Debug)]
 struct Shard {
+    /// `None`: nobody takes over.
+    journal: Option<Box<Journal>>,
     nodes: HashMap<u64, Node, Keyed>,
     handles: HashMap<u64, Handle, Keyed>,
-    early: Early,
+    /// Nodes that NODE named before a reply did, the oldest first.
+    early: VecDeque<u64>,
     node_id_max: u64,
     fh_max: u64,
-}
-
-/// Recipes of nodes that no reply has given yet, or again.
-#[derive(Debug)]
-struct Early {
-    /// Each with its number in `order`.
-    recipes: HashMap<u64, (u64, Box<[u8]>), Keyed>,
-    /// Numbers and nodes, the oldest first.
-    order: VecDeque<(u64, u64)>,
-    next: u64,
-}
-
-impl Early {
-    fn new(key: Keyed) -> Early {
-        Early { recipes: HashMap::with_hasher(key), order: VecDeque::new(), next: 0 }
-    }
-
-    fn put(&mut self, id: u64, recipe: Box<[u8]>) {
-        if recipe.is_empty() {
-            return;
-        }
-        if self.order.len() >= EARLY_PER_SHARD_MAX
-            && let Some((number, oldest)) = self.order.pop_front()
-            && self.recipes.get(&oldest).is_some_and(|(its, _)| *its == number)
-        {
-            self.recipes.remove(&oldest);
-        }
-        self.order.push_back((self.next, id));
-        self.recipes.insert(id, (self.next, recipe));
-        self.next += 1;
-    }
-
-    fn take(&mut self, id: u64) -> Box<[u8]> {
-        self.recipes.remove(&id).map(|(_, recipe)| recipe).unwrap_or_default()
-    }
 }
 
 /// A shard on cache lines of its own.
@@ -194,15 +197,56 @@ impl Known {
     /// Nothing yet; with `is_on` false nothing ever.
     pub fn new(is_on: bool) -> Known {
         let key = Keyed::new();
-        let shard = || Shard {
-            nodes: HashMap::with_hasher(key),
-            handles: HashMap::with_hasher(key),
-            early: Early::new(key),
-            node_id_max: 0,
-            fh_max: 0,
-        };
         let shards = if is_on { SHARDS } else { 0 };
-        Known { shards: (0..shards).map(|_| Apart(Mutex::new(shard()))).collect(), key }
+        let shard = |_| Apart(Mutex::new(Shard::new(key, None)));
+        Known { shards: (0..shards).map(shard).collect(), key }
+    }
+
+    /// Nothing yet, and changes go into these logs; and the key that finds them again.
+    pub fn kept(logs: Vec<Log>) -> (Known, [u64; 2]) {
+        let key = Keyed::new();
+        let shards = logs.into_iter().map(|log| Apart(Mutex::new(Shard::new(key, Some(log)))));
+        (Known { shards: shards.collect(), key }, [key.start, key.factor])
+    }
+
+    /// What the logs of another client tell; `None`: they are damaged.
+    pub fn replayed(logs: Vec<Log>, key: [u64; 2]) -> Option<Known> {
+        let key = Keyed { start: key[0], factor: key[1] };
+        let shards = logs.into_iter().map(|log| {
+            let mut shard = Shard::new(key, Some(log));
+            shard.replay().then_some(Apart(Mutex::new(shard)))
+        });
+        Some(Known { shards: shards.collect::<Option<_>>()?, key })
+    }
+
+    /// Nobody will take over.
+    pub fn stop_keeping(&self) {
+        self.shards.iter().for_each(|shard| lock(&shard.0).journal = None);
+    }
+
+    /// The reply of that request has not reached the kernel: what it gave was not given.
+    pub fn undo(&self, tag: u64) {
+        self.shards.iter().for_each(|shard| lock(&shard.0).undo(tag));
+    }
+
+    /// Whether the reply to that FORGET is known to have come; then all of it is done now.
+    pub fn end_forget(&self, tag: u64, forgets: &[ForgetOne]) -> bool {
+        let has_come = |shard: &Apart| {
+            let mut shard = lock(&shard.0);
+            let journal = shard.journal.as_mut();
+            journal.is_some_and(|its| !recent_of(&mut its.recent, tag).forgotten.is_empty())
+        };
+        let has_come = self.shards.iter().any(has_come);
+        if has_come {
+            for (index, &ForgetOne { nodeid, nlookup }) in forgets.iter().enumerate() {
+                let mut shard = self.shard(nodeid);
+                let index = index as u32;
+                if !shard.recent(tag).is_some_and(|recent| recent.forgotten.contains(&index)) {
+                    shard.forget(nodeid, nlookup, index, tag);
+                }
+            }
+        }
+        has_come
     }
 
     /// The body of a NODE record.
@@ -220,6 +264,7 @@ impl Known {
     /// The daemon has answered a request, and the kernel will have the answer: to be called before.
     pub fn answered(
         &self,
+        tag: u64,
         opcode: u32,
         asked: impl FnOnce() -> Option<Asked>,
         errno: u32,
@@ -231,7 +276,7 @@ impl Known {
         if is_in(RELEASE, opcode) {
             // Whatever came of it: the kernel has forgotten the handle.
             if let Some(fh) = asked().map(|asked| asked.fh()) {
-                self.shard(fh).handles.remove(&fh);
+                self.shard(fh).close(fh);
             }
             return;
         }
@@ -240,7 +285,7 @@ impl Known {
         }
         if is_in(LISTING, opcode) {
             if asked().is_some_and(|asked| body.len() <= asked.size()) {
-                listed(body, |id| self.give(id));
+                listed(body, |id| self.give(tag, id));
             }
             return;
         }
@@ -253,30 +298,30 @@ impl Known {
             }
         };
         if let Some(id) = entry {
-            self.give(id);
+            self.give(tag, id);
         }
         if let (Some(fh), Some(asked)) = (open, asked()) {
             let node = if is_in(OPEN, opcode) { Some(asked.nodeid) } else { entry };
             let directory = opcode == Opcode::Opendir as u32;
             if let Some(node) = node {
-                self.open(fh, Handle { node, flags: asked.flags(), directory });
+                self.open(tag, fh, Handle { node, flags: asked.flags(), directory });
             }
         }
     }
 
     /// The daemon has taken node ids back: the body of a FORGET record.
-    pub fn forgotten(&self, body: &[u8]) {
+    pub fn forgotten(&self, tag: u64, body: &[u8]) {
         if self.shards.is_empty() {
             return;
         }
-        for one in body.chunks_exact(size_of::<ForgetOne>()) {
+        for (index, one) in body.chunks_exact(size_of::<ForgetOne>()).enumerate() {
             if let Ok(ForgetOne { nodeid, nlookup }) = ForgetOne::read_from_bytes(one) {
-                self.shard(nodeid).forget(nodeid, nlookup);
+                self.shard(nodeid).forget(nodeid, nlookup, index as u32, tag);
             }
         }
     }
 
-    /// Nodes and open files.
+    /// Nodes, those included that wait for their replies, and open files.
     pub fn totals(&self) -> (u64, u64) {
         self.shards.iter().fold((0, 0), |(nodes, handles), shard| {
             let shard = lock(&shard.0);
@@ -295,7 +340,7 @@ impl Known {
             for id in ids {
                 bodies.make_room()?;
                 let shard = lock(&shard.0);
-                if let Some(Node { count, recipe }) = shard.nodes.get(&id) {
+                if let Some(Node { count: count @ 1.., recipe }) = shard.nodes.get(&id) {
                     done.nodes += 1;
                     done.nodes_lost += u64::from(recipe.is_empty());
                     bodies.put(&Restore::Node { id, count: *count, recipe });
@@ -322,22 +367,17 @@ impl Known {
         Ok(done)
     }
 
-    fn give(&self, id: u64) {
+    fn give(&self, tag: u64, id: u64) {
         // The root's lookups are not counted; the kernel refuses 0, and no daemon could count on
         // from what is larger.
         if (FUSE_ROOT_ID + 1..=NUMBER_MAX).contains(&id) {
-            self.shard(id).give(id);
+            self.shard(id).give(id, tag);
         }
     }
 
-    fn open(&self, fh: u64, handle: Handle) {
-        if !(1..=NUMBER_MAX).contains(&fh) {
-            return;
-        }
-        let mut shard = self.shard(fh);
-        shard.fh_max = shard.fh_max.max(fh);
-        if shard.handles.len() < HANDLES_PER_SHARD_MAX {
-            shard.handles.insert(fh, handle);
+    fn open(&self, tag: u64, fh: u64, handle: Handle) {
+        if (1..=NUMBER_MAX).contains(&fh) {
+            self.shard(fh).open(fh, handle, tag);
         }
     }
 
@@ -350,18 +390,209 @@ impl Known {
 }
 
 impl Shard {
-    fn hear(&mut self, id: u64, recipe: &[u8]) {
-        self.node_id_max = self.node_id_max.max(id);
-        if let Some(node) = self.nodes.get_mut(&id) {
-            if *node.recipe != *recipe {
-                node.recipe = recipe.into();
-            }
-            return;
+    fn new(key: Keyed, log: Option<Log>) -> Shard {
+        let journal = log.map(|log| Box::new(Journal { log, recent: Default::default() }));
+        Shard {
+            journal,
+            nodes: HashMap::with_hasher(key),
+            handles: HashMap::with_hasher(key),
+            early: VecDeque::new(),
+            node_id_max: 0,
+            fh_max: 0,
         }
-        self.early.put(id, recipe.into());
     }
 
-    fn give(&mut self, id: u64) {
+    /// Puts a change down, before it is made. What cannot be put down is not kept from then on,
+    /// and nothing else of the shard.
+    fn log(&mut self, change: &Change<'_>) {
+        let Some(journal) = &mut self.journal else { return };
+        if journal.log.append(change) {
+            return;
+        }
+        let Some(mut journal) = self.journal.take() else { return };
+        if self.rewrite(&mut journal) && journal.log.append(change) {
+            self.journal = Some(journal);
+        } else {
+            journal.log.spoil();
+            tracing::error!("too much to keep: nobody can take this mount over any more");
+        }
+    }
+
+    /// The log anew: what is, and what of it may not have reached the kernel.
+    fn rewrite(&self, journal: &mut Journal) -> bool {
+        let Journal { log, recent, .. } = journal;
+        let undecided = |id: u64| -> u64 {
+            let given = |recent: &Recent| recent.given.iter().filter(|&&its| its == id).count();
+            recent.iter().map(|recent| given(recent) as u64).sum()
+        };
+        let has_recent = recent.iter().any(|recent| !recent.given.is_empty());
+        let nodes = self.nodes.iter().filter(|(_, node)| node.count > 0).map(|(&id, node)| {
+            let undecided = if has_recent { undecided(id) } else { 0 };
+            Change::Node { id, count: node.count.saturating_sub(undecided), recipe: &node.recipe }
+        });
+        let early = self.early.iter().filter_map(|id| {
+            let node = self.nodes.get(id).filter(|node| node.count == 0)?;
+            Some(Change::Heard { id: *id, recipe: &node.recipe })
+        });
+        let opened_by = |fh: u64| recent.iter().find(|recent| recent.opened.contains(&fh));
+        let handles = self.handles.iter().map(|(&fh, handle)| {
+            let Handle { node, flags, directory } = *handle;
+            let tag = opened_by(fh).map_or(0, |recent| recent.tag);
+            Change::Opened { fh, node, flags, directory, tag }
+        });
+        let recent = recent.iter().flat_map(|recent| {
+            let tag = recent.tag;
+            let given = recent.given.iter().map(move |&id| Change::Given { id, tag });
+            // They have been taken off.
+            let forgotten = recent.forgotten.iter();
+            let forgotten =
+                forgotten.map(move |&index| Change::Forgotten { id: 0, lookups: 0, index, tag });
+            given.chain(forgotten)
+        });
+        let highest = Change::Highest { node_id: self.node_id_max, fh: self.fh_max };
+        let all = std::iter::once(highest).chain(nodes).chain(early).chain(handles).chain(recent);
+        log.rewrite(all)
+    }
+
+    /// Does again all that the log says; false: it is damaged.
+    fn replay(&mut self) -> bool {
+        let Some(journal) = self.journal.take() else { return true };
+        let Journal { log, mut recent } = *journal;
+        for change in log.entries() {
+            let Some(change) = change else { return false };
+            self.redo(&change, &mut recent);
+        }
+        self.journal = Some(Box::new(Journal { log, recent }));
+        true
+    }
+
+    fn redo(&mut self, change: &Change<'_>, recent: &mut [Recent; LANES_MAX]) {
+        match *change {
+            Change::Heard { id, recipe } => self.put_recipe(id, recipe),
+            Change::Node { id, count, recipe } => {
+                self.nodes.insert(id, Node { count, recipe: recipe.into() });
+            }
+            Change::Given { id, tag } => {
+                recent_of(recent, tag).given.push(id);
+                self.count_up(id);
+            }
+            Change::Opened { fh, node, flags, directory, tag } => {
+                if tag != 0 {
+                    recent_of(recent, tag).opened.push(fh);
+                }
+                self.put_handle(fh, Handle { node, flags, directory });
+            }
+            Change::Closed { fh } => {
+                self.handles.remove(&fh);
+            }
+            Change::Forgotten { id, lookups, index, tag } => {
+                recent_of(recent, tag).forgotten.push(index);
+                self.count_down(id, lookups);
+            }
+            Change::Undone { tag } => {
+                let undone = std::mem::take(recent_of(recent, tag));
+                self.take_back(&undone);
+            }
+            Change::Highest { node_id, fh } => {
+                self.node_id_max = self.node_id_max.max(node_id);
+                self.fh_max = self.fh_max.max(fh);
+            }
+        }
+    }
+
+    fn recent(&mut self, tag: u64) -> Option<&mut Recent> {
+        self.journal.as_mut().map(|journal| recent_of(&mut journal.recent, tag))
+    }
+
+    fn undo(&mut self, tag: u64) {
+        let Some(recent) = self.recent(tag) else { return };
+        if recent.given.is_empty() && recent.opened.is_empty() {
+            return;
+        }
+        self.log(&Change::Undone { tag });
+        if let Some(undone) = self.recent(tag).map(std::mem::take) {
+            self.take_back(&undone);
+        }
+    }
+
+    fn take_back(&mut self, undone: &Recent) {
+        for id in &undone.given {
+            if let Some(node) = self.nodes.get_mut(id).filter(|node| node.count > 0) {
+                node.count -= 1;
+                if node.count == 0 {
+                    // Its reply is yet to come.
+                    self.make_room_for_early();
+                    self.early.push_back(*id);
+                }
+            }
+        }
+        for fh in &undone.opened {
+            self.handles.remove(fh);
+        }
+    }
+
+    fn open(&mut self, fh: u64, handle: Handle, tag: u64) {
+        let Handle { node, flags, directory } = handle;
+        self.log(&Change::Opened { fh, node, flags, directory, tag });
+        if let Some(recent) = self.recent(tag) {
+            recent.opened.push(fh);
+        }
+        self.put_handle(fh, handle);
+    }
+
+    fn put_handle(&mut self, fh: u64, handle: Handle) {
+        self.fh_max = self.fh_max.max(fh);
+        if self.handles.len() < HANDLES_PER_SHARD_MAX {
+            self.handles.insert(fh, handle);
+        }
+    }
+
+    fn close(&mut self, fh: u64) {
+        if self.handles.contains_key(&fh) {
+            self.log(&Change::Closed { fh });
+            self.handles.remove(&fh);
+        }
+    }
+
+    fn hear(&mut self, id: u64, recipe: &[u8]) {
+        if self.nodes.get(&id).is_some_and(|node| *node.recipe == *recipe) {
+            return;
+        }
+        self.log(&Change::Heard { id, recipe });
+        self.put_recipe(id, recipe);
+    }
+
+    fn put_recipe(&mut self, id: u64, recipe: &[u8]) {
+        self.node_id_max = self.node_id_max.max(id);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.recipe = recipe.into();
+            return;
+        }
+        self.make_room_for_early();
+        if self.nodes.len() < NODES_PER_SHARD_MAX {
+            self.early.push_back(id);
+            self.nodes.insert(id, Node { count: 0, recipe: recipe.into() });
+        }
+    }
+
+    fn make_room_for_early(&mut self) {
+        if self.early.len() >= EARLY_PER_SHARD_MAX
+            && let Some(oldest) = self.early.pop_front()
+            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
+        {
+            self.nodes.remove(&oldest);
+        }
+    }
+
+    fn give(&mut self, id: u64, tag: u64) {
+        self.log(&Change::Given { id, tag });
+        if let Some(recent) = self.recent(tag) {
+            recent.given.push(id);
+        }
+        self.count_up(id);
+    }
+
+    fn count_up(&mut self, id: u64) {
         self.node_id_max = self.node_id_max.max(id);
         let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
         match self.nodes.entry(id) {
@@ -370,19 +601,28 @@ impl Shard {
                 *count = (*count + 1).min(NUMBER_MAX);
             }
             Entry::Vacant(room) if !is_full => {
-                room.insert(Node { count: 1, recipe: self.early.take(id) });
+                room.insert(Node { count: 1, recipe: Box::default() });
             }
             Entry::Vacant(_) => {}
         }
     }
 
-    fn forget(&mut self, id: u64, lookups: u64) {
+    fn forget(&mut self, id: u64, lookups: u64, index: u32, tag: u64) {
+        if self.nodes.contains_key(&id) {
+            self.log(&Change::Forgotten { id, lookups, index, tag });
+            if let Some(recent) = self.recent(tag) {
+                recent.forgotten.push(index);
+            }
+            self.count_down(id, lookups);
+        }
+    }
+
+    fn count_down(&mut self, id: u64, lookups: u64) {
         let Entry::Occupied(mut known) = self.nodes.entry(id) else { return };
         let count = &mut known.get_mut().count;
         *count = count.saturating_sub(lookups);
         if *count == 0 {
-            // A reply that is on its way may give it all the same.
-            self.early.put(id, known.remove().recipe);
+            known.remove();
             let (len, room) = (self.nodes.len(), self.nodes.capacity());
             if room > SMALL_TABLE && len < room / 8 {
                 self.nodes.shrink_to(len * 2);
@@ -498,6 +738,7 @@ impl Hasher for Mixer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keep::Keep;
     use ringfs_wire::abi::{CreateIn, Dirent, OpenIn, ReadIn, ReleaseIn};
     use ringfs_wire::restore::{Restores, push_node};
     use std::collections::BTreeMap;
@@ -561,7 +802,7 @@ mod tests {
     }
 
     fn answer(known: &Known, opcode: Opcode, asked: Asked, errno: u32, body: &[u8]) {
-        known.answered(opcode as u32, || Some(asked), errno, body);
+        known.answered(1, opcode as u32, || Some(asked), errno, body);
     }
 
     fn list(known: &Known, size: usize, body: &[u8]) {
@@ -574,7 +815,7 @@ mod tests {
             .iter()
             .flat_map(|&(nodeid, nlookup)| ForgetOne { nodeid, nlookup }.as_bytes().to_vec())
             .collect();
-        known.forgotten(&body);
+        known.forgotten(1, &body);
     }
 
     fn node(id: u64, recipe: &[u8]) -> Vec<u8> {
@@ -734,30 +975,14 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_that_a_forget_overtook_finds_the_recipe() {
-        let known = Known::new(true);
-        let looked_up = |id| answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
-        known.hear(&node(5, b"recipe")).expect("well formed");
-        looked_up(5);
-        // The daemon has answered another LOOKUP before this, and that has no NODE of its own.
-        forget(&known, &[(5, 1)]);
-        assert_eq!(counts(&known), []);
-        for n in 0..2 {
-            looked_up(5);
-            assert_eq!(told(&known).0, BTreeMap::from([(5, (1, b"recipe".to_vec()))]), "{n}");
-            forget(&known, &[(5, 1)]);
-        }
-    }
-
-    #[test]
     fn what_no_reply_gives_is_bounded() {
         let known = Known::new(true);
         for id in 2..200_000 {
             known.hear(&node(id, &[7; 400])).expect("well formed");
         }
-        let waiting: usize = known.shards.iter().map(|s| lock(&s.0).early.recipes.len()).sum();
-        assert!(waiting <= SHARDS * EARLY_PER_SHARD_MAX, "{waiting}");
-        assert_eq!((counts(&known), known.totals()), (vec![], (0, 0)));
+        let (nodes, _) = known.totals();
+        assert!(nodes <= (SHARDS * EARLY_PER_SHARD_MAX) as u64, "{nodes}");
+        assert_eq!(counts(&known), []);
         // The last ones are there, and stay when their replies have come.
         for id in 199_000..200_000 {
             answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
@@ -826,13 +1051,11 @@ mod tests {
                         }
                     }
                     5 => {
-                        // Its recipe stays for a while.
-                        let Some(entry) = nodes.get_mut(&id).filter(|node| node.0 > 0) else {
-                            continue;
-                        };
+                        let Some(entry) = nodes.get_mut(&id) else { continue };
                         let n = 1 + random.below(entry.0);
                         forget(&known, &[(id, n)]);
                         entry.0 -= n;
+                        nodes.retain(|_, (count, _)| *count > 0);
                     }
                     6 => {
                         open(&known, Opcode::Open, id, OFlags::RDWR, next_fh);
@@ -847,7 +1070,6 @@ mod tests {
                     }
                 }
             }
-            nodes.retain(|_, (count, _)| *count > 0);
             let (found_nodes, found_handles, end) = told(&known);
             assert_eq!(found_nodes, nodes, "seed {seed}");
             assert_eq!((found_handles, end.fh_max), (handles, next_fh - 1), "seed {seed}");
@@ -895,5 +1117,115 @@ mod tests {
         assert_eq!(known.totals(), (0, 0));
         let room: usize = known.shards.iter().map(|s| lock(&s.0).nodes.capacity()).sum();
         assert!(room <= SHARDS * SMALL_TABLE * 2, "{room}");
+    }
+
+    /// What the next client finds.
+    fn taken_over(keep: &Keep) -> (Keep, Known) {
+        let file = keep.file().try_clone_to_owned().expect("dup");
+        let (keep, places) = Keep::open(file).expect("ready");
+        let key = keep.terms().key;
+        (keep, Known::replayed(places.logs, key).expect("sound"))
+    }
+
+    fn kept() -> (Keep, Known) {
+        let (keep, places) = Keep::create().expect("a file");
+        let (known, key) = Known::kept(places.logs);
+        keep.change(|terms| (terms.key, terms.lanes, terms.slots) = (key, 1, 1));
+        keep.set_ready();
+        (keep, known)
+    }
+
+    #[test]
+    fn another_client_knows_the_same_whatever_was_done() {
+        let (mut keep, mut known) = kept();
+        let mut random = Keyed::new().hash_one(7);
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (random >> 33) % below
+        };
+        let mut seq = 0;
+        for round in 0..40 {
+            for _ in 0..4000 {
+                seq += 1;
+                let tag = tag_of(next(3) as u8, SlotUse { slot: next(4) as u16, seq });
+                let id = 2 + next(300);
+                match next(6) {
+                    0 => known.hear(&node(id, &vec![7; next(200) as usize])).expect("sound"),
+                    1 | 2 => known.answered(tag, Opcode::Lookup as u32, || None, 0, &entry(id)),
+                    3 => known.forgotten(tag, ForgetOne { nodeid: id, nlookup: 2 }.as_bytes()),
+                    4 => {
+                        let asked = OpenIn { flags: 2, open_flags: 0 };
+                        let asked = Asked::new(id, asked.as_bytes());
+                        let opcode = Opcode::Open as u32;
+                        known.answered(tag, opcode, || Some(asked), 0, &opened(1 + next(300)));
+                    }
+                    _ => {
+                        release(&known, Opcode::Release, 1 + next(300), 0);
+                        known.undo(tag);
+                    }
+                }
+            }
+            let before = told(&known);
+            assert!(before.0.len() > 50 && before.1.len() > 50, "{round}");
+            drop(known);
+            (keep, known) = taken_over(&keep);
+            assert_eq!(told(&known), before, "{round}");
+        }
+    }
+
+    #[test]
+    fn a_reply_that_did_not_get_through_is_taken_back_and_counts_when_it_comes_again() {
+        let at = SlotUse { slot: 1, seq: 9 };
+        let (tag, other) = (tag_of(0, at), tag_of(1, at));
+        for rewrites in [false, true] {
+            let (keep, known) = kept();
+            let create = |known: &Known| {
+                known.hear(&node(7, b"seven")).expect("sound");
+                let asked = Asked::new(1, OpenIn { flags: 2, open_flags: 0 }.as_bytes());
+                let body = [entry(7), opened(3)].concat();
+                known.answered(tag, Opcode::Create as u32, || Some(asked), 0, &body);
+            };
+            create(&known);
+            known.answered(other, Opcode::Lookup as u32, || None, 0, &entry(7));
+            if rewrites {
+                for _ in 0..100_000 {
+                    known.answered(other + 1, Opcode::Lookup as u32, || None, 0, &entry(8));
+                    known.forgotten(other + 2, ForgetOne { nodeid: 8, nlookup: 1 }.as_bytes());
+                }
+            }
+            drop(known);
+            let (keep, known) = taken_over(&keep);
+            assert_eq!((counts(&known), known.totals().1), (vec![(7, 2)], 1));
+            known.undo(tag);
+            drop(known);
+            // Killed again, before it came.
+            let (keep, known) = taken_over(&keep);
+            known.undo(tag);
+            assert_eq!((counts(&known), known.totals().1), (vec![(7, 1)], 0), "{rewrites}");
+            create(&known);
+            drop(known);
+            let (_keep, known) = taken_over(&keep);
+            let (nodes, handles, _) = told(&known);
+            assert_eq!(nodes[&7], (2, b"seven".to_vec()));
+            assert_eq!(handles.keys().collect::<Vec<_>>(), [&3]);
+        }
+    }
+
+    #[test]
+    fn a_forget_whose_reply_was_half_done_is_ended_and_not_sent_again() {
+        let (keep, known) = kept();
+        let tag = tag_of(2, SlotUse { slot: 0, seq: 5 });
+        for id in 2..40 {
+            known.answered(1, Opcode::Lookup as u32, || None, 0, &entry(id));
+            known.answered(1, Opcode::Lookup as u32, || None, 0, &entry(id));
+        }
+        let forgets: Vec<_> = (2..40).map(|nodeid| ForgetOne { nodeid, nlookup: 1 }).collect();
+        assert!(!known.end_forget(tag, &forgets), "no reply has come");
+        // As far as a killed client came.
+        known.forgotten(tag, forgets[..20].as_bytes());
+        drop(known);
+        let (_keep, known) = taken_over(&keep);
+        assert!(known.end_forget(tag, &forgets) && known.end_forget(tag, &forgets));
+        assert_eq!(counts(&known), (2..40).map(|id| (id, 1)).collect::<Vec<_>>());
     }
 }

@@ -6,10 +6,11 @@
 //! slot is in use until the daemon has said what became of its request, answered here or not. No
 //! lane's lock is taken while another's is held. It must not touch sockets or batches.
 
+use crate::keep::LaneKeep;
 use crate::resume::{Resend, resends};
 use fuser_fork::device::{Device, DeviceError, ReplyOutcome};
-use fuser_fork::frame::error_reply;
-use ringfs_wire::abi::Opcode;
+use fuser_fork::frame::{UNIQUE_RESEND, error_reply};
+use ringfs_wire::abi::{ForgetOne, Opcode};
 use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::slot::{ClientSlots, SlotError, SlotUse};
@@ -167,6 +168,22 @@ pub struct Lane {
     slots: u16,
     by_ring: AtomicBool,
     local_answers: Mutex<Vec<(u64, Errno)>>,
+    /// For the client that takes over, if one can.
+    keep: Option<LaneKeep>,
+    /// Whose requests the client before had read: by this one they were read again.
+    resent_by: Option<Arc<Device>>,
+    inherited: Mutex<Inherited>,
+}
+
+/// What a lane's thread begins with, when the client before has died.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// The records in flight, by slot.
+    pub records: Vec<(u16, Vec<u8>)>,
+    /// Frames that were read and not looked at.
+    pub frames: Vec<Vec<u8>>,
+    /// Node ids to give back.
+    pub forgets: Vec<ForgetOne>,
 }
 
 impl Table {
@@ -180,9 +197,12 @@ impl Table {
     }
 
     /// Has the requests that `choose` means answered here: their ids.
-    fn abandon(&mut self, choose: impl Fn(&InFlight) -> bool) -> Vec<u64> {
+    fn abandon(&mut self, keep: Option<&LaneKeep>, choose: impl Fn(&InFlight) -> bool) -> Vec<u64> {
         let chosen = self.slots.in_flight_mut().filter(|(_, request)| choose(request));
-        let ids = chosen.filter_map(|(_, request)| {
+        let ids = chosen.filter_map(|(at, request)| {
+            if let Some(keep) = keep {
+                keep.abandoned(at);
+            }
             match std::mem::replace(request, InFlight::Abandoned) {
                 InFlight::Request { unique, .. } => Some(unique),
                 InFlight::Forget | InFlight::Abandoned => None,
@@ -225,7 +245,72 @@ impl Lane {
             slots,
             by_ring: AtomicBool::new(false),
             local_answers: Mutex::default(),
+            keep: None,
+            resent_by: None,
+            inherited: Mutex::default(),
         })
+    }
+
+    /// What happens to its slots is put down there.
+    pub fn keeping(self, keep: LaneKeep) -> Lane {
+        Lane { keep: Some(keep), ..self }
+    }
+
+    /// What another client has left of it: its slots, without a connection, and what its thread
+    /// begins with. Requests that the kernel has sent again are answered by `resent_by`.
+    pub fn inherit(
+        &mut self,
+        slots: Vec<(u32, Option<InFlight>)>,
+        inherited: Inherited,
+        resent_by: Arc<Device>,
+    ) {
+        let mut table = lock(&self.table);
+        table.phase = Phase::Cut;
+        table.slots = ClientSlots::restored(slots);
+        drop(table);
+        *lock(&self.inherited) = inherited;
+        self.resent_by = Some(resent_by);
+    }
+
+    /// What it has inherited, once.
+    pub fn take_inherited(&self) -> Inherited {
+        std::mem::take(&mut *lock(&self.inherited))
+    }
+
+    /// So many forgets were waiting for a slot; now all of these are.
+    pub fn forgets_wait(&self, before: usize, forgets: &[ForgetOne]) {
+        if let Some(keep) = &self.keep {
+            keep.waiting(before, forgets);
+        }
+    }
+
+    /// A slot for these forgets; `rest` wait further.
+    pub fn claim_forget(&self, forgets: &[ForgetOne], rest: usize) -> Claim {
+        let claim = self.claim(InFlight::Forget);
+        if let (Claim::Slot(at), Some(keep)) = (claim, &self.keep) {
+            keep.forgets_claimed(at, forgets, rest);
+        }
+        claim
+    }
+
+    /// The reply to that use of a slot goes to the kernel next.
+    pub fn delivering(&self, at: SlotUse) {
+        if let Some(keep) = &self.keep {
+            keep.delivering(at);
+        }
+    }
+
+    /// All that the reply to that use of a slot changes is changed.
+    pub fn settled(&self, at: SlotUse) {
+        if let Some(keep) = &self.keep {
+            keep.freed(at, true);
+        }
+    }
+
+    fn put_down(&self, at: SlotUse, request: InFlight) {
+        if let (InFlight::Request { unique, opcode, .. }, Some(keep)) = (request, &self.keep) {
+            keep.claimed(at, unique, opcode);
+        }
     }
 
     /// A slot for a request, behind those that are parked.
@@ -238,6 +323,7 @@ impl Lane {
             && table.phase == Phase::Open
             && let Ok(at) = table.slots.claim(request)
         {
+            self.put_down(at, request);
             self.trace(at, request, "asked");
             return Claim::Slot(at);
         }
@@ -273,6 +359,7 @@ impl Lane {
             table.starved = true;
             return None;
         };
+        self.put_down(at, request);
         let parked = table.park.pop_front()?;
         table.park_bytes -= parked.frame.len();
         self.trace(at, request, "asked");
@@ -315,7 +402,7 @@ impl Lane {
         table.controls.clear();
         let dying =
             |request: &InFlight| matches!(request, InFlight::Request { cancelled: true, .. });
-        let out = table.abandon(dying);
+        let out = table.abandon(self.keep.as_ref(), dying);
         drop(table);
         self.answer_abandoned(&out, Errno::INTR);
     }
@@ -329,6 +416,7 @@ impl Lane {
         }
         table.overdue = Some(errno);
         let out = table.abandon(
+            self.keep.as_ref(),
             |request| matches!(request, InFlight::Request { opcode, .. } if is_waited_for(*opcode)),
         );
         let all = std::mem::take(&mut table.park);
@@ -380,6 +468,9 @@ impl Lane {
     pub fn unclaim(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
         let request = table.slots.unclaim(at)?;
+        if let Some(keep) = &self.keep {
+            keep.freed(at, false);
+        }
         table.controls.retain(|control| *control != Control::Cancel(at));
         self.slot_is_free(table);
         Ok(request)
@@ -419,6 +510,9 @@ impl Lane {
             InFlight::Request { unique: its, cancelled, .. } if *its == unique => {
                 *cancelled = true;
                 if is_cut {
+                    if let Some(keep) = &self.keep {
+                        keep.abandoned(at);
+                    }
                     *request = InFlight::Abandoned;
                 }
                 Some(at)
@@ -511,7 +605,7 @@ impl Lane {
     /// Writes a reply; what the kernel thinks of it is counted and logged, since nobody else can
     /// act on it.
     pub fn answer(&self, reply: &[u8]) {
-        match self.device.reply(reply) {
+        match self.device_of(reply).reply(reply) {
             Ok(ReplyOutcome::Delivered | ReplyOutcome::Gone | ReplyOutcome::Unmounted) => {}
             Ok(ReplyOutcome::Refused) => {
                 LaneCounters::add(&self.counters.refused_replies, 1);
@@ -519,6 +613,16 @@ impl Lane {
                 tracing::warn!(lane = self.index, bytes, "the kernel refused a reply's length");
             }
             Err(error) => self.report(&error),
+        }
+    }
+
+    /// The one that has read what `reply` answers.
+    fn device_of(&self, reply: &[u8]) -> &Device {
+        let Some(resent_by) = &self.resent_by else { return &self.device };
+        let unique = reply.get(8..16).and_then(|id| id.try_into().ok()).map(u64::from_ne_bytes);
+        match unique {
+            Some(unique) if unique & UNIQUE_RESEND != 0 => resent_by,
+            _ => &self.device,
         }
     }
 

@@ -17,6 +17,9 @@ mod handshake;
 mod heart;
 mod helper;
 mod interrupts;
+mod journal;
+mod keep;
+mod keeper;
 mod kept;
 mod known;
 mod lane;
@@ -29,13 +32,14 @@ mod resume;
 mod rings;
 mod session;
 mod status;
+mod takeover;
 mod transport;
 mod up;
 mod uring_lane;
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use mount_cmd::{Failure, Request};
+use mount_cmd::{Failure, Request, Service};
 use options::Options;
 use remount::RemountError;
 use std::ffi::{OsStr, OsString};
@@ -105,6 +109,8 @@ Options of -o (comma-separated, may be repeated):
   soft,timeout=SECONDS   after so long without a connection requests fail (EIO), until there is one
   strict                 a daemon that does not know the mount (it was restarted) ends it; without
                          this the mount goes on, and what cannot be found again fails alone
+  nokeep                 if this client dies the mount is removed. By default (keep) another one
+                         takes it over and nothing is lost: Linux 6.9, not with uring=on
   writeback              the kernel keeps dirty pages: faster writes, unseen by others until later
   lanes=N                readers of the FUSE device, each with a thread and a connection (default:
                          CPUs, at most 8)
@@ -214,6 +220,12 @@ struct MountArgs {
     /// Internal: this is the background process
     #[arg(long, hide = true)]
     background_child: bool,
+    /// Internal: this process serves the mount, for the one that has started it
+    #[arg(long, hide = true)]
+    worker: bool,
+    /// Internal: another one has served it before
+    #[arg(long, hide = true)]
+    take_over: bool,
 }
 
 fn main() -> ExitCode {
@@ -272,11 +284,16 @@ struct Usage(anyhow::Error);
 
 fn report(done: anyhow::Result<()>, failed: u8) -> ExitCode {
     let Err(error) = done else { return ExitCode::SUCCESS };
+    if let Some(Said(code)) = error.downcast_ref() {
+        return ExitCode::from(u8::try_from(*code).unwrap_or(failed));
+    }
     // The background process has said its words already.
     if !matches!(error.downcast_ref(), Some(background::BackgroundError::Child(_))) {
         eprintln!("ringfs: {error:#}");
     }
-    let late = error.downcast_ref::<Failure>().is_some_and(Failure::is_late);
+    let is_dead =
+        matches!(error.downcast_ref(), Some(keeper::KeeperError::Dead { was_ready: true, .. }));
+    let late = is_dead || error.downcast_ref::<Failure>().is_some_and(Failure::is_late);
     let timed_out = error.downcast_ref::<ask::AskError>().is_some_and(ask::AskError::is_timeout);
     ExitCode::from(match failed {
         EXIT_FAILED if error.is::<Usage>() => EXIT_USAGE,
@@ -311,10 +328,10 @@ fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
         return run_remount(args, false);
     }
     let request = parse_request(args)?;
-    if args.foreground || args.background_child {
+    if args.worker {
         return serve(args, &request);
     }
-    let mut child: Vec<OsString> = vec!["mount".into(), "--background-child".into()];
+    let mut child: Vec<OsString> = Vec::new();
     if let Some(log) = &args.log {
         child.extend(["--log".into(), std::path::absolute(log).context("the log")?.into()]);
     }
@@ -325,18 +342,40 @@ fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
         child.push("--sloppy".into());
     }
     child.extend(["--".into(), request.target.source(), request.mountpoint.into()]);
+    if args.foreground || args.background_child {
+        return keep(args, child);
+    }
     // In an initramfs it mounts what the system that comes then lives on.
     let for_root = options::words(&args.options).any(|word| word == "x-initrd.mount")
         || Path::new("/etc/initrd-release").exists();
+    let child = [&["mount".into(), "--background-child".into()], &child[..]].concat();
     Ok(background::spawn(&child, for_root)?)
 }
 
-fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
+/// Has the mount served by a process of its own.
+fn keep(args: &MountArgs, mut child: Vec<OsString>) -> anyhow::Result<()> {
     if args.background_child {
         background::leave_terminal();
     }
     let log = args.log.as_deref().map(background::open_log).transpose().context("the log")?;
-    mount_cmd::run(request, |facts| {
+    child.insert(0, if args.background_child { "--background-child" } else { "-f" }.into());
+    match keeper::run(&child, args.background_child, log.as_ref())? {
+        0 => Ok(()),
+        code => Err(Said(code).into()),
+    }
+}
+
+/// How the process ended that has said why.
+#[derive(Debug, thiserror::Error)]
+#[error("exit code {0}")]
+struct Said(i32);
+
+fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
+    let channel = keeper::Channel::inherited().context("the keeper's socket")?;
+    let log = args.log.as_deref().map(background::open_log).transpose().context("the log")?;
+    let service =
+        Service { channel, is_takeover: args.take_over, is_foreground: !args.background_child };
+    mount_cmd::run(request, service, |facts| {
         let mut out = std::io::stdout();
         writeln!(out, "{} is mounted on {}", facts.source, facts.mountpoint.display())?;
         out.flush()?;
@@ -361,6 +400,8 @@ fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         log: None,
         sloppy: parsed.sloppy,
         background_child: false,
+        worker: false,
+        take_over: false,
     };
     if parsed.verbose {
         eprintln!("mount.ringfs: {} on {}", args.source.display(), args.dir.display());

@@ -6,6 +6,8 @@
 
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::{HandshakeError, join};
+use crate::keep::{Keep, LaneKeep, Places};
+use crate::keeper::Channel;
 use crate::known::Known;
 use crate::lane::Lane;
 use crate::options::{Options, cache_word};
@@ -13,8 +15,10 @@ use crate::resume::{self, Resume, Terms};
 use crate::rings::{Rings, place_of, with_causes};
 use crate::session::{End, Session};
 use crate::status::{Ask, Facts, Granted, Publisher, Report, own_dir, unix_now_s};
+use crate::takeover::{Taken, TakeoverError};
 use crate::transport::{Address, ConnectError, Socket, Target};
-use crate::{handshake, interrupts, pump, status, uring_lane};
+use crate::{handshake, interrupts, pump, status, takeover, uring_lane};
+use fuser_fork::device::{DEVICE_PATH, Device};
 use fuser_fork::init::Limits;
 use fuser_fork::mount::{Mount, MountError, Unmounted, mount, unmount_path};
 use fuser_fork::reader::Clones;
@@ -24,10 +28,13 @@ use ringfs_wire::hello::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,6 +77,8 @@ pub enum Failure {
     Silent { what: &'static str },
     #[error("the mount's root cannot be read: {0}")]
     Root(Errno),
+    #[error("cannot take the mount over")]
+    TakeOver(#[from] TakeoverError),
     #[error("interrupted by a signal before the mount was ready")]
     Interrupted,
     #[error("the mount ended before it was ready")]
@@ -83,7 +92,7 @@ pub enum Failure {
 impl Failure {
     /// Whether the mount had been ready.
     pub fn is_late(&self) -> bool {
-        matches!(self, Failure::Over(_) | Failure::AbortedOutside)
+        matches!(self, Failure::Over(_) | Failure::TakeOver(_) | Failure::AbortedOutside)
     }
 }
 
@@ -91,15 +100,38 @@ fn system(what: &'static str) -> impl Fn(io::Error) -> Failure {
     move |source| Failure::System { what, source }
 }
 
-/// Mounts, calls `on_ready` once the mount answers, serves until it is unmounted.
+/// What the keeper wants of a client.
+#[derive(Debug)]
+pub struct Service {
+    /// To the keeper.
+    pub channel: Channel,
+    /// Another client has died.
+    pub is_takeover: bool,
+    /// Somebody waits for the keeper's end.
+    pub is_foreground: bool,
+}
+
+/// Mounts, or takes a mount over, calls `on_ready` once the mount answers, serves until it is
+/// unmounted.
 pub fn run(
     request: &Request,
+    service: Service,
     on_ready: impl FnOnce(&Facts) -> io::Result<()>,
 ) -> Result<(), Failure> {
-    let signals = catch_signals().map_err(system("catch signals"))?;
-    let mut life = Life::start(request, signals)?;
-    let started = life
-        .become_ready(request)
+    // `ps` is to tell what it is.
+    let _ = rustix::thread::set_name(c"ringfs");
+    let signals = catch_signals(&[SIGINT, SIGTERM, SIGHUP]).map_err(system("catch signals"))?;
+    let is_takeover = service.is_takeover;
+    let mut life = match is_takeover {
+        true => Life::take_over(request, signals, service)?,
+        false => Life::start(request, signals, service)?,
+    };
+    let ready = match is_takeover {
+        true => life.go_on(request),
+        false => life.become_ready(request),
+    };
+    let started = ready
+        .and_then(|()| life.tell_keeper())
         .and_then(|()| on_ready(&life.facts).map_err(system("tell that the mount is ready")));
     let outcome = match started {
         Ok(()) => life.wait_for_end(),
@@ -108,10 +140,10 @@ pub fn run(
     life.finish(outcome)
 }
 
-/// SIGINT, SIGTERM and SIGHUP as bytes to read.
-fn catch_signals() -> io::Result<UnixStream> {
+/// Signals as bytes to read.
+pub fn catch_signals(signals: &[i32]) -> io::Result<UnixStream> {
     let (receiver, sender) = UnixStream::pair()?;
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
+    for &signal in signals {
         signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
     }
     receiver.set_nonblocking(true)?;
@@ -122,6 +154,12 @@ fn catch_signals() -> io::Result<UnixStream> {
 struct Life {
     session: Arc<Session>,
     signals: UnixStream,
+    /// Signals that have come: to us, and to the keeper. A whole group may have got one.
+    signalled: [u32; 2],
+    service: Service,
+    /// The keeper is there.
+    is_kept: bool,
+    keep: Option<Arc<Keep>>,
     threads: Vec<JoinHandle<()>>,
     /// The lanes that have no thread yet.
     waiting: VecDeque<usize>,
@@ -140,14 +178,16 @@ struct Life {
 
 impl Life {
     /// Everything up to the thread of lane 0.
-    fn start(request: &Request, signals: UnixStream) -> Result<Life, Failure> {
+    fn start(request: &Request, signals: UnixStream, service: Service) -> Result<Life, Failure> {
         let rings = Rings::wished(&request.options);
         let hello = hello(request, rings.extra_lanes(request.options.lanes()));
         let address = &request.target.address;
         let (first, first_rx, welcome) = connect(address, &hello)?;
         let mut conns = Joined(vec![(first, first_rx)]);
         let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
-        // From here on a failure drops `mount`, which unmounts.
+        // From here on a failure drops `mount`, which unmounts; if we die, the keeper does.
+        let told = service.channel.tell_mounted(mount.identity(), mount.mountpoint().as_os_str());
+        told.map_err(|errno| system("tell the keeper")(errno.into()))?;
         // A lane has a clone and a connection of its own.
         let wanted = welcome.lanes.min(welcome.conns);
         let clones = Clones::open(device, usize::from(wanted));
@@ -160,26 +200,54 @@ impl Life {
             conns.0.push((conn, half));
             newest = welcome;
         }
+        let mut facts = facts(request, &mount, &welcome, &clones);
+        let has_restore = welcome.features & feature::RESTORE != 0;
+        let alone_why = match (request.options.keep, rings.are_planned(), has_restore) {
+            (false, _, _) => Some("nokeep"),
+            (_, true, _) => Some("frames come by rings"),
+            (_, _, false) => Some("the daemon cannot have it rebuilt"),
+            (true, false, true) => None,
+        };
+        let (keep, places, known) = make_keep(alone_why.is_none(), has_restore);
+        facts.alone_why = alone_why.or(Some("no memory file")).map(str::to_owned);
+        let mut places = places.into_iter();
         let lanes = clones.devices().iter().enumerate().map(|(index, device)| {
             device.set_nonblocking(true).map_err(io::Error::other)?;
-            Lane::new(index as u8, Arc::clone(device), welcome.slots)
+            let lane = Lane::new(index as u8, Arc::clone(device), welcome.slots)?;
+            Ok(match places.next() {
+                Some(place) => lane.keeping(place),
+                None => lane,
+            })
         });
         let lanes = lanes.collect::<io::Result<Vec<Lane>>>().map_err(system("set up the lanes"))?;
-        let facts = facts(request, &mount, &welcome, &clones);
         if let Some(why) = &facts.lanes.why {
             let (got, asked) = (facts.lanes.got, facts.lanes.asked);
             tracing::warn!(got, asked, why, "fewer lanes than asked for");
         }
         let resume = Resume::new(std::mem::take(&mut conns.0), request.options.soft);
-        let known = Known::new(welcome.features & feature::RESTORE != 0);
+        let hello_lanes = hello.lanes;
+        let mut terms = Terms::new(address, hello, newest, request.options.strict);
+        if let Some(keep) = &keep {
+            keep.change(|kept| {
+                (kept.lanes, kept.slots) = (lanes_got as u32, welcome.slots.into());
+                kept.asked_lanes = hello_lanes.into();
+                (kept.mount_id, kept.dev_minor) = mount.identity().unwrap_or_default();
+                kept.since_unix_s = facts.connected_since_unix_s;
+            });
+            terms = terms.keeping(Arc::clone(keep));
+        }
         let session = Session::new(lanes, resume, known, limits(&request.options))
             .map_err(system("set up the session"))?;
         let mut life = Life {
             session: Arc::new(session),
             signals,
+            signalled: [0; 2],
+            service,
+            is_kept: true,
+            keep,
             threads: Vec::new(),
             waiting: (0..lanes_got).collect(),
-            terms: Some(Terms::new(address, hello, newest, request.options.strict)),
+            terms: Some(terms),
             spin: request.options.spin,
             rings,
             facts,
@@ -192,6 +260,123 @@ impl Life {
         match life.spawn_first() {
             Ok(()) => Ok(life),
             Err(failure) => life.finish(Err(failure)).and(Err(Failure::Interrupted)),
+        }
+    }
+
+    /// Everything up to the threads, where another client has died.
+    fn take_over(
+        request: &Request,
+        signals: UnixStream,
+        service: Service,
+    ) -> Result<Life, Failure> {
+        let message = service.channel.receive(RecvFlags::empty());
+        let message = message.map_err(|errno| system("hear the keeper")(errno.into()))?;
+        let mut fds = message.fds.into_iter();
+        let file = fds.next();
+        let devices: Vec<Device> = fds.map(|fd| Device::from_fd(fd, DEVICE_PATH)).collect();
+        let (Some(file), Some(first)) = (file, devices.first()) else {
+            return Err(TakeoverError::File(Errno::INVAL).into());
+        };
+        let mountpoint = OsStr::from_bytes(message.bytes.get(1..).unwrap_or_default()).into();
+        let identity = Keep::mounted_as(&file);
+        // From here on a failure drops `mount`, which unmounts.
+        let mount = Mount::adopt(mountpoint, first, identity);
+        let clones = Clones::adopt(devices);
+        let taken = match takeover::take(file, clones.devices()) {
+            Err(TakeoverError::Unmounted) => return Err(Failure::Over(Arc::new(End::Unmounted))),
+            taken => taken?,
+        };
+        let Taken { keep, terms: kept, lanes, known } = taken;
+        let lanes_got = lanes.len();
+        let options = &request.options;
+        let mut facts = facts(request, &mount, &kept.welcome, &clones);
+        facts.connected_since_unix_s = kept.since_unix_s;
+        facts.takeovers = kept.takeovers + 1;
+        let unsure = kept.trying.checked_sub(1).map(|port| port as u16);
+        let resume = Resume::cut(lanes_got, options.soft, unsure);
+        let session = Session::new(lanes, resume, known, limits(options))
+            .map_err(system("set up the session"))?;
+        session.inherit_init(kept.init());
+        let asked = kept.asked_lanes as u16;
+        let hello = Hello { lanes: asked, conns: asked, ..hello(request, 0) };
+        let terms = Terms::new(&request.target.address, hello, kept.welcome, options.strict);
+        Ok(Life {
+            session: Arc::new(session),
+            signals,
+            signalled: [0; 2],
+            service,
+            is_kept: true,
+            terms: Some(terms.inherited(Arc::clone(&keep))),
+            keep: Some(keep),
+            threads: Vec::new(),
+            waiting: (0..lanes_got).collect(),
+            spin: options.spin,
+            rings: Rings::wished(options),
+            facts,
+            publisher: None,
+            mountpoint: mount.mountpoint().to_owned(),
+            dev_minor: mount.dev_minor(),
+            mount: Some(mount),
+            unmounting: None,
+        })
+    }
+
+    /// Lanes and connector, where the mount has been ready for long.
+    fn go_on(&mut self, request: &Request) -> Result<(), Failure> {
+        self.session.resume.begin();
+        self.spawn("interrupts".to_owned(), interrupts::run)?;
+        while !self.waiting.is_empty() {
+            self.spawn_lane()?;
+        }
+        self.spawn_connector()?;
+        self.publish();
+        let (source, takeovers) = (request.target.source(), self.facts.takeovers);
+        tracing::warn!(source = %source.display(), takeovers, "the mount is taken over");
+        Ok(())
+    }
+
+    /// The keeper gets what it needs if we die.
+    fn tell_keeper(&mut self) -> Result<(), Failure> {
+        let session = &self.session;
+        let agreed = session.agreed();
+        let offered = agreed.map_or(0, |agreed| agreed.offered);
+        let why_not = match &self.keep {
+            None => self.facts.alone_why.clone(),
+            Some(_) if !takeover::is_possible(offered) => {
+                Some("the kernel does not send requests again: it is older than 6.9".to_owned())
+            }
+            Some(_) => None,
+        };
+        let channel = &self.service.channel;
+        let told = match (&self.keep, &why_not) {
+            (Some(keep), None) => {
+                if let Some(agreed) = agreed {
+                    keep.change(|kept| kept.set_init(&agreed));
+                }
+                keep.set_ready();
+                let devices = session.lanes.iter().map(|lane| lane.device.as_fd());
+                let fds: Vec<_> = std::iter::once(keep.file()).chain(devices).collect();
+                channel.tell_ready(&fds)
+            }
+            (_, why) => {
+                session.known.stop_keeping();
+                channel.tell_alone(why.as_deref().unwrap_or_default())
+            }
+        };
+        self.facts.alone_why = why_not;
+        told.map_err(|errno| system("tell the keeper")(errno.into()))
+    }
+
+    fn publish(&mut self) {
+        match Publisher::bind(&own_dir()) {
+            Ok(publisher) => self.publisher = Some(publisher),
+            Err(error) => {
+                let dir = own_dir();
+                tracing::warn!(
+                    dir = %dir.display(), %error,
+                    "`ringfs status` cannot ask this mount (users: set XDG_RUNTIME_DIR)"
+                );
+            }
         }
     }
 
@@ -273,16 +458,7 @@ impl Life {
         }
         self.session.resume.begin();
         self.spawn_connector()?;
-        match Publisher::bind(&own_dir()) {
-            Ok(publisher) => self.publisher = Some(publisher),
-            Err(error) => {
-                let dir = own_dir();
-                tracing::warn!(
-                    dir = %dir.display(), %error,
-                    "`ringfs status` cannot ask this mount (users: set XDG_RUNTIME_DIR)"
-                );
-            }
-        }
+        self.publish();
         let source = request.target.source();
         tracing::info!(
             source = %source.display(), mountpoint = %self.mountpoint.display(),
@@ -316,13 +492,11 @@ impl Life {
 
     /// Sleeps until something happens; whether a signal came.
     fn wait(&mut self, limit: Option<Duration>) -> Result<bool, Failure> {
-        let events = self.session.events();
-        let mut fds = vec![
-            PollFd::new(&self.signals, PollFlags::IN),
-            PollFd::from_borrowed_fd(events, PollFlags::IN),
-        ];
-        if let Some(publisher) = &self.publisher {
-            fds.push(PollFd::from_borrowed_fd(publisher.as_fd(), PollFlags::IN));
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = vec![watch(self.signals.as_fd()), watch(self.session.events())];
+        fds.extend(self.publisher.as_ref().map(|publisher| watch(publisher.as_fd())));
+        if self.is_kept {
+            fds.push(watch(self.service.channel.as_fd()));
         }
         let limit = limit.map(|limit| Timespec {
             tv_sec: limit.as_secs() as i64,
@@ -332,11 +506,37 @@ impl Life {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(system("wait")(errno.into())),
         }
-        let is_asked = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
+        let is_asked =
+            self.publisher.is_some() && fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
         self.session.drain_events();
         self.answer_askers(is_asked);
-        let mut bytes = [0; 16];
-        Ok((&self.signals).read(&mut bytes).is_ok_and(|n| n > 0))
+        let before = self.signals_seen();
+        if (&self.signals).read(&mut [0; 16]).is_ok_and(|n| n > 0) {
+            self.signalled[0] += 1;
+        }
+        self.hear_keeper();
+        Ok(self.signals_seen() > before)
+    }
+
+    fn signals_seen(&self) -> u32 {
+        self.signalled[0].max(self.signalled[1])
+    }
+
+    fn hear_keeper(&mut self) {
+        while self.is_kept {
+            match self.service.channel.receive(RecvFlags::DONTWAIT) {
+                Ok(message) => self.signalled[1] += u32::from(message.bytes == b"S"),
+                Err(Errno::AGAIN | Errno::INTR) => return,
+                Err(_) => {
+                    self.is_kept = false;
+                    let why = "the keeper was killed";
+                    self.facts.alone_why = Some(why.to_owned());
+                    tracing::error!("{why}: if this client dies too, the mount is dead");
+                    // Whoever waits for its end takes the mount for ended at once.
+                    self.signalled[1] += if self.service.is_foreground { 2 } else { 0 };
+                }
+            }
+        }
     }
 
     fn answer_askers(&mut self, is_asked: bool) {
@@ -356,7 +556,6 @@ impl Life {
     }
 
     fn wait_for_end(&mut self) -> Result<(), Failure> {
-        let mut signals = 0;
         loop {
             if let Some(end) = self.session.ended() {
                 return match *end {
@@ -366,8 +565,7 @@ impl Life {
             }
             self.look_at_unmount();
             if self.wait(None)? {
-                signals += 1;
-                match signals {
+                match self.signals_seen() {
                     1 => self.begin_unmount(),
                     _ => self.session.end(End::Aborted),
                 }
@@ -448,6 +646,23 @@ impl Life {
         if let Err(error) = unmount_path(&self.mountpoint, true) {
             tracing::debug!(%error, "nothing left to unmount");
         }
+    }
+}
+
+/// What the next client needs, as far as it can be there; and what the kernel knows.
+fn make_keep(is_wanted: bool, has_restore: bool) -> (Option<Arc<Keep>>, Vec<LaneKeep>, Known) {
+    let made = (is_wanted && has_restore).then(Keep::create);
+    match made {
+        Some(Ok((keep, Places { lanes, logs }))) => {
+            let (known, key) = Known::kept(logs);
+            keep.change(|kept| kept.key = key);
+            (Some(Arc::new(keep)), lanes, known)
+        }
+        Some(Err(errno)) => {
+            tracing::warn!(%errno, "no memory file: if this client dies nobody takes over");
+            (None, Vec::new(), Known::new(has_restore))
+        }
+        None => (None, Vec::new(), Known::new(has_restore)),
     }
 }
 
@@ -534,6 +749,8 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         read_only: options.mount.read_only,
         writeback: options.writeback,
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
+        takeovers: 0,
+        alone_why: Some("not ready yet".to_owned()),
         options: request.lists.clone(),
     }
 }

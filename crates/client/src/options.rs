@@ -80,6 +80,8 @@ pub struct Options {
     pub soft: Option<Duration>,
     /// Whether a daemon that does not know the session ends the mount.
     pub strict: bool,
+    /// Whether another client goes on when this one dies.
+    pub keep: bool,
     is_soft: bool,
     timeout_s: Option<u64>,
     /// Payload checksums; `None`: over vsock only.
@@ -135,6 +137,7 @@ impl Options {
             uring: Uring::Off,
             soft: None,
             strict: false,
+            keep: true,
             is_soft: false,
             timeout_s: None,
             checksum: None,
@@ -201,6 +204,8 @@ impl Options {
             ("timeout", None) => return Err(OptionError::Soft),
             ("strict", None) => self.strict = true,
             ("nostrict", None) => self.strict = false,
+            ("keep", None) => self.keep = true,
+            ("nokeep", None) => self.keep = false,
             ("writeback", None) => self.writeback = true,
             ("nowriteback", None) => self.writeback = false,
             ("suid" | "dev", None) => return Err(OptionError::Denied(word.to_owned())),

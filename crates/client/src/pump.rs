@@ -110,8 +110,7 @@ struct Pump<'s> {
 /// Serves the lane until the mount is gone or the session stops.
 pub fn run(session: &Arc<Session>, lane: usize, spin: u32) {
     session.watch.wake();
-    let done =
-        Pump::new(session, lane, spin).map_err(End::Thread).and_then(|mut pump| pump.serve());
+    let done = Pump::new(session, lane, spin).and_then(|mut pump| pump.serve());
     if !session.watch.sleep() {
         session.watch.call_help(&session.lanes);
     }
@@ -121,7 +120,7 @@ pub fn run(session: &Arc<Session>, lane: usize, spin: u32) {
 }
 
 impl<'s> Pump<'s> {
-    fn new(session: &'s Session, lane: usize, spin: u32) -> io::Result<Pump<'s>> {
+    fn new(session: &'s Session, lane: usize, spin: u32) -> Result<Pump<'s>, End> {
         let lane = &session.lanes[lane];
         let watch = || -> io::Result<OwnedFd> {
             let fd = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -129,16 +128,23 @@ impl<'s> Pump<'s> {
             epoll::add(&fd, lane.kick_fd(), kick, epoll::EventFlags::IN)?;
             Ok(fd)
         };
-        let (few, all) = (watch()?, watch()?);
+        let (few, all) = (watch().map_err(End::Thread)?, watch().map_err(End::Thread)?);
         // One sleeping lane is woken for a frame, not all of them.
         let device_events = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
-        epoll::add(&all, &*lane.device, epoll::EventData::new_u64(DEVICE), device_events)?;
+        epoll::add(&all, &*lane.device, epoll::EventData::new_u64(DEVICE), device_events)
+            .map_err(|errno| End::Thread(errno.into()))?;
+        let mut inherited = lane.take_inherited();
+        let frames = std::mem::take(&mut inherited.frames);
+        let mut intake = Intake::new(session, lane, inherited);
+        for frame in frames {
+            intake.take_old_frame(&frame)?;
+        }
         Ok(Pump {
             session,
             lane,
             link: None,
             overdue: Overdue::default(),
-            intake: Intake::new(session, lane),
+            intake,
             few,
             all,
             spin: Spin::new(spin),

@@ -8,6 +8,7 @@
 
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::{self, HandshakeError, Joined, join};
+use crate::keep::Keep;
 use crate::known::Restored;
 use crate::lane::{InFlight, lock};
 use crate::rebuild;
@@ -148,9 +149,26 @@ impl Resume {
             is_held: false,
             joined: now,
         };
+        Resume::of(conns.into_iter().map(port).collect(), soft)
+    }
+
+    /// None of so many: another client has left them. `unsure`: whose handshake had begun.
+    pub fn cut(conns: usize, soft: Option<Duration>, unsure: Option<u16>) -> Resume {
+        let joined = Instant::now();
+        let port = |_| Port { conn: None, fresh: None, is_held: false, joined };
+        let resume = Resume::of((0..conns).map(port).collect(), soft);
+        let mut state = lock(&resume.state);
+        state.unsure = unsure;
+        state.last_cut = Some("the client died".to_owned());
+        drop(state);
+        resume
+    }
+
+    fn of(ports: Vec<Port>, soft: Option<Duration>) -> Resume {
+        let now = Instant::now();
         Resume {
             state: Mutex::new(State {
-                ports: conns.into_iter().map(port).collect(),
+                ports,
                 backoff: Backoff::default(),
                 trying: None,
                 unsure: None,
@@ -327,6 +345,17 @@ impl Resume {
         !state.stopping && state.trying.is_some()
     }
 
+    /// The connection by which a new ticket may be on its way, after a try of `port`.
+    fn end_unsure(&self, port: u16, error: Option<&ResumeError>) -> Option<u16> {
+        let mut state = lock(&self.state);
+        // Who has not reached a daemon knows no more than before.
+        if !matches!(error, Some(ResumeError::Connect(_))) {
+            let is_unsure = error.is_some_and(ResumeError::may_have_lost_a_ticket);
+            state.unsure = Some(port).filter(|_| is_unsure);
+        }
+        state.unsure
+    }
+
     /// What came of it: the connection counts, unless somebody has ended the try.
     fn end_try(&self, port: u16, joined: Option<Joined>) -> bool {
         let mut state = lock(&self.state);
@@ -399,13 +428,47 @@ pub struct Terms {
     is_untold: bool,
     /// How often in a row a daemon would not know the session by its ticket.
     unknown: u32,
+    /// Where the next client finds them.
+    keep: Option<Arc<Keep>>,
 }
 
 impl Terms {
     /// After the first connections.
     pub fn new(address: &Address, hello: Hello, welcome: Welcome, is_strict: bool) -> Terms {
-        let address = address.clone();
-        Terms { address, hello, welcome, is_strict, joined: u8::MAX, is_untold: false, unknown: 0 }
+        Terms {
+            address: address.clone(),
+            hello,
+            welcome,
+            is_strict,
+            joined: u8::MAX,
+            is_untold: false,
+            unknown: 0,
+            keep: None,
+        }
+    }
+
+    /// They are put down there from now on.
+    pub fn keeping(self, keep: Arc<Keep>) -> Terms {
+        let terms = Terms { keep: Some(keep), ..self };
+        terms.put_down(None);
+        terms
+    }
+
+    /// As another client has left them.
+    pub fn inherited(self, keep: Arc<Keep>) -> Terms {
+        let kept = keep.terms();
+        let (welcome, is_untold) = (kept.welcome, kept.is_untold != 0);
+        Terms { welcome, is_untold, joined: kept.joined as u8, keep: Some(keep), ..self }
+    }
+
+    /// `unsure`: the connection by which a new ticket may be on its way.
+    fn put_down(&self, unsure: Option<u16>) {
+        let Some(keep) = &self.keep else { return };
+        keep.change(|kept| {
+            (kept.welcome, kept.joined) = (self.welcome, self.joined.into());
+            kept.is_untold = self.is_untold.into();
+            kept.trying = unsure.map_or(0, |port| u32::from(port) + 1);
+        });
     }
 
     /// Whether it makes sense to ask for a session of our own instead.
@@ -489,8 +552,8 @@ pub fn run(session: &Session, mut terms: Terms) {
     let mut has_told = false;
     while let Some(port) = session.resume.next_job() {
         let tried = resume(session, &mut terms, port);
-        let is_unsure = tried.as_ref().is_err_and(ResumeError::may_have_lost_a_ticket);
-        lock(&session.resume.state).unsure = Some(port).filter(|_| is_unsure);
+        let unsure = session.resume.end_unsure(port, tried.as_ref().err());
+        terms.put_down(unsure);
         match tried {
             Ok(()) => {
                 session.lanes[usize::from(port)].kick();
@@ -505,6 +568,7 @@ pub fn run(session: &Session, mut terms: Terms) {
                     tracing::warn!("the session is another guest's: asking for one of our own");
                     session.resume.leave_old_daemon(true);
                     terms.welcome.ticket = Ticket::NONE;
+                    terms.put_down(None);
                 }
             }
             Err(error) if error.is_passing() => {
@@ -535,6 +599,7 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
         init: session.agreed().map(|agreed| agreed.served),
         ..terms.hello.clone()
     };
+    terms.put_down(Some(port));
     let mut joined = match join(socket, &hello) {
         Ok(joined) => joined,
         Err(error) => {
@@ -547,6 +612,7 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     let is_rebuild = check_terms(terms, port, used, &welcome)?;
     // Whatever becomes of this connection: the daemon may know the new ticket alone by now.
     terms.welcome = welcome;
+    terms.put_down(None);
     if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined, begun) {
         resume.end_try(port, None);
         return Err(error);
@@ -570,6 +636,7 @@ fn rebuild(
     begun: Instant,
 ) -> Result<(), ResumeError> {
     (terms.is_untold, terms.joined) = (true, 0);
+    terms.put_down(None);
     let is_first = port == 0;
     // What lanes still take from old connections would be told wrongly.
     if !session.resume.leave_old_daemon(!is_first) || !is_first {

@@ -57,6 +57,11 @@ impl Rings {
         rings
     }
 
+    /// Whether this kernel could have them.
+    pub fn are_planned(&self) -> bool {
+        self.queues.is_some()
+    }
+
     /// Lanes to ask for beside those of the options: one that reads the device.
     pub fn extra_lanes(&self, lanes: u16) -> u16 {
         u16::from(self.queues.is_some() && usize::from(lanes) < LANES_MAX)

@@ -277,6 +277,14 @@ impl Session {
         Ok(agreed)
     }
 
+    /// INIT came to that in the client before, and the kernel knows.
+    pub fn inherit_init(&self, agreed: Negotiated) {
+        lock(&self.init).agreed = Some(agreed);
+        let kernel_sends = agreed.offered & abi::init::CREATE_SUPP_GROUP != 0;
+        self.append_groups.store(!kernel_sends, Ordering::Relaxed);
+        self.init_answered.store(true, Ordering::Release);
+    }
+
     /// What INIT came to, once it has.
     pub fn agreed(&self) -> Option<Negotiated> {
         lock(&self.init).agreed

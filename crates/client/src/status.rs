@@ -106,6 +106,12 @@ pub struct Facts {
     pub read_only: bool,
     pub writeback: bool,
     pub checksum: bool,
+    /// Clients that have died before this one.
+    #[serde(default)]
+    pub takeovers: u32,
+    /// Why nobody would take over from this one; none: another one would.
+    #[serde(default)]
+    pub alone_why: Option<String>,
     /// The lists of `-o`.
     #[serde(default)]
     pub options: Vec<String>,
@@ -479,6 +485,10 @@ fn render_client(text: &mut String, facts: &Facts, report: Option<&Report>, now_
             report.rebuild_us / 1000
         );
     }
+    let _ = match &facts.alone_why {
+        None => writeln!(text, "  taken over {} times, and would be again", facts.takeovers),
+        Some(why) => writeln!(text, "  if its client dies it is unmounted: {why}"),
+    };
     let granted = |granted: &Granted| match &granted.why {
         Some(why) => format!("{} of {} ({why})", granted.got, granted.asked),
         None => granted.got.to_string(),

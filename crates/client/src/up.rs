@@ -7,7 +7,7 @@
 use crate::conn::Conn;
 use crate::groups;
 use crate::kept::{Kept, batch_buffer};
-use crate::lane::{Claim, InFlight, Lane, LaneCounters, Parked};
+use crate::lane::{Claim, InFlight, Inherited, Lane, LaneCounters, Parked};
 use crate::resume::Resend;
 use crate::session::{End, Session};
 use fuser_fork::frame::{Frame, error_reply, out_header};
@@ -45,17 +45,21 @@ pub struct Intake<'s> {
 }
 
 impl<'s> Intake<'s> {
-    /// Nothing yet.
-    pub fn new(session: &'s Session, lane: &'s Lane) -> Intake<'s> {
+    /// Nothing yet, but for what the client before has left.
+    pub fn new(session: &'s Session, lane: &'s Lane, inherited: Inherited) -> Intake<'s> {
+        let Inherited { records, forgets, .. } = inherited;
+        let mut kept = Kept::new(lane.slots());
+        records.iter().for_each(|(slot, record)| kept.adopt(*slot, record));
+        lane.forgets_wait(0, &forgets);
         Intake {
             session,
             lane,
             builder: BatchBuilder::new(),
             buffer: batch_buffer(),
-            kept: Kept::new(lane.slots()),
+            kept,
             resends: VecDeque::new(),
             is_resending: false,
-            forgets: Vec::with_capacity(FORGETS_PER_RECORD_MAX),
+            forgets,
             forgets_blocked: false,
             look: false,
             has_parked: false,
@@ -103,6 +107,12 @@ impl<'s> Intake<'s> {
         &self.buffer[range]
     }
 
+    /// As [`Intake::take_frame`], of a frame that was read before there was a batch.
+    pub fn take_old_frame(&mut self, frame: &[u8]) -> Result<(), End> {
+        self.spare()[..frame.len()].copy_from_slice(frame);
+        self.take_frame(frame.len())
+    }
+
     /// A frame stands in the first `bytes` of the batch's spare room.
     pub fn take_frame(&mut self, bytes: usize) -> Result<(), End> {
         let spare = self.builder.spare(&mut self.buffer);
@@ -116,7 +126,11 @@ impl<'s> Intake<'s> {
         let header = *frame.header();
         match frame.known_opcode() {
             Some(Opcode::Forget | Opcode::BatchForget) => match frame.forgets() {
-                Ok(forgets) => self.forgets.extend(forgets),
+                Ok(forgets) => {
+                    let before = self.forgets.len();
+                    self.forgets.extend(forgets);
+                    self.lane.forgets_wait(before, &self.forgets);
+                }
                 Err(error) => tracing::error!(%error, "forgets of the kernel's are dropped"),
             },
             Some(Opcode::Interrupt) => match frame.interrupt_target() {
@@ -265,10 +279,10 @@ impl<'s> Intake<'s> {
         if self.forgets.is_empty() || self.forgets_blocked {
             return;
         }
-        match self.lane.claim(InFlight::Forget) {
+        let n = self.forgets.len().min(FORGETS_PER_RECORD_MAX);
+        let rest = self.forgets.len() - n;
+        match self.lane.claim_forget(&self.forgets[rest..], rest) {
             Claim::Slot(at) => {
-                let n = self.forgets.len().min(FORGETS_PER_RECORD_MAX);
-                let rest = self.forgets.len() - n;
                 let record = self.lane.record(Kind::Forget, at, 0, 0);
                 let body = self.forgets[rest..].as_bytes();
                 let (start, bytes) = (self.builder.len(), RECORD_HEADER_BYTES + body.len());

@@ -485,7 +485,7 @@ impl<'s> RingLane<'s> {
                         let parts = self.ring.request(id).ok()?;
                         Some(Asked::new(parts.header().nodeid, parts.first_arg()))
                     };
-                    self.session.known.answered(opcode, asked, record.code, body);
+                    self.session.known.answered(0, opcode, asked, record.code, body);
                     self.ring.reply(id, down::outcome_of(record, reply))?;
                 }
             }

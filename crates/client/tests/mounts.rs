@@ -10,7 +10,7 @@ use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Reason, feature};
 use ringfs_wire::restore::push_node;
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
@@ -394,6 +394,10 @@ fn a_second_signal_ends_it_at_once() {
 fn a_dead_mount_can_be_removed() {
     let bench = Bench::new(Terms::default());
     let client = bench.mount("lanes=2");
+    let worker = status_of(&bench)["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+    // Nobody is left to clean up.
+    client.signal(Signal::STOP);
+    kill_process(worker.expect("a pid"), Signal::KILL).expect("kill");
     client.signal(Signal::KILL);
     assert_eq!(client.wait().0.signal(), Some(9));
     assert!(bench.is_mounted());

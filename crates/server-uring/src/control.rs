@@ -1,5 +1,6 @@
-//! The control socket. Who connects writes one line of JSON, `{"ask":"status"}` or
-//! `{"ask":"counters"}`, and is given one line of JSON; then the connection ends.
+//! The control socket. Who connects writes one line of JSON, `{"ask":"status"}`,
+//! `{"ask":"counters"}` or `{"ask":"reconnect","session":7}`, and is given one line of JSON; then
+//! the connection ends.
 //!
 //! The worker's side serves a connected stream ([`serve`]); it is the parent's that binds and
 //! accepts. Whoever may connect may end the daemon too (mode 0600), but does not hold it up: what
@@ -22,12 +23,24 @@ pub enum Ask {
     Counters,
     /// See [`Status`].
     Status,
+    /// To drop the connections of a session, so that its guest joins new ones: how many there were,
+    /// as `{"connections":2}`, or an error.
+    Reconnect,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Request {
     ask: Ask,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    session: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Reconnected {
+    #[serde(default)]
+    connections: u32,
+    error: Option<String>,
 }
 
 /// Where the control socket is.
@@ -68,8 +81,14 @@ fn answer(stream: &mut UnixStream, counters: &Counters) -> io::Result<()> {
     stream.set_write_timeout(Some(ASK_LIMIT))?;
     let Some(line) = read_line(stream)? else { return Ok(()) };
     let reply = match serde_json::from_slice(&line) {
-        Ok(Request { ask: Ask::Counters }) => counters.totals().to_json(),
-        Ok(Request { ask: Ask::Status }) => line_of(&counters.status())?,
+        Ok(Request { ask: Ask::Counters, .. }) => counters.totals().to_json(),
+        Ok(Request { ask: Ask::Status, .. }) => line_of(&counters.status())?,
+        Ok(Request { ask: Ask::Reconnect, session }) => {
+            line_of(&match session.and_then(|id| counters.reconnect(id)) {
+                Some(n) => serde_json::json!({ "connections": n }),
+                None => serde_json::json!({ "error": "there is no such session" }),
+            })?
+        }
         Err(error) => line_of(&serde_json::json!({ "error": error.to_string() }))?,
     };
     stream.write_all(reply.as_bytes())
@@ -107,9 +126,13 @@ fn line_of(value: &impl Serialize) -> io::Result<String> {
 /// # Errors
 /// Nobody listens there, or answers.
 pub fn ask(path: &Path, ask: Ask) -> io::Result<String> {
+    request(path, &Request { ask, session: None })
+}
+
+fn request(path: &Path, request: &Request) -> io::Result<String> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    stream.write_all(line_of(&Request { ask })?.as_bytes())?;
+    stream.write_all(line_of(request)?.as_bytes())?;
     let mut answer = String::new();
     BufReader::new(stream.take(ANSWER_BYTES_MAX)).read_line(&mut answer)?;
     match answer.is_empty() {
@@ -124,6 +147,19 @@ pub fn ask(path: &Path, ask: Ask) -> io::Result<String> {
 /// As [`ask`], or the answer is none.
 pub fn ask_status(path: &Path) -> io::Result<Status> {
     Ok(serde_json::from_str(&ask(path, Ask::Status)?)?)
+}
+
+/// [`Ask::Reconnect`]: how many connections were dropped.
+///
+/// # Errors
+/// As [`ask`], or there is no such session (`NotFound`).
+pub fn ask_reconnect(path: &Path, session: u64) -> io::Result<u32> {
+    let asked = Request { ask: Ask::Reconnect, session: Some(session) };
+    let answer: Reconnected = serde_json::from_str(&request(path, &asked)?)?;
+    match answer.error {
+        None => Ok(answer.connections),
+        Some(error) => Err(io::Error::new(io::ErrorKind::NotFound, error)),
+    }
 }
 
 impl ControlOption {

@@ -107,6 +107,15 @@ impl<R: Ring> Shard<R> {
         }
     }
 
+    /// An orchestrator knows that the socket is dead, or wants another one.
+    pub(super) fn cut_off(&mut self, session: u64, index: u16) {
+        let Some(key) = self.key_of(session, index) else { return };
+        if self.conns[key].is_attached() {
+            tracing::info!(session, conn = index, "cut off, as asked");
+            self.hang_up(key, Reason::Timeout);
+        }
+    }
+
     /// The old socket's peer lives: whoever came in its place is a clone.
     pub(super) fn refuse_clone(&mut self, key: usize) {
         let conn = &mut self.conns[key];

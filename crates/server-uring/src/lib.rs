@@ -23,7 +23,6 @@ pub mod intent;
 pub mod limits;
 pub mod link;
 pub mod mailbox;
-mod mapping;
 pub mod metrics;
 pub mod nodes;
 pub mod notes;

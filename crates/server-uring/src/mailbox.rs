@@ -29,6 +29,13 @@ pub enum Mail {
         /// Which of its connections.
         conn: u16,
     },
+    /// Somebody wants that connection to be joined anew: the socket goes, the tables stay.
+    Cut {
+        /// Which session.
+        session: u64,
+        /// Which of its connections.
+        conn: u16,
+    },
     /// A session that is rebuilt has all that its requests need.
     Restored {
         /// Which session.

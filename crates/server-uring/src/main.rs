@@ -5,10 +5,10 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
-use ringfs_server::status::Status;
+use ringfs_server::status::{SessionStatus, Status};
 use ringfs_server::systemd;
 use ringfs_server::top;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,6 +39,9 @@ Examples:
       for a QEMU guest with vhost-vsock and CID 3
   ringfsd --config /etc/ringfs/ringfsd.toml
       the same from a file (ringfsd check-config --help shows one)
+
+  ringfsd reconnect 7 && ringfsd wait --resumed --timeout 10 7
+      after the VM of session 7 was restored; `ringfs reconnect` does the same in the guest
 
 Exit codes: 0 after SIGTERM or SIGINT, 1 on failure, 2 on wrong arguments or configuration.";
 
@@ -74,6 +77,35 @@ struct Of {
     /// The daemon's control socket. [default: that of the only daemon below /run/ringfsd]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+}
+
+/// Between two looks at what a daemon tells.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const EXIT_TIMEOUT: u8 = 4;
+
+#[derive(Args)]
+struct Which {
+    /// The session, as `ringfsd status` numbers it. [default: all]
+    session: Option<u64>,
+    /// Those of a share.
+    #[arg(long, value_name = "NAME", conflicts_with = "session")]
+    share: Option<String>,
+}
+
+impl Which {
+    /// Those that are meant; an error: none is that should be.
+    fn of(&self, status: Status) -> Result<Vec<SessionStatus>> {
+        let is_meant = |its: &SessionStatus| {
+            self.session.is_none_or(|id| its.id == id)
+                && self.share.as_ref().is_none_or(|share| its.share == *share)
+        };
+        let found: Vec<_> = status.sessions.into_iter().filter(is_meant).collect();
+        match (self.session, &self.share) {
+            (Some(id), _) if found.is_empty() => bail!("there is no session {id}"),
+            (_, Some(share)) if found.is_empty() => bail!("share {share} has no session"),
+            _ => Ok(found),
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -114,6 +146,31 @@ enum Command {
         #[command(flatten)]
         of: Of,
     },
+    /// Drop the connections of guests, which then join new ones and go on: for an orchestrator that
+    /// knows that they are dead (a VM that was restored or moved).
+    ///
+    /// It returns before they have come; `ringfsd wait --resumed` waits for that.
+    Reconnect {
+        #[command(flatten)]
+        of: Of,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Wait until guests have all their connections; at once if that is so already.
+    ///
+    /// Exit codes: 0 connected; 1 there is no such session, or it has ended; 4 the time is over.
+    Wait {
+        #[command(flatten)]
+        of: Of,
+        /// Until all their connections are there (the only thing to wait for so far).
+        #[arg(long, required = true)]
+        resumed: bool,
+        /// Give up after so many seconds. [default: never]
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+        #[command(flatten)]
+        which: Which,
+    },
     /// Print the completions of a shell, to be put where it looks for them.
     Completions {
         /// Its name
@@ -146,6 +203,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Status { of, json, counters }) => status(&of, json, counters)?,
         Some(Command::Top { of, interval, once }) => top(&of, interval, once)?,
         Some(Command::Reload { of }) => return reload(&of),
+        Some(Command::Reconnect { of, which }) => reconnect(&of, &which)?,
+        Some(Command::Wait { of, resumed: _, timeout, which }) => {
+            return wait_resumed(&of, &which, timeout.map(Duration::from_secs));
+        }
         Some(Command::Completions { shell }) => {
             let mut out = std::io::stdout();
             clap_complete::generate(shell, &mut Cli::command(), "ringfsd", &mut out);
@@ -262,7 +323,38 @@ fn reload(of: &Of) -> Result<ExitCode> {
         if Instant::now() > until {
             bail!("the daemon has not reloaded in {RELOAD_LIMIT:?}: does a share not answer?");
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+fn reconnect(of: &Of, which: &Which) -> Result<()> {
+    let path = of.path()?;
+    let status = control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"))?;
+    for SessionStatus { id, share, .. } in which.of(status)? {
+        match control::ask_reconnect(&path, id) {
+            Ok(n) => println!("session {id} of {share}: {n} connections dropped"),
+            // It has ended meanwhile.
+            Err(error) if which.session.is_none() && error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("session {id}")),
+        }
+    }
+    Ok(())
+}
+
+fn wait_resumed(of: &Of, which: &Which, timeout: Option<Duration>) -> Result<ExitCode> {
+    let path = of.path()?;
+    let begun = Instant::now();
+    loop {
+        let status = control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"))?;
+        let missing = which.of(status)?.iter().filter(|its| !its.is_connected()).count();
+        if missing == 0 {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if timeout.is_some_and(|timeout| begun.elapsed() >= timeout) {
+            eprintln!("ringfsd: {missing} sessions are without connections still");
+            return Ok(ExitCode::from(EXIT_TIMEOUT));
+        }
+        std::thread::sleep(LOOK_AGAIN);
     }
 }
 

@@ -475,6 +475,23 @@ impl Registry {
         }
     }
 
+    /// Has the connections of a session joined anew: how many; `None`: there is no such session.
+    pub fn reconnect(&self, id: u64) -> Option<u32> {
+        let (session, joined) = {
+            let mut sessions = self.lock();
+            let live = sessions.live.get_mut(&id)?;
+            // Who asks next is to find them gone.
+            (live.session.clone(), std::mem::take(&mut live.joined))
+        };
+        for conn in (0..session.conns).filter(|conn| joined & 1 << conn != 0) {
+            if let Some(shard) = self.shard(&session, conn) {
+                shard.post(Mail::Cut { session: id, conn });
+            }
+        }
+        let_go(session);
+        Some(joined.count_ones())
+    }
+
     fn bury(&self, ended: Live, reason: Reason) {
         let Live { session, known, .. } = ended;
         tracing::info!(session = session.id, share = session.share, ?reason, "session ended");
@@ -527,11 +544,12 @@ impl Registry {
     pub fn status(&self) -> Vec<SessionStatus> {
         let sessions: Vec<_> = {
             let sessions = self.lock();
-            sessions.live.values().map(|live| (live.session.clone(), live.cut)).collect()
+            let of = |live: &Live| (live.session.clone(), live.cut, live.known, live.joined);
+            sessions.live.values().map(of).collect()
         };
         let now = Instant::now();
         let age = |at: Instant| now.saturating_duration_since(at).as_secs();
-        let of = |(session, cut): (Arc<Session>, Option<Instant>)| {
+        let of = |(session, cut, known, joined): (Arc<Session>, Option<Instant>, u32, u32)| {
             let counts = session.fs.counts();
             let (requests, in_flight) = session.work();
             let status = SessionStatus {
@@ -542,6 +560,8 @@ impl Registry {
                 age_s: age(session.since),
                 cut_s: cut.map(age),
                 lanes: session.lanes,
+                connections: joined.count_ones(),
+                connections_cut: (known & !joined).count_ones(),
                 requests,
                 in_flight,
                 nodes: counts.nodes as u64,

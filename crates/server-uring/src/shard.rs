@@ -251,6 +251,7 @@ impl<R: Ring> Shard<R> {
             Mail::Join(newcomer) => self.join(newcomer),
             Mail::End { session, conn, reason } => self.session_ended(session, conn, reason),
             Mail::Ask { session, conn } => self.ask_too(session, conn),
+            Mail::Cut { session, conn } => self.cut_off(session, conn),
             Mail::Restored { session, conn } => self.restored(session, conn),
             Mail::Done(done) => self.executed(done),
             Mail::Shutdown => {

@@ -24,9 +24,9 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
 use crate::decide::Claims;
 use crate::intent::{Intent, IntentCell};
-use crate::mapping::{Part, Parts};
 use crate::sha256::sha256;
 use crate::state_dir::Shared;
+use ringfs_mapping::{Part, Parts};
 
 const MAGIC: [u8; 8] = *b"ringfsst";
 /// Of this layout, and of what the cells and intents in it mean.

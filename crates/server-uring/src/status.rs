@@ -148,6 +148,10 @@ pub struct SessionStatus {
     pub cut_s: Option<u64>,
     /// Lanes.
     pub lanes: u16,
+    /// Connections that are there.
+    pub connections: u32,
+    /// Connections that were there and are to come again.
+    pub connections_cut: u32,
     /// Requests begun.
     pub requests: u64,
     /// Those of them that are being executed.
@@ -239,6 +243,11 @@ impl SlowOp {
 }
 
 impl SessionStatus {
+    /// Whether all its connections are there.
+    pub fn is_connected(&self) -> bool {
+        self.connections > 0 && self.connections_cut == 0
+    }
+
     fn row(&self) -> Vec<String> {
         let share = match self.subdir.as_str() {
             "" => self.share.clone(),

@@ -112,6 +112,11 @@ impl Counters {
         totals
     }
 
+    /// Has the connections of a session joined anew: how many; `None`: there is no such session.
+    pub fn reconnect(&self, session: u64) -> Option<u32> {
+        self.registry.reconnect(session)
+    }
+
     /// All that is told to people.
     pub fn status(&self) -> Status {
         let sessions = self.registry.status();

@@ -48,6 +48,35 @@ fn it_tells_who_has_mounted_what() {
 }
 
 #[test]
+fn an_orchestrator_has_guests_join_anew_and_waits_for_them() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 60);
+        let code = |words: &[&str]| daemon.command(words).status.code();
+        assert_eq!(code(&["reconnect"]), Some(0), "nobody is there");
+        assert_eq!(code(&["wait", "--resumed", "7"]), Some(1));
+        let mut guest = daemon.guest();
+        guest.create("file").expect("create");
+        let session = status(&daemon).sessions[0].clone();
+        let id = session.id.to_string();
+        assert!(session.is_connected() && session.connections == 1);
+        assert_eq!(code(&["wait", "--resumed", &id]), Some(0));
+        assert_eq!(code(&["reconnect", "--share", "ro"]), Some(1));
+        let told = daemon.command(&["reconnect", &id]);
+        assert!(told.status.success(), "{told:?}");
+        assert!(String::from_utf8_lossy(&told.stdout).contains("1 connections dropped"));
+        // This guest comes when it is told.
+        assert_eq!(code(&["wait", "--resumed", "--timeout", "0", "--share", "share"]), Some(4));
+        until("the cut", || status(&daemon).sessions[0].cut_s);
+        assert_eq!(guest.ended_for(), None, "no GOODBYE: it is to come again");
+        guest.resume(daemon.connect(), &hello("share")).expect("resumed");
+        assert_eq!(code(&["wait", "--resumed"]), Some(0));
+        guest.create("another").expect("it goes on");
+        drop(guest);
+        daemon.stop_well();
+    }
+}
+
+#[test]
 fn whoever_asks_badly_is_told_and_holds_nobody_up() {
     let daemon = Daemon::start("uring");
     let ask = |bytes: &[u8]| {

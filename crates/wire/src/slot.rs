@@ -45,6 +45,14 @@ impl<T> ClientSlots<T> {
         }
     }
 
+    /// As another process has left them: the seq of each slot's next use, or of the use that it
+    /// is in.
+    pub fn restored(slots: Vec<(u32, Option<T>)>) -> ClientSlots<T> {
+        let is_free = |slot: &u16| slots[usize::from(*slot)].1.is_none();
+        let free = (0..slots.len() as u16).rev().filter(is_free).collect();
+        ClientSlots { slots, free }
+    }
+
     /// Takes a slot for `request`; gives it back when none is free.
     pub fn claim(&mut self, request: T) -> Result<SlotUse, T> {
         let Some(slot) = self.free.pop() else { return Err(request) };

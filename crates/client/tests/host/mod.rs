@@ -138,6 +138,8 @@ struct Slot {
     next: u32,
     busy: bool,
     reply: Option<(u32, Vec<u8>)>,
+    /// By which connection its request last came: the reply leaves by no other.
+    came_by: u64,
 }
 
 struct Shared {
@@ -150,7 +152,11 @@ struct Shared {
     conns: Mutex<HashMap<u8, Arc<Conn>>>,
     /// The number in the newest ticket.
     ticket: Mutex<u8>,
+    /// The connection that the newest ticket was for: the one before is good for it still.
+    ticket_for: AtomicU64,
     epoch: AtomicU64,
+    /// Of the next connection.
+    serial: AtomicU64,
     /// The session has to be rebuilt: the slots that the next daemon knows.
     unknown: Mutex<Option<Vec<Vec<Slot>>>>,
     /// A rebuild is under way: what came on other connections than the first.
@@ -165,7 +171,10 @@ type Held = (Arc<Conn>, RecordHeader, Vec<u8>);
 struct Conn {
     tx: Mutex<(LinkTx, u64)>,
     stream: UnixStream,
+    serial: u64,
     is_silent: AtomicBool,
+    /// Another one has taken its place: what it brings counts no more.
+    is_old: AtomicBool,
     /// Its number, once it has said HELLO.
     number: AtomicU64,
 }
@@ -183,11 +192,13 @@ impl Host {
             terms: Mutex::new(terms),
             mood: Mutex::default(),
             ticket: Mutex::new(1),
+            ticket_for: AtomicU64::new(u64::MAX),
             seen: Mutex::default(),
             changed: Condvar::new(),
             slots: Mutex::default(),
             conns: Mutex::default(),
             epoch: AtomicU64::new(3),
+            serial: AtomicU64::new(0),
             unknown: Mutex::default(),
             held: Mutex::default(),
             noted: Mutex::default(),
@@ -340,14 +351,17 @@ impl Shared {
         let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
         assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
         let next = at.seq.wrapping_add(1);
-        let (counts, reply_kept) = (slot.counts, Some(reply.clone()));
-        *slot = Slot { counts, next, reply: reply_kept, ..Slot::default() };
+        let (counts, came_by, reply_kept) = (slot.counts, slot.came_by, Some(reply.clone()));
+        *slot = Slot { counts, next, came_by, reply: reply_kept, ..Slot::default() };
         drop(slots);
-        self.reply(lane, at, &reply);
+        self.reply(lane, at, &reply, came_by);
     }
 
-    fn reply(&self, lane: u8, at: SlotUse, (errno, body): &(u32, Vec<u8>)) {
+    fn reply(&self, lane: u8, at: SlotUse, (errno, body): &(u32, Vec<u8>), came_by: u64) {
         let Some(conn) = self.conns.lock().expect("conns").get(&lane).cloned() else { return };
+        if conn.serial != came_by {
+            return;
+        }
         let kind = Kind::Reply as u8;
         let (slot, slot_seq) = (at.slot, at.seq);
         let header = RecordHeader { len: 0, kind, lane, slot, slot_seq, code: *errno };
@@ -402,7 +416,9 @@ fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
     let conn = Arc::new(Conn {
         stream: stream.try_clone().expect("dup"),
         tx: Mutex::new((LinkTx::new(true), 0)),
+        serial: shared.serial.fetch_add(1, Ordering::SeqCst),
         is_silent: AtomicBool::new(false),
+        is_old: AtomicBool::new(false),
         number: AtomicU64::new(u64::MAX),
     });
     let mut rx = LinkRx::new(true);
@@ -422,8 +438,11 @@ fn serve(shared: &Shared, stream: UnixStream) -> Result<(), String> {
                 if record.kind == Kind::Hello as u8 {
                     let crc = welcome(shared, &conn, body)?;
                     rx.set_payload_crc(crc);
-                } else {
-                    take(shared, &conn, record, body)?;
+                } else if let Err(fault) = take(shared, &conn, record, body) {
+                    return match conn.is_old.load(Ordering::SeqCst) {
+                        true => Ok(()),
+                        false => Err(fault),
+                    };
                 }
             }
         }
@@ -463,7 +482,11 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     let rebuilds = !is_new && (unknown.is_some() || is_untold);
     let resumes = conns.contains_key(&(hello.conn as u8)) || rebuilds;
     let mut ticket = shared.ticket.lock().expect("ticket");
-    if !is_new && hello.ticket != Ticket([*ticket; 16]) {
+    let before = Ticket([ticket.wrapping_sub(1); 16]);
+    // The WELCOME may be lost with the client that it was for.
+    let is_again =
+        hello.ticket == before && shared.ticket_for.load(Ordering::SeqCst) == u64::from(hello.conn);
+    if !is_new && hello.ticket != Ticket([*ticket; 16]) && !is_again {
         return refused(Reason::UnknownSession, "wrong ticket");
     }
     if let Some(reason) = terms.refuses.filter(|_| resumes || hello.init.is_some()) {
@@ -471,6 +494,7 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     }
     if resumes {
         *ticket = ticket.wrapping_add(1).max(1);
+        shared.ticket_for.store(hello.conn.into(), Ordering::SeqCst);
         if hello.init.is_none() {
             return Err("a HELLO that resumes, without the INIT in force".to_owned());
         }
@@ -491,7 +515,7 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
         },
     };
     if rebuilds {
-        conns.clear();
+        conns.drain().for_each(|(_, old)| old.is_old.store(true, Ordering::SeqCst));
         if let Some(slots) = unknown.take() {
             *shared.slots.lock().expect("slots") = slots;
         }
@@ -511,7 +535,9 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     conn.send(RecordHeader { kind, ..Default::default() }, welcome.as_bytes(), false);
     let crc = welcome.features & 1 != 0;
     conn.tx.lock().expect("tx").0.set_payload_crc(crc);
-    conns.insert(hello.conn as u8, Arc::clone(conn));
+    if let Some(old) = conns.insert(hello.conn as u8, Arc::clone(conn)) {
+        old.is_old.store(true, Ordering::SeqCst);
+    }
     shared.note(|seen| {
         seen.resumes += u64::from(resumes);
         seen.hellos.push(hello);
@@ -526,15 +552,24 @@ enum Begun {
     Ended(u32, Vec<u8>),
 }
 
-fn begin(shared: &Shared, lane: u8, at: SlotUse, counts: bool) -> Result<Begun, String> {
+fn begin(
+    shared: &Shared,
+    came_by: u64,
+    lane: u8,
+    at: SlotUse,
+    counts: bool,
+) -> Result<Begun, String> {
     let mut slots = shared.slots.lock().expect("slots");
     let lane = slots.get_mut(usize::from(lane)).ok_or("a lane beyond those granted")?;
     let slot = lane.get_mut(usize::from(at.slot)).ok_or("a slot beyond those granted")?;
     let is_last = slot.next.wrapping_sub(1) == at.seq;
     match (&slot.reply, slot.busy) {
-        (_, true) if slot.next == at.seq => Ok(Begun::Running),
+        (_, true) if slot.next == at.seq => {
+            slot.came_by = came_by;
+            Ok(Begun::Running)
+        }
         (_, false) if slot.next == at.seq || slot.is_new || is_last && slot.runs_again => {
-            *slot = Slot { counts, next: at.seq, busy: true, ..Slot::default() };
+            *slot = Slot { counts, next: at.seq, busy: true, came_by, ..Slot::default() };
             Ok(Begun::New)
         }
         (Some((errno, body)), false) if is_last => Ok(Begun::Ended(*errno, body.clone())),
@@ -607,7 +642,7 @@ fn take(
     let kind = Kind::from_u8(record.kind);
     let counts = kind == Some(Kind::Forget) || record.code == Opcode::Lookup as u32;
     match kind {
-        Some(Kind::Request | Kind::Forget) => match begin(shared, lane, at, counts)? {
+        Some(Kind::Request | Kind::Forget) => match begin(shared, conn.serial, lane, at, counts)? {
             Begun::New if kind == Some(Kind::Request) => {
                 let write = u64::from(record.code == Opcode::Write as u32);
                 shared.note(|seen| {
@@ -648,19 +683,19 @@ fn take(
             Begun::Running => shared.note(|seen| seen.repeats_running += 1),
             Begun::Ended(errno, body) => {
                 shared.note(|seen| seen.repeats_ended += 1);
-                shared.reply(lane, at, &(errno, body));
+                shared.reply(lane, at, &(errno, body), conn.serial);
             }
         },
         Some(Kind::Cancel) if record.code == cancel::ABANDON => {
             let eintr = (4, Vec::new());
-            match begin(shared, lane, at, false)? {
+            match begin(shared, conn.serial, lane, at, false)? {
                 Begun::New | Begun::Running => shared.finish(lane, at, eintr),
                 Begun::Ended(_, given) => {
                     // The only replies of this host that begin with one are LOOKUP's.
                     if let Ok(entry) = EntryOut::read_from_bytes(&given) {
                         shared.note(|seen| *seen.lookups.entry(entry.nodeid).or_default() -= 1);
                     }
-                    shared.reply(lane, at, &eintr);
+                    shared.reply(lane, at, &eintr, conn.serial);
                 }
             }
             shared.note(|seen| seen.abandons += 1);

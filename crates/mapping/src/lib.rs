@@ -1,10 +1,10 @@
-//! A file's bytes in memory, shared with the file: what a killed daemon wrote, the next one reads.
+//! A file's bytes in memory, shared with the file: what a killed process wrote, the next one reads.
 //!
 //! Invariant: each byte of a mapping belongs to one [`Part`], and parts are never copied, so a part
 //! is memory like any other. It must not grow, shrink or follow a file: whoever maps one has made
 //! it, of this length and with its blocks allocated (a page that the file system has no room for
-//! would be a SIGBUS), and nobody else may write to it. This is the only `unsafe` of the state
-//! directory.
+//! would be a SIGBUS), and nobody else may write to it. This is the only `unsafe` of what
+//! outlives a process, on both ends.
 
 #![allow(unsafe_code, reason = "memory that is a file's: mmap")]
 
@@ -13,9 +13,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use zerocopy::{FromBytes, IntoBytes};
 
+#[derive(Debug)]
 struct Mapping {
     start: NonNull<u8>,
     bytes: usize,
@@ -36,6 +37,7 @@ impl Drop for Mapping {
 }
 
 /// A slice of a mapping, and its only owner.
+#[derive(Debug)]
 pub struct Part<T> {
     start: NonNull<T>,
     len: usize,
@@ -48,6 +50,7 @@ unsafe impl<T: Send> Send for Part<T> {}
 unsafe impl<T: Sync> Sync for Part<T> {}
 
 /// What is still to be given out of a mapping, from its start on.
+#[derive(Debug)]
 pub struct Parts {
     mapping: Arc<Mapping>,
     at: usize,
@@ -63,6 +66,9 @@ impl Parts {
         // SAFETY: no address is asked for, so no memory that is in use is replaced. What lies in
         // the file may be anything; only types for which all bytes are valid are made of it.
         let start = unsafe { mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, file, 0) }?;
+        // SAFETY: the range is the mapping just made, and the advice changes nothing in it. A core
+        // dump would write it out, holes included; a refusal costs that alone.
+        let _ = unsafe { madvise(start, bytes, Advice::LinuxDontDump) };
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
         Ok(Parts { mapping: Arc::new(Mapping { start, bytes }), at: 0 })
     }

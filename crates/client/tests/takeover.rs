@@ -1,0 +1,338 @@
+//! The client itself is killed: another one takes the mount over, nobody who uses the mount sees
+//! it, and nothing runs twice; where that cannot be, the mount is cleaned up. Needs root, FUSE, and
+//! a kernel that sends requests again (6.9).
+
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod bench;
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod host;
+
+use bench::{Bench, Client, Reader, status_of, wait_until, within};
+use host::{HELLO_TEXT, Mood, Terms, big_byte};
+use rustix::process::{Pid, Signal, kill_process};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const WRITE_BYTES: usize = 1 << 20;
+/// `FUSE_DO_READDIRPLUS`.
+const DO_READDIRPLUS: u64 = 1 << 13;
+
+/// Whether the kernel sends requests again that a dead client had read.
+fn kernel_resends(test: &str) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let resends = (numbers.next(), numbers.next()) >= (Some(6u32), Some(9));
+    if !resends {
+        println!("SKIPPED {test}: Linux {} is older than 6.9", release.trim());
+        eprintln!("SKIPPED {test}: Linux {} is older than 6.9", release.trim());
+    }
+    resends
+}
+
+/// Who serves the mount.
+fn worker(bench: &Bench) -> Pid {
+    let mut found = None;
+    wait_until("a client", || {
+        if !bench.is_mounted() {
+            return true;
+        }
+        found = status_of(bench)["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+        found.is_some()
+    });
+    found.unwrap_or(rustix::process::getpid())
+}
+
+/// Kills whoever serves the mount; the next one is there when this returns.
+fn kill_worker(bench: &Bench, signal: Signal) {
+    let pid = worker(bench);
+    if pid != rustix::process::getpid() {
+        kill_process(pid, signal).expect("kill");
+    }
+    wait_until("the next client", || worker(bench) != pid || !bench.is_mounted());
+}
+
+fn wait_connected(bench: &Bench) {
+    wait_until("the connections", || status_of(bench)["connected"] == true);
+}
+
+fn use_mount(bench: &Bench) {
+    let path = bench.file("hello");
+    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
+}
+
+fn umount(bench: &Bench, client: Client) -> String {
+    wait_until("the unmount", || bench.umount(&[]).status.success());
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    assert_eq!(bench.host.slots_in_use(), 0);
+    bench.host.assert_no_faults();
+    stderr
+}
+
+fn hanging(bench: &Bench) -> Reader {
+    let before = bench.host.wait_for("reads", |seen| Some(seen.hanging.len()));
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| (seen.hanging.len() > before).then_some(()));
+    reader
+}
+
+/// Opens in processes of their own: an open file of ours would be closed by what we start.
+struct Holder(Child);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn hold(bench: &Bench, name: &str) -> Holder {
+    let path = bench.file(name);
+    within("an open", move || {
+        let mut command = Command::new("sleep");
+        command.arg("600").stdin(File::open(path).expect("open"));
+        Holder(command.spawn().expect("sleep"))
+    })
+}
+
+fn lookups(bench: &Bench) -> BTreeMap<u64, i64> {
+    bench.host.wait_for("lookups", |seen| {
+        Some(seen.lookups.iter().filter(|l| *l.1 != 0).map(|(id, count)| (*id, *count)).collect())
+    })
+}
+
+fn known(bench: &Bench) -> (u64, u64) {
+    let status = status_of(bench);
+    let number = |name: &str| status[name].as_u64().unwrap_or(u64::MAX);
+    (number("nodes_known"), number("handles_known"))
+}
+
+#[test]
+fn what_is_in_flight_goes_on_with_the_next_client() {
+    if !kernel_resends("what_is_in_flight_goes_on_with_the_next_client") {
+        return;
+    }
+    for options in ["lanes=2", "lanes=1,checksum=on,spin=0", "lanes=3,slots=2"] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount(options);
+        let reader = hanging(&bench);
+        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        for round in 1..4 {
+            let pid = worker(&bench);
+            if round == 3 {
+                kill_process(pid, Signal::STOP).expect("stop");
+            }
+            let signal = if round == 2 { Signal::ABORT } else { Signal::KILL };
+            kill_process(pid, signal).expect("kill");
+            wait_until("the next client", || worker(&bench) != pid);
+            let again = |seen: &mut host::Seen| (seen.repeats_running >= round).then_some(());
+            bench.host.wait_for("the read again", again);
+            use_mount(&bench);
+        }
+        wait_connected(&bench);
+        let status = status_of(&bench);
+        assert_eq!((&status["takeovers"], &status["alone_why"]), (&3.into(), &().into()));
+        assert_eq!(bench.host.wait_for("reads", |seen| Some(seen.hanging.len())), 1, "{options}");
+        bench.host.answer_hanging(lane, at, 13);
+        let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
+        assert!(words.contains("Permission denied"), "{words}");
+        let stderr = umount(&bench, client);
+        assert!(stderr.contains("another one takes the mount over"), "{stderr}");
+    }
+}
+
+fn writer(bench: &Bench, stop: &'static AtomicBool) -> JoinHandle<u64> {
+    let path = bench.file("big");
+    std::thread::spawn(move || {
+        let file = File::options().write(true).open(path).expect("open");
+        let mut written = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let data: Vec<u8> = (0..WRITE_BYTES).map(big_byte).collect();
+            assert_eq!(file.write_at(&data, 0).expect("write"), WRITE_BYTES);
+            written += WRITE_BYTES as u64;
+        }
+        written
+    })
+}
+
+#[test]
+fn kills_under_load_lose_and_double_nothing() {
+    if !kernel_resends("kills_under_load_lose_and_double_nothing") {
+        return;
+    }
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let bench = Bench::new(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() });
+    let client = bench.mount("lanes=2,cache=never");
+    let writers: Vec<_> = (0..3).map(|_| writer(&bench, &STOP)).collect();
+    let root = bench.mountpoint.clone();
+    let looker = std::thread::spawn(move || {
+        while !STOP.load(Ordering::Relaxed) {
+            assert_eq!(std::fs::read_dir(&root).expect("list").count(), 3);
+            for name in ["hello", "big", "n1", "n2"] {
+                std::fs::metadata(root.join(name)).expect("stat");
+            }
+            let bytes = std::fs::read(root.join("hello")).expect("read");
+            assert_eq!(bytes, HELLO_TEXT);
+        }
+    });
+    for _ in 0..20 {
+        if !bench.is_mounted() {
+            let (status, stderr) = client.wait();
+            panic!("the mount has ended: {status} {stderr}");
+        }
+        kill_worker(&bench, Signal::KILL);
+    }
+    STOP.store(true, Ordering::Relaxed);
+    let written: u64 =
+        within("the work", move || writers.into_iter().map(|w| w.join().expect("w")).sum());
+    within("the looks", move || looker.join()).expect("they saw what is there");
+    assert_eq!(bench.host.wait_for("writes", |seen| Some(seen.written)), written);
+    wait_connected(&bench);
+    // What the client knows of the kernel is what the daemon gave it.
+    let before = lookups(&bench);
+    bench.host.restart(false, None);
+    let told = bench.host.wait_for("a rebuild", |seen| {
+        seen.rebuilds.iter().find(|rebuild| rebuild.end.is_some()).cloned()
+    });
+    let counts = told.nodes.iter().map(|(id, count, _)| (*id, *count as i64));
+    assert_eq!(counts.collect::<BTreeMap<_, _>>(), before);
+    use_mount(&bench);
+    umount(&bench, client);
+}
+
+#[test]
+fn replies_and_forgets_that_were_on_their_way_count_once() {
+    if !kernel_resends("replies_and_forgets_that_were_on_their_way_count_once") {
+        return;
+    }
+    for mood in [Mood::LosesReplies, Mood::LosesEntries] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount("lanes=1");
+        let held = hold(&bench, "hello");
+        bench.host.set_mood(mood);
+        let reader = bench.cat("n5");
+        bench.host.wait_for("a lost reply", |seen| (seen.lost > 0).then_some(()));
+        bench.host.set_mood(Mood::Fair);
+        kill_worker(&bench, Signal::KILL);
+        // `n5` cannot be opened.
+        let _ = reader.wait();
+        drop(held);
+        wait_until("the closes", || known(&bench).1 == 0);
+        // The FORGETs' replies are lost too, with the client that waits for them.
+        bench.host.set_mood(Mood::LosesForgets);
+        let lost = bench.host.wait_for("losses", |seen| Some(seen.lost));
+        wait_until("a lost FORGET", || {
+            std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+            bench.host.wait_for("losses", |seen| Some(seen.lost)) > lost
+        });
+        bench.host.set_mood(Mood::Fair);
+        kill_worker(&bench, Signal::KILL);
+        wait_until("the forgets", || {
+            std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+            lookups(&bench).is_empty()
+        });
+        wait_until("their end", || known(&bench) == (0, 0));
+        umount(&bench, client);
+    }
+}
+
+#[test]
+fn who_is_killed_without_a_client_gets_out() {
+    if !kernel_resends("who_is_killed_without_a_client_gets_out") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = hanging(&bench);
+    // Stopped, the keeper sees nothing of the death.
+    client.signal(Signal::STOP);
+    let pid = worker(&bench);
+    kill_process(pid, Signal::KILL).expect("kill");
+    wait_until("the end", || status_of(&bench).is_null());
+    reader.kill();
+    client.signal(Signal::CONT);
+    assert_eq!(reader.wait().status.signal(), Some(9));
+    bench.host.wait_for("its end at the daemon", |seen| {
+        (seen.cancels > 0 || seen.abandons > 0).then_some(())
+    });
+    wait_until("the slot", || status_of(&bench)["in_flight"] == 0);
+    use_mount(&bench);
+    umount(&bench, client);
+}
+
+#[test]
+fn client_and_daemon_may_go_together() {
+    if !kernel_resends("client_and_daemon_may_go_together") {
+        return;
+    }
+    for knows_slots in [false, true] {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount("lanes=2");
+        let reader = hanging(&bench);
+        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        bench.host.restart(knows_slots, None);
+        kill_worker(&bench, Signal::KILL);
+        let twice = |seen: &mut host::Seen| (seen.hanging.len() > 1).then_some(());
+        bench.host.wait_for("the read again", twice);
+        kill_worker(&bench, Signal::KILL);
+        bench.host.wait_for("and again", |seen| (seen.repeats_running > 0).then_some(()));
+        use_mount(&bench);
+        bench.host.answer_hanging(lane, at, 13);
+        assert!(!reader.wait().status.success());
+        umount(&bench, client);
+    }
+}
+
+#[test]
+fn signals_reach_the_client_that_is_there() {
+    if !kernel_resends("signals_reach_the_client_that_is_there") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    kill_worker(&bench, Signal::KILL);
+    client.signal(Signal::TERM);
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    bench.host.assert_no_faults();
+}
+
+#[test]
+fn a_mount_that_nobody_takes_over_is_cleaned_up_and_says_so() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2,nokeep");
+    assert_eq!(status_of(&bench)["alone_why"], "nokeep");
+    let reader = hanging(&bench);
+    let begun = Instant::now();
+    kill_process(worker(&bench), Signal::KILL).expect("kill");
+    assert!(!reader.wait().status.success());
+    let (status, stderr) = client.wait();
+    assert_eq!(status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("nobody can take over (nokeep): it is unmounted"), "{stderr}");
+    assert!(!bench.is_mounted() && begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_client_that_cannot_live_is_given_up() {
+    if !kernel_resends("a_client_that_cannot_live_is_given_up") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = hanging(&bench);
+    for _ in 0..5 {
+        kill_worker(&bench, Signal::ABORT);
+    }
+    kill_process(worker(&bench), Signal::ABORT).expect("kill");
+    assert!(!reader.wait().status.success());
+    let (status, stderr) = client.wait();
+    assert_eq!(status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("it dies again and again"), "{stderr}");
+    assert!(!bench.is_mounted());
+}
