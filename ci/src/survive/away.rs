@@ -28,8 +28,10 @@ const KNOWN_PER_DIR: usize = 1000;
 const VICTIMS: usize = 12;
 /// They come to wait for the daemon within it.
 const VICTIM_LIFE: Duration = Duration::from_millis(300);
-/// A killed program that has not gone by then waits for the daemon.
-const VICTIM_END: Duration = Duration::from_secs(5);
+/// A killed program that has not gone by then waits for the daemon, which comes back only after it.
+const VICTIM_END: Duration = Duration::from_secs(60);
+/// Work that has done nothing for so long has stopped.
+const STUCK: Duration = Duration::from_secs(180);
 /// How long anything but the waiting may take.
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -98,11 +100,11 @@ impl Worker {
     /// Waits until it has done so many more steps.
     pub fn wait_for_steps(&mut self, more: u64) -> Result<()> {
         let before = self.state().steps;
-        let goes_on = guard::poll_until(SETTLE * 4, || {
+        let goes_on = guard::poll_until(STUCK, || {
             self.check()?;
             Ok(self.state().steps >= before + more)
         })?;
-        ensure!(goes_on, "no {more} steps in {:?}: {:?}", SETTLE * 4, self.state());
+        ensure!(goes_on, "no {more} steps in {STUCK:?}: {:?}", self.state());
         Ok(())
     }
 
