@@ -6,6 +6,7 @@
 
 mod bad;
 mod guest;
+mod identity;
 pub mod load;
 mod signals;
 mod smoke;
@@ -50,6 +51,7 @@ const GROUPS: &[(&str, &[Case])] = &[
     ("load", load::CASES),
     ("bad", bad::CASES),
     ("guest", guest::CASES),
+    ("identity", identity::CASES),
 ];
 
 /// What a case is given: a running daemon with the share `d` over `backing`.

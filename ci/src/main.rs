@@ -13,6 +13,7 @@ mod faults;
 mod fsx;
 mod fuzz;
 mod guard;
+mod hostile;
 mod lex;
 mod mounts;
 mod package;
@@ -60,6 +61,8 @@ enum Command {
     Fsx(fsx::Args),
     /// Connections cut, silenced and garbled by a seeded proxy while everything is checked
     Faults(faults::Args),
+    /// A guest that attacks the daemon; with --rate, how fast others are served beside it
+    Hostile(hostile::Args),
     /// How soon a mount goes on after its connections or its daemon are lost
     Survive(survive::Args),
     /// Several guests for a long time, with kills, cuts and reconnects
@@ -101,6 +104,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Pjdfstest(args) => close("pjdfstest", pjdfstest::run(&args)?),
         Command::Fsx(args) => close("fsx", fsx::run(&args)?),
         Command::Faults(args) => close("faults", faults::run(&args)?),
+        Command::Hostile(args) => hostile::run(&args),
         Command::Survive(args) => close("survive", survive::run(&args)?),
         Command::Soak(args) => close("soak", soak::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),

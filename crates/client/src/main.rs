@@ -112,6 +112,8 @@ Options of -o (comma-separated, may be repeated):
   nokeep                 if this client dies the mount is removed. By default (keep) another one
                          takes it over and nothing is lost: Linux 6.9, not with uring=on
   writeback              the kernel keeps dirty pages: faster writes, unseen by others until later
+  acl                    the kernel goes by POSIX ACLs, where the share has them (ringfsd's share
+                         option acl)
   lanes=N                readers of the FUSE device, each with a thread and a connection (default:
                          CPUs, at most 8)
   slots=N                requests in flight on each lane (default 128)

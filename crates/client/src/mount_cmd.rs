@@ -706,7 +706,8 @@ fn hello(request: &Request, extra: u16) -> Hello {
         conns: options.lanes() + extra,
         slots: options.slots,
         mount_flags: flag(options.mount.read_only, mount_flag::READ_ONLY)
-            | flag(options.writeback, mount_flag::WRITEBACK),
+            | flag(options.writeback, mount_flag::WRITEBACK)
+            | flag(options.acl, mount_flag::POSIX_ACL),
         cache: options.cache,
         share: request.target.share.clone(),
         subdir: request.target.subdir.clone(),

@@ -21,6 +21,7 @@ const KNOWN: &[&str] = &[
     "cache=",
     "uring=",
     "writeback",
+    "acl",
     "hard",
     "soft",
     "timeout=",
@@ -74,6 +75,8 @@ pub struct Options {
     pub cache: CacheMode,
     /// Whether the kernel keeps dirty pages.
     pub writeback: bool,
+    /// Whether the kernel goes by POSIX ACLs, where the share has them.
+    pub acl: bool,
     /// Whether frames come by FUSE-over-io_uring.
     pub uring: Uring,
     /// How long requests wait for a lost connection; `None`: as long as it takes.
@@ -134,6 +137,7 @@ impl Options {
             spin: SPIN_TRIES_DEFAULT,
             cache: CacheMode::Auto,
             writeback: false,
+            acl: false,
             uring: Uring::Off,
             soft: None,
             strict: false,
@@ -208,6 +212,8 @@ impl Options {
             ("nokeep", None) => self.keep = false,
             ("writeback", None) => self.writeback = true,
             ("nowriteback", None) => self.writeback = false,
+            ("acl", None) => self.acl = true,
+            ("noacl", None) => self.acl = false,
             ("suid" | "dev", None) => return Err(OptionError::Denied(word.to_owned())),
             ("comment" | "user" | "uhelper", Some(_)) => {}
             (word, None) if IGNORED.contains(&word) => {}

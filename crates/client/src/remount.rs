@@ -94,6 +94,7 @@ fn difference(now: &Options, wanted: &Options) -> Option<&'static str> {
         ("spin=", now.spin != wanted.spin),
         ("uring=", now.uring != wanted.uring),
         ("writeback", now.writeback != wanted.writeback),
+        ("acl", now.acl != wanted.acl),
         ("soft, hard and timeout=", now.soft != wanted.soft),
         ("strict", now.strict != wanted.strict),
         ("checksum=", now.checksum != wanted.checksum),

@@ -34,15 +34,17 @@ impl<R: Ring> Shard<R> {
         let mut made = 0;
         let mut at = 0;
         while at < self.bulk.len() && made < BULK_BYTES_A_TURN {
-            if !self.takes_bulk(self.bulk[at].tag.conn) {
+            let key = self.bulk[at].tag.conn;
+            if !self.has_turn(key) || !self.takes_bulk(key) {
                 at += 1;
                 continue;
             }
             let Some(bulk) = self.bulk.remove(at) else { return };
             made += bulk.len;
             self.conns[bulk.tag.conn].running -= 1;
-            let key = bulk.tag.conn;
+            let turn = self.begin_turn();
             self.make(bulk);
+            self.end_turn(key, turn);
             // It may have waited for its replies to leave, or to end.
             let conn = &self.conns[key];
             if conn.link.has_input() || conn.link.closing.is_some() {

@@ -20,6 +20,7 @@ pub use fault::{Fault, What};
 use crate::accept::Address;
 use crate::control::ControlOption;
 use crate::limits::{GRACE_SECS_DEFAULT, SLOW_OP_MS_DEFAULT};
+use crate::quota::Limits;
 use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use rustix::thread::CpuSet;
@@ -87,6 +88,10 @@ pub struct Settings {
     /// are unmounted.
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     pub drop_removed: Option<bool>,
+    /// What each share and each of its sessions may use, where the share says nothing else.
+    #[arg(skip)]
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub limits: Limits,
     /// Where guests connect. May be given several times.
     #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -97,6 +102,10 @@ pub struct Settings {
     /// host's disk; by default, buffered, it bypasses the guest's cache only); submounts=merge
     /// (what is mounted below DIR on the host is seen; by default, hide, the directory underneath
     /// is); dev (guests may make device nodes, which no guest can open through the share).
+    ///
+    /// Limits of each session: ops=N and bytes=N a second, in-flight=N (bytes of replies),
+    /// open-files=N, nodes=N (inodes known); of all sessions together: total-ops=N, total-bytes=N,
+    /// total-open-files=N. Numbers may end in K, M or G. Rates delay, the others refuse (ENFILE).
     #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
     #[serde(default, rename = "share", with = "entry::by_name")]
     pub shares: Vec<ShareConfig>,
@@ -189,6 +198,7 @@ impl Settings {
             log: self.log.or(base.log),
             log_format: self.log_format.or(base.log_format),
             drop_removed: self.drop_removed.or(base.drop_removed),
+            limits: self.limits.or(base.limits),
             listen,
             shares,
         }
@@ -209,8 +219,10 @@ impl Settings {
             let text = file.and_then(|path| Some((path, std::fs::read_to_string(path).ok()?)));
             return Err(faults.into_iter().map(|what| what.find_in(&text)).collect());
         }
+        let mut shares = settings.shares;
+        shares.iter_mut().for_each(|share| share.limits = share.limits.or(settings.limits));
         Ok(Config {
-            shares: settings.shares,
+            shares,
             listen: settings.listen,
             cpus: settings.cpus.map(|list| list.0),
             nice: settings.nice,
@@ -243,6 +255,9 @@ impl Settings {
             let name = share.name.clone();
             if let Err(why) = share.check_name() {
                 faults.push(What::ShareName { name: name.clone(), why });
+            }
+            if let Err(why) = share.ids() {
+                faults.push(What::ShareIds { name: name.clone(), why });
             }
             match std::fs::metadata(&share.path) {
                 _ if !names.insert(&share.name) => faults.push(What::ShareTwice(name)),

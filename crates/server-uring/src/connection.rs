@@ -48,6 +48,13 @@ pub struct Connection {
     pub leave_by: Option<Instant>,
     /// Who wants to go on in its place.
     pub waiting: Option<Waiting>,
+    /// When the request that is looked at may run, where a rate delays it: it is paid for.
+    /// The number is that of the limits' change under which it was.
+    pub runs_at: Option<(Instant, u64)>,
+    /// From when on it may receive something large, where a rate keeps it from that.
+    pub large_at: Option<Instant>,
+    /// It is in the shard's list of those that wait for a rate.
+    pub delayed: bool,
     /// The tables of lanes `index`, `index + conns`, ...
     lanes: Vec<SlotTable<Cells>>,
     /// Bytes of replies that are being made.
@@ -71,6 +78,9 @@ impl Connection {
             ended: false,
             leave_by: None,
             waiting: None,
+            runs_at: None,
+            large_at: None,
+            delayed: false,
             lanes,
             reserved: 0,
         }
@@ -144,15 +154,35 @@ impl Connection {
 
     /// Sets reply bytes aside; false while the peer has too many to take first.
     pub fn reserve(&mut self, bytes: usize) -> bool {
+        self.reserve_within(bytes, REPLY_BYTES_PER_CONN_MAX)
+    }
+
+    /// As [`Connection::reserve`] with a bound of the session's own.
+    pub fn reserve_within(&mut self, bytes: usize, most: usize) -> bool {
         // Where no large one fits any more, small ones still do.
         let spare = if bytes > REPLY_INLINE_BYTES_MAX { 0 } else { 2 * REPLY_INLINE_BYTES_MAX };
-        let max = REPLY_BYTES_PER_CONN_MAX + spare;
+        let max = most + spare;
         let held = self.reply_bytes();
         let fits = held == 0 || held + bytes <= max;
         if fits {
             self.reserved += bytes;
         }
         fits
+    }
+
+    /// Whether the request that is looked at may run, which moves so many bytes. It is paid for
+    /// when this is asked first. One that lies in a large buffer may always: others need the
+    /// buffer, and what comes next waits the longer.
+    pub fn may_run(&mut self, bytes: usize, in_large: bool) -> bool {
+        let now = Instant::now();
+        let quota = &self.session.fs.quota;
+        let change = quota.change();
+        let runs_at = match self.runs_at {
+            Some((runs_at, under)) if under == change => runs_at,
+            Some(_) | None => now + quota.take(bytes as u64),
+        };
+        self.runs_at = Some((runs_at, change));
+        runs_at <= now || in_large
     }
 
     /// What was set aside is not needed.

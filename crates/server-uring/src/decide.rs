@@ -206,8 +206,8 @@ impl Fs {
             Opcode::Rename | Opcode::Rename2 => self.was_moved(opcode, request, intent),
             Opcode::Setxattr => self.was_set(request, intent),
             Opcode::Removexattr => {
-                let (name, _) = xattrs::checked_name(request.args)?;
-                let gone = intent.size == 1 && !self.has_xattr(request.nodeid, name)?;
+                let (name, _) = xattrs::host_name(self, request.args)?;
+                let gone = intent.size == 1 && !self.has_xattr(request.nodeid, &name)?;
                 Ok(if gone { Verdict::Done(0) } else { Verdict::NotRun })
             }
             Opcode::Write => self.was_appended(request, intent, claims, out),
@@ -260,7 +260,11 @@ impl Fs {
             _ => false,
         };
         // A server may have ids of its own for whoever asks.
-        is && (self.backend.squashes() || !self.local || stat.uid == request.uid)
+        is && (self.backend.squashes() || !self.local || self.is_of_caller(request, stat.uid))
+    }
+
+    fn is_of_caller(&self, request: &Request<'_>, uid: u32) -> bool {
+        self.options.ids.users.to_host(request.uid) == Ok(uid)
     }
 
     /// Answers with the file at `name`, if it is still the one seen as `now` and `accept` says that
@@ -368,12 +372,16 @@ impl Fs {
     /// With XATTR_CREATE: there was none, and the one that is there has our value.
     fn was_set(&self, request: &Request<'_>, intent: &Intent) -> Result<Verdict, Errno> {
         let (_, rest): (abi::SetxattrIn, _) = request.head_rest()?;
-        let (name, value) = xattrs::checked_name(rest)?;
-        if intent.size == 1 || !self.has_xattr(request.nodeid, name)? {
+        let (name, value) = xattrs::host_name(self, rest)?;
+        if intent.size == 1 || !self.has_xattr(request.nodeid, &name)? {
             return Ok(Verdict::NotRun);
         }
-        let now = self.xattr(request.nodeid, name, XATTR_BYTES_MAX as u32)?;
-        Ok(if now == value { Verdict::Done(0) } else { Verdict::NotRun })
+        let now = self.xattr(request.nodeid, &name, XATTR_BYTES_MAX as u32)?;
+        Ok(if now == *xattrs::host_value(self, &name, value)? {
+            Verdict::Done(0)
+        } else {
+            Verdict::NotRun
+        })
     }
 
     /// The file has grown by what was to be written, or by the first part of it, which the daemon

@@ -80,7 +80,7 @@ impl<'a> Request<'a> {
         T::read_from_prefix(self.args).map_err(|_| Errno::INVAL)
     }
 
-    pub(crate) fn caller(&self, fs: &Fs) -> Caller {
+    pub(crate) fn caller(&self, fs: &Fs) -> Result<Caller, Errno> {
         fs.caller(self.uid, self.gid)
     }
 }

@@ -24,10 +24,13 @@ use crate::fdops::{self, FsKind, LocalFs};
 use crate::fds::Fds;
 use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::history::History;
+use crate::idmap::Ids;
 use crate::import::{self, ImportError};
-use crate::nodes::{Node, NodeGiven, Nodes, Released};
+use crate::nodes::{Bound, Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
+use crate::quota::{Quota, ShareQuota};
+use crate::xattrmap::XattrMap;
 
 /// How long names and attributes are good for in the guest, in seconds.
 pub(crate) fn valid_secs(cache: CacheMode) -> u64 {
@@ -62,6 +65,14 @@ pub struct FsOptions {
     pub direct_io: bool,
     /// Extended attributes.
     pub xattr: bool,
+    /// What the guest calls them.
+    pub xattr_map: Option<Arc<XattrMap>>,
+    /// POSIX ACLs, where the guest's mount asks for them.
+    pub acl: bool,
+    /// What the guest calls users and groups.
+    pub ids: Arc<Ids>,
+    /// Guests may leave no set-user-id, set-group-id or capabilities on files.
+    pub nosuid: bool,
     /// Host mounts below the share.
     pub submounts: Submounts,
     /// Allow MKNOD of block and character devices.
@@ -74,6 +85,8 @@ pub struct FsOptions {
     pub recipes: bool,
     /// The daemon's fds; sessions of one process share it.
     pub fds: Arc<Fds>,
+    /// Limits of the share; its sessions share it.
+    pub quota: Arc<ShareQuota>,
 }
 
 impl Default for FsOptions {
@@ -84,12 +97,17 @@ impl Default for FsOptions {
             read_only: false,
             direct_io: false,
             xattr: true,
+            xattr_map: None,
+            acl: false,
+            ids: Arc::default(),
+            nosuid: false,
             submounts: Submounts::Hide,
             device_nodes: false,
             nodes_max: 2_000_000,
             handles_max: 131_072,
             recipes: false,
             fds: Fds::of_process(),
+            quota: Arc::default(),
         }
     }
 }
@@ -140,6 +158,8 @@ pub struct Fs {
     pub(crate) backend: Arc<Backend>,
     pub(crate) nodes: Arc<Nodes>,
     pub(crate) handles: Handles,
+    /// What limits the session, and what it has used.
+    pub(crate) quota: Arc<Quota>,
     /// The root of the share; with `submounts=hide` that of a private copy of its mount.
     pub(crate) root: OwnedFd,
     root_stat: Stat,
@@ -240,9 +260,12 @@ impl Fs {
         if !hidden {
             imports = imports.stay_on_device();
         }
+        let quota = Arc::new(Quota::new(&options.quota));
+        let bound = Bound { most: options.nodes_max, quota: Arc::clone(&quota) };
         Ok(Fs {
-            nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, options.nodes_max),
-            handles: Handles::new(options.handles_max, &options.fds),
+            nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, bound),
+            handles: Handles::new(options.handles_max, &options.fds, &quota),
+            quota,
             one_device: !hidden,
             history: History::default(),
             options,
@@ -376,8 +399,20 @@ impl Fs {
             attr_valid: valid,
             entry_valid_nsec: 0,
             attr_valid_nsec: 0,
-            attr: crate::reply::attr(stat, self.guest_ino(stat.dev, stat.ino)),
+            attr: self.attr(stat),
         }
+    }
+
+    fn attr(&self, stat: &Stat) -> abi::Attr {
+        let mut attr = crate::reply::attr(stat, self.guest_ino(stat.dev, stat.ino));
+        (attr.uid, attr.gid) = self.shown_ids(attr.uid, attr.gid);
+        attr
+    }
+
+    /// What the guest calls a user and a group of the host.
+    pub(crate) fn shown_ids(&self, uid: u32, gid: u32) -> (u32, u32) {
+        let Ids { users, groups } = &*self.options.ids;
+        (users.to_guest(uid), groups.to_guest(gid))
     }
 
     /// Attributes with their time of validity.
@@ -386,7 +421,7 @@ impl Fs {
             attr_valid: valid_secs(self.options.cache),
             attr_valid_nsec: 0,
             dummy: 0,
-            attr: crate::reply::attr(stat, self.guest_ino(stat.dev, stat.ino)),
+            attr: self.attr(stat),
         }
     }
 
@@ -429,9 +464,32 @@ impl Fs {
         Handle::File(Arc::new(OpenFile::new(node, fd, flags, self.waits)))
     }
 
-    /// The caller of a creating call. Where the daemon cannot change its ids, nobody is asked for.
-    pub(crate) fn caller(&self, uid: u32, gid: u32) -> Caller {
-        if self.backend.squashes() { Caller { uid: 0, gid: 0 } } else { Caller { uid, gid } }
+    /// The caller of a creating call, as the host knows it. Where the daemon cannot change its ids,
+    /// nobody is asked for.
+    ///
+    /// # Errors
+    /// `EPERM`: the share is not for this user or group.
+    pub(crate) fn caller(&self, uid: u32, gid: u32) -> Result<Caller, Errno> {
+        let Ids { users, groups } = &*self.options.ids;
+        let caller = Caller { uid: users.to_host(uid)?, gid: groups.to_host(gid)? };
+        Ok(if self.backend.squashes() { Caller { uid: 0, gid: 0 } } else { caller })
+    }
+
+    /// Permission bits that a guest may give to a file that is no directory.
+    pub(crate) fn file_bits(&self, mode: u32) -> u32 {
+        let set_id = libc::S_ISUID | libc::S_ISGID;
+        if self.options.nosuid { mode & !set_id } else { mode }
+    }
+
+    /// The mode of what is made in a directory. Where the guest's kernel leaves its task's umask to
+    /// us (ACLs) it counts unless the directory has a default ACL, which stands in its place.
+    pub(crate) fn masked(&self, parent: &Node, mode: u32, umask: u32) -> Result<u32, Errno> {
+        let masked = mode & !(umask & 0o777);
+        if self.negotiated() & abi::init::DONT_MASK == 0 {
+            return Ok(masked);
+        }
+        let acl = self.backend.getxattr(parent.inode()?, c"system.posix_acl_default", 0);
+        Ok(if acl.is_ok() { mode } else { masked })
     }
 }
 

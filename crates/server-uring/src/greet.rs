@@ -45,10 +45,14 @@ pub struct Share {
 impl Share {
     /// For people; without its sessions.
     pub fn status(&self) -> ShareStatus {
+        let quota = &self.options.quota;
         ShareStatus {
             name: self.name.clone(),
             path: self.dir.clone(),
             read_only: self.options.read_only,
+            delayed: quota.delayed.load(Ordering::Relaxed),
+            delayed_us: quota.delayed_us.load(Ordering::Relaxed),
+            refused: quota.refused.load(Ordering::Relaxed),
             ..Default::default()
         }
     }
@@ -70,12 +74,17 @@ impl Shares {
     }
 
     /// Adds one, or puts it in the place of the one of its name.
-    pub fn put(&self, share: Share) {
-        let share = Arc::new(share);
+    pub fn put(&self, mut share: Share) {
         let mut shares = self.0.write().unwrap_or_else(PoisonError::into_inner);
         match shares.iter_mut().find(|old| old.name == share.name) {
-            Some(old) => *old = share,
-            None => shares.push(share),
+            Some(old) => {
+                // Sessions that are open go by the new limits, and go on counting with new ones.
+                let quota = Arc::clone(&old.options.quota);
+                quota.follow(&share.options.quota);
+                share.options.quota = quota;
+                *old = Arc::new(share);
+            }
+            None => shares.push(Arc::new(share)),
         }
     }
 
@@ -324,8 +333,12 @@ impl Greeter {
         share: &Share,
         accepted: &Accepted,
     ) -> Result<(Arc<Session>, Ticket), Refusal> {
-        if !self.registry.has_room() {
-            return Err(refuse(Reason::Limit, format!("{SESSIONS_MAX} sessions are open already")));
+        if !self.registry.has_room(accepted.owner) {
+            let text = format!(
+                "too many sessions: a peer may have {SESSIONS_PER_PEER_MAX}, all together \
+                 {SESSIONS_MAX}"
+            );
+            return Err(refuse(Reason::Limit, text));
         }
         let root = share.root.descend(&hello.subdir).map_err(|error| {
             let subdir = String::from_utf8_lossy(&hello.subdir);
@@ -336,6 +349,7 @@ impl Greeter {
         options.cache = hello.cache;
         options.writeback = hello.mount_flags & mount_flag::WRITEBACK != 0;
         options.read_only |= hello.mount_flags & mount_flag::READ_ONLY != 0;
+        options.acl &= hello.mount_flags & mount_flag::POSIX_ACL != 0;
         options.recipes = hello.features & feature::RESTORE != 0;
         let rebuilt = is_rebuild(hello);
         let fs = Fs::on(root, options).map_err(|error| {

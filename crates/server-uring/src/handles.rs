@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use crate::fds::{Counted, Fds};
 use crate::nodes::{Node, first_id};
+use crate::quota::Quota;
 
 const SHARDS: usize = 64;
 
@@ -168,14 +169,16 @@ pub struct Handles {
     /// Those of [`Handle::Unopened`]: where there is none, nobody looks for them.
     unopened: AtomicUsize,
     count_max: usize,
+    quota: Arc<Quota>,
     fds: Arc<Fds>,
 }
 
 impl Handles {
     /// None open yet; no session may have more than a fair part of the fds.
-    pub fn new(count_max: usize, fds: &Arc<Fds>) -> Handles {
+    pub fn new(count_max: usize, fds: &Arc<Fds>, quota: &Arc<Quota>) -> Handles {
         Handles {
             fds: Arc::clone(fds),
+            quota: Arc::clone(quota),
             shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
             next: AtomicU64::new(first_id()),
             count: AtomicUsize::new(0),
@@ -189,11 +192,20 @@ impl Handles {
     /// # Errors
     /// `ENFILE`: the session holds as many files open as it may.
     pub fn check_room(&self) -> Result<(), Errno> {
-        let count = self.count.load(Ordering::Relaxed);
-        if count >= self.count_max {
-            return Err(Errno::NFILE);
-        }
+        let count = self.check_count()?;
         self.fds.make_room(count)
+    }
+
+    fn check_count(&self) -> Result<usize, Errno> {
+        let count = self.count.load(Ordering::Relaxed);
+        if self.quota.may_open(count, self.count_max) { Ok(count) } else { Err(Errno::NFILE) }
+    }
+
+    fn counted(&self, more: usize, less: usize) {
+        self.count.fetch_add(more, Ordering::Relaxed);
+        self.count.fetch_sub(less, Ordering::Relaxed);
+        self.quota.opened(more);
+        self.quota.closed(less);
     }
 
     /// Numbers a handle.
@@ -201,7 +213,7 @@ impl Handles {
         let fh = self.next.fetch_add(1, Ordering::Relaxed);
         let mut shard = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner);
         shard.insert(fh, handle);
-        self.count.fetch_add(1, Ordering::Relaxed);
+        self.counted(1, 0);
         fh
     }
 
@@ -211,15 +223,13 @@ impl Handles {
     /// # Errors
     /// `ENFILE`: too many. `EEXIST`.
     pub fn restore(&self, fh: u64, was: Unopened) -> Result<(), Errno> {
-        if self.count.load(Ordering::Relaxed) >= self.count_max {
-            return Err(Errno::NFILE);
-        }
+        self.check_count()?;
         let mut shard = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner);
         if shard.contains_key(&fh) {
             return Err(Errno::EXIST);
         }
         shard.insert(fh, Handle::Unopened(was));
-        self.count.fetch_add(1, Ordering::Relaxed);
+        self.counted(1, 0);
         self.unopened.fetch_add(1, Ordering::Relaxed);
         self.count_on_from(fh);
         Ok(())
@@ -284,7 +294,7 @@ impl Handles {
             return Err(Errno::BADF);
         }
         let handle = shard.remove(&fh).ok_or(Errno::BADF)?;
-        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.counted(0, 1);
         if let Handle::Unopened(_) = handle {
             self.unopened.fetch_sub(1, Ordering::Relaxed);
         }
@@ -294,7 +304,7 @@ impl Handles {
     /// Takes a handle out that nobody will use: the guest never learned of it.
     pub fn take_back(&self, fh: u64) -> Option<Handle> {
         let handle = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner).remove(&fh);
-        self.count.fetch_sub(usize::from(handle.is_some()), Ordering::Relaxed);
+        self.counted(0, usize::from(handle.is_some()));
         handle
     }
 
@@ -305,5 +315,11 @@ impl Handles {
 
     fn shard(&self, fh: u64) -> &RwLock<HashMap<u64, Handle>> {
         &self.shards[(fh % SHARDS as u64) as usize]
+    }
+}
+
+impl Drop for Handles {
+    fn drop(&mut self) {
+        self.quota.closed(self.count());
     }
 }

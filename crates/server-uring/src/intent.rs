@@ -202,12 +202,12 @@ impl Fs {
                 if set.flags & libc::XATTR_CREATE as u32 == 0 {
                     return Ok(None);
                 }
-                let (name, _) = xattrs::checked_name(rest)?;
-                Intent { size: self.has_xattr(request.nodeid, name)?.into(), ..known }
+                let (name, _) = xattrs::host_name(self, rest)?;
+                Intent { size: self.has_xattr(request.nodeid, &name)?.into(), ..known }
             }
             Opcode::Removexattr => {
-                let (name, _) = xattrs::checked_name(request.args)?;
-                Intent { size: self.has_xattr(request.nodeid, name)?.into(), ..known }
+                let (name, _) = xattrs::host_name(self, request.args)?;
+                Intent { size: self.has_xattr(request.nodeid, &name)?.into(), ..known }
             }
             Opcode::Write => {
                 self.open_named(opcode, request)?;

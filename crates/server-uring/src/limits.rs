@@ -49,6 +49,8 @@ pub const STALL_LIMIT_MS: u64 = 5_000;
 pub const SWEEP_INTERVAL_MS: u64 = 500;
 /// Sessions of one daemon.
 pub const SESSIONS_MAX: usize = 1024;
+/// Those of them that belong to one peer.
+pub const SESSIONS_PER_PEER_MAX: usize = SESSIONS_MAX / 4;
 /// Sessions that have lost all their connections and are kept for a while.
 pub const DETACHED_MAX: usize = SESSIONS_MAX / 2;
 /// Those of them that belong to one peer.
@@ -63,6 +65,8 @@ pub const SLOW_OP_MS_DEFAULT: u32 = 1000;
 pub const VISITORS_MAX: usize = 16;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
+/// How much less important they are than shards (nice(2)).
+pub const POOL_NICE: i32 = 5;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer
 /// that it came in.
 pub const POOL_COPY_BYTES_MAX: usize = 8 << 10;

@@ -67,6 +67,8 @@ pub struct Link {
     pub socket: Option<Arc<OwnedFd>>,
     /// Operations on the socket that are in flight.
     pub in_flight: usize,
+    /// It may have no large buffer now: its session has to wait for a rate.
+    pub hold_large: bool,
     /// Why it ends, once it does.
     pub closing: Option<Reason>,
     /// Nothing can be sent or received any more.
@@ -117,6 +119,7 @@ impl Link {
         Link {
             socket: None,
             in_flight: 0,
+            hold_large: false,
             closing: None,
             dead: false,
             starving: false,
@@ -226,7 +229,7 @@ impl Link {
                 self.receive_more(Some(small), range, buffers)
             }
             Err(shared) => {
-                let Some(large) = buffers.large_for_input() else {
+                let Some(large) = self.large_for_input(buffers) else {
                     self.input = Input::Working { buf: shared, range, batch: None };
                     return Ok(Next::Wait);
                 };
@@ -247,7 +250,7 @@ impl Link {
         let Some(mut buf) = buf else { return Ok(Next::Wait) };
         let want = peek_len(&buf[range.clone()])?.unwrap_or(BATCH_HEADER_BYTES);
         if want > buf.len() {
-            let Some(large) = buffers.large_for_input() else {
+            let Some(large) = self.large_for_input(buffers) else {
                 self.input = Input::Starved { buf, range };
                 return Ok(Next::Wait);
             };
@@ -260,6 +263,10 @@ impl Link {
         buf.copy_within(range, 0);
         let end = if buf.is_large() { want } else { buf.len() };
         Ok(Next::Receive(buf, len..end))
+    }
+
+    fn large_for_input(&self, buffers: &mut BufferPool) -> Option<Buf> {
+        if self.hold_large { None } else { buffers.large_for_input() }
     }
 
     /// The record that [`Link::poll_input`] gave last was worked on: the next one comes.

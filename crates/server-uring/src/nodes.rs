@@ -31,6 +31,7 @@ use crate::fds::{Counted, Fds};
 use crate::import::{self, Recipe};
 use crate::notes::{HandleKinds, Notes};
 use crate::passthrough::{Backend, Found, ROOT_INODE, Stat};
+use crate::quota::Quota;
 
 pub(crate) const SHARDS: usize = 64;
 /// Stands for "the crate does not know this file".
@@ -179,6 +180,14 @@ impl Released {
     }
 }
 
+/// How many nodes a session may know.
+pub struct Bound {
+    /// Whatever else is said.
+    pub most: usize,
+    /// What is said of its share.
+    pub quota: Arc<Quota>,
+}
+
 /// All nodes of a session.
 pub struct Nodes {
     by_id: Vec<RwLock<HashMap<u64, Arc<Node>>>>,
@@ -186,7 +195,7 @@ pub struct Nodes {
     pub(crate) cold: Cold,
     next_id: AtomicU64,
     resident: AtomicUsize,
-    count_max: usize,
+    bound: Bound,
     overdrawn: AtomicU64,
     pub(crate) backend: Arc<Backend>,
     pub(crate) root: import::Root,
@@ -209,7 +218,7 @@ impl Nodes {
         backend: Arc<Backend>,
         root: import::Root,
         fds: &Arc<Fds>,
-        count_max: usize,
+        bound: Bound,
     ) -> Arc<Nodes> {
         let nodes = Arc::new(Nodes {
             by_id: (0..SHARDS).map(|_| RwLock::default()).collect(),
@@ -217,7 +226,7 @@ impl Nodes {
             cold: Cold::default(),
             next_id: AtomicU64::new(first_id()),
             resident: AtomicUsize::new(0),
-            count_max,
+            bound,
             overdrawn: AtomicU64::new(0),
             backend,
             root,
@@ -299,7 +308,8 @@ impl Nodes {
     }
 
     pub(crate) fn check_count(&self) -> Result<(), Errno> {
-        if self.count() < self.count_max { Ok(()) } else { Err(Errno::NFILE) }
+        let Bound { most, quota } = &self.bound;
+        if quota.may_know(self.count(), *most) { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// Gives a lookup of the crate to the guest: the count passes from `found`, which was seen as

@@ -9,7 +9,7 @@ use crate::decide::Outcome;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::handles::Handle;
-use crate::limits::{POOL_COPY_BYTES_MAX, WARMED_A_TURN_MAX};
+use crate::limits::{POOL_COPY_BYTES_MAX, POOL_NICE, WARMED_A_TURN_MAX};
 use crate::link::BODY_AT;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
@@ -213,7 +213,11 @@ impl Pool {
         if handles.len() < self.threads && handles.len() < busy {
             let pool = self.clone();
             let name = format!("ringfs-pool-{}", handles.len());
-            match std::thread::Builder::new().name(name).spawn(move || pool.run()) {
+            let body = move || {
+                yield_to_shards();
+                pool.run();
+            };
+            match std::thread::Builder::new().name(name).spawn(body) {
                 Ok(handle) => handles.push(handle),
                 Err(error) if handles.is_empty() => {
                     // Without any thread the job would wait for ever.
@@ -412,4 +416,14 @@ fn execute_request(job: Job) {
         batch: body.into_batch(),
         waited_us,
     }));
+}
+
+/// Long calls of one guest must not keep the shard of their CPU from others: it runs when it wakes,
+/// and has more of a CPU that is short.
+fn yield_to_shards() {
+    let nice = rustix::process::getpriority_process(None).map(|now| now + POOL_NICE);
+    // Where it is forbidden, all have the same.
+    if let Err(error) = nice.and_then(|nice| rustix::process::setpriority_process(None, nice)) {
+        tracing::debug!(%error, "pool threads are as important as shards");
+    }
 }

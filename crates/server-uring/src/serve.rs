@@ -33,6 +33,18 @@ impl<R: Ring> Shard<R> {
             _ if reserved > REPLY_INLINE_BYTES_MAX => reserved,
             _ => 0,
         };
+        let mut most = REPLY_BYTES_PER_CONN_MAX;
+        if fs.quota.is_limited() {
+            most = fs.quota.in_flight(conn.session.conns, most);
+            let bytes = match &route {
+                Route::Write { payload, .. } => payload.len(),
+                Route::Read { len, .. } => *len as usize,
+                _ => 0,
+            };
+            if !conn.may_run(bytes, batch.is_large()) {
+                return Ok(Step::Delayed);
+            }
+        }
         let mut own = None;
         if own_bytes > 0 {
             own = self.buffers.for_bytes(own_bytes);
@@ -40,10 +52,11 @@ impl<R: Ring> Shard<R> {
                 return Ok(Step::Starved);
             }
         }
-        if !conn.reserve(reserved) {
+        if !conn.reserve_within(reserved, most) {
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
+        conn.runs_at = None;
         let (mut again, mut past) = (false, None);
         match conn.begin(&header, header.code) {
             Ok(Begin::Execute) => {}

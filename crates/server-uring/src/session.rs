@@ -285,8 +285,11 @@ impl Registry {
             file,
         });
         let mut ended = None;
-        if sessions.live.len() >= SESSIONS_MAX {
-            let Some(oldest) = sessions.oldest_cut(|_| true) else {
+        let owner = session.owner;
+        let of_owner = sessions.of(owner) >= SESSIONS_PER_PEER_MAX;
+        if of_owner || sessions.live.len() >= SESSIONS_MAX {
+            let oldest = sessions.oldest_cut(|live| !of_owner || live.session.owner == owner);
+            let Some(oldest) = oldest else {
                 self.end_file(&session, Reason::Limit);
                 return Err(Reason::Limit);
             };
@@ -341,9 +344,12 @@ impl Registry {
         }
     }
 
-    /// Whether another session may be opened.
-    pub fn has_room(&self) -> bool {
+    /// Whether another session of this peer may be opened.
+    pub fn has_room(&self, owner: u64) -> bool {
         let sessions = self.lock();
+        if sessions.of(owner) >= SESSIONS_PER_PEER_MAX {
+            return sessions.oldest_cut(|live| live.session.owner == owner).is_some();
+        }
         sessions.live.len() < SESSIONS_MAX || sessions.oldest_cut(|_| true).is_some()
     }
 
@@ -622,6 +628,11 @@ impl Live {
 }
 
 impl Sessions {
+    /// How many one peer has.
+    fn of(&self, owner: u64) -> usize {
+        self.live.values().filter(|live| live.session.owner == owner).count()
+    }
+
     /// Which of the sessions without connections has been so longest.
     fn oldest_cut(&self, which: impl Fn(&Live) -> bool) -> Option<u64> {
         let cut = self.live.iter().filter(|(_, live)| which(live));

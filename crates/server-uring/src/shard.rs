@@ -39,6 +39,8 @@ use zerocopy::{FromBytes, IntoBytes};
 mod account;
 #[path = "bulk.rs"]
 mod bulk;
+#[path = "fair.rs"]
+mod fair;
 #[path = "join.rs"]
 mod join;
 #[path = "once.rs"]
@@ -89,6 +91,11 @@ pub struct Shard<R: Ring> {
     starved: Vec<usize>,
     /// Large buffers that had come back when those were looked at last.
     large_returned: u64,
+    /// Connections that wait until a rate lets their next request through.
+    delayed: Vec<usize>,
+    /// When the first of them may go on.
+    delayed_until: Option<Instant>,
+    turns: fair::Turns,
     /// When to look for peers that hold up others.
     sweep_at: Option<Instant>,
     /// What finds the nodes again that a request has given.
@@ -116,6 +123,8 @@ enum Step {
     PeerFull,
     /// It must wait until a large buffer is free.
     Starved,
+    /// It must wait until a rate lets it through.
+    Delayed,
     /// It must wait until the guest has told all of what its session was.
     Unready,
 }
@@ -137,6 +146,9 @@ impl<R: Ring> Shard<R> {
             bulk: VecDeque::new(),
             starved: Vec::new(),
             large_returned: 0,
+            delayed: Vec::new(),
+            delayed_until: None,
+            turns: fair::Turns::default(),
             sweep_at: None,
             notes: Notes::new(),
             scratch: Vec::new(),
@@ -170,6 +182,7 @@ impl<R: Ring> Shard<R> {
             for (op, result) in done.drain(..) {
                 self.step(op, result);
             }
+            self.go_on_with_delayed();
             self.work(starved);
             self.sweep();
             self.publish();
@@ -182,7 +195,7 @@ impl<R: Ring> Shard<R> {
     fn patience(&self) -> Option<Duration> {
         if !self.touched.is_empty() || !self.refused.is_empty() {
             Some(Duration::ZERO)
-        } else if let Some(at) = self.sweep_at {
+        } else if let Some(at) = [self.sweep_at, self.delayed_until].into_iter().flatten().min() {
             Some(at.saturating_duration_since(Instant::now()))
         } else if self.ending.is_some() {
             Some(Duration::from_millis(50))
@@ -263,9 +276,11 @@ impl<R: Ring> Shard<R> {
     }
 
     fn receive(&mut self, key: usize, buf: Buf, range: Range<usize>) {
-        let link = &mut self.conns[key].link;
+        let conn = &mut self.conns[key];
+        let link = &mut conn.link;
         link.in_flight += 1;
         if buf.is_large() {
+            conn.large_at = None;
             link.receiving_since.get_or_insert_with(Instant::now);
         }
         self.listen(key, buf, range);
@@ -348,8 +363,9 @@ impl<R: Ring> Shard<R> {
         let mut touched = std::mem::take(&mut self.touched);
         touched.sort_unstable();
         touched.dedup();
+        self.begin_turns(&mut touched);
         for &key in &touched {
-            if self.conns.contains(key) {
+            if self.conns.contains(key) && self.has_turn(key) {
                 self.work_on(key);
             }
         }
@@ -371,7 +387,9 @@ impl<R: Ring> Shard<R> {
 
     fn work_on(&mut self, key: usize) {
         let touched = self.touched.len();
-        let again = self.work_through(key);
+        let turn = self.begin_turn();
+        let again = self.work_through(key, turn);
+        self.end_turn(key, turn);
         // What it has touched is itself, and flushed.
         self.touched.truncate(touched);
         if again {
@@ -380,8 +398,12 @@ impl<R: Ring> Shard<R> {
     }
 
     /// Whether it has more to do.
-    fn work_through(&mut self, key: usize) -> bool {
+    fn work_through(&mut self, key: usize, turn: Option<fair::Turn>) -> bool {
+        self.hold_large(key);
         for _ in 0..RECORDS_A_TURN_MAX {
+            if turn.is_some_and(|turn| turn.is_over()) {
+                break;
+            }
             let link = &mut self.conns[key].link;
             let before = link.batches_received();
             let next = link.poll_input(&mut self.buffers);
@@ -395,8 +417,10 @@ impl<R: Ring> Shard<R> {
                     }
                     Ok(wait) => {
                         self.buffers.give_shared(buf);
-                        if matches!(wait, Step::Starved) {
-                            self.starve(key);
+                        match wait {
+                            Step::Starved => self.starve(key),
+                            Step::Delayed => self.delay(key),
+                            Step::Taken | Step::PeerFull | Step::Unready => {}
                         }
                         // A peer that was full has taken something: there may be room again.
                         let full = matches!(wait, Step::PeerFull);
@@ -416,7 +440,9 @@ impl<R: Ring> Shard<R> {
                     return false;
                 }
                 Ok(Next::Wait) => {
-                    if link.has_input() {
+                    if link.has_input() && link.hold_large {
+                        self.delay(key);
+                    } else if link.has_input() {
                         self.starve(key);
                     }
                     self.flush(key);

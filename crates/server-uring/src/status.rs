@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -72,6 +72,12 @@ pub struct ShareStatus {
     pub removed: bool,
     /// Sessions of it.
     pub sessions: u64,
+    /// Requests that waited for a limit.
+    pub delayed: u64,
+    /// How long, in microseconds.
+    pub delayed_us: u64,
+    /// Files that were refused for a limit.
+    pub refused: u64,
     /// Payload bytes of READ replies.
     pub bytes_read: u64,
     /// Payload bytes that WRITEs stored.
@@ -215,11 +221,21 @@ impl ShareStatus {
             (false, false) => "",
         };
         let path = self.path.display().to_string();
+        let mut marks = marks.to_owned();
+        if self.delayed + self.refused > 0 {
+            let waited = Duration::from_micros(self.delayed_us / self.delayed.max(1));
+            let _ = write!(
+                marks,
+                " limits: {} delayed (by {waited:.1?}), {} refused",
+                self.delayed, self.refused
+            );
+        }
+        let marks = marks.trim_start().to_owned();
         let done: u64 = self.operations.iter().map(OperationStatus::count).sum();
         let numbers = [self.sessions, done, self.errors, self.slow];
         let mut row = vec![self.name.clone()];
         row.extend(numbers.iter().map(ToString::to_string));
-        row.extend([bytes(self.bytes_read), bytes(self.bytes_written), path, marks.into()]);
+        row.extend([bytes(self.bytes_read), bytes(self.bytes_written), path, marks]);
         row
     }
 }

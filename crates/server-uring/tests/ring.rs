@@ -6,7 +6,7 @@ use ringfs_server::buffers::{Buf, BufferPool};
 use ringfs_server::fds::Fds;
 use ringfs_server::handles::{OpenFile, Waits};
 use ringfs_server::import;
-use ringfs_server::nodes::Nodes;
+use ringfs_server::nodes::{Bound, Nodes};
 use ringfs_server::op::{Io, Op, Tag};
 use ringfs_server::passthrough::Backend;
 use ringfs_server::ring::{IoResult, Ring, UringRing};
@@ -65,7 +65,8 @@ fn file_in(dir: &Path) -> Arc<OpenFile> {
     let backend = Arc::new(Backend::new(dir, false).expect("a backend"));
     let opened = std::fs::File::open(dir).expect("the directory");
     let root = import::Root::new(opened.as_fd(), false).expect("a root");
-    let node = Nodes::new(backend, root, &Fds::of_process(), 10).find(1).expect("the root");
+    let bound = Bound { most: 10, quota: Default::default() };
+    let node = Nodes::new(backend, root, &Fds::of_process(), bound).find(1).expect("the root");
     let mut options = std::fs::File::options();
     let file = options.read(true).write(true).create(true).truncate(false);
     let file = file.open(dir.join("file")).expect("a file");

@@ -36,8 +36,10 @@ pub mod mount_flag {
     pub const READ_ONLY: u32 = 1 << 0;
     /// The guest's kernel may keep dirty pages.
     pub const WRITEBACK: u32 = 1 << 1;
+    /// The guest's kernel goes by POSIX ACLs, where the share has them.
+    pub const POSIX_ACL: u32 = 1 << 2;
     /// All that this version knows.
-    pub const KNOWN: u32 = READ_ONLY | WRITEBACK;
+    pub const KNOWN: u32 = READ_ONLY | WRITEBACK | POSIX_ACL;
 }
 
 /// What a WELCOME to a HELLO with a ticket means; docs/sessions.md.

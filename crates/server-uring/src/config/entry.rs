@@ -5,6 +5,9 @@
 use crate::accept::{Address, ListenError};
 use crate::fds::Fds;
 use crate::fs::{FsOptions, Submounts};
+use crate::idmap::{IdMap, Ids, Rule};
+use crate::quota::{Limits, ShareQuota};
+use crate::xattrmap::XattrMap;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -52,6 +55,24 @@ pub struct ShareConfig {
     /// Guests may make device nodes.
     #[serde(default)]
     pub dev: bool,
+    /// Guests may leave no set-user-id, set-group-id or file capabilities.
+    #[serde(default)]
+    pub nosuid: bool,
+    /// POSIX ACLs, for mounts that ask for them.
+    #[serde(default)]
+    pub acl: bool,
+    /// What guests call users.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub uid_map: Vec<Rule>,
+    /// What guests call groups.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gid_map: Vec<Rule>,
+    /// What guests call extended attributes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xattr_map: Option<XattrMap>,
+    /// What it and each of its sessions may use.
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub limits: Limits,
 }
 
 /// How far a guest's O_DIRECT goes.
@@ -73,9 +94,32 @@ impl ShareConfig {
             direct_io: self.direct_io == DirectIo::Pass,
             submounts: self.submounts,
             device_nodes: self.dev,
+            nosuid: self.nosuid,
+            acl: self.acl,
+            ids: Arc::new(self.ids().unwrap_or_default()),
+            xattr_map: self.xattr_map.clone().map(Arc::new),
             fds: fds.clone(),
+            quota: ShareQuota::new(&self.limits),
             ..FsOptions::default()
         }
+    }
+
+    /// An option with a value; `None` where there is no such option.
+    fn say(&mut self, name: &str, value: &str) -> Option<Result<(), String>> {
+        Some(match name {
+            "uid-map" => value.parse().map(|rule| self.uid_map.push(rule)),
+            "gid-map" => value.parse().map(|rule| self.gid_map.push(rule)),
+            "xattr-map" => value.parse().map(|map| self.xattr_map = Some(map)),
+            _ => return self.limits.say(name, value),
+        })
+    }
+
+    /// Users and groups.
+    ///
+    /// # Errors
+    /// Which rules overlap.
+    pub(super) fn ids(&self) -> Result<Ids, String> {
+        Ok(Ids { users: IdMap::new(&self.uid_map)?, groups: IdMap::new(&self.gid_map)? })
     }
 
     /// Why guests cannot name it so.
@@ -106,9 +150,16 @@ impl FromStr for ShareConfig {
                 "direct_io=buffered" => share.direct_io = DirectIo::Buffered,
                 "submounts=merge" => share.submounts = Submounts::Merge,
                 "submounts=hide" => share.submounts = Submounts::Hide,
+                "suid" => share.nosuid = false,
+                "nosuid" => share.nosuid = true,
+                "acl" => share.acl = true,
+                "noacl" => share.acl = false,
                 "dev" => share.dev = true,
                 "nodev" => share.dev = false,
-                _ => break,
+                word => match word.split_once('=').map(|(key, value)| share.say(key, value)) {
+                    None | Some(None) => break,
+                    Some(Some(said)) => said?,
+                },
             }
             dir = before;
         }
@@ -116,6 +167,7 @@ impl FromStr for ShareConfig {
         if dir.is_empty() {
             return Err(format!("the share {name:?} has no directory"));
         }
+        share.ids()?;
         share.path = dir.into();
         Ok(share)
     }
@@ -297,7 +349,11 @@ mod tests {
         check("a=/b,c,ro,direct_io=pass", Some(("a", "/b,c", true, pass, hide)));
         check("a=/b=c,submounts=merge", Some(("a", "/b=c", false, buffered, merge)));
         check("a=/b,unknown", Some(("a", "/b,unknown", false, buffered, hide)));
-        for bad in ["", "a", "=/b", "a=", "a/b=/c", "a@b=/c", "a=,ro"] {
+        let limited: ShareConfig = "a=/b,ro,ops=5000,bytes=100M".parse().expect("limits");
+        assert_eq!(limited.limits.bytes, "100M".parse().ok());
+        for bad in
+            ["a=/b,ops=0", "a=/b,bytes=1X", "", "a", "=/b", "a=", "a/b=/c", "a@b=/c", "a=,ro"]
+        {
             check(bad, None);
         }
     }

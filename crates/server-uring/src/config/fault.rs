@@ -34,6 +34,8 @@ pub enum What {
     Log { log: String, why: String },
     #[error("the share name {name:?} {why}")]
     ShareName { name: String, why: String },
+    #[error("the share {name:?}: ids {why}")]
+    ShareIds { name: String, why: String },
     #[error("the share name {0:?} is given twice")]
     ShareTwice(String),
     #[error("the share {name:?} cannot be served: {path:?}: {source}")]
@@ -68,7 +70,9 @@ impl What {
         let at = table.as_ref().and_then(|table| {
             let table = table.get_ref();
             match &self {
-                What::ShareName { name, .. } | What::Share { name, .. } => {
+                What::ShareName { name, .. }
+                | What::ShareIds { name, .. }
+                | What::Share { name, .. } => {
                     let shares = table.get("share")?.get_ref().as_table()?;
                     Some(shares.get_key_value(name.as_str())?.0.span().start)
                 }

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use crate::dispatch::Request;
 use crate::fdops::{self, SetTime};
 use crate::fs::Fs;
+use crate::idmap::{IdMap, Ids};
 use crate::nodes::{Backing, Node};
 use crate::ops::no_fsetid;
 use crate::passthrough::{Caller, Changes, Stat};
@@ -45,7 +46,7 @@ pub fn may_truncate(_: &Fs, request: &Request<'_>) -> bool {
 pub fn setattr(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let setattr: abi::SetattrIn = request.head()?;
     let node = fs.nodes.find(request.nodeid)?;
-    let changes = changes(&setattr)?;
+    let changes = changes(fs, &node, &setattr)?;
     let stat = if setattr.valid & fattr::FH != 0 {
         let file = fs.handles.file(setattr.fh, request.nodeid)?;
         change_fd(file.as_fd(), &changes)?
@@ -58,14 +59,17 @@ pub fn setattr(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     put(out, &fs.attr_out(&stat))
 }
 
-fn changes(setattr: &abi::SetattrIn) -> Result<Changes, Errno> {
+fn changes(fs: &Fs, node: &Node, setattr: &abi::SetattrIn) -> Result<Changes, Errno> {
     let asked = |bit| setattr.valid & bit != 0;
-    let id = |bit, id: u32| match (asked(bit), id) {
+    let id = |bit, id: u32, map: &IdMap| match (asked(bit), id) {
         (false, _) => Ok(None),
         // To the system call it would mean "leave it".
         (true, u32::MAX) => Err(Errno::INVAL),
-        (true, id) => Ok(Some(id)),
+        (true, id) => map.to_host(id).map(Some),
     };
+    let ids = &*fs.options.ids;
+    let mode = setattr.mode & 0o7777;
+    let mode = if node.is_dir() { mode } else { fs.file_bits(mode) };
     let time = |bit, now, sec: u64, nsec: u32| match (asked(bit), asked(now)) {
         (false, _) => Ok(SetTime::Omit),
         (true, true) => Ok(SetTime::Now),
@@ -76,9 +80,9 @@ fn changes(setattr: &abi::SetattrIn) -> Result<Changes, Errno> {
         return Err(Errno::FBIG);
     }
     Ok(Changes {
-        mode: asked(fattr::MODE).then_some(setattr.mode & 0o7777),
-        uid: id(fattr::UID, setattr.uid)?,
-        gid: id(fattr::GID, setattr.gid)?,
+        mode: asked(fattr::MODE).then_some(mode),
+        uid: id(fattr::UID, setattr.uid, &ids.users)?,
+        gid: id(fattr::GID, setattr.gid, &ids.groups)?,
         size: asked(fattr::SIZE).then_some(setattr.size),
         atime: time(fattr::ATIME, fattr::ATIME_NOW, setattr.atime, setattr.atimensec)?,
         mtime: time(fattr::MTIME, fattr::MTIME_NOW, setattr.mtime, setattr.mtimensec)?,
@@ -133,7 +137,9 @@ fn statx_fd(fs: &Fs, fd: BorrowedFd<'_>, ask: &abi::StatxIn) -> Result<abi::Stat
     let seen = fdops::statx(fd, ask.sx_mask | STATX_BASIC, ask.sx_flags)?;
     let dev = rustix::fs::makedev(seen.dev_major, seen.dev_minor);
     // The guest shows its own mount's device, and the host's is not its business.
-    Ok(abi::Statx { ino: fs.guest_ino(dev, seen.ino), dev_major: 0, dev_minor: 0, ..seen })
+    let ino = fs.guest_ino(dev, seen.ino);
+    let (uid, gid) = fs.shown_ids(seen.uid, seen.gid);
+    Ok(abi::Statx { ino, uid, gid, dev_major: 0, dev_minor: 0, ..seen })
 }
 
 /// The crate opens neither links nor special files: found by the name where it was seen last, if
@@ -152,12 +158,13 @@ fn statx_named(fs: &Fs, node: &Node, basic: &Stat, ask: &abi::StatxIn) -> Option
 
 fn statx_basic(fs: &Fs, stat: &Stat) -> abi::Statx {
     let time = |(tv_sec, tv_nsec)| abi::SxTime { tv_sec, tv_nsec, reserved: 0 };
+    let (uid, gid) = fs.shown_ids(stat.uid, stat.gid);
     abi::Statx {
         mask: STATX_BASIC,
         blksize: u32::try_from(stat.blksize).unwrap_or(4096),
         nlink: u32::try_from(stat.nlink).unwrap_or(u32::MAX),
-        uid: stat.uid,
-        gid: stat.gid,
+        uid,
+        gid,
         mode: stat.mode as u16,
         ino: fs.guest_ino(stat.dev, stat.ino),
         size: stat.size,
@@ -178,7 +185,8 @@ pub fn access(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Err
     if fs.options.read_only && access.mask & libc::W_OK as u32 != 0 {
         return Err(Errno::ROFS);
     }
-    let caller = Caller { uid: request.uid, gid: request.gid };
+    let Ids { users, groups } = &*fs.options.ids;
+    let caller = Caller { uid: users.to_host(request.uid)?, gid: groups.to_host(request.gid)? };
     match node.backing()? {
         Backing::Crate(inode) => fs.backend.access(caller, inode, access.mask)?,
         // Whoever reaches an unnamed file has made it.

@@ -23,8 +23,8 @@ use zerocopy::IntoBytes;
 /// than that on none of the file systems that we know.
 const SCRATCH_BYTES_MIN: usize = 1024;
 const SCRATCH_BYTES_MAX: usize = 64 << 10;
-/// About a hundred entries with a LOOKUP each: more would hold a shard up.
-const PLUS_INLINE_BYTES_MAX: u32 = 16 << 10;
+/// About fifty entries with a LOOKUP each: more would hold a shard up.
+const PLUS_INLINE_BYTES_MAX: u32 = 8 << 10;
 
 /// OPENDIR.
 pub fn opendir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {

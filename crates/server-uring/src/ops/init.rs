@@ -21,10 +21,9 @@ const CONGESTION_THRESHOLD: u16 = 384;
 
 /// Flags that every share wants where the kernel has them.
 ///
-/// Not wanted, and why: EXPORT_SUPPORT (`..` is never looked up), DONT_MASK (a default ACL of the
-/// directory then only narrows what the umask leaves), POSIX_ACL (the ids inside would need
-/// translation), POSIX_LOCKS and FLOCK_LOCKS (locks are the guest kernel's own), NO_OPEN_SUPPORT
-/// (the host must see opens), SETXATTR_EXT and SECURITY_CTX (the crate cannot parse them).
+/// Not wanted, and why: EXPORT_SUPPORT (`..` is never looked up), POSIX_LOCKS and FLOCK_LOCKS
+/// (locks are the guest kernel's own), NO_OPEN_SUPPORT (the host must see opens), SETXATTR_EXT and
+/// SECURITY_CTX (the crate cannot parse them).
 const WANTED: u64 = flag::ASYNC_READ
     | flag::ATOMIC_O_TRUNC
     | flag::BIG_WRITES
@@ -108,6 +107,10 @@ fn wanted(fs: &Fs) -> u64 {
         CacheMode::Auto => flags |= flag::AUTO_INVAL_DATA,
         // Others may replace a link at any time; only here does nobody.
         CacheMode::Always => flags |= flag::CACHE_SYMLINKS,
+    }
+    if fs.options.acl {
+        // A default ACL of the directory stands in the place of the task's umask.
+        flags |= flag::POSIX_ACL | flag::DONT_MASK;
     }
     let caches_data = matches!(fs.options.cache, CacheMode::Auto | CacheMode::Always);
     if fs.options.writeback && caches_data && !fs.options.read_only {

@@ -140,9 +140,9 @@ pub fn create(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, E
     let name = name_alone(rest)?;
     fs.handles.check_room()?;
     let flags = host_flags(fs, create.flags)?;
-    let mode = create.mode & 0o7777 & !(create.umask & 0o777);
     let parent = parent_for_new(fs, request)?;
-    let caller = request.caller(fs);
+    let mode = fs.masked(&parent, fs.file_bits(create.mode & 0o7777), create.umask)?;
+    let caller = request.caller(fs)?;
     let _groups = groups(fs, request)?;
     let made = fs.backend.create(caller, parent.inode()?, name, flags | O_CREAT, mode);
     let (node, entry, fd) = match made {
@@ -196,11 +196,12 @@ pub fn tmpfile(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let create: abi::CreateIn = request.head()?;
     fs.handles.check_room()?;
     let flags = host_flags(fs, create.flags & !(TMPFILE_BIT | O_TRUNC))?;
-    let mode = create.mode & 0o7777 & !(create.umask & 0o777);
-    let directory = fs.backend.path_fd(parent_for_new(fs, request)?.inode()?)?;
+    let parent = parent_for_new(fs, request)?;
+    let mode = fs.masked(&parent, fs.file_bits(create.mode & 0o7777), create.umask)?;
+    let directory = fs.backend.path_fd(parent.inode()?)?;
     let fd = {
         let _groups = groups(fs, request)?;
-        let _ids = act_as(fs, request.caller(fs))?;
+        let _ids = act_as(fs, request.caller(fs)?)?;
         // With O_EXCL it can never get a name.
         let flags = OFlags::from_bits_retain(flags | create.flags & O_EXCL);
         fdops::open_tmpfile(directory.as_fd(), flags, Mode::from_raw_mode(mode))?

@@ -73,7 +73,7 @@ pub fn symlink(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     }
     let parent = parent_for_new(fs, request)?;
     let _groups = groups(fs, request)?;
-    let found = fs.backend.symlink(request.caller(fs), target, parent.inode()?, name)?;
+    let found = fs.backend.symlink(request.caller(fs)?, target, parent.inode()?, name)?;
     reply_entry(fs, request, &found, (&parent, name), out)
 }
 
@@ -88,10 +88,12 @@ pub fn mknod(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
         libc::S_IFCHR | libc::S_IFBLK | libc::S_IFDIR => return Err(Errno::PERM),
         _ => return Err(Errno::INVAL),
     };
-    let mode = kind | mknod.mode & 0o7777 & !(mknod.umask & 0o777);
     let parent = parent_for_new(fs, request)?;
+    let bits = fs.file_bits(mknod.mode & 0o7777);
+    let mode = kind | fs.masked(&parent, bits, mknod.umask)?;
     let _groups = groups(fs, request)?;
-    let found = fs.backend.mknod(request.caller(fs), parent.inode()?, name, mode, mknod.rdev)?;
+    let caller = request.caller(fs)?;
+    let found = fs.backend.mknod(caller, parent.inode()?, name, mode, mknod.rdev)?;
     reply_entry(fs, request, &found, (&parent, name), out)
 }
 
@@ -99,10 +101,10 @@ pub fn mknod(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
 pub fn mkdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let (mkdir, rest): (abi::MkdirIn, _) = request.head_rest()?;
     let name = name_alone(rest)?;
-    let mode = mkdir.mode & 0o7777 & !(mkdir.umask & 0o777);
     let parent = parent_for_new(fs, request)?;
+    let mode = fs.masked(&parent, mkdir.mode & 0o7777, mkdir.umask)?;
     let _groups = groups(fs, request)?;
-    let found = fs.backend.mkdir(request.caller(fs), parent.inode()?, name, mode)?;
+    let found = fs.backend.mkdir(request.caller(fs)?, parent.inode()?, name, mode)?;
     reply_entry(fs, request, &found, (&parent, name), out)
 }
 
@@ -208,7 +210,10 @@ fn reply_entry(
 /// Takes on the groups that the extension names, for this thread and one call: those and no
 /// others, since the daemon's own would open directories to a guest's user.
 pub(crate) fn groups(fs: &Fs, request: &Request<'_>) -> Result<Option<SuppGroups>, Errno> {
-    let groups = parse_groups(request.ext)?;
+    let mut groups = parse_groups(request.ext)?;
+    for group in &mut groups {
+        *group = fs.options.ids.groups.to_host(*group)?;
+    }
     // An unprivileged daemon impersonates nobody.
     if fs.backend.squashes() || groups.is_empty() && !fs.has_groups {
         return Ok(None);

@@ -37,6 +37,12 @@ pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// The daemon's program: what cargo built for this test, or where the environment says.
+fn ringfsd() -> String {
+    let built = option_env!("CARGO_BIN_EXE_ringfsd").map(str::to_owned);
+    built.or_else(|| std::env::var("RINGFSD").ok()).expect("RINGFSD names the daemon's program")
+}
+
 /// A running `ringfsd` with two shares, `share` and `ro`, of one directory.
 pub struct Daemon {
     child: Child,
@@ -66,6 +72,16 @@ impl Daemon {
         Daemon::start_in(dir, engine, |daemon, _| Command::new(daemon))
     }
 
+    /// One on one CPU whose share lies in memory.
+    pub fn start_for_rate() -> Daemon {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in /dev/shm");
+        Daemon::start_in(dir, "uring", |daemon, _| {
+            let mut command = Command::new(daemon);
+            command.arg("--cpus=0");
+            command
+        })
+    }
+
     /// `command` makes the command that runs the daemon at the first path over the second's share.
     pub fn start_as(engine: &str, command: impl FnOnce(&str, &Path) -> Command) -> Daemon {
         Daemon::start_in(tempfile::tempdir().expect("a temporary directory"), engine, command)
@@ -79,7 +95,7 @@ impl Daemon {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).expect("the share's directory");
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let mut command = command(env!("CARGO_BIN_EXE_ringfsd"), &share);
+        let mut command = command(&ringfsd(), &share);
         if !command.get_args().any(|arg| arg.to_string_lossy().starts_with("--grace")) {
             command.arg("--grace=0");
         }
@@ -103,7 +119,7 @@ impl Daemon {
         let dir = tempfile::tempdir().expect("a temporary directory");
         std::fs::create_dir(dir.path().join("share")).expect("the share's directory");
         std::fs::write(dir.path().join("ringfsd.toml"), text(dir.path())).expect("write");
-        let child = Command::new(env!("CARGO_BIN_EXE_ringfsd"))
+        let child = Command::new(ringfsd())
             .arg("--config")
             .arg(dir.path().join("ringfsd.toml"))
             .arg("--control")
@@ -119,7 +135,7 @@ impl Daemon {
 
     /// Runs a subcommand of `ringfsd` on this daemon.
     pub fn command(&self, words: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ringfsd"));
+        let mut command = Command::new(ringfsd());
         command.args(words).arg("--control").arg(self.path("c")).output().expect("ringfsd runs")
     }
 
@@ -182,11 +198,13 @@ impl Daemon {
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
     }
 
+    pub fn threads(&self) -> usize {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        tasks.expect("the daemon runs").count()
+    }
+
     pub fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(self.path("s")).expect("the daemon listens");
-        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
-        stream.set_write_timeout(Some(LIMIT)).expect("timeout");
-        stream
+        connect(&self.path("s"))
     }
 
     pub fn guest(&self) -> Guest {
@@ -223,6 +241,14 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A connection to the daemon that listens there.
+pub fn connect(socket: &Path) -> UnixStream {
+    let stream = UnixStream::connect(socket).expect("the daemon listens");
+    stream.set_read_timeout(Some(LIMIT)).expect("timeout");
+    stream.set_write_timeout(Some(LIMIT)).expect("timeout");
+    stream
 }
 
 /// A HELLO as a well-behaved guest with one lane says it.
@@ -274,6 +300,8 @@ pub struct Guest {
     pub rx: LinkRx,
     pub welcome: Welcome,
     pub lane: u8,
+    /// Who its requests say that they are of.
+    pub uid: u32,
     /// The recipes of its nodes, for one that keeps what rebuilds its session; it answers PINGs.
     pub recipes: Option<BTreeMap<u64, Vec<u8>>>,
     pub slots: ClientSlots<()>,
@@ -300,6 +328,7 @@ impl Guest {
             rx: LinkRx::new(true),
             welcome: Welcome::default(),
             lane: hello.conn as u8,
+            uid: 0,
             recipes: None,
             slots: ClientSlots::new(0),
             deframer: Deframer::new(),
@@ -389,7 +418,9 @@ impl Guest {
         if self.builder.is_due() {
             self.flush();
         }
-        assert!(self.add(Kind::Request as u8, at, opcode as u32, &body(nodeid, args)));
+        let mut body = body(nodeid, args);
+        body[8..12].copy_from_slice(&self.uid.to_le_bytes());
+        assert!(self.add(Kind::Request as u8, at, opcode as u32, &body));
         at
     }
 

@@ -1,9 +1,8 @@
 //! Guests that break the protocol, stall, or vanish: each ends its own connection only, with the
 //! reason that the specification gives, and leaves nothing behind in the daemon.
 
-mod common;
-
-use common::*;
+use crate::common::*;
+use crate::{MIB, Scene, on_both};
 use ringfs_server::limits::{GREETINGS_MAX, HELLO_TIMEOUT_MS};
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::Kind;
@@ -14,52 +13,6 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 const FIRST: SlotUse = SlotUse { slot: 0, seq: 0 };
-const MIB: u32 = 1 << 20;
-
-/// A daemon, and a guest that must be served all the time.
-struct Scene {
-    daemon: Daemon,
-    friend: Guest,
-    node: u64,
-    fh: u64,
-    before: Vec<(&'static str, u64)>,
-}
-
-impl Scene {
-    fn new(engine: &str) -> Scene {
-        let daemon = Daemon::start(engine);
-        let mut friend = daemon.guest();
-        let (node, fh) = friend.create("friend").expect("create");
-        let before = daemon.gauges_at_rest();
-        Scene { daemon, friend, node, fh, before }
-    }
-
-    fn friend_is_served(&mut self, seed: u64) {
-        for len in [10, 200_000, 1 << 20] {
-            let data = pattern(seed, len);
-            assert_eq!(self.friend.write(self.node, self.fh, 0, &data), Ok(len as u32));
-            assert!(self.friend.read(self.node, self.fh, 0, len as u32) == Ok(data));
-        }
-    }
-
-    /// The foes are gone: nothing of them is left, and others are served, old ones and new ones.
-    fn check(&mut self) {
-        self.friend_is_served(3);
-        self.daemon.settles_at(&self.before);
-        assert!(self.daemon.guest().lookup(1, "friend").is_ok());
-        self.daemon.settles_at(&self.before);
-    }
-}
-
-fn on_both(check: impl Fn(&mut Scene)) {
-    for engine in ["uring", "threads"] {
-        let mut scene = Scene::new(engine);
-        check(&mut scene);
-        scene.check();
-        drop(scene.friend);
-        scene.daemon.stop_well();
-    }
-}
 
 /// What a stream of bytes after a good handshake is answered with.
 fn after_welcome(scene: &Scene, attack: impl FnOnce(&mut Guest)) -> End {

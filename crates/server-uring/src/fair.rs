@@ -1,0 +1,182 @@
+//! Whose turn it is, and for how long: sessions that share a core have as much of it each.
+//!
+//! Part of [`Shard`]. As long as one session alone has something to say it is worked for until it
+//! has nothing more, up to a bound of records. With others beside it each session's time is
+//! counted, and a session that is ahead of the one that had least waits, but for a turn of
+//! [`TURN`]. Who has said nothing for [`ABSENT`] is not waited for: that is longer than a guest
+//! takes to go on, or one that always has something to say would have all the time in between.
+//! Who comes back begins where the others are, and has saved nothing.
+//!
+//! Rates (quota.rs) make connections wait, too: they stand in a list until their time has come.
+
+use super::*;
+
+/// How far a session may be ahead of another one.
+const TURN: Duration = Duration::from_micros(60);
+/// Who has said nothing for so long has left the core to the others.
+const ABSENT: Duration = Duration::from_micros(150);
+/// Who waits for a rate is looked at again after so long.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// After so long without another session the clock is not looked at any more.
+const ALONE: Duration = Duration::from_millis(5);
+
+/// A session that has had something to say lately.
+#[derive(Debug)]
+struct Active {
+    session: u64,
+    /// Its time on this core, from where the others were when it came.
+    had: Duration,
+    seen: Instant,
+}
+
+/// What the shard knows of sessions that take turns; nothing while one is alone.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    /// The session that was looked at last.
+    last: u64,
+    /// Until when there are several.
+    shared_until: Option<Instant>,
+    /// Sorted by session.
+    active: Vec<Active>,
+    /// The connection that is looked at first, of those that have something to say.
+    first: usize,
+}
+
+/// One connection's turn.
+#[derive(Clone, Copy)]
+pub(super) struct Turn {
+    begun: Instant,
+}
+
+impl Turn {
+    pub(super) fn is_over(self) -> bool {
+        self.begun.elapsed() >= TURN
+    }
+}
+
+impl Turns {
+    fn is_shared(&self) -> bool {
+        self.shared_until.is_some()
+    }
+
+    /// Who of the sessions that are here had least.
+    fn least(&self) -> Duration {
+        self.active.iter().map(|active| active.had).min().unwrap_or_default()
+    }
+
+    fn see(&mut self, session: u64, now: Instant) {
+        match self.active.binary_search_by_key(&session, |active| active.session) {
+            Ok(at) => self.active[at].seen = now,
+            Err(at) => {
+                let had = self.least();
+                self.active.insert(at, Active { session, had, seen: now });
+            }
+        }
+    }
+}
+
+impl<R: Ring> Shard<R> {
+    /// These connections have something to say: which sessions are there, and in which order.
+    pub(super) fn begin_turns(&mut self, touched: &mut [usize]) {
+        // What is simulated must not depend on the clock.
+        if touched.is_empty() || self.ring.takes_all() {
+            return;
+        }
+        let Shard { turns, conns, .. } = self;
+        let sessions = touched.iter().filter_map(|&key| Some(conns.get(key)?.session.id));
+        let several = sessions.clone().any(|session| session != turns.last);
+        if !several && !turns.is_shared() {
+            return;
+        }
+        let now = Instant::now();
+        if several {
+            turns.shared_until = Some(now + ALONE);
+            turns.last = sessions.clone().next_back().unwrap_or_default();
+        } else if turns.shared_until.is_some_and(|until| until <= now) {
+            turns.shared_until = None;
+            return turns.active.clear();
+        }
+        turns.active.retain(|active| now.saturating_duration_since(active.seen) < ABSENT);
+        sessions.for_each(|session| turns.see(session, now));
+        // Connections of one session have its time in turn.
+        let at = touched.partition_point(|&key| key < turns.first);
+        touched.rotate_left(at % touched.len());
+        turns.first = touched[0] + 1;
+    }
+
+    /// Whether a connection is worked for now. Else it is looked at again.
+    pub(super) fn has_turn(&mut self, key: usize) -> bool {
+        let Shard { turns, conns, touched, .. } = self;
+        if !turns.is_shared() {
+            return true;
+        }
+        let session = conns[key].session.id;
+        let Ok(at) = turns.active.binary_search_by_key(&session, |active| active.session) else {
+            return true;
+        };
+        if turns.active[at].had <= turns.least() + TURN {
+            return true;
+        }
+        touched.push(key);
+        false
+    }
+
+    /// `None` where nobody waits for the end of it.
+    pub(super) fn begin_turn(&self) -> Option<Turn> {
+        self.turns.is_shared().then(|| Turn { begun: Instant::now() })
+    }
+
+    /// The session has had that time.
+    pub(super) fn end_turn(&mut self, key: usize, turn: Option<Turn>) {
+        let Shard { turns, conns, .. } = self;
+        if let (Some(turn), Some(conn)) = (turn, conns.get(key))
+            && let session = conn.session.id
+            && let Ok(at) = turns.active.binary_search_by_key(&session, |active| active.session)
+        {
+            turns.active[at].had += turn.begun.elapsed();
+        }
+    }
+
+    /// Receives nothing large for a session that has to wait for a rate.
+    pub(super) fn hold_large(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        let quota = &conn.session.fs.quota;
+        // Its turn comes, whatever its other connections take meanwhile.
+        conn.link.hold_large = quota.is_limited()
+            && match conn.large_at {
+                Some(at) => at > Instant::now(),
+                None => !quota.in_debt_for().is_zero(),
+            };
+    }
+
+    /// The next request of a connection waits for a rate.
+    pub(super) fn delay(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        let now = Instant::now();
+        let quota = &conn.session.fs.quota;
+        let until = match conn.runs_at {
+            Some((runs_at, _)) => runs_at,
+            None => *conn.large_at.get_or_insert_with(|| now + quota.in_debt_for()),
+        };
+        // The limits may be others by then.
+        let until = until.min(now + LOOK_AGAIN);
+        self.delayed_until = Some(self.delayed_until.map_or(until, |at| at.min(until)));
+        if !std::mem::replace(&mut conn.delayed, true) {
+            self.delayed.push(key);
+        }
+    }
+
+    /// Looks at those whose time has come; the others say again when theirs does.
+    pub(super) fn go_on_with_delayed(&mut self) {
+        if self.delayed_until.is_none_or(|until| until > Instant::now()) {
+            return;
+        }
+        self.delayed_until = None;
+        for key in std::mem::take(&mut self.delayed) {
+            if let Some(conn) = self.conns.get_mut(key) {
+                conn.delayed = false;
+                self.touched.push(key);
+            }
+        }
+    }
+}
