@@ -68,7 +68,8 @@ impl Real {
                 self.open.remove(handle).ok_or(Errno::BADF)?;
             }
             Op::Write { handle, at, tag } => {
-                whole(pwrite(self.fd(*handle)?, &content(*tag), *at)?, tag.len)?;
+                let (fd, bytes) = (self.fd(*handle)?, content(*tag));
+                whole(bytes.len(), |done| pwrite(fd, &bytes[done..], *at + done as u64))?;
             }
             Op::Read { handle } => return read_all(self.fd(*handle)?).map(Outcome::Bytes),
             Op::Resize { handle, len } => ftruncate(self.fd(*handle)?, *len)?,
@@ -77,7 +78,8 @@ impl Real {
             Op::AppendTo { path, tag } => {
                 let flags = OFlags::WRONLY | OFlags::APPEND | OPEN;
                 let fd = open(self.path(path), flags, Mode::empty())?;
-                whole(write(&fd, &content(*tag))?, tag.len)?;
+                let bytes = content(*tag);
+                whole(bytes.len(), |done| write(&fd, &bytes[done..]))?;
             }
             Op::ReadAll { path } => {
                 let fd = open(self.path(path), OFlags::RDONLY | OPEN, Mode::empty())?;
@@ -87,7 +89,8 @@ impl Real {
                 let (_, parents) = path.split_last().ok_or(Errno::INVAL)?;
                 let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
                 let fd = open(self.path(parents), flags, Mode::from_raw_mode(0o600))?;
-                whole(write(&fd, &content(*tag))?, tag.len)?;
+                let bytes = content(*tag);
+                whole(bytes.len(), |done| write(&fd, &bytes[done..]))?;
                 let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
                 linkat(CWD, name, CWD, self.path(path), AtFlags::SYMLINK_FOLLOW)?;
             }
@@ -185,8 +188,17 @@ impl Subject for Real {
     }
 }
 
-fn whole(done: usize, asked: usize) -> Result<(), Errno> {
-    if done == asked { Ok(()) } else { Err(Errno::MSGSIZE) }
+/// Writes with `put` from there on. The kernel makes several requests of one write(2): the error of
+/// a later one comes with the next write(2). That there is none is an error itself.
+fn whole(asked: usize, put: impl Fn(usize) -> Result<usize, Errno>) -> Result<(), Errno> {
+    let mut done = put(0)?;
+    if done == asked {
+        return Ok(());
+    }
+    while done < asked {
+        done += put(done)?.max(1);
+    }
+    Err(Errno::MSGSIZE)
 }
 
 fn read_all(fd: impl AsFd) -> Result<Vec<u8>, Errno> {

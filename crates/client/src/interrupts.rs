@@ -3,8 +3,9 @@
 //! FUSE tells a server of any signal of a waiting task, once, and of a later SIGKILL no more. On a
 //! disk a caught signal does not disturb stat, open, unlink or a read; so a request is dropped
 //! (EINTR from the park, a CANCEL to the daemon) only when its task is dying. That is looked up in
-//! `/proc/PID/stat`, at once and then every [`LOOK_INTERVAL`] until the request is answered: by a
-//! thread of its own, which sleeps while no interrupted request waits.
+//! `/proc/PID/status`, at once and then every [`LOOK_INTERVAL`] until the request is answered: by a
+//! thread of its own, which sleeps while no interrupted request waits. Not in `stat`: whoever reads
+//! that of a task in execve waits for it, and it may wait for us, with the FLUSH of a file.
 //!
 //! Invariant: a request of a task that lives, or of which nothing is known (pid 0: a task outside
 //! of our pid namespace; no /proc), is never dropped. It must not read devices or sockets.
@@ -21,8 +22,6 @@ use std::time::{Duration, Instant};
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Tasks that are looked up in one go; with more, the others have their turn at the next.
 const LOOKS_MAX: usize = 512;
-/// `PF_EXITING` of `include/linux/sched.h`: past the point where signals matter.
-const PF_EXITING: u64 = 0x4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Suspect {
@@ -116,22 +115,22 @@ fn is_dying(pid: u32) -> bool {
     if pid == 0 {
         return false;
     }
-    std::fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| says_dying(&stat))
+    std::fs::read(format!("/proc/{pid}/status")).is_ok_and(|status| says_dying(&status))
 }
 
-/// proc_pid_stat(5): after the name, which may hold anything, come the fields from the third on;
-/// the flags are the ninth, the task's own pending signals the 31st. A signal that is fatal and
-/// makes no core comes as a SIGKILL to each task of the process (kernel/signal.c).
-fn says_dying(stat: &[u8]) -> bool {
-    let Some(name_end) = stat.iter().rposition(|&byte| byte == b')') else { return false };
-    let mut fields = stat[name_end + 1..].split(u8::is_ascii_whitespace).filter(|f| !f.is_empty());
-    let mut number = |skip| {
-        let field = fields.nth(skip).and_then(|field| std::str::from_utf8(field).ok());
-        field.and_then(|field| field.parse::<u64>().ok()).unwrap_or(0)
+/// proc_pid_status(5): a line for each field; the name is escaped. A task that exits has no memory
+/// any more; only what never ran a program has none either. A signal that is fatal and makes no
+/// core comes as a SIGKILL to each task of the process (kernel/signal.c).
+fn says_dying(status: &[u8]) -> bool {
+    let field = |name: &str| {
+        let mut lines = status.split(|&byte| byte == b'\n');
+        lines.find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b":"))
     };
-    let flags = number(9 - 3);
-    let pending = number(31 - 9 - 1);
-    flags & PF_EXITING != 0 || pending & 1 << (Signal::KILL.as_raw() - 1) != 0
+    let pending = field("SigPnd").and_then(|value| std::str::from_utf8(value).ok());
+    let Some(pending) = pending.and_then(|value| u64::from_str_radix(value.trim(), 16).ok()) else {
+        return false;
+    };
+    field("VmSize").is_none() || pending & 1 << (Signal::KILL.as_raw() - 1) != 0
 }
 
 #[cfg(test)]
@@ -140,17 +139,20 @@ mod tests {
 
     #[test]
     fn tasks_that_die() {
-        let stat = |name: &str, flags: u64, pending: u64| {
-            let middle = "0 ".repeat(21);
-            format!("7 ({name}) D 1 7 7 0 -1 {flags} {middle}{pending} 0 0 0 1\n").into_bytes()
+        let status = |name: &str, vm: &str, pending: u64| {
+            let head = format!("Name:\t{name}\nState:\tD (disk sleep)\nTgid:\t7\n{vm}");
+            format!("{head}Threads:\t1\nSigPnd:\t{pending:016x}\nShdPnd:\t{:016x}\n", 0x100)
         };
-        let check = |stat: &[u8], dying| assert_eq!(says_dying(stat), dying);
-        check(&stat("cat", 0x400000, 0), false);
-        check(&stat("cat", 0x400000, 0x100), true);
-        check(&stat("cat", 0x400000, 0x2200), false);
-        check(&stat("cat", 0x400004, 0), true);
-        check(&stat(") D 1 7 7 0 -1 4 (", 0x400000, 0), false);
-        for garbage in [&b""[..], b"7 (cat", b"7 (cat) D", b"\xff)\xff", b"7 (cat) D 1 7 7 0 -1"] {
+        let check = |status: &[u8], dying| assert_eq!(says_dying(status), dying);
+        let vm = "VmSize:\t     100 kB\n";
+        check(status("cat", vm, 0).as_bytes(), false);
+        check(status("cat", vm, 0x100).as_bytes(), true);
+        check(status("cat", vm, 0x2200).as_bytes(), false);
+        check(status("cat", "", 0).as_bytes(), true);
+        check(status("SigPnd:\\n", vm, 0).as_bytes(), false);
+        for garbage in
+            [&b""[..], b"Name:\tcat", b"State:\tD\n", b"\xff", b"State:\tD\nSigPnd:\tx\n"]
+        {
             check(garbage, false);
         }
     }

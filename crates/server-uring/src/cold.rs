@@ -1,10 +1,12 @@
 //! Nodes that the guest knows and no fd of ours stands behind: what remains of them in memory.
 //!
 //! A few more bytes than a recipe each ([`Recipe::pack`]), found by node id, and by the file's
-//! device and inode number, so that a LOOKUP that meets the file again gives the same id.
+//! device and inode number, so that a LOOKUP that meets the file again gives the same id. Several
+//! may have one number: of files that are gone, which the guest has open still, and of the file
+//! that has the number now.
 //! nodes.rs moves nodes in and out under its own locks; nothing here calls the kernel.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +14,9 @@ use crate::import::Recipe;
 
 /// Device and inode number.
 pub(crate) type FileKey = (u64, u64);
+
+/// Nodes of one number that are looked at for one file: a guest may have made up any number.
+const TWINS_MAX: usize = 16;
 
 /// All of a session's.
 #[derive(Default)]
@@ -26,7 +31,7 @@ pub(crate) struct Cold {
 #[derive(Default)]
 struct Maps {
     by_id: HashMap<u64, Entry>,
-    by_file: HashMap<FileKey, u64>,
+    by_file: BTreeSet<(FileKey, u64)>,
 }
 
 struct Entry {
@@ -51,7 +56,7 @@ impl Cold {
 
     /// All that a file is known of.
     pub(crate) fn findable(&self) -> Vec<u64> {
-        self.lock().by_file.values().copied().collect()
+        self.lock().by_file.iter().map(|&(_, id)| id).collect()
     }
 
     pub(crate) fn contains(&self, id: u64) -> bool {
@@ -67,18 +72,20 @@ impl Cold {
         Recipe::unpack(&maps.by_id.get(&id)?.recipe)
     }
 
-    /// The node of a file.
-    pub(crate) fn id_of(&self, file: FileKey) -> Option<u64> {
+    /// The nodes that may be a file's, the newest first; the rest when these are disowned.
+    pub(crate) fn ids_of(&self, file: FileKey) -> Vec<u64> {
         if !self.has_files() {
-            return None;
+            return Vec::new();
         }
-        self.lock().by_file.get(&file).copied()
+        let maps = self.lock();
+        let ids = maps.by_file.range((file, 0)..=(file, u64::MAX)).rev();
+        ids.take(TWINS_MAX).map(|&(_, id)| id).collect()
     }
 
     /// The number belongs to another file now: the node is stale, and stays so.
-    pub(crate) fn disown(&self, file: FileKey) {
+    pub(crate) fn disown(&self, file: FileKey, id: u64) {
         let mut maps = self.lock();
-        maps.by_file.remove(&file);
+        maps.by_file.remove(&(file, id));
         self.count_again(&maps);
     }
 
@@ -94,7 +101,7 @@ impl Cold {
     fn put(&self, id: u64, given: u64, key: Option<FileKey>, recipe: Box<[u8]>) {
         let mut maps = self.lock();
         if let Some(key) = key {
-            maps.by_file.insert(key, id);
+            maps.by_file.insert((key, id));
         }
         maps.by_id.insert(id, Entry { given, recipe });
         self.count_again(&maps);
@@ -125,16 +132,12 @@ impl Cold {
     fn take(&self, maps: &mut Maps, id: u64) -> Option<u64> {
         let entry = maps.by_id.remove(&id)?;
         if let Some(recipe) = Recipe::unpack(&entry.recipe) {
-            let key = key_of(&recipe);
-            if maps.by_file.get(&key) == Some(&id) {
-                maps.by_file.remove(&key);
-            }
+            maps.by_file.remove(&(key_of(&recipe), id));
         }
         // A guest that walked through millions of files and forgot them has its memory back.
         if maps.by_id.len() * 4 < maps.by_id.capacity() {
             let room = maps.by_id.len() * 2;
             maps.by_id.shrink_to(room);
-            maps.by_file.shrink_to(room);
         }
         self.count_again(maps);
         Some(entry.given)

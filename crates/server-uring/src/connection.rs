@@ -104,6 +104,7 @@ impl Connection {
     /// The link is dead: what ends from now on stays in the table.
     pub fn cut(&mut self) {
         self.lanes.iter_mut().for_each(SlotTable::cut);
+        self.session.fs.noted_is_lost();
     }
 
     fn lane(&mut self, lane: u8) -> Option<&mut SlotTable<Cells>> {

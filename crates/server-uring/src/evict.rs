@@ -290,15 +290,17 @@ impl Nodes {
     fn held(&self, dir: &Node, name: &CStr) -> Result<Option<Arc<Node>>, Errno> {
         // A name that is not there is the call's own business.
         let Ok(found) = self.backend.lookup(dir.inode()?, name) else { return Ok(None) };
-        let node = match self.cold.id_of((found.stat.dev, found.stat.ino)) {
-            None => Ok(None),
-            Some(id) => match self.load(id) {
-                // Another file has its inode number.
-                Err(Errno::STALE) => Ok(None),
-                loaded => loaded.map(Some),
-            },
-        };
+        let twin = self.cold_twin(&found, dir, name);
+        if let Ok(Some(id)) = twin {
+            let place = Place { parent: dir.id, name: name.into() };
+            let mut shard = self.inode_shard(found.inode);
+            let free = !shard.contains_key(&found.inode);
+            let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, place)).flatten();
+            if warmed.is_some() {
+                return Ok(warmed);
+            }
+        }
         self.backend.forget(found.inode, 1);
-        node
+        twin.map(|_| None)
     }
 }

@@ -359,6 +359,11 @@ impl Fs {
         released
     }
 
+    /// A connection of the session is cut: what was noted by it may not have arrived.
+    pub fn noted_is_lost(&self) {
+        self.nodes.noted_is_lost();
+    }
+
     /// Takes back what a reply gave that no guest will take. The caller closes it, on a thread
     /// that may wait.
     pub fn give_back(&self, given: &Given) -> (Released, Option<Handle>) {
@@ -436,10 +441,8 @@ impl Fs {
         parent: &Node,
         name: &CStr,
     ) {
-        if let Some(notes) = self.notes_of(request)
-            && notes.wants(given)
-        {
-            self.nodes.note(&given.node, found, parent, name, notes);
+        if let Some(notes) = self.notes_of(request) {
+            self.nodes.note_given(given, found, parent, name, notes);
         }
     }
 

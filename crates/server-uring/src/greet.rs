@@ -377,7 +377,9 @@ impl Greeter {
             .registry
             .open(terms, fs)
             .map_err(|reason| refuse(reason, "no further session can be opened"))?;
-        tracing::info!(session = session.id, share = share.name, session.peer, "session opened");
+        let adopted = session.file.as_ref().is_some_and(|file| file.adopted);
+        let (id, share) = (session.id, &share.name);
+        tracing::info!(session = id, share, session.peer, rebuilt, adopted, "session opened");
         Ok((session, ticket))
     }
 }

@@ -235,7 +235,8 @@ impl<R: Ring> Shard<R> {
         }
         let registry = &self.shared.registry;
         conn.ended |= registry.grace.is_zero();
-        if !conn.ended && conn.session.give_up() {
+        // Only what this connection brings can rebuild it; another one may come and go meanwhile.
+        if !conn.ended && conn.index == 0 && conn.session.give_up() {
             // The guest tells all of it again, to a new one.
             tracing::info!(session = conn.session.id, "cut before it was rebuilt");
             conn.ended = true;
@@ -286,6 +287,8 @@ impl<R: Ring> Shard<R> {
                 tracing::warn!(session = session.id, %error, "cannot rebuild a session");
                 return Err(Reason::Limit);
             }
+            // Its end is on the way here.
+            Err(TakeOverError::GivenUp) => return Err(Reason::Timeout),
             Err(error) => return Err(self.protocol(key, error)),
         }
         Ok(Step::Taken)

@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -52,8 +52,8 @@ pub struct Node {
     owed: AtomicU64,
     /// Used since evict.rs last came by.
     used: AtomicBool,
-    /// Connections by which a NODE entry of it has left, a bit each; see notes.rs.
-    pub(crate) noted: AtomicU8,
+    /// By which connections a NODE entry of it has left; see notes.rs.
+    pub(crate) noted: AtomicU64,
     /// Where it was seen last.
     place: Mutex<Place>,
     /// A directory's, for notes.rs.
@@ -201,6 +201,8 @@ pub struct Nodes {
     pub(crate) root: import::Root,
     pub(crate) fds: Arc<Fds>,
     pub(crate) handle_kinds: HandleKinds,
+    /// Counts up when a connection is cut; see notes.rs.
+    pub(crate) noted_life: AtomicU32,
     /// Read while the guest changes names, written while nodes are evicted by their names.
     names: RwLock<()>,
     /// Which shard by id evict.rs looks at next.
@@ -230,6 +232,7 @@ impl Nodes {
             root,
             fds: Arc::clone(fds),
             handle_kinds: HandleKinds::default(),
+            noted_life: AtomicU32::new(1),
             names: RwLock::new(()),
             hand: AtomicUsize::new(0),
         });
@@ -346,10 +349,17 @@ impl Nodes {
     }
 
     /// The cold node of a file that the crate has just found.
-    fn cold_twin(&self, found: &Found, parent: &Node, name: &CStr) -> Result<Option<u64>, Errno> {
+    pub(crate) fn cold_twin(
+        &self,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+    ) -> Result<Option<u64>, Errno> {
         let file = (found.stat.dev, found.stat.ino);
-        let Some(id) = self.cold.id_of(file) else { return Ok(None) };
-        let Some(recipe) = self.cold.recipe(id) else { return Ok(None) };
+        let ids = self.cold.ids_of(file);
+        if ids.is_empty() {
+            return Ok(None);
+        }
         let dir = self.backend.path_fd(parent.inode()?)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&dir, name, flags, Mode::empty())?;
@@ -358,11 +368,14 @@ impl Nodes {
             // The name was replaced just now; the kernel asks again.
             return Err(Errno::STALE);
         }
-        if recipe.describes(dir.as_fd(), fd.as_fd())? {
-            return Ok(Some(id));
+        for id in ids {
+            let Some(recipe) = self.cold.recipe(id) else { continue };
+            if recipe.describes(dir.as_fd(), fd.as_fd())? {
+                return Ok(Some(id));
+            }
+            // The inode number was used again: that node is stale, and stays so.
+            self.cold.disown(file, id);
         }
-        // The inode number was used again: the old node is stale, and stays so.
-        self.cold.disown(file);
         Ok(None)
     }
 
@@ -466,6 +479,9 @@ impl Nodes {
             }
             let left = given.saturating_sub(count);
             node.given.store(left, Ordering::Relaxed);
+            // The guest has forgotten what it was told, or was not: what it has, or will have when
+            // a reply arrives, is to be told again.
+            node.noted.store(0, Ordering::Relaxed);
             if left == 0 && given > 0 {
                 if shard.get(&inode).is_some_and(|other| Arc::ptr_eq(other, &node)) {
                     shard.remove(&inode);
@@ -560,7 +576,7 @@ impl Nodes {
             given: AtomicU64::new(given),
             owed: AtomicU64::new(owed),
             used: AtomicBool::new(true),
-            noted: AtomicU8::new(0),
+            noted: AtomicU64::new(0),
             place: Mutex::new(place),
             dir: OnceLock::new(),
             backend: Arc::clone(&self.backend),

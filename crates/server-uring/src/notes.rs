@@ -82,14 +82,8 @@ impl Notes {
 
     /// Whether a node that is given is to be noted: not where an entry of it has left by this very
     /// connection. One that left by another may be lost with that, while this reply arrives.
-    pub(crate) fn wants(&self, given: &NodeGiven) -> bool {
-        let bit = 1u8 << (self.conn.get() % 8);
-        let noted = &given.node.noted;
-        let wants = given.news || self.all.get() || noted.load(Ordering::Relaxed) & bit == 0;
-        if wants && self.in_order {
-            noted.fetch_or(bit, Ordering::Relaxed);
-        }
-        wants
+    fn wants(&self, given: &NodeGiven, noted: Noted) -> bool {
+        given.news || self.all.get() || !noted.has(self.conn.get())
     }
 
     /// Nothing is due.
@@ -127,6 +121,31 @@ impl Notes {
     }
 }
 
+/// By which connections an entry of a node has left, and in which life of them all.
+#[derive(Clone, Copy)]
+struct Noted {
+    life: u32,
+    conns: u8,
+}
+
+impl Noted {
+    fn of(node: &Node, life: u32) -> Noted {
+        let bits = node.noted.load(Ordering::Relaxed);
+        let conns = if (bits >> 32) as u32 == life { bits as u8 } else { 0 };
+        Noted { life, conns }
+    }
+
+    const fn has(self, conn: u16) -> bool {
+        self.conns & 1 << (conn % 8) != 0
+    }
+
+    /// Two threads at once may lose one of both: then an entry more leaves later.
+    fn add(self, node: &Node, conn: u16) {
+        let conns = self.conns | 1 << (conn % 8);
+        node.noted.store(u64::from(self.life) << 32 | u64::from(conns), Ordering::Relaxed);
+    }
+}
+
 /// Which kind of handle the root's file system gives: asked for once.
 #[derive(Debug, Default)]
 pub(crate) struct HandleKinds(AtomicU8);
@@ -158,6 +177,29 @@ impl HandleKinds {
 }
 
 impl Nodes {
+    /// A connection is cut: what was noted by it, and is not yet where it is needed, is lost.
+    pub(crate) fn noted_is_lost(&self) {
+        self.noted_life.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes a node that is given where the guest may have no entry of it, or an old one.
+    pub(crate) fn note_given(
+        &self,
+        given: &NodeGiven,
+        found: &Found,
+        parent: &Node,
+        name: &CStr,
+        notes: &Notes,
+    ) {
+        let noted = Noted::of(&given.node, self.noted_life.load(Ordering::Relaxed));
+        if notes.wants(given, noted)
+            && self.note(&given.node, found, parent, name, notes)
+            && notes.in_order
+        {
+            noted.add(&given.node, notes.conn.get());
+        }
+    }
+
     /// Notes what finds `node` again: `found` is what the crate has just seen as `name` in
     /// `parent`. Nothing is noted where nothing would prove the file to be the same.
     pub(crate) fn note(
@@ -167,9 +209,10 @@ impl Nodes {
         parent: &Node,
         name: &CStr,
         notes: &Notes,
-    ) {
+    ) -> bool {
         // A node without a recipe is lost with this daemon, and only then.
-        let _ = self.with_dir(parent, |dir| self.note_in(dir, node, found, parent, name, notes));
+        self.with_dir(parent, |dir| self.note_in(dir, node, found, parent, name, notes))
+            .unwrap_or(false)
     }
 
     fn note_in(

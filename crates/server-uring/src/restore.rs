@@ -31,6 +31,9 @@ pub enum TakeOverError {
     /// Of a session that is not rebuilt.
     #[error("a RESTORE that was not asked for")]
     Uncalled,
+    /// Of a session that ended meanwhile: the guest has done nothing wrong.
+    #[error("a RESTORE for a session that was given up")]
+    GivenUp,
     /// An id or a handle twice.
     #[error("RESTORE names {0} twice")]
     Twice(u64),
@@ -236,7 +239,7 @@ impl Fs {
                     | Errno::IO),
                 ) => return Err(passing),
                 Err(errno) => {
-                    tracing::debug!(fh, node = was.node, %errno, "a handle is lost");
+                    tracing::info!(fh, node = was.node, %errno, "a handle is lost");
                     self.handles.opened(fh, Handle::Lost(was));
                 }
             }

@@ -99,7 +99,7 @@ impl Session {
     pub fn restore(&self, body: &[u8]) -> Result<bool, TakeOverError> {
         let Some(rebuild) = &self.rebuilt else { return Err(TakeOverError::Uncalled) };
         let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(restoring) = &mut *restoring else { return Err(TakeOverError::Uncalled) };
+        let Some(restoring) = &mut *restoring else { return Err(TakeOverError::GivenUp) };
         let complete = restoring.record(&self.fs, body)?;
         rebuild.complete.store(complete, Ordering::Release);
         Ok(complete)
@@ -241,13 +241,32 @@ impl Registry {
     }
 
     /// Opens a session, and gives its first ticket. Where there are too many, the one that was cut
-    /// longest ago makes room.
+    /// longest ago makes room. Of two openings by one ticket (a guest whose HELLO was cut off has
+    /// come again) the second gets the first one's session: there is one table of what ran.
     pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
         let fresh = new_ticket().ok_or(Reason::Internal)?;
-        let (file, ticket) = self.file(&terms, fresh);
         let shards = self.shards.get().map_or(1, Vec::len);
         let metrics = self.metrics.of(&terms.share, shards);
-        let adopted = ticket != fresh;
+        let of = terms.of_file();
+        let adopted = |sessions: &Sessions| {
+            let presented = terms.presented?;
+            let live = sessions.tickets.get(&presented).and_then(|id| sessions.live.get(id));
+            match live {
+                Some(live) => Some((presented, Err(live.session.clone()))),
+                None => Some((presented, Ok(self.state.as_ref()?.adopt(presented, &of)?))),
+            }
+        };
+        let mut sessions = self.lock();
+        let (file, ticket) = match adopted(&sessions) {
+            Some((ticket, Err(session))) => return Ok((session, ticket)),
+            Some((ticket, Ok(file))) => (Some(file), ticket),
+            None => {
+                drop(sessions);
+                let file = self.create_file(&of, fresh, terms.rebuilt);
+                sessions = self.lock();
+                (file, fresh)
+            }
+        };
         let session = Arc::new(Session {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             share: terms.share,
@@ -265,22 +284,23 @@ impl Registry {
             rebuilt: terms.rebuilt.then(Rebuild::default),
             file,
         });
-        let mut sessions = self.lock();
         let mut ended = None;
         let owner = session.owner;
-        if sessions.of(owner) >= SESSIONS_PER_PEER_MAX {
-            let oldest = sessions.oldest_cut(|live| live.session.owner == owner);
-            ended = sessions.remove(oldest.ok_or(Reason::Limit)?);
-        } else if sessions.live.len() >= SESSIONS_MAX {
-            let oldest = sessions.oldest_cut(|_| true).ok_or(Reason::Limit)?;
-            ended = sessions.remove(oldest);
+        let of_owner = sessions.of(owner) >= SESSIONS_PER_PEER_MAX;
+        if of_owner || sessions.live.len() >= SESSIONS_MAX {
+            let oldest = sessions.oldest_cut(|live| !of_owner || live.session.owner == owner);
+            let Some(oldest) = oldest else {
+                self.end_file(&session, Reason::Limit);
+                return Err(Reason::Limit);
+            };
+            ended = self.take_out(&mut sessions, oldest, Reason::Limit);
         }
         sessions.tickets.insert(ticket, session.id);
         let live = Live {
             session: session.clone(),
             ticket,
             unused: None,
-            adopted,
+            adopted: ticket != fresh,
             known: 0,
             joined: 0,
             cut: None,
@@ -292,21 +312,35 @@ impl Registry {
         Ok((session, ticket))
     }
 
-    /// The file that a dead daemon left of a session, whose ticket stays good; else a new one.
-    fn file(&self, terms: &Terms, fresh: Ticket) -> (Option<Arc<StateFile>>, Ticket) {
-        let Some(state) = &self.state else { return (None, fresh) };
-        let of = terms.of_file();
-        if let Some(presented) = terms.presented
-            && let Some(file) = state.adopt(presented, &of)
-        {
-            return (Some(file), presented);
-        }
-        match state.create(&of, fresh, terms.rebuilt) {
-            Ok(file) => (Some(file), fresh),
-            Err(error) => {
-                tracing::warn!(%error, "what a session has in flight dies with this daemon");
-                (None, fresh)
+    fn create_file(
+        &self,
+        of: &StateTerms,
+        ticket: Ticket,
+        rebuilt: bool,
+    ) -> Option<Arc<StateFile>> {
+        let created = self.state.as_ref()?.create(of, ticket, rebuilt);
+        let without = "what a session has in flight dies with this daemon";
+        created.inspect_err(|error| tracing::warn!(%error, "{without}")).ok()
+    }
+
+    /// Takes a session out, and sees to its file.
+    fn take_out(&self, sessions: &mut Sessions, id: u64, reason: Reason) -> Option<Live> {
+        let live = sessions.remove(id)?;
+        self.end_file(&live.session, reason);
+        Some(live)
+    }
+
+    /// A file that a dead daemon left, and whose session was not rebuilt after all, is there for
+    /// the next HELLO that names it, with nothing in between: under the registry's lock.
+    fn end_file(&self, session: &Session, reason: Reason) {
+        match (&session.file, &self.state) {
+            // The daemon after this one goes on with it.
+            (Some(_), _) if reason == Reason::Shutdown => {}
+            (Some(file), Some(state)) if file.adopted && session.give_up() => {
+                state.give_back(file);
             }
+            (Some(file), _) => file.remove(),
+            (None, _) => {}
         }
     }
 
@@ -395,7 +429,8 @@ impl Registry {
         }
         live.cut = Some(Instant::now());
         tracing::info!(session = session.id, grace = ?self.grace, "session cut");
-        let ended = sessions.make_room(session.owner);
+        let oldest = sessions.too_many(session.owner);
+        let ended = oldest.and_then(|id| self.take_out(&mut sessions, id, Reason::Limit));
         drop(sessions);
         self.changed.notify_all();
         ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
@@ -405,18 +440,18 @@ impl Registry {
     pub fn left(&self, session: Arc<Session>, conn: u16) {
         let mut sessions = self.lock();
         let mut ended = None;
+        // A guest that is told of the shutdown comes again, to the next daemon.
+        let reason = if sessions.stopped { Reason::Shutdown } else { Reason::Unmounted };
         if let Some(live) = sessions.live.get_mut(&session.id) {
             live.known &= !(1 << conn);
             live.joined &= !(1 << conn);
             if live.known == 0 {
-                ended = sessions.remove(session.id);
+                ended = self.take_out(&mut sessions, session.id, reason);
             } else if live.joined == 0 {
                 live.cut.get_or_insert_with(Instant::now);
                 self.changed.notify_all();
             }
         }
-        // A guest that is told of the shutdown comes again, to the next daemon.
-        let reason = if sessions.stopped { Reason::Shutdown } else { Reason::Unmounted };
         drop(sessions);
         ended.into_iter().for_each(|ended| self.bury(ended, reason));
         let_go(session);
@@ -424,7 +459,7 @@ impl Registry {
 
     /// Ends a session at once, wherever its connections are.
     pub fn end(&self, id: u64, reason: Reason) {
-        let ended = self.lock().remove(id);
+        let ended = self.take_out(&mut self.lock(), id, reason);
         ended.into_iter().for_each(|ended| self.bury(ended, reason));
     }
 
@@ -466,15 +501,6 @@ impl Registry {
     fn bury(&self, ended: Live, reason: Reason) {
         let Live { session, known, .. } = ended;
         tracing::info!(session = session.id, share = session.share, ?reason, "session ended");
-        match (&session.file, &self.state) {
-            // The daemon after this one goes on with it.
-            (Some(_), _) if reason == Reason::Shutdown => {}
-            (Some(file), Some(state)) if file.adopted && session.give_up() => {
-                state.give_back(file);
-            }
-            (Some(file), _) => file.remove(),
-            (None, _) => {}
-        }
         for conn in (0..session.conns).filter(|conn| known & 1 << conn != 0) {
             if let Some(shard) = self.shard(&session, conn) {
                 shard.post(Mail::End { session: session.id, conn, reason });
@@ -502,7 +528,7 @@ impl Registry {
             let cut = sessions.live.get(&id).and_then(|live| live.cut).unwrap_or(now);
             let left = self.grace.saturating_sub(now.saturating_duration_since(cut));
             if left.is_zero() {
-                let ended = sessions.remove(id);
+                let ended = self.take_out(&mut sessions, id, Reason::Timeout);
                 drop(sessions);
                 ended.into_iter().for_each(|ended| self.bury(ended, Reason::Timeout));
                 sessions = self.lock();
@@ -561,7 +587,8 @@ impl Registry {
             let mut sessions = self.lock();
             let of_it = sessions.live.iter().filter(|(_, live)| live.session.share == name);
             let ids: Vec<u64> = of_it.map(|(id, _)| *id).collect();
-            ids.into_iter().filter_map(|id| sessions.remove(id)).collect()
+            let mut out = |id| self.take_out(&mut sessions, id, Reason::UnknownShare);
+            ids.into_iter().filter_map(&mut out).collect()
         };
         ended.into_iter().for_each(|ended| self.bury(ended, Reason::UnknownShare));
     }
@@ -613,18 +640,17 @@ impl Sessions {
         cut.min().map(|(_, id)| id)
     }
 
-    /// Takes out the oldest of the sessions without connections where there are too many.
-    fn make_room(&mut self, owner: u64) -> Option<Live> {
+    /// The oldest of the sessions without connections where there are too many.
+    fn too_many(&self, owner: u64) -> Option<u64> {
         let cut = self.live.values().filter(|live| live.cut.is_some());
         let owners = cut.clone().filter(|live| live.session.owner == owner).count();
-        let oldest = if owners > DETACHED_PER_PEER_MAX {
+        if owners > DETACHED_PER_PEER_MAX {
             self.oldest_cut(|live| live.session.owner == owner)
         } else if cut.count() > DETACHED_MAX {
             self.oldest_cut(|_| true)
         } else {
             None
-        };
-        oldest.and_then(|id| self.remove(id))
+        }
     }
 
     fn remove(&mut self, id: u64) -> Option<Live> {

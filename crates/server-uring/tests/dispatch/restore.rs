@@ -303,6 +303,39 @@ fn a_file_without_a_name_is_lost_alone() {
 }
 
 #[test]
+fn a_number_that_two_files_had_leads_each_to_its_own() {
+    on_each(|root| {
+        let guest = Guest::new(root, options());
+        let (gone, gone_fh) = guest.create(ROOT, "gone", O_RDWR).expect("create");
+        guest.unlink(ROOT, "gone").expect("unlink");
+        let of = |node, fh| Open { fh, node, flags: O_RDWR, directory: false };
+        let open = [of(gone.nodeid, gone_fh)];
+        // Its last fd closes, and ext4 uses its number again.
+        let guest = restart(guest, root, options(), &open);
+        let names: Vec<_> = (0..32).map(|n| format!("here{n}")).collect();
+        let here = names.iter().map(|name| (name, guest.create(ROOT, name, O_RDWR)));
+        let here = here.map(|(name, made)| (name, made.expect("create")));
+        let Some((name, (here, fh))) =
+            here.into_iter().find(|(_, (e, _))| e.attr.ino == gone.attr.ino)
+        else {
+            return;
+        };
+        let open = [open[0], of(here.nodeid, fh)];
+        let mut guest = guest;
+        // What is restored first is another one each time.
+        for _ in 0..12 {
+            guest = restart(guest, root, options(), &open);
+            assert_eq!(guest.lookup(ROOT, name).expect("lookup").nodeid, here.nodeid);
+            assert_eq!(guest.write(here.nodeid, fh, 0, b"x"), Ok(1));
+            assert_eq!(guest.write(gone.nodeid, gone_fh, 0, b"x"), Err(Errno::STALE));
+        }
+        guest = restart(guest, root, options(), &open);
+        guest.unlink(ROOT, name).expect("unlink");
+        assert_eq!(guest.write(here.nodeid, fh, 1, b"y"), Ok(1), "its name was taken in first");
+    });
+}
+
+#[test]
 fn a_listing_gives_a_recipe_for_each_node() {
     on_each(|root| {
         for i in 0..2_000 {
