@@ -307,10 +307,11 @@ fn foreground(
     rig: &Rig,
     daemon: &Daemon,
     name: &str,
+    options: &str,
 ) -> Result<(Process, std::path::PathBuf, Guard)> {
     let dir = rig.sandbox.make_dir(name)?;
     let guard = Guard::new(Undo::Mount(dir.clone()));
-    let client = daemon.mount_cmd("d", &dir, "").arg("-f");
+    let client = daemon.mount_cmd("d", &dir, options).arg("-f");
     let client = client.spawn(&rig.sandbox.path(&format!("{name}.log")))?;
     let up = guard::poll_until(SETTLE, || Ok(!mounts::at(&dir)?.is_empty()))?;
     ensure!(up, "not mounted: {}", crate::proc::tail_of(&rig.sandbox.path(&format!("{name}.log"))));
@@ -319,7 +320,7 @@ fn foreground(
 }
 
 fn stopped_guest(rig: &Rig) -> Result<()> {
-    let (client, dir, guard) = foreground(rig, &rig.daemon, "stopped")?;
+    let (client, dir, guard) = foreground(rig, &rig.daemon, "stopped", "nokeep")?;
     let reading = dir.join("stopped");
     client.signal(Signal::STOP)?;
     let waiting = Cmd::new("sh").args(["-c", "echo more >> \"$1\"", "sh"]).arg(&reading);
@@ -347,7 +348,7 @@ fn umount_foreground(rig: &Rig, mut client: Process, dir: &Path, guard: Guard) -
 fn killed_guest(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "patient", &shares, &["--grace=1"])?;
-    let (mut client, dir, guard) = foreground(rig, &daemon, "killed")?;
+    let (mut client, dir, guard) = foreground(rig, &daemon, "killed", "nokeep")?;
     client.signal(Signal::KILL)?;
     client.wait(SETTLE)?.context("it survives SIGKILL")?;
     daemon.counters_at_rest().context("the daemon keeps the session")?;
@@ -414,7 +415,7 @@ fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
 
 fn unmount_signals(rig: &Rig) -> Result<()> {
     for (name, signal) in [("term", Signal::TERM), ("int", Signal::INT), ("hup", Signal::HUP)] {
-        let (mut client, dir, guard) = foreground(rig, &rig.daemon, name)?;
+        let (mut client, dir, guard) = foreground(rig, &rig.daemon, name, "")?;
         client.signal(signal)?;
         let status = client.wait(SETTLE)?.with_context(|| format!("{name} does not end it"))?;
         ensure!(status.success(), "after {name} the client ended with {status}");

@@ -39,8 +39,11 @@ fn script(rig: &Rig, share: &str, options: &str, script: &str) -> Result<()> {
     let mount = daemon.mount(&rig.sandbox, "own", "own", options)?;
     let text = format!("{HEAD}{script}");
     let shell = Cmd::new("sh").args(["-c", &text]).limit(LIMIT);
-    shell.env("mnt", &mount.dir).env("back", &rig.backing).run()?;
+    let dir = mount.dir.clone();
+    shell.env("mnt", &dir).env("back", &rig.backing).run()?;
     mount.umount()?;
+    // A case may mount more than once.
+    std::fs::remove_dir(&dir)?;
     daemon.stop()
 }
 
