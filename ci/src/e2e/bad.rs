@@ -307,11 +307,10 @@ fn foreground(
     rig: &Rig,
     daemon: &Daemon,
     name: &str,
-    options: &str,
 ) -> Result<(Process, std::path::PathBuf, Guard)> {
     let dir = rig.sandbox.make_dir(name)?;
     let guard = Guard::new(Undo::Mount(dir.clone()));
-    let client = daemon.mount_cmd("d", &dir, options).arg("-f");
+    let client = daemon.mount_cmd("d", &dir, "").arg("-f");
     let client = client.spawn(&rig.sandbox.path(&format!("{name}.log")))?;
     let up = guard::poll_until(SETTLE, || Ok(!mounts::at(&dir)?.is_empty()))?;
     ensure!(up, "not mounted: {}", crate::proc::tail_of(&rig.sandbox.path(&format!("{name}.log"))));
@@ -320,15 +319,15 @@ fn foreground(
 }
 
 fn stopped_guest(rig: &Rig) -> Result<()> {
-    let (client, dir, guard) = foreground(rig, &rig.daemon, "stopped", "nokeep")?;
+    let (client, dir, guard) = foreground(rig, &rig.daemon, "stopped")?;
     let reading = dir.join("stopped");
-    client.signal(Signal::STOP)?;
+    client.signal_all(Signal::STOP)?;
     let waiting = Cmd::new("sh").args(["-c", "echo more >> \"$1\"", "sh"]).arg(&reading);
     let mut waiting = waiting.spawn(&rig.sandbox.path("waiting.log"))?;
     for n in 0..3 {
         others_work(rig, &format!("others{n}"))?;
     }
-    client.signal(Signal::CONT)?;
+    client.signal_all(Signal::CONT)?;
     let ended = waiting.wait(SETTLE)?.context("the guest does not go on")?;
     ensure!(ended.success() && fs::read(&reading)? == b"xmore\n", "the guest lost a write");
     umount_foreground(rig, client, &dir, guard)
@@ -348,8 +347,8 @@ fn umount_foreground(rig: &Rig, mut client: Process, dir: &Path, guard: Guard) -
 fn killed_guest(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "patient", &shares, &["--grace=1"])?;
-    let (mut client, dir, guard) = foreground(rig, &daemon, "killed", "nokeep")?;
-    client.signal(Signal::KILL)?;
+    let (mut client, dir, guard) = foreground(rig, &daemon, "killed")?;
+    client.signal_all(Signal::KILL)?;
     client.wait(SETTLE)?.context("it survives SIGKILL")?;
     daemon.counters_at_rest().context("the daemon keeps the session")?;
     // The mount is dead: umount must not touch what is behind it.
@@ -415,7 +414,7 @@ fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
 
 fn unmount_signals(rig: &Rig) -> Result<()> {
     for (name, signal) in [("term", Signal::TERM), ("int", Signal::INT), ("hup", Signal::HUP)] {
-        let (mut client, dir, guard) = foreground(rig, &rig.daemon, name, "")?;
+        let (mut client, dir, guard) = foreground(rig, &rig.daemon, name)?;
         client.signal(signal)?;
         let status = client.wait(SETTLE)?.with_context(|| format!("{name} does not end it"))?;
         ensure!(status.success(), "after {name} the client ended with {status}");
