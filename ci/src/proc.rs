@@ -184,9 +184,18 @@ impl Process {
         kill_process(self.pid(), signal).with_context(|| format!("signal `{}`", self.line))
     }
 
-    /// Sends a signal to the process and its children.
+    /// Sends a signal to the process and its children, whatever groups they are in.
     pub fn signal_all(&self, signal: Signal) -> Result<()> {
-        kill_process_group(self.pid(), signal).with_context(|| format!("signal `{}`", self.line))
+        let pid = self.pid().as_raw_nonzero();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+            .with_context(|| format!("children of `{}`", self.line))?;
+        self.signal(signal)?;
+        for child in children.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+        {
+            kill_process(child, signal)
+                .with_context(|| format!("signal a child of `{}`", self.line))?;
+        }
+        Ok(())
     }
 
     /// Asks it to end with SIGTERM and gives its status; an error when it does not obey in `limit`.

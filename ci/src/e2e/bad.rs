@@ -348,6 +348,8 @@ fn killed_guest(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "patient", &shares, &["--grace=1"])?;
     let (mut client, dir, guard) = foreground(rig, &daemon, "killed")?;
+    // Else the one that is left for an instant unmounts.
+    client.signal_all(Signal::STOP)?;
     client.signal_all(Signal::KILL)?;
     client.wait(SETTLE)?.context("it survives SIGKILL")?;
     daemon.counters_at_rest().context("the daemon keeps the session")?;
