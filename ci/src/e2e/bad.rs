@@ -361,9 +361,8 @@ fn killed_guest(rig: &Rig) -> Result<()> {
     others_work(rig, "others")
 }
 
-/// A daemon that comes no more, and one that comes back without its memory: while it is away the
-/// mount waits, and whoever is killed gets out; the next one does not know the session, so what
-/// waits has an error and the mount ends, until sessions can be rebuilt.
+/// While a killed daemon is away the mount waits, and whoever is killed gets out; what waits goes on
+/// with the next daemon, which has the session rebuilt.
 fn killed_daemon(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;

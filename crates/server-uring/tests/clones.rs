@@ -20,6 +20,8 @@ use zerocopy::{FromBytes, IntoBytes};
 const CLONES: u64 = 24;
 const FILES: u64 = 8;
 const FILE_BYTES: usize = 5000;
+/// From a clone's first HELLO to the answer to its first request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// Before a clone comes again that was told to, times its number: they do not come in step.
 const AGAIN_US: u64 = 500;
 const NONE: SlotUse = SlotUse { slot: 0, seq: 0 };
@@ -149,6 +151,7 @@ fn clones_come(daemon: &Daemon, memory: &Memory) -> (usize, Duration) {
         let (node, fh) = memory.files[0];
         assert!(guest.read(node, fh, 0, 1).is_ok(), "clone {n}");
         let took = begun.elapsed();
+        assert!(took < ANSWER_LIMIT, "clone {n} was answered after {took:?}");
         memory.live(&mut guest, n);
         // Nobody leaves before all have lived; who is there answers when it is asked.
         lived.fetch_add(1, Ordering::Relaxed);
