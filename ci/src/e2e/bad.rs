@@ -361,8 +361,8 @@ fn killed_guest(rig: &Rig) -> Result<()> {
     others_work(rig, "others")
 }
 
-/// While a killed daemon is away the mount waits, and whoever is killed gets out; what waits goes on
-/// with the next daemon, which has the session rebuilt.
+/// While a killed daemon is away the mount waits, and whoever is killed gets out; what waits goes
+/// on with the next daemon, which has the session rebuilt.
 fn killed_daemon(rig: &Rig) -> Result<()> {
     let shares = [rig::share("d", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "mortal", &shares, &[])?;
