@@ -25,3 +25,5 @@ mod options;
 pub mod reader;
 mod sys;
 pub mod uring;
+
+pub use sys::return_large_memory;

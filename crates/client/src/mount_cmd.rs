@@ -120,6 +120,7 @@ pub fn run(
 ) -> Result<(), Failure> {
     // `ps` is to tell what it is.
     let _ = rustix::thread::set_name(c"ringfs");
+    fuser_fork::return_large_memory();
     let signals = catch_signals(&[SIGINT, SIGTERM, SIGHUP]).map_err(system("catch signals"))?;
     let is_takeover = service.is_takeover;
     let mut life = match is_takeover {
