@@ -53,6 +53,7 @@ impl<R: Ring> Shard<R> {
             }
         }
         if !conn.reserve_within(reserved, most) {
+            fs.quota.is_full();
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
