@@ -10,6 +10,7 @@ mod identity;
 pub mod load;
 mod signals;
 mod smoke;
+mod traces;
 mod trees;
 mod versions;
 
@@ -52,6 +53,7 @@ const GROUPS: &[(&str, &[Case])] = &[
     ("bad", bad::CASES),
     ("guest", guest::CASES),
     ("identity", identity::CASES),
+    ("traces", traces::CASES),
 ];
 
 /// What a case is given: a running daemon with the share `d` over `backing`.

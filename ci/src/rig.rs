@@ -261,6 +261,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// Its log.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// The last lines of its log.
     pub fn log_tail(&self) -> String {
         proc::tail_of(&self.log)
