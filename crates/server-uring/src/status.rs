@@ -22,6 +22,8 @@ pub struct Status {
     pub shards: usize,
     /// CPUs that they may use.
     pub cpus: Vec<usize>,
+    /// Buffers of 1 MiB that each of them may have at once.
+    pub large_buffers: usize,
     /// Open file descriptors.
     pub fds: u64,
     /// As many it may have.
@@ -175,12 +177,15 @@ impl Status {
     pub fn to_text(&self) -> String {
         let mut out = String::new();
         let cpus: Vec<String> = self.cpus.iter().map(ToString::to_string).collect();
-        let Status { version, pid, fds, fds_max, shards, .. } = self;
+        let Status { version, pid, fds, fds_max, shards, large_buffers, .. } = self;
         let up = span(self.up_s);
         let cpus = cpus.join(",");
         let _ =
             writeln!(out, "ringfsd {version}, pid {pid}, up {up}, {shards} shards on CPUs {cpus}");
-        let _ = writeln!(out, "open files: {fds} of {fds_max}");
+        let _ = writeln!(
+            out,
+            "open files: {fds} of {fds_max}; at most {large_buffers} buffers of 1MiB a shard"
+        );
         self.config.write(&mut out);
         let rows = self.shares.iter().map(ShareStatus::row);
         let head = ["SHARE", "SESSIONS", "DONE", "ERRORS", "SLOW", "READ", "WRITTEN", "PATH", ""];
