@@ -1,5 +1,6 @@
-//! What the parent does beside its worker, seen from outside of a whole daemon: another worker where
-//! one dies, sockets that come and go with their directories, shares that a SIGHUP brings and takes.
+//! What the parent does beside its worker, seen from outside of a whole daemon: another worker
+//! where one dies, sockets that come and go with their directories, shares that a SIGHUP brings and
+//! takes.
 
 mod common;
 
