@@ -205,9 +205,10 @@ fn kill_all(bench: &Bench, keeper: Client, keeper_first: bool) -> String {
 /// Writes what is there already to the start of `big`, until there is a file `stop`. A process of
 /// its own: ours could start no other one while the mount is not served.
 fn writing(bench: &Bench) -> Reader {
-    let code = "open($f, '+<', $ARGV[0]) or die; sysread($f, $d, 1 << 20) == 1 << 20 or die; \
-                while (! -e $ARGV[1]) { sysseek($f, 0, 0); \
-                syswrite($f, $d) == 1 << 20 or die \"$!\"; $n += 1 << 20 } print $n";
+    let code = "open($f, '+<', $ARGV[0]) or die \"open $!\"; \
+                $r = sysread($f, $d, 1 << 20); $r == 1 << 20 or die \"read $r $!\"; \
+                $n = 0; while (! -e $ARGV[1]) { sysseek($f, 0, 0); \
+                syswrite($f, $d) == 1 << 20 or die \"write $!\"; $n += 1 << 20 } print $n";
     let mut command = Command::new("perl");
     command.args(["-e", code]).arg(bench.file("big")).arg(bench.dir.path().join("stop"));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
