@@ -12,6 +12,8 @@ use std::ops::Range;
 pub const KEPT_BYTES_MAX: usize = 16 << 20;
 /// Bytes of copies' buffers that stay with slots that are free.
 const IDLE_BYTES_MAX: usize = 2 << 20;
+/// Where no large frame has been seen yet, what a batch's buffer has in memory.
+const TOUCHED_FIRST: usize = 2 * BATCH_TARGET_BYTES;
 /// Batch buffers that stay while no frame is in them.
 const SPARE_BUFFERS_MAX: usize = 4;
 
@@ -42,16 +44,28 @@ pub struct Kept {
     bytes: usize,
     /// Of copies' buffers of free slots.
     idle_bytes: usize,
+    /// Of a new batch buffer.
+    touched: usize,
 }
 
-/// A buffer for a batch.
-pub fn batch_buffer() -> Vec<u8> {
-    vec![0; BATCH_BYTES_MAX]
+const PAGE_BYTES: usize = 4096;
+
+/// A buffer for a batch, of which the first `touched` bytes are in memory.
+fn batch_buffer(touched: usize) -> Vec<u8> {
+    let mut buffer = vec![0; BATCH_BYTES_MAX];
+    touch(&mut buffer[..touched]);
+    buffer
+}
+
+/// Has the pages of a buffer be there before the device is read into it: a client that is killed
+/// while the kernel makes one of them fails the request that was being copied (EIO).
+pub fn touch(buffer: &mut [u8]) {
+    buffer.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = std::hint::black_box(0));
 }
 
 impl Kept {
-    /// Nothing is in flight.
-    pub fn new(slots: u16) -> Kept {
+    /// Nothing is in flight. `has_large`: frames of any size may come at once, and a kill with them.
+    pub fn new(slots: u16, has_large: bool) -> Kept {
         let frame = || Frame { copy: Vec::new(), place: Place::Nothing };
         Kept {
             frames: (0..slots).map(|_| frame()).collect(),
@@ -59,7 +73,13 @@ impl Kept {
             spare: Vec::new(),
             bytes: 0,
             idle_bytes: 0,
+            touched: if has_large { BATCH_BYTES_MAX } else { TOUCHED_FIRST },
         }
+    }
+
+    /// A buffer for the next batch.
+    pub fn batch_buffer(&self) -> Vec<u8> {
+        batch_buffer(self.touched)
     }
 
     /// Whether a further request has to wait.
@@ -72,6 +92,7 @@ impl Kept {
         self.release(slot);
         let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
         if span.len() > BATCH_TARGET_BYTES {
+            self.touched = BATCH_BYTES_MAX;
             self.bytes += BATCH_BYTES_MAX;
             frame.place = Place::InBatch(span);
             self.in_batch = Some(slot);
@@ -87,7 +108,7 @@ impl Kept {
     /// The record that another client had in that slot.
     pub fn adopt(&mut self, slot: u16, record: &[u8]) {
         let mut buffer = match record.len() > BATCH_TARGET_BYTES {
-            true => batch_buffer(),
+            true => self.batch_buffer(),
             false => return self.keep(slot, record, 0..record.len()),
         };
         buffer[..record.len()].copy_from_slice(record);
@@ -102,7 +123,7 @@ impl Kept {
         let frame = &mut self.frames[usize::from(slot)];
         if let Place::InBatch(span) = &frame.place {
             let span = span.clone();
-            let next = self.spare.pop().unwrap_or_else(batch_buffer);
+            let next = self.spare.pop().unwrap_or_else(|| batch_buffer(self.touched));
             frame.place = Place::Large(std::mem::replace(buffer, next), span);
         }
     }
@@ -159,8 +180,8 @@ mod tests {
 
     #[test]
     fn small_frames_are_copied_and_their_buffers_stay() {
-        let mut kept = Kept::new(2);
-        let mut buffer = batch_buffer();
+        let mut kept = Kept::new(2, false);
+        let mut buffer = batch_buffer(0);
         keep(&mut kept, 1, &mut buffer, 32..112);
         buffer.fill(0);
         kept.retire(&mut buffer);
@@ -175,8 +196,8 @@ mod tests {
 
     #[test]
     fn large_frames_take_their_batch_along() {
-        let mut kept = Kept::new(40);
-        let mut buffer = batch_buffer();
+        let mut kept = Kept::new(40, false);
+        let mut buffer = batch_buffer(0);
         for slot in 0..40 {
             assert_eq!(kept.is_full(), usize::from(slot) * BATCH_BYTES_MAX >= KEPT_BYTES_MAX);
             keep(&mut kept, slot, &mut buffer, 200..200 + (1 << 20));
@@ -196,8 +217,8 @@ mod tests {
 
     #[test]
     fn a_reply_before_the_batch_has_left_leaves_the_buffer_with_the_lane() {
-        let mut kept = Kept::new(2);
-        let mut buffer = batch_buffer();
+        let mut kept = Kept::new(2, false);
+        let mut buffer = batch_buffer(0);
         keep(&mut kept, 0, &mut buffer, 32..200_000);
         let place = buffer.as_ptr();
         kept.release(0);
@@ -207,8 +228,8 @@ mod tests {
 
     #[test]
     fn what_free_slots_hold_is_bounded() {
-        let mut kept = Kept::new(1024);
-        let mut buffer = batch_buffer();
+        let mut kept = Kept::new(1024, false);
+        let mut buffer = batch_buffer(0);
         for slot in 0..1024 {
             keep(&mut kept, slot, &mut buffer, 32..32 + BATCH_TARGET_BYTES);
         }
@@ -220,7 +241,7 @@ mod tests {
 
     #[test]
     fn slots_that_do_not_exist_are_nobodys() {
-        let mut kept = Kept::new(1);
+        let mut kept = Kept::new(1, false);
         kept.keep(9, &[0; 64], 0..16);
         kept.release(9);
         assert_eq!((kept.record(9), kept.bytes), (None, 0));

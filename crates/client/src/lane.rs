@@ -272,6 +272,11 @@ impl Lane {
         self.resent_by = Some(resent_by);
     }
 
+    /// Whether another client has had it before.
+    pub fn is_inherited(&self) -> bool {
+        self.resent_by.is_some()
+    }
+
     /// What it has inherited, once.
     pub fn take_inherited(&self) -> Inherited {
         std::mem::take(&mut *lock(&self.inherited))

@@ -6,7 +6,7 @@
 
 use crate::conn::Conn;
 use crate::groups;
-use crate::kept::{Kept, batch_buffer};
+use crate::kept::Kept;
 use crate::lane::{Claim, InFlight, Inherited, Lane, LaneCounters, Parked};
 use crate::resume::Resend;
 use crate::session::{End, Session};
@@ -48,14 +48,14 @@ impl<'s> Intake<'s> {
     /// Nothing yet, but for what the client before has left.
     pub fn new(session: &'s Session, lane: &'s Lane, inherited: Inherited) -> Intake<'s> {
         let Inherited { records, forgets, .. } = inherited;
-        let mut kept = Kept::new(lane.slots());
+        let mut kept = Kept::new(lane.slots(), lane.is_inherited());
         records.iter().for_each(|(slot, record)| kept.adopt(*slot, record));
         lane.forgets_wait(0, &forgets);
         Intake {
             session,
             lane,
             builder: BatchBuilder::new(),
-            buffer: batch_buffer(),
+            buffer: kept.batch_buffer(),
             kept,
             resends: VecDeque::new(),
             is_resending: false,

@@ -87,8 +87,9 @@ pub struct Settings {
     pub log_format: Option<LogFormat>,
     /// What the process that serves guests is kept from. namespace: it sees the shares and nothing
     /// else of the host, in namespaces of its own, with few capabilities and system calls
-    /// (docs/security.md). none: it has the rights that the daemon was started with. [default:
-    /// namespace]
+    /// (docs/security.md); who is not root has them by a user namespace. landlock: the same without
+    /// namespaces, for containers that have none. none: it has the rights that the daemon was
+    /// started with. [default: namespace]
     #[arg(long, value_enum)]
     pub sandbox: Option<Sandbox>,
     /// Whether the process that serves guests may open files by their handles, which finds those

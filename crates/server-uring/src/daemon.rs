@@ -11,7 +11,7 @@ use crate::fdops;
 use crate::fds::Fds;
 use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
-use crate::sandbox::SandboxError;
+use crate::sandbox::{SandboxError, Walls};
 use crate::state_dir::StateError;
 use crate::systemd::{self, Notify};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -183,7 +183,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         spin: config.spin,
         grace: config.grace,
         state,
-        sandbox: config.sandbox,
+        walls: Walls::of(config.sandbox)?,
         file_handles: config.file_handles,
         slow_op: config.slow_op,
         fds: fds.clone(),

@@ -49,6 +49,7 @@ pub mod sandbox;
 pub mod session;
 mod sha256;
 pub mod shard;
+pub mod share;
 pub mod splice;
 pub mod state_dir;
 pub mod state_file;

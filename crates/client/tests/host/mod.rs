@@ -152,8 +152,10 @@ struct Shared {
     conns: Mutex<HashMap<u8, Arc<Conn>>>,
     /// The number in the newest ticket.
     ticket: Mutex<u8>,
-    /// The connection that the newest ticket was for: the one before is good for it still.
+    /// The connection that the newest ticket was for: the one that the guest has shown last is good
+    /// for it still.
     ticket_for: AtomicU64,
+    ticket_shown: AtomicU64,
     epoch: AtomicU64,
     /// Of the next connection.
     serial: AtomicU64,
@@ -193,6 +195,7 @@ impl Host {
             mood: Mutex::default(),
             ticket: Mutex::new(1),
             ticket_for: AtomicU64::new(u64::MAX),
+            ticket_shown: AtomicU64::new(1),
             seen: Mutex::default(),
             changed: Condvar::new(),
             slots: Mutex::default(),
@@ -482,10 +485,10 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     let rebuilds = !is_new && (unknown.is_some() || is_untold);
     let resumes = conns.contains_key(&(hello.conn as u8)) || rebuilds;
     let mut ticket = shared.ticket.lock().expect("ticket");
-    let before = Ticket([ticket.wrapping_sub(1); 16]);
-    // The WELCOME may be lost with the client that it was for.
+    let shown = Ticket([shared.ticket_shown.load(Ordering::SeqCst) as u8; 16]);
+    // The WELCOME may be lost with the client that it was for, and the next client's too.
     let is_again =
-        hello.ticket == before && shared.ticket_for.load(Ordering::SeqCst) == u64::from(hello.conn);
+        hello.ticket == shown && shared.ticket_for.load(Ordering::SeqCst) == u64::from(hello.conn);
     if !is_new && hello.ticket != Ticket([*ticket; 16]) && !is_again {
         return refused(Reason::UnknownSession, "wrong ticket");
     }
@@ -493,6 +496,8 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
         return refused(reason, "by order");
     }
     if resumes {
+        let shown = if is_again { hello.ticket.0[0] } else { *ticket };
+        shared.ticket_shown.store(shown.into(), Ordering::SeqCst);
         *ticket = ticket.wrapping_add(1).max(1);
         shared.ticket_for.store(hello.conn.into(), Ordering::SeqCst);
         if hello.init.is_none() {
