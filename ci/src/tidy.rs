@@ -55,7 +55,7 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/tests/sandbox/main.rs", "what whoever takes a worker over would call"),
     ("crates/mapping/src/lib.rs", "a session's file as memory, which mmap gives"),
     ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
-    ("fuser-fork/src/sys.rs", "/dev/fuse: the clone ioctl, and queue entries lent to the kernel"),
+    ("fuser-fork/src/sys.rs", "/dev/fuse: clones, queue entries lent to the kernel; mallopt"),
 ];
 
 /// Files that name libc's types, and make no call, because the crate they use states them so.

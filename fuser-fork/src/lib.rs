@@ -27,3 +27,5 @@ pub mod passed;
 pub mod reader;
 mod sys;
 pub mod uring;
+
+pub use sys::return_large_memory;

@@ -1,11 +1,11 @@
-//! What no safe crate wraps: `FUSE_DEV_IOC_CLONE`, fds that came with the process, and an io_uring
-//! whose commands lend memory to the FUSE driver.
+//! What no safe crate wraps: `FUSE_DEV_IOC_CLONE`, fds that came with the process, an io_uring
+//! whose commands lend memory to the FUSE driver, and how malloc holds what is as large as a frame.
 //!
 //! Invariant: the only file of the crate with `unsafe`. The memory of a queue entry is the
 //! kernel's from the moment its command is pushed until its completion is taken, and nobody gets a
 //! slice of it in between; memory that the kernel may still write to is never unmapped, but leaked.
 //! It must not decide anything: what a completion means is `uring.rs`' business.
-#![allow(unsafe_code, reason = "the ioctl and the ring's shared memory have no safe wrapper")]
+#![allow(unsafe_code, reason = "the ioctl, the ring's memory and mallopt have no safe wrapper")]
 
 use std::fmt;
 use std::io;
@@ -35,6 +35,25 @@ pub(crate) fn fuse_dev_clone(new: BorrowedFd<'_>, session: BorrowedFd<'_>) -> Re
     unsafe {
         let arg = Setter::<FUSE_DEV_IOC_CLONE, u32>::new(session_fd);
         ioctl(new, arg)
+    }
+}
+
+/// Allocations from this size on are mappings of their own.
+const MAPPED_BYTES_MIN: libc::c_int = 256 << 10;
+/// Free memory that stays at the end of a heap.
+const TRIM_BYTES: libc::c_int = 1 << 20;
+
+/// Has malloc give buffers of a frame's size back to the kernel when they are freed. Left alone,
+/// glibc raises its bound for mappings to the first of them that is freed; later ones lie in
+/// heaps, between things that stay, and each leaves a hole of its size when it goes.
+pub fn return_large_memory() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in
+        [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN), (libc::M_TRIM_THRESHOLD, TRIM_BYTES)]
+    {
+        // SAFETY: mallopt takes two numbers, no memory, and locks what it changes. A value that it
+        // does not take changes nothing.
+        unsafe { libc::mallopt(parameter, value) };
     }
 }
 

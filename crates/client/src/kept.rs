@@ -64,7 +64,7 @@ pub fn touch(buffer: &mut [u8]) {
 }
 
 impl Kept {
-    /// Nothing is in flight. `has_large`: frames of any size may come at once, and a kill with them.
+    /// Nothing is in flight. `has_large`: large frames may come at once, and a kill with them.
     pub fn new(slots: u16, has_large: bool) -> Kept {
         let frame = || Frame { copy: Vec::new(), place: Place::Nothing };
         Kept {

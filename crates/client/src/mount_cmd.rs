@@ -86,6 +86,7 @@ pub fn run(
 ) -> Result<(), Failure> {
     // `ps` is to tell what it is.
     let _ = rustix::thread::set_name(c"ringfs");
+    fuser_fork::return_large_memory();
     let is_takeover = service.is_takeover;
     let mut life = Life::of(match is_takeover {
         true => begin::take_over(request, service)?,

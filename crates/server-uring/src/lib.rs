@@ -25,6 +25,7 @@ pub mod idmap;
 pub mod import;
 pub mod inside;
 pub mod intent;
+mod jobs;
 pub mod limits;
 pub mod link;
 pub mod mailbox;

@@ -266,7 +266,7 @@ impl<R: Ring> Shard<R> {
             Mail::Ask { session, conn } => self.ask_too(session, conn),
             Mail::Cut { session, conn } => self.cut_off(session, conn),
             Mail::Restored { session, conn } => self.restored(session, conn),
-            Mail::Done(done) => self.executed(done),
+            Mail::Done(done) => self.end_job(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
                 let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::hello::Ticket;
 use ringfs_wire::table::{are_whole, rebuild};
@@ -122,10 +122,12 @@ impl StateOption {
             StateOption::Default => hold_default(Path::new(DEFAULT_ABOVE), listen, grace).map(Some),
         };
         // The worker of a daemon that was killed ends a moment after it.
-        let until = Instant::now() + IN_USE_PATIENCE;
+        // Counted in looks: a machine that stands still meanwhile gives it no time to end.
+        let mut looks = IN_USE_PATIENCE.as_millis() / IN_USE_PAUSE.as_millis();
         let held = loop {
             match take() {
-                Err(StateError::InUse { .. }) if Instant::now() < until => {
+                Err(StateError::InUse { .. }) if looks > 0 => {
+                    looks -= 1;
                     std::thread::sleep(IN_USE_PAUSE);
                 }
                 other => break other,
