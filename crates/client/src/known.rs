@@ -6,8 +6,9 @@
 //! out right. Invariant: a node counts exactly while lookups of it were given and not given back,
 //! and what the kernel would refuse gives nothing. Recipes alone are here besides, and few: those
 //! whose reply is yet to come, and those of nodes that were just given back, as a reply that gives
-//! one again may have been overtaken by that to its FORGET. All of it is bounded. It must not do I/O. Where the client is to
-//! be taken over (takeover.rs), each change is in a log first, with the request that made it.
+//! one again may have been overtaken by that to its FORGET. All of it is bounded. It must not do
+//! I/O. Where the client is to be taken over (takeover.rs), each change is in a log first, with the
+//! request that made it.
 
 use crate::journal::{Entry as Change, Log};
 use crate::lane::lock;
@@ -996,8 +997,8 @@ mod tests {
         assert!(known.hear(&[1, 2, 3]).is_err() && known.hear(&node(1, b"")).is_err());
     }
 
-    /// The daemon has made the reply to a LOOKUP, without the recipe, which had left before; then it
-    /// takes a FORGET, and the reply to that is here first.
+    /// The daemon has made the reply to a LOOKUP, without the recipe, which had left before; then
+    /// it takes a FORGET, and the reply to that is here first.
     #[test]
     fn a_recipe_stays_where_a_reply_is_overtaken_by_that_to_a_forget() {
         let known = Known::new(true);
