@@ -87,7 +87,7 @@ mount -t tmpfs tmpfs $root/tmp
 mount --bind $4/.rustup $root/root/.rustup
 mount --bind $4/.cargo/bin $root/root/.cargo/bin
 mount --bind $4/.cargo/registry $root/root/.cargo/registry
-git clone -q --local $3 $root/root/ringfs
+git clone -q --no-hardlinks $3 $root/root/ringfs
 if [ -d $3/target/packages ]; then
   mkdir -p $root/root/ringfs/target/packages
   cp $3/target/packages/*.deb $root/root/ringfs/target/packages
