@@ -7,6 +7,7 @@
 mod bad;
 mod guest;
 mod identity;
+mod limits;
 pub mod load;
 mod signals;
 mod smoke;
@@ -53,6 +54,7 @@ const GROUPS: &[(&str, &[Case])] = &[
     ("bad", bad::CASES),
     ("guest", guest::CASES),
     ("identity", identity::CASES),
+    ("limits", limits::CASES),
     ("traces", traces::CASES),
 ];
 

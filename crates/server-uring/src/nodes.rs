@@ -207,6 +207,8 @@ pub struct Nodes {
     names: RwLock<()>,
     /// Which shard by id evict.rs looks at next.
     pub(crate) hand: AtomicUsize,
+    /// How many nodes there were when the guest was asked to give some back.
+    pub(crate) asked_at: AtomicUsize,
 }
 
 /// What is behind one lock: nodes by id, or by the crate's inode.
@@ -235,6 +237,7 @@ impl Nodes {
             noted_life: AtomicU32::new(1),
             names: RwLock::new(()),
             hand: AtomicUsize::new(0),
+            asked_at: AtomicUsize::new(0),
         });
         let place = Place { parent: FUSE_ROOT_ID, name: c".".into() };
         let node = Arc::new(nodes.node(FUSE_ROOT_ID, libc::S_IFDIR, (ROOT_INODE, 0), 1, place));
@@ -514,6 +517,11 @@ impl Nodes {
     /// Nodes known now, the root among them.
     pub fn count(&self) -> usize {
         self.resident() + self.cold.count()
+    }
+
+    /// How many there may be.
+    pub(crate) fn most(&self) -> usize {
+        self.bound.quota.nodes_max(self.bound.most)
     }
 
     /// Nodes with an fd behind them.

@@ -101,6 +101,7 @@ const NUMBERS: &[(&str, &str, &str)] = &[
     ("abandoned", "counter", "Requests whose reply nobody takes."),
     ("recovered", "counter", "Requests that a dead daemon had begun."),
     ("ambiguous", "counter", "Those of them of which nobody could tell what became."),
+    ("wanted_back", "counter", "Nodes that guests were asked to give back."),
     ("clones_refused", "counter", "Connections refused because the one that they name lives."),
 ];
 

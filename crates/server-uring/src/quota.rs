@@ -414,6 +414,14 @@ impl Quota {
             && open < most
     }
 
+    /// How many inodes a session may know; `most` without a limit.
+    pub fn nodes_max(&self, most: usize) -> usize {
+        match self.share.nodes.load(Relaxed) {
+            0 => most,
+            nodes => nodes.min(most),
+        }
+    }
+
     /// Whether a session that knows so many inodes may learn of another one.
     pub fn may_know(&self, nodes: usize, most: usize) -> bool {
         self.share.is_within(Kind::Nodes, nodes, &self.share.nodes) && nodes < most
