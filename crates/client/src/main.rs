@@ -11,6 +11,7 @@ mod background;
 mod batcher;
 mod begin;
 mod conn;
+mod connector;
 mod doctor;
 mod down;
 mod fd_store;
