@@ -253,7 +253,9 @@ fn a_kill_of_all_its_processes_is_survived() {
         manager.wait_ready(1);
         let lanes = status_of(&bench)["lanes"]["got"].as_u64().expect("lanes") as usize;
         assert_eq!(manager.names().len(), 1 + lanes);
-        assert!(manager.see(|unit| unit.barriers) == 1 && status_of(&bench)["alone_why"].is_null());
+        assert_eq!(manager.see(|unit| unit.barriers), 1);
+        let status = status_of(&bench);
+        assert!(status["alone_why"].is_null() && status["is_stored"] == true, "{status}");
         let line = mount_line(&bench);
         let held = hold(&bench, &["hello"]);
         let reader = hanging(&bench);
