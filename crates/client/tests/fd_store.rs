@@ -15,8 +15,10 @@ use rustix::net::sockopt::set_socket_passcred;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -374,6 +376,14 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
         manager.see(|unit| unit.store.retain(|(name, _)| !name.ends_with("device-1")));
     };
     check(lose, "data", "had 2 lanes and has left 1 fds", 2);
+    let update = |_: &Bench, manager: &Manager| {
+        let file = manager.see(|unit| {
+            let file = unit.store.iter().find(|(name, _)| name == "ringfs-file");
+            file.expect("stored").1.try_clone().expect("dup")
+        });
+        File::from(file).write_all_at(&[7; 8], 0).expect("another version's");
+    };
+    check(update, "data", "has left nothing that this one can read", 2);
 }
 
 #[test]
