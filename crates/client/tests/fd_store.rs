@@ -387,6 +387,20 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
 }
 
 #[test]
+fn a_mount_that_cannot_be_taken_over_says_that_it_is_not_stored() {
+    let _alone = alone();
+    let bench = Bench::new(Terms::default());
+    let manager = Manager::new(&bench);
+    let keeper = manager.start(&bench, "data", "lanes=2,nokeep");
+    manager.wait_ready(1);
+    assert!(manager.names().is_empty() && status_of(&bench)["is_stored"] == false);
+    keeper.signal(Signal::TERM);
+    let (status, stderr) = keeper.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    assert!(stderr.contains("nothing is kept by the service manager why=\"nokeep\""), "{stderr}");
+}
+
+#[test]
 fn without_a_manager_it_is_refused() {
     let bench = Bench::new(Terms::default());
     let path = bench.mountpoint.display().to_string();
