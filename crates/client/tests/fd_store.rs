@@ -371,6 +371,9 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
     };
     check(unmount, "data", "is gone: mounting anew", 1);
     check(|_, _| (), "data/sub", "another share's: removing it", 1);
+    // As `systemctl stop` of a service whose processes are all dead.
+    let empty = |_: &Bench, manager: &Manager| manager.see(|unit| unit.store.clear());
+    check(empty, "data", "nobody serves the mount that is there: removing it", 1);
     // One that manager or kernel took for the same as another.
     let lose = |_: &Bench, manager: &Manager| {
         manager.see(|unit| unit.store.retain(|(name, _)| !name.ends_with("device-1")));
