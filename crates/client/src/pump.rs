@@ -221,7 +221,6 @@ impl<'s> Pump<'s> {
         match outcome {
             ReadOutcome::Frame(bytes) => {
                 self.frames += 1;
-                self.spin.worked();
                 self.intake.take_frame(bytes)?;
             }
             ReadOutcome::WouldBlock | ReadOutcome::Interrupted => {}
