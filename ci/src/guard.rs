@@ -170,16 +170,44 @@ pub fn pidfd(pid: Pid) -> Result<OwnedFd> {
     pidfd_open(pid, PidfdFlags::empty()).context("pidfd_open")
 }
 
+/// The time in which we have run. Limits are held against it: while all of us stand still (a
+/// freezer, a suspended machine) nothing can be done in time, and nothing is late for it.
+#[derive(Debug)]
+pub struct Running {
+    seen: Instant,
+    passed: Duration,
+}
+
+impl Running {
+    /// Who looks more often than this loses nothing; of a longer gap this much counts.
+    pub const GAP_MAX: Duration = Duration::from_secs(1);
+
+    /// It begins.
+    pub fn begin() -> Self {
+        Self { seen: Instant::now(), passed: Duration::ZERO }
+    }
+
+    /// How much it is now.
+    pub fn passed(&mut self) -> Duration {
+        let now = Instant::now();
+        self.passed += (now - self.seen).min(Self::GAP_MAX);
+        self.seen = now;
+        self.passed
+    }
+}
+
 /// Waits until the process behind `pidfd` has ended; false when `limit` passed before.
 pub fn wait_ended(pidfd: &OwnedFd, limit: Duration) -> Result<bool> {
-    let deadline = Instant::now() + limit;
+    let mut running = Running::begin();
+    let mut is_late = false;
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = limit.saturating_sub(running.passed()).min(Running::GAP_MAX / 2);
         let timeout =
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos() as i64 };
         let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
         match poll(&mut fds, Some(&timeout)) {
-            Ok(0) => return Ok(false),
+            Ok(0) if is_late => return Ok(false),
+            Ok(0) => is_late = running.passed() >= limit,
             Ok(_) => return Ok(true),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error).context("poll a pidfd"),
@@ -191,12 +219,14 @@ pub fn wait_ended(pidfd: &OwnedFd, limit: Duration) -> Result<bool> {
 /// states of the kernel that have no descriptor to wait on, and never in place of one.
 pub fn poll_until(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<bool> {
     const STEP: Duration = Duration::from_millis(10);
-    let deadline = Instant::now() + limit;
+    let mut running = Running::begin();
     loop {
+        // Asked once more after the limit: it may have come about while we stood still.
+        let is_late = running.passed() >= limit;
         if done()? {
             return Ok(true);
         }
-        if Instant::now() >= deadline {
+        if is_late {
             return Ok(false);
         }
         thread::sleep(STEP);
@@ -231,12 +261,16 @@ pub fn detach(path: &Path) -> Result<()> {
 pub fn with_limit<T>(limit: Duration, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let (done, waiting) = mpsc::channel::<()>();
     let watcher = thread::spawn(move || {
-        let hung = waiting.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
-        if hung {
-            eprintln!("xtask: nothing moves after {limit:?}: aborting the mounts");
-            abort_mounts();
+        let mut running = Running::begin();
+        while running.passed() < limit {
+            let left = limit.saturating_sub(running.passed()).min(Running::GAP_MAX / 2);
+            if waiting.recv_timeout(left) != Err(mpsc::RecvTimeoutError::Timeout) {
+                return false;
+            }
         }
-        hung
+        eprintln!("xtask: nothing moves after {limit:?}: aborting the mounts");
+        abort_mounts();
+        true
     });
     let result = work();
     drop(done);
@@ -291,6 +325,14 @@ fn remove_dir(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_in_which_we_stand_still_is_no_time() {
+        let mut running = Running::begin();
+        running.seen -= Duration::from_secs(90);
+        let passed = running.passed();
+        assert!(passed >= Running::GAP_MAX && passed < 2 * Running::GAP_MAX, "{passed:?}");
+    }
 
     #[test]
     fn a_guard_undoes_on_drop_and_on_panic_and_not_when_disarmed() {

@@ -113,6 +113,9 @@ fn stage(built: &Path, name: &str, root: &Path) -> Result<()> {
         for link in ["mount.ringfs", "mount.fuse.ringfs"] {
             symlink("../bin/ringfs", sbin.join(link))?;
         }
+        let unit = "ringfs@.service";
+        let from = paths::root().join("packaging/systemd-guest").join(unit);
+        fs::copy(from, dir("usr/lib/systemd/system")?.join(unit))?;
     }
     Ok(())
 }

@@ -6,8 +6,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::ops::Add;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,6 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::process::Signal;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::guard::{self, Guard, Undo};
 use crate::mounts;
@@ -71,6 +74,36 @@ impl Counters {
             ("buffers_in_use", self.buffers_in_use),
         ]
     }
+}
+
+/// What the limits of a daemon's shares did.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct Limited {
+    /// Requests that waited for a rate.
+    pub delayed: u64,
+    /// Files that were not opened or not made known.
+    pub refused: u64,
+}
+
+impl Add for Limited {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        let Self { delayed, refused } = self;
+        Self { delayed: delayed + other.delayed, refused: refused + other.refused }
+    }
+}
+
+impl fmt::Display for Limited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} delayed and {} refused by limits", self.delayed, self.refused)
+    }
+}
+
+/// As `{"ask":"status"}` is answered, of which this is of use here.
+#[derive(Deserialize)]
+struct Status {
+    shares: Vec<Limited>,
 }
 
 /// What a mount's client tells of itself, as `ringfs status --json` writes it.
@@ -235,19 +268,24 @@ impl Daemon {
 
     /// What it counts now.
     pub fn counters(&self) -> Result<Counters> {
-        let text = self.status_text()?;
-        serde_json::from_str(&text)
-            .with_context(|| format!("the control socket wrote something else: {text}"))
+        self.ask("counters")
     }
 
-    fn status_text(&self) -> Result<String> {
+    /// What the limits of its shares did since its start.
+    pub fn limited(&self) -> Result<Limited> {
+        let status: Status = self.ask("status")?;
+        Ok(status.shares.into_iter().fold(Limited::default(), Add::add))
+    }
+
+    fn ask<T: DeserializeOwned>(&self, what: &str) -> Result<T> {
         let mut stream = UnixStream::connect(&self.control)
             .with_context(|| format!("connect to {}", self.control.display()))?;
         stream.set_read_timeout(Some(SETTLE))?;
-        stream.write_all(b"{\"ask\":\"counters\"}\n")?;
+        stream.write_all(format!("{{\"ask\":\"{what}\"}}\n").as_bytes())?;
         let mut text = String::new();
-        stream.take(STATUS_BYTES_MAX).read_to_string(&mut text).context("read the counters")?;
-        Ok(text)
+        stream.take(STATUS_BYTES_MAX).read_to_string(&mut text).context(what.to_owned())?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("the control socket wrote something else: {text}"))
     }
 
     /// The counters as soon as nobody is connected; what was held then is what a later

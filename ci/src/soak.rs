@@ -6,6 +6,7 @@
 //! daemons of the same age are compared; cuts and reconnects go on all the time.
 
 use std::fs::File;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,9 @@ use crate::deps;
 use crate::faults::proxy::Proxy;
 use crate::faults::rng::Rng;
 use crate::faults::schedule::Schedule;
-use crate::guard;
+use crate::guard::{self, Running};
 use crate::paths::Bins;
-use crate::rig::{self, Counters, Daemon, Mount};
+use crate::rig::{self, Counters, Daemon, Limited, Mount};
 use crate::sandbox::{LoopFs, LoopShape, Sandbox};
 use crate::survive::away::{Worker, warm};
 use crate::survive::memory::{self, mib};
@@ -30,6 +31,13 @@ const SETTLED: f64 = 0.4;
 const GROWTH_MAX: f64 = 1.05;
 /// A run that is shorter shows what it used and asks for nothing: there was no time to level off.
 const MEMORY_MINUTES_MIN: f64 = 5.0;
+/// What a session may hold open and know: several times what the work needs, and what the greedy
+/// guest soon has. All of them together have room for each one's part, or one that comes back
+/// after a kill would find its own taken.
+const OPEN_FILES: usize = 120;
+const NODES: usize = 500;
+/// Rates that bursts exceed, and the mean of the work does not.
+const RATES: &str = "ops=1500,bytes=24M,total-ops=8000,total-bytes=128M,in-flight=2M";
 /// What each guest's mount is like, in turn.
 const OPTIONS: [&str; 8] = [
     "cache=auto",
@@ -57,6 +65,9 @@ pub struct Args {
     /// Of what is cut when
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Rates of the share and its sessions; empty: no limits at all, and no greedy guest
+    #[arg(long, default_value = RATES)]
+    rates: String,
     /// More arguments for ringfsd
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     daemon_args: String,
@@ -64,7 +75,19 @@ pub struct Args {
 
 impl Args {
     fn short() -> Self {
-        Self { minutes: 0.3, sessions: 8, threads: 7, seed: 1, daemon_args: String::new() }
+        let (rates, daemon_args) = (RATES.to_owned(), String::new());
+        Self { minutes: 0.3, sessions: 8, threads: 7, seed: 1, rates, daemon_args }
+    }
+
+    /// What `--share` is given.
+    fn share(&self, dir: &Path) -> String {
+        let share = rig::share("x", dir);
+        if self.rates.is_empty() {
+            return share;
+        }
+        let all = (self.sessions + 1) * OPEN_FILES;
+        let Self { rates, .. } = self;
+        format!("{share},{rates},open-files={OPEN_FILES},nodes={NODES},total-open-files={all}")
     }
 }
 
@@ -84,7 +107,7 @@ pub fn run(args: &Args) -> Result<String> {
         let state = sandbox.path("state").display().to_string();
         let mut extra = vec!["--state-dir", &state];
         extra.extend(args.daemon_args.split_whitespace());
-        let daemon = Daemon::start(&sandbox, &bins, "d", &[rig::share("x", &backing.dir)], &extra)?;
+        let daemon = Daemon::start(&sandbox, &bins, "d", &[args.share(&backing.dir)], &extra)?;
         let start = warm(&sandbox, &daemon)?;
         Soak::start(args, &sandbox, daemon, start)?.run(time)
     });
@@ -93,6 +116,7 @@ pub fn run(args: &Args) -> Result<String> {
 
 /// One guest.
 struct Guest {
+    name: String,
     mount: Mount,
     proxy: Proxy,
     worker: Worker,
@@ -110,6 +134,32 @@ struct Done {
     kills: u32,
     cuts: u32,
     reconnects: u32,
+    /// By the daemons that were killed.
+    limited: Limited,
+}
+
+impl Guest {
+    /// Mounts, through a proxy, and starts a program on it: which part of `survive`, the number of
+    /// the guest, and what the program is told.
+    fn start(
+        args: &Args,
+        sandbox: &Sandbox,
+        daemon: &Daemon,
+        name: String,
+        (part, n, more): (&str, usize, &[String]),
+    ) -> Result<Self> {
+        let schedule = Schedule { seed: args.seed, gap_max: 1, calm: true };
+        let log = File::create(sandbox.path(&format!("p{n}.log")))?;
+        let socket = sandbox.path(&format!("p{n}.sock"));
+        let proxy = Proxy::start(&socket, &daemon.socket, schedule, log)?;
+        let dir = sandbox.make_dir(&format!("m{n}"))?;
+        let log = sandbox.path(&format!("m{n}.log"));
+        let options = OPTIONS[n % OPTIONS.len()];
+        let mount = daemon.mount_through(&proxy.socket, "x", &dir, options, &log)?;
+        let pid = mount.told()?.pid;
+        let worker = Worker::start_part(sandbox, &dir, part, &format!("guest{n}"), more)?;
+        Ok(Self { name, mount, proxy, worker, pid })
+    }
 }
 
 struct Soak<'a> {
@@ -124,23 +174,19 @@ struct Soak<'a> {
 
 impl<'a> Soak<'a> {
     fn start(args: &'a Args, sandbox: &Sandbox, daemon: Daemon, start: Counters) -> Result<Self> {
-        let guest = |n: usize| -> Result<Guest> {
-            let schedule = Schedule { seed: args.seed, gap_max: 1, calm: true };
-            let log = File::create(sandbox.path(&format!("p{n}.log")))?;
-            let socket = sandbox.path(&format!("p{n}.sock"));
-            let proxy = Proxy::start(&socket, &daemon.socket, schedule, log)?;
-            let dir = sandbox.make_dir(&format!("m{n}"))?;
-            let log = sandbox.path(&format!("m{n}.log"));
-            let options = OPTIONS[n % OPTIONS.len()];
-            let mount = daemon.mount_through(&proxy.socket, "x", &dir, options, &log)?;
-            let pid = mount.told()?.pid;
+        let mut guests = Vec::new();
+        for n in 0..args.sessions.max(1) {
+            let name = format!("client {n} ({})", OPTIONS[n % OPTIONS.len()]);
             let seed = format!("--seed={}", args.seed + n as u64);
             let threads = format!("--threads={}", args.threads);
             let more = [seed, threads, "--rest-ms=2".to_owned()];
-            let worker = Worker::start(sandbox, &dir, &format!("guest{n}"), &more)?;
-            Ok(Guest { mount, proxy, worker, pid })
-        };
-        let guests = (0..args.sessions.max(1)).map(guest).collect::<Result<Vec<_>>>()?;
+            guests.push(Guest::start(args, sandbox, &daemon, name, ("work", n, &more))?);
+        }
+        if !args.rates.is_empty() {
+            let more = [format!("--open-files={OPEN_FILES}"), format!("--nodes={NODES}")];
+            let part = ("greedy", guests.len(), &more[..]);
+            guests.push(Guest::start(args, sandbox, &daemon, "greedy client".to_owned(), part)?);
+        }
         let (samples, done) = (Vec::new(), Done::default());
         Ok(Self { args, daemon, start, guests, samples, done, rng: Rng::of(&[args.seed]) })
     }
@@ -150,17 +196,18 @@ impl<'a> Soak<'a> {
         let kills = if self.args.minutes < 1.0 { 1 } else { 5 };
         let apart = (time.as_secs_f64() / 3.0 * SETTLED / 2.0 / f64::from(kills)).min(6.0);
         let progress = (time / 40).max(Duration::from_secs(5));
-        let begun = Instant::now();
-        let (mut told, mut sampled) = (begun, begun);
-        while begun.elapsed() < time {
+        let mut running = Running::begin();
+        let (mut told, mut sampled) = (Instant::now(), Instant::now());
+        while running.passed() < time {
             thread::sleep(TICK);
-            let at = begun.elapsed().as_secs_f64();
+            let at = running.passed().as_secs_f64();
             let third = time.as_secs_f64() / 3.0;
             let before = ((at / third) as u32).min(2);
             let since = at - third * f64::from(before);
             let due = before * kills + ((since / apart) as u32 + 1).min(kills);
             if self.done.kills < due {
                 self.done.kills += 1;
+                self.done.limited = self.done.limited + self.daemon.limited()?;
                 self.daemon.kill_and_start_again()?;
             }
             self.disturb()?;
@@ -173,7 +220,7 @@ impl<'a> Soak<'a> {
             }
             if told.elapsed() >= progress {
                 told = Instant::now();
-                self.tell(begun.elapsed())?;
+                self.tell(running.passed())?;
             }
         }
         self.end()
@@ -209,9 +256,10 @@ impl<'a> Soak<'a> {
         let steps: u64 = self.guests.iter().map(|guest| guest.worker.state().steps).sum();
         let resident = self.samples.last().map(|sample| sample.resident.clone());
         let resident = resident.unwrap_or_default();
+        let limited = self.done.limited + self.daemon.limited()?;
         println!(
-            "soak: {after:.0?}: {steps} steps, {} kills, {} cuts, {} reconnects, {} nodes, \
-             {} open, {} fds, daemon {:.1} MiB, clients {:.1} MiB, 0 errors",
+            "soak: {after:.0?}: {steps} steps, {limited}, {} kills, {} cuts, {} reconnects, \
+             {} nodes, {} open, {} fds, daemon {:.1} MiB, clients {:.1} MiB, 0 errors",
             self.done.kills,
             self.done.cuts,
             self.done.reconnects,
@@ -226,12 +274,14 @@ impl<'a> Soak<'a> {
 
     /// All stop, leave, and nothing is left.
     fn end(self) -> Result<String> {
+        let limited = self.done.limited + self.daemon.limited()?;
         let (mut steps, mut slowest) = (0, 0);
-        let (mut mounts, mut proxies) = (Vec::new(), Vec::new());
-        for (n, guest) in self.guests.into_iter().enumerate() {
-            let state = guest.worker.stop().with_context(|| format!("guest {n}"))?;
+        let (mut mounts, mut proxies, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        for guest in self.guests {
+            let state = guest.worker.stop().with_context(|| guest.name.clone())?;
             steps += state.steps;
             slowest = slowest.max(state.slowest_ms);
+            names.push(guest.name);
             mounts.push(guest.mount);
             proxies.push(guest.proxy);
         }
@@ -251,37 +301,37 @@ impl<'a> Soak<'a> {
             ensure!(proxy.findings().is_empty(), "{:?}", proxy.findings());
         }
         self.daemon.stop()?;
-        compare(&self.samples, self.args.minutes >= MEMORY_MINUTES_MIN)?;
-        let Done { kills, cuts, reconnects } = self.done;
+        ensure!(
+            self.args.rates.is_empty() || limited.delayed > 0 && limited.refused > 0,
+            "the limits were never met: {limited}"
+        );
+        compare(&names, &self.samples, self.args.minutes >= MEMORY_MINUTES_MIN)?;
+        let Done { kills, cuts, reconnects, .. } = self.done;
         Ok(format!(
-            "{} guests, {steps} steps, {kills} kills, {cuts} cuts, {reconnects} reconnects, the \
-             slowest step {slowest} ms, 0 errors",
+            "{} guests, {steps} steps, {limited}, {kills} kills, {cuts} cuts, {reconnects} \
+             reconnects, the slowest step {slowest} ms, 0 errors",
             proxies.len()
         ))
     }
 }
 
-/// The median of one process in a third, kills and the time after them left out.
-fn median(samples: &[Sample], third: u32, process: usize) -> Option<u64> {
+/// The mean of one process in a third, kills and the time after them left out.
+fn mean(samples: &[Sample], third: u32, process: usize) -> Option<u64> {
     let from = (f64::from(third) + SETTLED) / 3.0;
     let to = f64::from(third + 1) / 3.0;
     let within = samples.iter().filter(|sample| (from..to).contains(&sample.part));
-    let mut values: Vec<u64> = within.filter_map(|s| s.resident.get(process).copied()).collect();
-    values.sort_unstable();
-    values.get(values.len() / 2).copied()
+    let values: Vec<u64> = within.filter_map(|s| s.resident.get(process).copied()).collect();
+    values.iter().sum::<u64>().checked_div(values.len() as u64)
 }
 
 /// Holds the last third against the middle one.
-fn compare(samples: &[Sample], is_asked: bool) -> Result<()> {
+fn compare(names: &[String], samples: &[Sample], is_asked: bool) -> Result<()> {
     let processes = samples.first().map_or(0, |sample| sample.resident.len());
     let mut grown = Vec::new();
     for process in 0..processes {
-        let of = |third| median(samples, third, process);
+        let of = |third| mean(samples, third, process);
         let (Some(middle), Some(last)) = (of(1), of(2)) else { continue };
-        let name = match process {
-            0 => "daemon".to_owned(),
-            n => format!("client {} ({})", n - 1, OPTIONS[(n - 1) % OPTIONS.len()]),
-        };
+        let name = process.checked_sub(1).map_or("daemon", |n| &names[n]);
         let ratio = last as f64 / middle.max(1) as f64;
         println!("soak: {name:<36} {:>7.1} -> {:>7.1} MiB, x {ratio:.3}", mib(middle), mib(last));
         if ratio > GROWTH_MAX {
@@ -305,10 +355,11 @@ mod tests {
             };
             (0..300).map(at).collect()
         };
-        assert!(compare(&run(104 << 20), true).is_ok());
-        let error = compare(&run(106 << 20), true).unwrap_err();
+        let names = ["one".to_owned()];
+        assert!(compare(&names, &run(104 << 20), true).is_ok());
+        let error = compare(&names, &run(106 << 20), true).unwrap_err();
         assert!(error.to_string().contains("daemon x 1.060"), "{error}");
-        assert!(compare(&run(106 << 20), false).is_ok());
-        assert!(compare(&[], true).is_ok());
+        assert!(compare(&names, &run(106 << 20), false).is_ok());
+        assert!(compare(&names, &[], true).is_ok());
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod away;
 pub mod figures;
+pub mod greedy;
 pub mod memory;
 pub mod times;
 pub mod work;
@@ -28,6 +29,9 @@ enum Part {
     /// One guest's programs: verified work on a mount until a file appears (for the other commands)
     #[command(hide = true)]
     Work(work::Args),
+    /// One guest's program that takes until it is refused (for the other commands)
+    #[command(hide = true)]
+    Greedy(greedy::Args),
 }
 
 /// Runs one part; gives the closing line.
@@ -36,6 +40,7 @@ pub fn run(args: &Args) -> Result<String> {
         Part::Times(args) => times::run(args),
         Part::Away(args) => away::run(args),
         Part::Work(args) => work::run(args),
+        Part::Greedy(args) => greedy::run(args),
     }
 }
 

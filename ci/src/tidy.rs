@@ -52,10 +52,10 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/import.rs", "file handles: name_to_handle_at, open_by_handle_at"),
     ("crates/server-uring/src/sandbox/filter.rs", "system calls by their numbers: no call"),
     ("crates/server-uring/src/sandbox/root.rs", "mount_setattr, which rustix lacks"),
-    ("crates/server-uring/tests/sandbox.rs", "what whoever takes a worker over would call"),
+    ("crates/server-uring/tests/sandbox/main.rs", "what whoever takes a worker over would call"),
     ("crates/mapping/src/lib.rs", "a session's file as memory, which mmap gives"),
     ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
-    ("fuser-fork/src/sys.rs", "/dev/fuse: the clone ioctl, and queue entries lent to the kernel"),
+    ("fuser-fork/src/sys.rs", "/dev/fuse: clones, queue entries lent to the kernel; mallopt"),
 ];
 
 /// Files that name libc's types, and make no call, because the crate they use states them so.

@@ -287,6 +287,11 @@ impl AsFd for Device {
     }
 }
 
+/// Whether the session of that fd is over: unmounted, and used by nobody any more.
+pub fn is_over(session: BorrowedFd<'_>) -> bool {
+    connection_of(session) == Connection::Ended
+}
+
 /// The session's first fd, in the hands of its mount guard.
 #[derive(Debug)]
 pub(crate) struct Session(Arc<OwnedFd>);
@@ -303,21 +308,24 @@ pub(crate) enum Connection {
 }
 
 impl Session {
-    /// Never blocks: only a connection that has ended is read, and that stays ended.
     pub(crate) fn connection(&self) -> Connection {
-        let fd = self.0.as_fd();
-        let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        match poll(&mut polled, Some(&now)) {
-            Ok(_) if polled[0].revents().contains(PollFlags::ERR) => {}
-            _ => return Connection::Alive,
-        }
-        // The kernel looks at the length before anything else.
-        let mut buf = vec![0; read_buffer_bytes(1 << 20)];
-        match rustix::io::read(fd, &mut buf) {
-            Err(Errno::NODEV) => Connection::Ended,
-            _ => Connection::Aborted,
-        }
+        connection_of(self.0.as_fd())
+    }
+}
+
+/// Never blocks: only a connection that has ended is read, and that stays ended.
+fn connection_of(fd: BorrowedFd<'_>) -> Connection {
+    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    match poll(&mut polled, Some(&now)) {
+        Ok(_) if polled[0].revents().contains(PollFlags::ERR) => {}
+        _ => return Connection::Alive,
+    }
+    // The kernel looks at the length before anything else.
+    let mut buf = vec![0; read_buffer_bytes(1 << 20)];
+    match rustix::io::read(fd, &mut buf) {
+        Err(Errno::NODEV) => Connection::Ended,
+        _ => Connection::Aborted,
     }
 }
 

@@ -9,6 +9,7 @@
 //! - [`reader`]: the clones of one session, and the debt of a reply to the clone that read;
 //! - [`frame`]: what a request's bytes say, and the headers of replies;
 //! - [`notify`]: what we tell the kernel unasked;
+//! - [`passed`]: fds that the process was started with;
 //! - [`uring`]: the same frames by FUSE-over-io_uring.
 //!
 //! Of the other crates it may see the kernel's layouts (`ringfs_wire::abi`) only. `unsafe` stands
@@ -22,6 +23,9 @@ pub mod mount;
 pub mod mountinfo;
 pub mod notify;
 mod options;
+pub mod passed;
 pub mod reader;
 mod sys;
 pub mod uring;
+
+pub use sys::return_large_memory;

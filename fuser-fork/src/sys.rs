@@ -1,16 +1,17 @@
-//! What no safe crate wraps: `FUSE_DEV_IOC_CLONE`, and an io_uring whose commands lend memory to
-//! the FUSE driver.
+//! What no safe crate wraps: `FUSE_DEV_IOC_CLONE`, fds that came with the process, an io_uring
+//! whose commands lend memory to the FUSE driver, and how malloc holds what is as large as a frame.
 //!
 //! Invariant: the only file of the crate with `unsafe`. The memory of a queue entry is the
 //! kernel's from the moment its command is pushed until its completion is taken, and nobody gets a
 //! slice of it in between; memory that the kernel may still write to is never unmapped, but leaked.
 //! It must not decide anything: what a completion means is `uring.rs`' business.
-#![allow(unsafe_code, reason = "the ioctl and the ring's shared memory have no safe wrapper")]
+#![allow(unsafe_code, reason = "the ioctl, the ring's memory and mallopt have no safe wrapper")]
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -35,6 +36,49 @@ pub(crate) fn fuse_dev_clone(new: BorrowedFd<'_>, session: BorrowedFd<'_>) -> Re
         let arg = Setter::<FUSE_DEV_IOC_CLONE, u32>::new(session_fd);
         ioctl(new, arg)
     }
+}
+
+/// Allocations from this size on are mappings of their own.
+const MAPPED_BYTES_MIN: libc::c_int = 256 << 10;
+/// Free memory that stays at the end of a heap.
+const TRIM_BYTES: libc::c_int = 1 << 20;
+
+/// Has malloc give buffers of a frame's size back to the kernel when they are freed. Left alone,
+/// glibc raises its bound for mappings to the first of them that is freed; later ones lie in
+/// heaps, between things that stay, and each leaves a hole of its size when it goes.
+pub fn return_large_memory() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in
+        [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN), (libc::M_TRIM_THRESHOLD, TRIM_BYTES)]
+    {
+        // SAFETY: mallopt takes two numbers, no memory, and locks what it changes. A value that it
+        // does not take changes nothing.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// The first fd that a service manager passes (`SD_LISTEN_FDS_START`).
+const PASSED_AT: i32 = 3;
+
+/// The fds that a service manager has passed, close-on-exec from now on. They are taken once: the
+/// next call, and one that finds an fd missing, gives none.
+pub(crate) fn take_passed(count: u16) -> Vec<OwnedFd> {
+    static ARE_TAKEN: AtomicBool = AtomicBool::new(false);
+    let raw = PASSED_AT..PASSED_AT + i32::from(count);
+    // SAFETY: the fd is borrowed for one call that looks at it and fails where it is not open.
+    let is_open = |fd| rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok();
+    if !raw.clone().all(is_open) || ARE_TAKEN.swap(true, Ordering::AcqRel) {
+        return Vec::new();
+    }
+    // SAFETY: by the protocol (sd_listen_fds(3)), which the caller has checked to be meant for
+    // this process, these numbers were open when it started and are its own; nothing of ours has
+    // opened them, and the flag has them taken once.
+    let fds: Vec<_> = raw.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+    for fd in &fds {
+        // It cannot fail: the fd is open.
+        let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC);
+    }
+    fds
 }
 
 /// `struct fuse_uring_req_header`: `in_out` 128, `op_in` 128, `ring_ent_in_out` 32.

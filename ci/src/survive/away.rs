@@ -75,10 +75,21 @@ pub struct Worker {
 impl Worker {
     /// Starts it in a new directory `name` of a mount.
     pub fn start(sandbox: &Sandbox, mount: &Path, name: &str, more: &[String]) -> Result<Self> {
+        Self::start_part(sandbox, mount, "work", name, more)
+    }
+
+    /// The same of another part of `survive` that tells its state as [`work`] does.
+    pub fn start_part(
+        sandbox: &Sandbox,
+        mount: &Path,
+        part: &str,
+        name: &str,
+        more: &[String],
+    ) -> Result<Self> {
         let dir = mount.join(name);
         fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
         let (log, stop) = (sandbox.path(&format!("{name}.log")), sandbox.path(name));
-        let cmd = Cmd::new(std::env::current_exe()?).args(["survive", "work", "--dir"]).arg(dir);
+        let cmd = Cmd::new(std::env::current_exe()?).args(["survive", part, "--dir"]).arg(dir);
         let process = cmd.arg("--stop").arg(&stop).args(more).spawn(&log)?;
         Ok(Self { process, log, stop })
     }

@@ -3,7 +3,8 @@
 //! Invariant: it changes nothing. What is asked of a daemon is one HELLO, and its session is given
 //! back at once; no mount point is touched. A check that cannot be made says so as a warning.
 
-use crate::mount_cmd::{self, Failure, Request};
+use crate::begin;
+use crate::mount_cmd::{Failure, Request};
 use crate::options::{Options, Uring};
 use crate::transport::{Address, Target};
 use fuser_fork::mountinfo::FS_TYPE;
@@ -145,7 +146,7 @@ fn daemon(target: &Target, options: &Options) -> Check {
     let request = Request { target, mountpoint, options, lists };
     let target = &request.target;
     let begun = Instant::now();
-    match mount_cmd::probe(&request) {
+    match begin::probe(&request) {
         Ok(welcome) => ok(
             "daemon",
             format!(

@@ -58,7 +58,7 @@ pub struct Terms {
     pub asked_lanes: u32,
     pub padding: u32,
     pub takeovers: u32,
-    /// As `resume::Terms` has them.
+    /// As `connector::Terms` has them.
     pub joined: u32,
     pub is_untold: u32,
     /// The connection whose handshake has begun and not ended, plus 1; 0: none.

@@ -6,16 +6,21 @@
 //! ```text
 //! client -> keeper   M mount_id dev_minor path    mounted: this is to be cleaned up
 //!                    R text | fds                 ready; fds: how to take over, none: why not
-//! keeper -> client   T path | fds                 take over: the file that was left, and devices
+//! keeper -> client   T stored path | fds          take over: the file that was left, and devices
+//!                    K                            from now on the service manager has them too
 //!                    S                            a signal: unmount
 //! ```
 //!
 //! Invariant: a mount whose client has died is either taken over or unmounted, and whichever it is
 //! stands in the log. A client that ends by itself has cleaned up by itself. The keeper must not
-//! look at what it holds, nor touch the mount.
+//! look at what it holds, nor touch the mount. Where the service manager has it too (fd_store.rs)
+//! the next keeper goes on; a client without one then leaves all as it is, by dying.
 
 use crate::background;
-use crate::mount_cmd::catch_signals;
+use crate::fd_store::{FdStore, Stored};
+
+use crate::rings::with_causes;
+use crate::service::catch_signals;
 use fuser_fork::mount::unmount_identity;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
@@ -149,6 +154,15 @@ struct Held {
     is_ready: bool,
     fds: Vec<OwnedFd>,
     why: String,
+    /// The service manager has the fds too.
+    is_stored: bool,
+}
+
+impl From<Stored> for Held {
+    fn from(stored: Stored) -> Held {
+        let Stored { fds, mounted } = stored;
+        Held { mounted: Some(mounted), is_ready: true, fds, is_stored: true, ..Held::default() }
+    }
 }
 
 impl Held {
@@ -169,6 +183,35 @@ impl Held {
             }
             _ => {}
         }
+    }
+
+    /// Has the next client take over.
+    fn hand_over(&self, channel: &Channel) -> Result<(), Errno> {
+        let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
+        let path = self.mounted.as_ref().map_or(&[][..], |its| its.2.as_os_str().as_bytes());
+        channel.send(&[&[b'T', self.is_stored.into()], path].concat(), &fds)
+    }
+
+    /// Nobody takes over: the mount goes.
+    fn give_up(&self, status: ExitStatus) -> KeeperError {
+        let Some((mount_id, dev_minor, path)) = &self.mounted else {
+            return KeeperError::Early(status);
+        };
+        let why = match (self.can_go_on(), self.is_ready) {
+            (true, _) => "it dies again and again".to_owned(),
+            (false, true) => self.why.clone(),
+            (false, false) => "it was not ready yet".to_owned(),
+        };
+        let done = match unmount_identity(path, (*mount_id, *dev_minor)) {
+            Ok(()) => "it is unmounted, and what was in flight has failed".to_owned(),
+            Err(error) => format!("it stays behind, dead: {error}"),
+        };
+        let path = path.display().to_string();
+        KeeperError::Dead { path, status, why, done, was_ready: self.is_ready }
+    }
+
+    fn can_go_on(&self) -> bool {
+        self.is_ready && !self.fds.is_empty()
     }
 }
 
@@ -193,97 +236,175 @@ impl Deaths {
     }
 }
 
-/// Starts a client with these arguments, and further ones as they are needed; how the last one
-/// ended. `log`: where standard error goes from when the mount is ready.
-pub fn run(args: &[OsString], is_background: bool, log: Option<&File>) -> Result<i32, KeeperError> {
+/// What a keeper is started for.
+pub struct Orders<'a> {
+    /// The arguments of its clients.
+    pub args: &'a [OsString],
+    /// Whoever has started us waits until the mount is ready.
+    pub is_background: bool,
+    /// Where standard error goes from then on.
+    pub log: Option<&'a File>,
+    /// Who has the fds besides us, and what was kept there.
+    pub store: Option<(FdStore, Option<Stored>)>,
+}
+
+/// Starts a client, and further ones as they are needed; how the last one ended.
+pub fn run(orders: Orders<'_>) -> Result<i32, KeeperError> {
     let catch = |signals: &[i32]| catch_signals(signals).map_err(system("catch signals"));
-    let (signals, children) = (catch(&[SIGINT, SIGTERM, SIGHUP])?, catch(&[SIGCHLD])?);
-    let mut held = Held::default();
-    let mut deaths = Deaths::default();
-    let (mut signals_sent, mut has_left) = (0, false);
-    loop {
-        let (channel, theirs) = Channel::pair().map_err(|e| system("make a socket")(e.into()))?;
-        let is_takeover = held.is_ready;
-        let started = Instant::now();
-        let mut child = start(args, theirs, is_takeover)
-            .map_err(system("start the client; is /proc mounted?"))?;
-        if is_takeover {
-            let fds: Vec<_> = held.fds.iter().map(AsFd::as_fd).collect();
-            // What it asked for before goes on being asked for.
-            let path = held.mounted.as_ref().map_or(&[][..], |its| its.2.as_os_str().as_bytes());
-            let told = channel.send(&[b"T", path].concat(), &fds);
-            let told =
-                told.and_then(|()| (0..signals_sent).try_for_each(|_| channel.send(b"S", &[])));
-            if let Err(errno) = told {
-                tracing::debug!(%errno, "the client has died already");
+    let (store, stored) = orders.store.unzip();
+    let mut keeper = Keeper {
+        args: orders.args,
+        is_background: orders.is_background,
+        log: orders.log,
+        signals: catch(&[SIGINT, SIGTERM, SIGHUP])?,
+        children: catch(&[SIGCHLD])?,
+        store,
+        held: stored.flatten().map(Held::from).unwrap_or_default(),
+        signals_sent: 0,
+        has_left: false,
+    };
+    let ended = keeper.serve();
+    if let Some(store) = &mut keeper.store {
+        store.forget();
+    }
+    ended
+}
+
+struct Keeper<'a> {
+    args: &'a [OsString],
+    is_background: bool,
+    log: Option<&'a File>,
+    signals: UnixStream,
+    children: UnixStream,
+    store: Option<FdStore>,
+    held: Held,
+    signals_sent: u32,
+    has_left: bool,
+}
+
+impl Keeper<'_> {
+    /// One client after the other.
+    fn serve(&mut self) -> Result<i32, KeeperError> {
+        let mut deaths = Deaths::default();
+        loop {
+            let (channel, theirs) =
+                Channel::pair().map_err(|e| system("make a socket")(e.into()))?;
+            let is_takeover = self.held.is_ready;
+            let started = Instant::now();
+            let child = start(self.args, theirs, is_takeover, self.has_left)
+                .map_err(system("start the client; is /proc mounted?"))?;
+            if is_takeover {
+                // What it asked for before goes on being asked for.
+                let signals = |()| (0..self.signals_sent).try_for_each(|_| channel.send(b"S", &[]));
+                if let Err(errno) = self.held.hand_over(&channel).and_then(signals) {
+                    tracing::debug!(%errno, "the client has died already");
+                }
             }
+            let (status, was_ready) = self.watch(child, &channel)?;
+            let Some(signal) = status.signal() else { return Ok(status.code().unwrap_or(1)) };
+            let may_go_on = deaths.allow(signal, was_ready, started.elapsed());
+            if !self.held.can_go_on() || !may_go_on {
+                return Err(self.held.give_up(status));
+            }
+            let path = self.held.mounted.as_ref().map(|its| its.2.display().to_string());
+            tracing::error!(?path, %status, "the client died: another one takes the mount over");
         }
+    }
+
+    /// A client's life: how it ended, and whether it was ready.
+    fn watch(
+        &mut self,
+        mut child: Child,
+        channel: &Channel,
+    ) -> Result<(ExitStatus, bool), KeeperError> {
         let (mut was_ready, mut hung_up) = (false, false);
-        let status = loop {
+        loop {
             let ended = child.try_wait().map_err(system("wait for the client"))?;
             while !hung_up {
                 match channel.receive(RecvFlags::DONTWAIT) {
                     Ok(message) => {
-                        was_ready |= message.bytes.first() == Some(&b'R');
-                        held.hear(message);
+                        let is_ready = message.bytes.first() == Some(&b'R');
+                        self.held.hear(message);
+                        if is_ready && !std::mem::replace(&mut was_ready, true) {
+                            self.is_ready(channel)?;
+                        }
                     }
                     Err(Errno::AGAIN | Errno::INTR) => break,
                     Err(_) => hung_up = true,
                 }
             }
-            if was_ready && !std::mem::replace(&mut has_left, true) {
-                leave(is_background, log).map_err(system("leave the terminal"))?;
-            }
             if let Some(status) = ended {
-                break status;
+                return Ok((status, was_ready));
             }
             let wait = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-            let mut fds = [wait(signals.as_fd()), wait(children.as_fd()), wait(channel.as_fd())];
+            let (signals, children) = (self.signals.as_fd(), self.children.as_fd());
+            let mut fds = [wait(signals), wait(children), wait(channel.as_fd())];
             // The end of the socket is followed by the child's.
             match poll(&mut fds[..if hung_up { 2 } else { 3 }], None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(system("wait")(errno.into())),
             }
-            is_signalled(&children);
-            if is_signalled(&signals) {
-                signals_sent += 1;
+            is_signalled(&self.children);
+            if is_signalled(&self.signals) {
+                self.signals_sent += 1;
+                self.store.iter().for_each(FdStore::stopping);
                 // It may have died; the next one is told.
                 let _ = channel.send(b"S", &[]);
             }
-        };
-        let Some(signal) = status.signal() else { return Ok(status.code().unwrap_or(1)) };
-        let Some((mount_id, dev_minor, path)) = &held.mounted else {
-            return Err(KeeperError::Early(status));
-        };
-        let lived = started.elapsed();
-        let can_go_on = held.is_ready && !held.fds.is_empty();
-        if can_go_on && deaths.allow(signal, was_ready, lived) {
-            let path = path.display();
-            tracing::error!(%path, %status, "the client died: another one takes the mount over");
-            continue;
         }
-        let why = match (can_go_on, held.is_ready) {
-            (true, _) => "it dies again and again".to_owned(),
-            (false, true) => held.why.clone(),
-            (false, false) => "it was not ready yet".to_owned(),
-        };
-        let done = match unmount_identity(path, (*mount_id, *dev_minor)) {
-            Ok(()) => "it is unmounted, and what was in flight has failed".to_owned(),
-            Err(error) => format!("it stays behind, dead: {error}"),
-        };
-        let (path, was_ready) = (path.display().to_string(), held.is_ready);
-        return Err(KeeperError::Dead { path, status, why, done, was_ready });
+    }
+
+    /// The mount is ready: whoever waits for that is told, once.
+    fn is_ready(&mut self, channel: &Channel) -> Result<(), KeeperError> {
+        self.store_fds(channel);
+        if !std::mem::replace(&mut self.has_left, true) {
+            self.store.iter().for_each(FdStore::ready);
+            leave(self.is_background, self.log).map_err(system("leave the terminal"))?;
+        }
+        Ok(())
+    }
+
+    /// What the next client needs goes to the service manager too, if it is not there.
+    fn store_fds(&mut self, channel: &Channel) {
+        let Some(store) = &mut self.store else { return };
+        if self.held.is_stored || self.held.fds.is_empty() {
+            return;
+        }
+        match store.keep(&self.held.fds) {
+            Ok(()) => {
+                self.held.is_stored = true;
+                // It may have died; the next one is told.
+                let _ = channel.send(b"K", &[]);
+            }
+            Err(error) => {
+                store.forget();
+                let why = with_causes(&error);
+                tracing::error!(why, "if the keeper dies the mount is not taken over");
+            }
+        }
     }
 }
 
-fn start(args: &[OsString], channel: OwnedFd, is_takeover: bool) -> io::Result<Child> {
+/// `is_quiet`: nobody listens any more.
+fn start(
+    args: &[OsString],
+    channel: OwnedFd,
+    is_takeover: bool,
+    is_quiet: bool,
+) -> io::Result<Child> {
     // The same program, also after an upgrade: what it reads another version may not have written.
     let mut command = Command::new("/proc/self/exe");
     // By its name a system that is shutting down tells what its root lives on.
     let name = std::env::args_os().next().unwrap_or_else(|| "ringfs".into());
     command.arg0(name).arg("mount").arg("--worker").stdin(Stdio::from(channel));
     if is_takeover {
-        command.arg("--take-over").stdout(Stdio::null());
+        command.arg("--take-over");
+    }
+    if is_quiet {
+        command.stdout(Stdio::null());
+    }
+    for variable in ["NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
+        command.env_remove(variable);
     }
     command.args(args);
     // The terminal's signals are ours, to be passed on.

@@ -12,6 +12,8 @@ use std::ops::Range;
 pub const KEPT_BYTES_MAX: usize = 16 << 20;
 /// Bytes of copies' buffers that stay with slots that are free.
 const IDLE_BYTES_MAX: usize = 2 << 20;
+/// What a batch's buffer has in memory at least: small frames up to the target, and one more.
+const TOUCHED_MIN: usize = 2 * BATCH_TARGET_BYTES;
 /// Batch buffers that stay while no frame is in them.
 const SPARE_BUFFERS_MAX: usize = 4;
 
@@ -42,11 +44,23 @@ pub struct Kept {
     bytes: usize,
     /// Of copies' buffers of free slots.
     idle_bytes: usize,
+    /// Of a new batch buffer: room for the largest frame so far, wherever it begins.
+    touched: usize,
 }
 
-/// A buffer for a batch.
-pub fn batch_buffer() -> Vec<u8> {
-    vec![0; BATCH_BYTES_MAX]
+const PAGE_BYTES: usize = 4096;
+
+/// A buffer for a batch, of which the first `touched` bytes are in memory.
+fn batch_buffer(touched: usize) -> Vec<u8> {
+    let mut buffer = vec![0; BATCH_BYTES_MAX];
+    touch(&mut buffer[..touched]);
+    buffer
+}
+
+/// Has the pages of a buffer be there before the device is read into it: a client that is killed
+/// while the kernel makes one of them fails the request that was being copied (EIO).
+pub fn touch(buffer: &mut [u8]) {
+    buffer.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = std::hint::black_box(0));
 }
 
 impl Kept {
@@ -59,7 +73,14 @@ impl Kept {
             spare: Vec::new(),
             bytes: 0,
             idle_bytes: 0,
+            touched: TOUCHED_MIN,
         }
+    }
+
+    /// The first batch's buffer. `is_late`: another client was there before, and so may frames of
+    /// any size be at once.
+    pub fn first_buffer(&self, is_late: bool) -> Vec<u8> {
+        batch_buffer(if is_late { BATCH_BYTES_MAX } else { self.touched })
     }
 
     /// Whether a further request has to wait.
@@ -72,6 +93,8 @@ impl Kept {
         self.release(slot);
         let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
         if span.len() > BATCH_TARGET_BYTES {
+            let touched = (BATCH_TARGET_BYTES + span.len()).min(BATCH_BYTES_MAX);
+            self.touched = self.touched.max(touched);
             self.bytes += BATCH_BYTES_MAX;
             frame.place = Place::InBatch(span);
             self.in_batch = Some(slot);
@@ -87,7 +110,7 @@ impl Kept {
     /// The record that another client had in that slot.
     pub fn adopt(&mut self, slot: u16, record: &[u8]) {
         let mut buffer = match record.len() > BATCH_TARGET_BYTES {
-            true => batch_buffer(),
+            true => batch_buffer(record.len()),
             false => return self.keep(slot, record, 0..record.len()),
         };
         buffer[..record.len()].copy_from_slice(record);
@@ -102,7 +125,7 @@ impl Kept {
         let frame = &mut self.frames[usize::from(slot)];
         if let Place::InBatch(span) = &frame.place {
             let span = span.clone();
-            let next = self.spare.pop().unwrap_or_else(batch_buffer);
+            let next = self.spare.pop().unwrap_or_else(|| batch_buffer(self.touched));
             frame.place = Place::Large(std::mem::replace(buffer, next), span);
         }
     }
@@ -160,7 +183,7 @@ mod tests {
     #[test]
     fn small_frames_are_copied_and_their_buffers_stay() {
         let mut kept = Kept::new(2);
-        let mut buffer = batch_buffer();
+        let mut buffer = batch_buffer(0);
         keep(&mut kept, 1, &mut buffer, 32..112);
         buffer.fill(0);
         kept.retire(&mut buffer);
@@ -176,7 +199,7 @@ mod tests {
     #[test]
     fn large_frames_take_their_batch_along() {
         let mut kept = Kept::new(40);
-        let mut buffer = batch_buffer();
+        let mut buffer = batch_buffer(0);
         for slot in 0..40 {
             assert_eq!(kept.is_full(), usize::from(slot) * BATCH_BYTES_MAX >= KEPT_BYTES_MAX);
             keep(&mut kept, slot, &mut buffer, 200..200 + (1 << 20));
@@ -197,7 +220,7 @@ mod tests {
     #[test]
     fn a_reply_before_the_batch_has_left_leaves_the_buffer_with_the_lane() {
         let mut kept = Kept::new(2);
-        let mut buffer = batch_buffer();
+        let mut buffer = batch_buffer(0);
         keep(&mut kept, 0, &mut buffer, 32..200_000);
         let place = buffer.as_ptr();
         kept.release(0);
@@ -208,7 +231,7 @@ mod tests {
     #[test]
     fn what_free_slots_hold_is_bounded() {
         let mut kept = Kept::new(1024);
-        let mut buffer = batch_buffer();
+        let mut buffer = batch_buffer(0);
         for slot in 0..1024 {
             keep(&mut kept, slot, &mut buffer, 32..32 + BATCH_TARGET_BYTES);
         }

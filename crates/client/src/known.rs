@@ -3,10 +3,12 @@
 //!
 //! A reply counts before the kernel gets it; a FORGET or a RELEASE when the daemon has answered
 //! it. So at a cut this is what the daemon has to start from for all that is in flight to come
-//! out right. Invariant: a node is here exactly while lookups of it were given and not given
-//! back, and what the kernel would refuse gives nothing; only NODE entries whose reply is yet to
-//! come are here besides, and few. All of it is bounded. It must not do I/O. Where the client is to
-//! be taken over (takeover.rs), each change is in a log first, with the request that made it.
+//! out right. Invariant: a node counts exactly while lookups of it were given and not given back,
+//! and what the kernel would refuse gives nothing. Recipes alone are here besides, and few: those
+//! whose reply is yet to come, and those of nodes that were just given back, as a reply that gives
+//! one again may have been overtaken by that to its FORGET. All of it is bounded. It must not do
+//! I/O. Where the client is to be taken over (takeover.rs), each change is in a log first, with the
+//! request that made it.
 
 use crate::journal::{Entry as Change, Log};
 use crate::lane::lock;
@@ -16,7 +18,7 @@ use ringfs_wire::restore::{End, NUMBER_MAX, Nodes, Restore, RestoreError, push_r
 use ringfs_wire::slot::SlotUse;
 use rustix::fs::{FileType, OFlags};
 use std::collections::hash_map::{Entry, RandomState};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::sync::{Mutex, MutexGuard};
 use zerocopy::FromBytes;
@@ -27,7 +29,7 @@ pub const SHARDS: usize = 64;
 const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
-/// NODE entries of one shard that wait for their replies.
+/// Recipes of one shard whose nodes do not count: a reply that gives them may come.
 const EARLY_PER_SHARD_MAX: usize = 256;
 /// A table with room for so many stays as large as it is.
 const SMALL_TABLE: usize = 1024;
@@ -108,7 +110,7 @@ impl Asked {
 
 #[derive(Debug)]
 struct Node {
-    /// Lookups; 0: its reply is yet to come.
+    /// Lookups; 0: a reply that gives it may be yet to come.
     count: u64,
     recipe: Box<[u8]>,
 }
@@ -159,7 +161,8 @@ struct Shard {
     journal: Option<Box<Journal>>,
     nodes: HashMap<u64, Node, Keyed>,
     handles: HashMap<u64, Handle, Keyed>,
-    /// Nodes that NODE named before a reply did, the oldest first.
+    /// Nodes whose recipe came before they counted, or is left, the oldest first; some of them
+    /// count by now.
     early: VecDeque<u64>,
     node_id_max: u64,
     fh_max: u64,
@@ -321,11 +324,12 @@ impl Known {
         }
     }
 
-    /// Nodes, those included that wait for their replies, and open files.
+    /// Nodes that count, and open files.
     pub fn totals(&self) -> (u64, u64) {
         self.shards.iter().fold((0, 0), |(nodes, handles), shard| {
             let shard = lock(&shard.0);
-            (nodes + shard.nodes.len() as u64, handles + shard.handles.len() as u64)
+            let counting = shard.nodes.len() - shard.early().len();
+            (nodes + counting as u64, handles + shard.handles.len() as u64)
         })
     }
 
@@ -520,9 +524,7 @@ impl Shard {
             if let Some(node) = self.nodes.get_mut(id).filter(|node| node.count > 0) {
                 node.count -= 1;
                 if node.count == 0 {
-                    // Its reply is yet to come.
-                    self.make_room_for_early();
-                    self.early.push_back(*id);
+                    self.keep_early(*id);
                 }
             }
         }
@@ -564,23 +566,45 @@ impl Shard {
 
     fn put_recipe(&mut self, id: u64, recipe: &[u8]) {
         self.node_id_max = self.node_id_max.max(id);
-        if let Some(node) = self.nodes.get_mut(&id) {
-            node.recipe = recipe.into();
-            return;
+        let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
+        match self.nodes.entry(id) {
+            Entry::Occupied(mut known) => {
+                known.get_mut().recipe = recipe.into();
+                if known.get().count > 0 {
+                    return;
+                }
+            }
+            Entry::Vacant(_) if is_full => return,
+            Entry::Vacant(room) => {
+                room.insert(Node { count: 0, recipe: recipe.into() });
+            }
         }
-        self.make_room_for_early();
-        if self.nodes.len() < NODES_PER_SHARD_MAX {
-            self.early.push_back(id);
-            self.nodes.insert(id, Node { count: 0, recipe: recipe.into() });
+        self.keep_early(id);
+    }
+
+    /// Nodes that do not count.
+    fn early(&self) -> HashSet<u64> {
+        let counts = |id: &u64| self.nodes.get(id).is_none_or(|node| node.count > 0);
+        self.early.iter().copied().filter(|id| !counts(id)).collect()
+    }
+
+    /// Keeps a node that does not count, for a while.
+    fn keep_early(&mut self, id: u64) {
+        self.early.push_back(id);
+        if self.early.len() > EARLY_PER_SHARD_MAX
+            && let Some(oldest) = self.early.pop_front()
+            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
+            && !self.early.contains(&oldest)
+        {
+            self.drop_node(oldest);
         }
     }
 
-    fn make_room_for_early(&mut self) {
-        if self.early.len() >= EARLY_PER_SHARD_MAX
-            && let Some(oldest) = self.early.pop_front()
-            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
-        {
-            self.nodes.remove(&oldest);
+    fn drop_node(&mut self, id: u64) {
+        self.nodes.remove(&id);
+        let (len, room) = (self.nodes.len(), self.nodes.capacity());
+        if room > SMALL_TABLE && len < room / 8 {
+            self.nodes.shrink_to(len * 2);
         }
     }
 
@@ -618,15 +642,14 @@ impl Shard {
     }
 
     fn count_down(&mut self, id: u64, lookups: u64) {
-        let Entry::Occupied(mut known) = self.nodes.entry(id) else { return };
-        let count = &mut known.get_mut().count;
-        *count = count.saturating_sub(lookups);
-        if *count == 0 {
-            known.remove();
-            let (len, room) = (self.nodes.len(), self.nodes.capacity());
-            if room > SMALL_TABLE && len < room / 8 {
-                self.nodes.shrink_to(len * 2);
-            }
+        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.count > 0) else { return };
+        node.count = node.count.saturating_sub(lookups);
+        match node.count {
+            // A reply that gives it again may have been made before the FORGET was taken, and is
+            // still on its way; the daemon has not sent the recipe with it, which we had.
+            0 if !node.recipe.is_empty() => self.keep_early(id),
+            0 => self.drop_node(id),
+            _ => {}
         }
     }
 }
@@ -974,13 +997,35 @@ mod tests {
         assert!(known.hear(&[1, 2, 3]).is_err() && known.hear(&node(1, b"")).is_err());
     }
 
+    /// The daemon has made the reply to a LOOKUP, without the recipe, which had left before; then
+    /// it takes a FORGET, and the reply to that is here first.
+    #[test]
+    fn a_recipe_stays_where_a_reply_is_overtaken_by_that_to_a_forget() {
+        let known = Known::new(true);
+        let looked_up = |id| answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
+        for round in 0..3 {
+            known.hear(&node(5, b"first")).expect("well formed");
+            looked_up(5);
+            forget(&known, &[(5, 1)]);
+            // Others come and go meanwhile.
+            for id in 100..110 + (SHARDS * EARLY_PER_SHARD_MAX / 2) as u64 {
+                known.hear(&node(id, b"other")).expect("well formed");
+                looked_up(id);
+            }
+            assert!(!told(&known).0.contains_key(&5), "nothing of it is told");
+            looked_up(5);
+            assert_eq!(told(&known).0[&5], (1, b"first".to_vec()), "{round}");
+            forget(&known, &[(5, 1)]);
+        }
+    }
+
     #[test]
     fn what_no_reply_gives_is_bounded() {
         let known = Known::new(true);
         for id in 2..200_000 {
             known.hear(&node(id, &[7; 400])).expect("well formed");
         }
-        let (nodes, _) = known.totals();
+        let nodes: u64 = known.shards.iter().map(|shard| lock(&shard.0).nodes.len() as u64).sum();
         assert!(nodes <= (SHARDS * EARLY_PER_SHARD_MAX) as u64, "{nodes}");
         assert_eq!(counts(&known), []);
         // The last ones are there, and stay when their replies have come.
@@ -1051,11 +1096,12 @@ mod tests {
                         }
                     }
                     5 => {
-                        let Some(entry) = nodes.get_mut(&id) else { continue };
+                        let entry = nodes.get_mut(&id).filter(|entry| entry.0 > 0);
+                        let Some(entry) = entry else { continue };
                         let n = 1 + random.below(entry.0);
                         forget(&known, &[(id, n)]);
+                        // Its recipe stays.
                         entry.0 -= n;
-                        nodes.retain(|_, (count, _)| *count > 0);
                     }
                     6 => {
                         open(&known, Opcode::Open, id, OFlags::RDWR, next_fh);
@@ -1070,6 +1116,7 @@ mod tests {
                     }
                 }
             }
+            nodes.retain(|_, (count, _)| *count > 0);
             let (found_nodes, found_handles, end) = told(&known);
             assert_eq!(found_nodes, nodes, "seed {seed}");
             assert_eq!((found_handles, end.fh_max), (handles, next_fh - 1), "seed {seed}");

@@ -192,6 +192,11 @@ impl Lane {
         Lane { keep: Some(keep), ..self }
     }
 
+    /// Whether another client has had it before.
+    pub fn is_inherited(&self) -> bool {
+        self.resent_by.is_some()
+    }
+
     /// What it has inherited, once.
     pub fn take_inherited(&self) -> Inherited {
         std::mem::take(&mut *lock(&self.inherited))

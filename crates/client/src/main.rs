@@ -9,9 +9,12 @@
 mod ask;
 mod background;
 mod batcher;
+mod begin;
 mod conn;
+mod connector;
 mod doctor;
 mod down;
+mod fd_store;
 mod groups;
 mod handshake;
 mod heart;
@@ -23,6 +26,7 @@ mod keeper;
 mod kept;
 mod known;
 mod lane;
+mod life;
 mod mount_cmd;
 mod options;
 mod pump;
@@ -30,8 +34,10 @@ mod rebuild;
 mod remount;
 mod resume;
 mod rings;
+mod service;
 mod session;
 mod status;
+mod status_text;
 mod takeover;
 mod transport;
 mod up;
@@ -39,9 +45,12 @@ mod uring_lane;
 
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use mount_cmd::{Failure, Request, Service};
+use fd_store::{FdStore, Stored};
+use keeper::Orders;
+use mount_cmd::{Failure, Request};
 use options::Options;
 use remount::RemountError;
+use service::Service;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -216,6 +225,10 @@ struct MountArgs {
     /// Append warnings and errors to a file (default: standard error until the mount is ready)
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
+    /// As a service: the service manager keeps the mount's fds, so that it survives a kill of all
+    /// of its processes (systemd: Type=notify, FileDescriptorStoreMax=16)
+    #[arg(long, requires = "foreground")]
+    fd_store: bool,
     /// Ignore unknown mount options
     #[arg(short, long)]
     sloppy: bool,
@@ -343,9 +356,14 @@ fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
     if args.sloppy {
         child.push("--sloppy".into());
     }
-    child.extend(["--".into(), request.target.source(), request.mountpoint.into()]);
+    child.extend(["--".into(), request.target.source(), request.mountpoint.clone().into()]);
     if args.foreground || args.background_child {
-        return keep(args, child);
+        let store = args.fd_store.then(FdStore::from_environment).transpose().map_err(usage)?;
+        let store = store.map(|mut store| {
+            let stored = store.take(&request.target.source(), &request.mountpoint);
+            (store, stored)
+        });
+        return keep(args, child, store);
     }
     // In an initramfs it mounts what the system that comes then lives on.
     let for_root = options::words(&args.options).any(|word| word == "x-initrd.mount")
@@ -355,13 +373,18 @@ fn run_mount(args: &MountArgs) -> anyhow::Result<()> {
 }
 
 /// Has the mount served by a process of its own.
-fn keep(args: &MountArgs, mut child: Vec<OsString>) -> anyhow::Result<()> {
+fn keep(
+    args: &MountArgs,
+    mut child: Vec<OsString>,
+    store: Option<(FdStore, Option<Stored>)>,
+) -> anyhow::Result<()> {
     if args.background_child {
         background::leave_terminal();
     }
     let log = args.log.as_deref().map(background::open_log).transpose().context("the log")?;
     child.insert(0, if args.background_child { "--background-child" } else { "-f" }.into());
-    match keeper::run(&child, args.background_child, log.as_ref())? {
+    let is_background = args.background_child;
+    match keeper::run(Orders { args: &child, is_background, log: log.as_ref(), store })? {
         0 => Ok(()),
         code => Err(Said(code).into()),
     }
@@ -373,10 +396,9 @@ fn keep(args: &MountArgs, mut child: Vec<OsString>) -> anyhow::Result<()> {
 struct Said(i32);
 
 fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
-    let channel = keeper::Channel::inherited().context("the keeper's socket")?;
+    let service = Service::inherited(args.take_over, !args.background_child)
+        .context("the keeper's socket, and signals")?;
     let log = args.log.as_deref().map(background::open_log).transpose().context("the log")?;
-    let service =
-        Service { channel, is_takeover: args.take_over, is_foreground: !args.background_child };
     mount_cmd::run(request, service, |facts| {
         let mut out = std::io::stdout();
         writeln!(out, "{} is mounted on {}", facts.source, facts.mountpoint.display())?;
@@ -400,6 +422,7 @@ fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         options: parsed.options,
         foreground: false,
         log: None,
+        fd_store: false,
         sloppy: parsed.sloppy,
         background_child: false,
         worker: false,
@@ -432,7 +455,7 @@ fn run_status(json: bool) -> anyhow::Result<()> {
     let entries = status::collect(&status::dirs()).context("/proc/self/mountinfo")?;
     let text = match json {
         true => serde_json::to_string_pretty(&entries)? + "\n",
-        false => status::render(&entries, status::unix_now_s()),
+        false => status_text::render(&entries, status::unix_now_s()),
     };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())

@@ -8,6 +8,7 @@
 
 use crate::groups;
 use crate::keep::{Keep, LaneKeep, Places, State, Terms};
+use crate::kept::touch;
 use crate::known::{Known, tag_of};
 use crate::lane::{InFlight, Inherited, Lane};
 use fuser_fork::device::{Device, DeviceError, ReadOutcome, read_buffer_bytes};
@@ -139,6 +140,7 @@ fn read_again(
         }
     }
     let mut buffer = vec![0; read_buffer_bytes(PAYLOAD_BYTES_MAX as u32)];
+    touch(&mut buffer);
     let (mut again, mut frames) = (HashMap::new(), Vec::new());
     while frames.len() < FRAMES_MAX {
         let mut bytes = match device.read_frame(&mut buffer)? {

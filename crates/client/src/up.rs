@@ -6,7 +6,7 @@
 
 use crate::conn::Conn;
 use crate::groups;
-use crate::kept::{Kept, batch_buffer};
+use crate::kept::Kept;
 use crate::lane::{Claim, InFlight, Inherited, Lane, LaneCounters, Parked};
 use crate::resume::Resend;
 use crate::session::{End, Session};
@@ -55,7 +55,7 @@ impl<'s> Intake<'s> {
             session,
             lane,
             builder: BatchBuilder::new(),
-            buffer: batch_buffer(),
+            buffer: kept.first_buffer(lane.is_inherited()),
             kept,
             resends: VecDeque::new(),
             is_resending: false,

@@ -6,16 +6,15 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use bench::{Bench, Client, status_of, wait_until, within};
-use host::{HELLO_TEXT, Mood, Rebuild, Terms, big_byte, recipe};
+use bench::uses::*;
+use bench::*;
+use host::{Mood, Rebuild, Terms, big_byte, recipe};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
 use ringfs_wire::hello::{Reason, feature};
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
-use std::process::{Child, Command};
 
 /// The `nth` rebuild of which the guest has told all. Others are begun, where another lane than
 /// the first finds out.
@@ -33,69 +32,6 @@ fn check_told(told: &Rebuild) {
         assert!(*count > 0 && *found == recipe(*id) && *id <= end.node_id_max, "{id} {count}");
     }
     assert!(told.handles.iter().all(|(fh, ..)| *fh <= end.fh_max));
-}
-
-fn umount(bench: &Bench, client: Client) -> String {
-    wait_until("the unmount", || bench.umount(&[]).status.success());
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
-    assert_eq!(bench.host.slots_in_use(), 0);
-    bench.host.assert_no_faults();
-    stderr
-}
-
-fn use_mount(bench: &Bench) {
-    let path = bench.file("hello");
-    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
-}
-
-/// Nodes and open files that the client would tell.
-fn known(bench: &Bench) -> (u64, u64) {
-    let status = status_of(bench);
-    let number = |name: &str| status[name].as_u64().unwrap_or(u64::MAX);
-    (number("nodes_known"), number("handles_known"))
-}
-
-/// A process that has a file open: other tests drop the kernel's caches. This process must not have
-/// it, or each program that it starts would close it first, and wait while the mount is cut.
-struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn hold(bench: &Bench, names: &[&str]) -> Vec<Holder> {
-    let paths: Vec<_> = names.iter().map(|name| bench.file(name)).collect();
-    let holder = |path: &PathBuf| {
-        let mut command = Command::new("sleep");
-        command.arg("600").stdin(File::open(path).expect("open"));
-        Holder(command.spawn().expect("sleep"))
-    };
-    within("opens", move || paths.iter().map(holder).collect())
-}
-
-/// Has the kernel forget every file that nobody holds.
-fn drop_caches() {
-    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
-}
-
-/// Drops the caches until the kernel has given the files back: one that is just being closed is
-/// passed over.
-fn forget_until(what: &str, mut done: impl FnMut() -> bool) {
-    wait_until(what, || {
-        drop_caches();
-        done()
-    });
-}
-
-/// Lookups that are left of the nodes beside the root.
-fn lookups(bench: &Bench) -> BTreeMap<u64, i64> {
-    bench.host.wait_for("lookups", |seen| {
-        Some(seen.lookups.iter().filter(|l| *l.1 != 0).map(|(id, count)| (*id, *count)).collect())
-    })
 }
 
 #[test]

@@ -7,8 +7,9 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use bench::{Bench, Client, status_of, wait_until, within};
-use host::{HELLO_TEXT, Host, Mood, Terms, big_byte};
+use bench::uses::*;
+use bench::*;
+use host::{Host, Mood, Terms, big_byte};
 use ringfs_wire::hello::Reason;
 use rustix::process::Signal;
 use std::fs::File;
@@ -17,14 +18,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// Data of one write(2): one WRITE, or two where it begins within a page.
-const WRITE_BYTES: usize = 1 << 20;
-
-fn use_mount(bench: &Bench) {
-    let path = bench.file("hello");
-    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
-}
 
 /// Writes one MiB at each of these, each by a thread of its own.
 fn write(bench: &Bench, at: &[u64]) -> JoinHandle<()> {
@@ -56,16 +49,6 @@ fn wait_resumes(host: &Host, at_least: u64) {
 /// The request that hangs has come again: only then may a reply leave by the new connection.
 fn wait_repeats(host: &Host, at_least: u64) {
     host.wait_for("the request again", |seen| (seen.repeats_running >= at_least).then_some(()));
-}
-
-/// The mount goes as any other does, and nothing is left.
-fn umount(bench: &Bench, client: Client) -> String {
-    wait_until("the unmount", || bench.umount(&[]).status.success());
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
-    assert_eq!(bench.host.slots_in_use(), 0);
-    bench.host.assert_no_faults();
-    stderr
 }
 
 #[test]

@@ -7,111 +7,15 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use bench::{Bench, Client, Reader, status_of, wait_until, within};
-use host::{HELLO_TEXT, Mood, Terms, big_byte};
-use rustix::process::{Pid, Signal, kill_process};
+use bench::uses::*;
+use bench::*;
+use host::{HELLO_TEXT, Mood, Terms};
+use ringfs_wire::abi::init::DO_READDIRPLUS;
+use rustix::process::{Signal, kill_process};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-const WRITE_BYTES: usize = 1 << 20;
-/// `FUSE_DO_READDIRPLUS`.
-const DO_READDIRPLUS: u64 = 1 << 13;
-
-/// Whether the kernel sends requests again that a dead client had read.
-fn kernel_resends(test: &str) -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc");
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
-    let resends = (numbers.next(), numbers.next()) >= (Some(6u32), Some(9));
-    if !resends {
-        println!("SKIPPED {test}: Linux {} is older than 6.9", release.trim());
-        eprintln!("SKIPPED {test}: Linux {} is older than 6.9", release.trim());
-    }
-    resends
-}
-
-/// Who serves the mount.
-fn worker(bench: &Bench) -> Pid {
-    let mut found = None;
-    wait_until("a client", || {
-        if !bench.is_mounted() {
-            return true;
-        }
-        found = status_of(bench)["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
-        found.is_some()
-    });
-    found.unwrap_or(rustix::process::getpid())
-}
-
-/// Kills whoever serves the mount; the next one is there when this returns.
-fn kill_worker(bench: &Bench, signal: Signal) {
-    let pid = worker(bench);
-    if pid != rustix::process::getpid() {
-        kill_process(pid, signal).expect("kill");
-    }
-    wait_until("the next client", || worker(bench) != pid || !bench.is_mounted());
-}
-
-fn wait_connected(bench: &Bench) {
-    wait_until("the connections", || status_of(bench)["connected"] == true);
-}
-
-fn use_mount(bench: &Bench) {
-    let path = bench.file("hello");
-    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
-}
-
-fn umount(bench: &Bench, client: Client) -> String {
-    wait_until("the unmount", || bench.umount(&[]).status.success());
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
-    assert_eq!(bench.host.slots_in_use(), 0);
-    bench.host.assert_no_faults();
-    stderr
-}
-
-fn hanging(bench: &Bench) -> Reader {
-    let before = bench.host.wait_for("reads", |seen| Some(seen.hanging.len()));
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| (seen.hanging.len() > before).then_some(()));
-    reader
-}
-
-/// Opens in processes of their own: an open file of ours would be closed by what we start.
-struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn hold(bench: &Bench, name: &str) -> Holder {
-    let path = bench.file(name);
-    within("an open", move || {
-        let mut command = Command::new("sleep");
-        command.arg("600").stdin(File::open(path).expect("open"));
-        Holder(command.spawn().expect("sleep"))
-    })
-}
-
-fn lookups(bench: &Bench) -> BTreeMap<u64, i64> {
-    bench.host.wait_for("lookups", |seen| {
-        Some(seen.lookups.iter().filter(|l| *l.1 != 0).map(|(id, count)| (*id, *count)).collect())
-    })
-}
-
-fn known(bench: &Bench) -> (u64, u64) {
-    let status = status_of(bench);
-    let number = |name: &str| status[name].as_u64().unwrap_or(u64::MAX);
-    (number("nodes_known"), number("handles_known"))
-}
 
 #[test]
 fn what_is_in_flight_goes_on_with_the_next_client() {
@@ -145,20 +49,6 @@ fn what_is_in_flight_goes_on_with_the_next_client() {
         let stderr = umount(&bench, client);
         assert!(stderr.contains("another one takes the mount over"), "{stderr}");
     }
-}
-
-fn writer(bench: &Bench, stop: &'static AtomicBool) -> JoinHandle<u64> {
-    let path = bench.file("big");
-    std::thread::spawn(move || {
-        let file = File::options().write(true).open(path).expect("open");
-        let mut written = 0;
-        while !stop.load(Ordering::Relaxed) {
-            let data: Vec<u8> = (0..WRITE_BYTES).map(big_byte).collect();
-            assert_eq!(file.write_at(&data, 0).expect("write"), WRITE_BYTES);
-            written += WRITE_BYTES as u64;
-        }
-        written
-    })
 }
 
 #[test]
@@ -214,7 +104,7 @@ fn replies_and_forgets_that_were_on_their_way_count_once() {
     for mood in [Mood::LosesReplies, Mood::LosesEntries] {
         let bench = Bench::new(Terms::default());
         let client = bench.mount("lanes=1");
-        let held = hold(&bench, "hello");
+        let held = hold(&bench, &["hello"]);
         bench.host.set_mood(mood);
         let reader = bench.cat("n5");
         bench.host.wait_for("a lost reply", |seen| (seen.lost > 0).then_some(()));
@@ -227,16 +117,12 @@ fn replies_and_forgets_that_were_on_their_way_count_once() {
         // The FORGETs' replies are lost too, with the client that waits for them.
         bench.host.set_mood(Mood::LosesForgets);
         let lost = bench.host.wait_for("losses", |seen| Some(seen.lost));
-        wait_until("a lost FORGET", || {
-            std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+        forget_until("a lost FORGET", || {
             bench.host.wait_for("losses", |seen| Some(seen.lost)) > lost
         });
         bench.host.set_mood(Mood::Fair);
         kill_worker(&bench, Signal::KILL);
-        wait_until("the forgets", || {
-            std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
-            lookups(&bench).is_empty()
-        });
+        forget_until("the forgets", || lookups(&bench).is_empty());
         wait_until("their end", || known(&bench) == (0, 0));
         umount(&bench, client);
     }

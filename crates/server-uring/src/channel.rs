@@ -47,7 +47,7 @@ pub enum ToWorker {
         config: ShareConfig,
         /// Which directory of the worker's root it is; `None`: its fd is with the message.
         index: Option<usize>,
-        /// See [`crate::fs::ShareRoot`].
+        /// See [`crate::share::ShareRoot`].
         hidden: bool,
     },
     /// A share is no more.

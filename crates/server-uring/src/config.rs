@@ -11,18 +11,18 @@
 
 mod entry;
 mod fault;
+mod written;
 
 pub use entry::{
     DirectIo, Engine, FileMode, IoPriority, ListenConfig, LogFormat, MetricsAddress, ShareConfig,
 };
 pub use fault::{Fault, What};
+pub use written::Place;
 
-use crate::accept::Address;
-use crate::control::ControlOption;
+use crate::address::Address;
 use crate::limits::{GRACE_SECS_DEFAULT, SLOW_OP_MS_DEFAULT};
 use crate::quota::Limits;
 use crate::sandbox::Sandbox;
-use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use rustix::thread::CpuSet;
 use serde::{Deserialize, Serialize};
@@ -65,11 +65,11 @@ pub struct Settings {
     /// mode 0700, and another daemon that names it ends at once. none: there is none. [default: one
     /// below /run/ringfsd, by the listeners]
     #[arg(long, value_name = "DIR|none")]
-    pub state_dir: Option<StateOption>,
+    pub state_dir: Option<Place>,
     /// Unix socket of mode 0600 by which `ringfsd status` and `reload` ask this daemon. none: there
     /// is none. [default: one below /run/ringfsd, by the process]
     #[arg(long, value_name = "PATH|none")]
-    pub control: Option<ControlOption>,
+    pub control: Option<Place>,
     /// Metrics for Prometheus over HTTP, by a Unix socket of mode 0600 or an address that only this
     /// machine reaches.
     #[arg(long, value_name = "unix:PATH|tcp:127.0.0.1:PORT")]
@@ -87,8 +87,9 @@ pub struct Settings {
     pub log_format: Option<LogFormat>,
     /// What the process that serves guests is kept from. namespace: it sees the shares and nothing
     /// else of the host, in namespaces of its own, with few capabilities and system calls
-    /// (docs/security.md). none: it has the rights that the daemon was started with. [default:
-    /// namespace]
+    /// (docs/security.md); who is not root has them by a user namespace. landlock: the same without
+    /// namespaces, for containers that have none. none: it has the rights that the daemon was
+    /// started with. [default: namespace]
     #[arg(long, value_enum)]
     pub sandbox: Option<Sandbox>,
     /// Whether the process that serves guests may open files by their handles, which finds those
@@ -111,7 +112,7 @@ pub struct Settings {
     /// them, which comes and goes with the directory. Options: mode=0660, owner=, group= of the
     /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid=
     /// (vsock), numbers with a + between them; shares=a+b: nothing else is offered there.
-    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]")]
+    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]", display_order = 0)]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<ListenConfig>,
     /// Directory to share, and the name that guests mount it by. May be given several times.
@@ -119,12 +120,17 @@ pub struct Settings {
     /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the
     /// host's disk; by default, buffered, it bypasses the guest's cache only); submounts=merge
     /// (what is mounted below DIR on the host is seen; by default, hide, the directory underneath
-    /// is); dev (guests may make device nodes, which no guest can open through the share).
+    /// is); dev (guests may make device nodes, which no guest can open through the share); nosuid
+    /// (no set-id bits or file capabilities from guests); acl (POSIX ACLs, for mounts that ask for
+    /// them).
+    ///
+    /// Whose files: uid-map=RULE, gid-map=RULE (map:GUEST:HOST:COUNT and others) and xattr-map=RULE
+    /// give users, groups and extended attributes other names on the host (docs/operations.md).
     ///
     /// Limits of each session: ops=N and bytes=N a second, in-flight=N (bytes of replies),
     /// open-files=N, nodes=N (inodes known); of all sessions together: total-ops=N, total-bytes=N,
     /// total-open-files=N. Numbers may end in K, M or G. Rates delay, the others refuse (ENFILE).
-    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
+    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]", display_order = 0)]
     #[serde(default, rename = "share", with = "entry::by_name")]
     pub shares: Vec<ShareConfig>,
 }
@@ -149,9 +155,9 @@ pub struct Config {
     /// How long a session without connections is kept.
     pub grace: Duration,
     /// Where what is known of sessions outlives this daemon.
-    pub state_dir: StateOption,
+    pub state_dir: Place,
     /// The control socket.
-    pub control: ControlOption,
+    pub control: Place,
     /// Where metrics are told.
     pub metrics: Option<Address>,
     /// From when on a request is slow; 0: never.
@@ -169,8 +175,7 @@ pub struct Config {
 }
 
 /// A list such as `0-3,8`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuList(pub Vec<usize>);
 
 impl Settings {
@@ -287,16 +292,16 @@ impl Settings {
             if let Err(why) = share.ids() {
                 faults.push(What::ShareIds { name: name.clone(), why });
             }
-            match std::fs::metadata(&share.path) {
-                _ if !names.insert(&share.name) => faults.push(What::ShareTwice(name)),
-                Ok(meta) if meta.is_dir() => {}
-                Ok(_) => {
-                    let source = std::io::ErrorKind::NotADirectory.into();
-                    faults.push(What::Share { name, path: share.path.clone(), source });
-                }
-                Err(source) => {
-                    faults.push(What::Share { name, path: share.path.clone(), source });
-                }
+            let meta = std::fs::metadata(&share.path);
+            let is_dir = meta.and_then(|meta| match meta.is_dir() {
+                true => Ok(()),
+                false => Err(std::io::ErrorKind::NotADirectory.into()),
+            });
+            if !names.insert(&share.name) {
+                faults.push(What::ShareTwice(name));
+            } else if let Err(source) = is_dir {
+                let (path, hint) = (share.path.clone(), share.unknown_option());
+                faults.push(What::Share { name, path, source, hint });
             }
         }
         let mut addresses: Vec<&Address> = Vec::new();
@@ -392,13 +397,6 @@ impl std::str::FromStr for CpuList {
     }
 }
 
-impl TryFrom<String> for CpuList {
-    type Error = String;
-    fn try_from(text: String) -> Result<CpuList, String> {
-        text.parse()
-    }
-}
-
 impl std::fmt::Display for CpuList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let runs = self.0.chunk_by(|a, b| a + 1 == *b);
@@ -408,12 +406,6 @@ impl std::fmt::Display for CpuList {
             false => format!("{first}-{last}"),
         });
         f.write_str(&runs.collect::<Vec<_>>().join(","))
-    }
-}
-
-impl From<CpuList> for String {
-    fn from(list: CpuList) -> String {
-        list.to_string()
     }
 }
 

@@ -9,7 +9,7 @@ use crate::buffers::BufferPool;
 use crate::dispatch::Request;
 use crate::greet::Newcomer;
 use crate::limits::*;
-use crate::link::Link;
+use crate::link::{Asked, Link};
 use crate::notes::Notes;
 use crate::op::RequestTag;
 use crate::pool::PastOf;
@@ -19,17 +19,31 @@ use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::slot::{SlotError, SlotUse};
 use ringfs_wire::table::{Abandon, Begin, Fate, Past, SlotTable};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Somebody who says that this is his connection, while its old socket is still there.
+/// Those who say that this is their connection, while its old socket is still there.
+#[derive(Default)]
 pub struct Waiting {
-    /// Who.
-    pub newcomer: Box<Newcomer>,
-    /// When it is decided whether the old socket's peer is alive.
-    pub until: Instant,
-    /// The old socket has brought bytes since it was asked.
-    pub heard: bool,
+    /// Who, the last one last.
+    pub newcomers: VecDeque<Box<Newcomer>>,
+    /// So many of them, the first ones, had come when the PING was sent that is on its way.
+    pub asked_for: usize,
+}
+
+impl Waiting {
+    /// The first one waits no more.
+    pub fn drop_first(&mut self) -> Option<Box<Newcomer>> {
+        self.asked_for = self.asked_for.saturating_sub(1);
+        self.newcomers.pop_front()
+    }
+
+    /// Those for whom the peer was asked, whether it lives: they wait no more.
+    pub fn asked_for(&mut self) -> VecDeque<Box<Newcomer>> {
+        let later = self.newcomers.split_off(std::mem::take(&mut self.asked_for));
+        std::mem::replace(&mut self.newcomers, later)
+    }
 }
 
 /// One connection of a session.
@@ -46,8 +60,8 @@ pub struct Connection {
     pub ended: bool,
     /// Until when its peer may end the stream by itself.
     pub leave_by: Option<Instant>,
-    /// Who wants to go on in its place.
-    pub waiting: Option<Waiting>,
+    /// Who want to go on in its place.
+    pub waiting: Waiting,
     /// When the request that is looked at may run, where a rate delays it: it is paid for.
     /// The number is that of the limits' change under which it was.
     pub runs_at: Option<(Instant, u64)>,
@@ -77,7 +91,7 @@ impl Connection {
             running: 0,
             ended: false,
             leave_by: None,
-            waiting: None,
+            waiting: Waiting::default(),
             runs_at: None,
             large_at: None,
             delayed: false,
@@ -237,6 +251,26 @@ impl Connection {
             let tag = RequestTag::of(0, record);
             self.link.reply(reply_header(&tag, errno, body.len()), body, buffers);
         }
+    }
+
+    /// How long the peer may take to answer whether it lives; `None`: no longer.
+    pub fn lives_until(&mut self, now: Instant) -> Option<Instant> {
+        let link = &mut self.link;
+        let asked = link.asked.as_mut()?;
+        if asked.until > now {
+            return Some(asked.until);
+        }
+        // While it is not read, not its fault.
+        let is_unread = link.starving || self.delayed;
+        let is_busy = std::mem::take(&mut asked.heard) && asked.last > now;
+        if is_unread {
+            *asked = Asked::at(now);
+        } else if is_busy && link.closing.is_none() {
+            asked.until = now + PROBE;
+        } else {
+            return None;
+        }
+        Some(asked.until)
     }
 
     /// Whether one batch takes the peer longer than `limit`: one that comes in and holds a large

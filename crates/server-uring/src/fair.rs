@@ -24,6 +24,8 @@ const ALONE: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 struct Active {
     session: u64,
+    /// Its peer.
+    owner: u64,
     /// Its time on this core, from where the others were when it came.
     had: Duration,
     seen: Instant,
@@ -40,6 +42,10 @@ pub(super) struct Turns {
     active: Vec<Active>,
     /// The connection that is looked at first, of those that have something to say.
     first: usize,
+    /// Room for the peers among them.
+    owners: Vec<u64>,
+    /// What the end of a pool job took lately, in nanoseconds.
+    ending_ns: u32,
 }
 
 /// One connection's turn.
@@ -64,14 +70,23 @@ impl Turns {
         self.active.iter().map(|active| active.had).min().unwrap_or_default()
     }
 
-    fn see(&mut self, session: u64, now: Instant) {
+    fn see(&mut self, session: u64, owner: u64, now: Instant) {
         match self.active.binary_search_by_key(&session, |active| active.session) {
             Ok(at) => self.active[at].seen = now,
             Err(at) => {
                 let had = self.least();
-                self.active.insert(at, Active { session, had, seen: now });
+                self.active.insert(at, Active { session, owner, had, seen: now });
             }
         }
+    }
+
+    /// How many peers have sessions here.
+    fn peers(&mut self) -> usize {
+        self.owners.clear();
+        self.owners.extend(self.active.iter().map(|active| active.owner));
+        self.owners.sort_unstable();
+        self.owners.dedup();
+        self.owners.len()
     }
 }
 
@@ -82,22 +97,28 @@ impl<R: Ring> Shard<R> {
         if touched.is_empty() || self.ring.takes_all() {
             return;
         }
-        let Shard { turns, conns, .. } = self;
-        let sessions = touched.iter().filter_map(|&key| Some(conns.get(key)?.session.id));
-        let several = sessions.clone().any(|session| session != turns.last);
+        let Shard { turns, conns, shared, .. } = self;
+        let sessions = touched.iter().filter_map(|&key| Some(&conns.get(key)?.session));
+        let several = sessions.clone().any(|session| session.id != turns.last);
         if !several && !turns.is_shared() {
             return;
         }
         let now = Instant::now();
         if several {
             turns.shared_until = Some(now + ALONE);
-            turns.last = sessions.clone().next_back().unwrap_or_default();
+            turns.last = sessions.clone().next_back().map_or(0, |session| session.id);
         } else if turns.shared_until.is_some_and(|until| until <= now) {
             turns.shared_until = None;
             return turns.active.clear();
         }
         turns.active.retain(|active| now.saturating_duration_since(active.seen) < ABSENT);
-        sessions.for_each(|session| turns.see(session, now));
+        sessions.for_each(|session| turns.see(session.id, session.owner, now));
+        if several {
+            let peers = turns.peers();
+            if peers > 1 {
+                shared.pool.shared_by(peers, ALONE);
+            }
+        }
         // Connections of one session have its time in turn.
         let at = touched.partition_point(|&key| key < turns.first);
         touched.rotate_left(at % touched.len());
@@ -135,6 +156,23 @@ impl<R: Ring> Shard<R> {
         {
             turns.active[at].had += turn.begun.elapsed();
         }
+    }
+
+    /// A pool job is done. The session has that time, too.
+    pub(super) fn end_job(&mut self, done: Done) {
+        let (key, turn) = (done.tag.conn, self.begin_turn());
+        self.executed(done);
+        self.end_turn(key, turn);
+        if let Some(turn) = turn {
+            let took = u32::try_from(turn.begun.elapsed().as_nanos()).unwrap_or(u32::MAX);
+            self.turns.ending_ns = self.turns.ending_ns / 8 * 7 + took / 8;
+        }
+    }
+
+    /// What a pool job takes of the shard's time: its peer pays for that, too. It takes about as
+    /// long to be taken up as to be ended.
+    pub(super) fn job_ns(&self) -> u32 {
+        if self.turns.is_shared() { self.turns.ending_ns.saturating_mul(2) } else { 0 }
     }
 
     /// Receives nothing large for a session that has to wait for a rate.

@@ -6,9 +6,12 @@
 #![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
 
 use crate::channel::{Channel, ToParent, ToWorker};
-use crate::sandbox::root;
+use crate::sandbox::{root, users};
+use crate::share::ShareDir;
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, WaitStatus, getegid, geteuid, kill_process, waitpid,
+};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -16,6 +19,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The exit code of a worker that could not go on.
 const FAILED: i32 = 1;
+/// That of a helper which has done it, with `false` to tell; no errno.
+const DONE_OTHERWISE: i32 = 255;
 
 /// A running worker, from its parent's side; killed and reaped with this value.
 #[derive(Debug)]
@@ -32,8 +37,7 @@ pub struct Child {
 impl Child {
     /// Makes a worker that runs `work` and ends with the code that this returns, in `spaces` of its
     /// own, with so many `shares`. Of the fds that are open it has `keep`, its end of the channel,
-    /// and the standard
-    /// streams.
+    /// and the standard streams.
     ///
     /// # Errors
     /// What socketpair and fork say; `OTHER` where there are no such namespaces.
@@ -89,23 +93,49 @@ impl Child {
     /// # Errors
     /// What the system calls say.
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
-        let index = self.shares;
-        let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", self.pid.as_raw_pid()))?;
+        let (index, mounts) = (self.shares, self.namespace("mnt")?);
+        self.by_helper(|| root::attach_to(mounts.as_fd(), tree, index).map(|()| true))?;
+        Ok(index)
+    }
+
+    /// The same with a share of a worker in a user namespace of its own; also whether what is
+    /// mounted below it is hidden, or is to be seen.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn attach_in_own_users(&mut self, share: &ShareDir) -> io::Result<(usize, bool)> {
+        let (index, mounts, users) = (self.shares, self.namespace("mnt")?, self.namespace("user")?);
+        let hidden = self.by_helper(|| {
+            root::enter_users(users.as_fd())?;
+            let copy = share.copy_in_own_users()?;
+            root::attach_to(mounts.as_fd(), copy.as_fd(), index)?;
+            Ok(copy.hidden())
+        })?;
+        Ok((index, hidden))
+    }
+
+    fn namespace(&self, name: &str) -> io::Result<std::fs::File> {
+        std::fs::File::open(format!("/proc/{}/ns/{name}", self.pid.as_raw_pid()))
+    }
+
+    /// A process of its own goes into the worker's namespaces and puts a share there.
+    fn by_helper(&mut self, work: impl FnOnce() -> Result<bool, Errno>) -> io::Result<bool> {
         wait_for_one_thread();
-        // A process of its own goes there.
         let Some(pid) = fork()? else {
-            let done = root::attach_to(mounts.as_fd(), tree, index);
-            exit_now(done.map_or_else(Errno::raw_os_error, |()| 0))
+            exit_now(match work() {
+                Ok(true) => 0,
+                Ok(false) => DONE_OTHERWISE,
+                Err(errno) => errno.raw_os_error(),
+            })
         };
         let mut helper = Child { pid, ended: None, shares: 0, channel: Channel::pair()?.0 };
         helper.wait();
-        match helper.ended.and_then(WaitStatus::exit_status) {
-            Some(0) => {
-                self.shares += 1;
-                Ok(index)
-            }
-            code => Err(io::Error::from_raw_os_error(code.unwrap_or(Errno::IO.raw_os_error()))),
+        let code = helper.ended.and_then(WaitStatus::exit_status);
+        if code == Some(0) || code == Some(DONE_OTHERWISE) {
+            self.shares += 1;
+            return Ok(code == Some(0));
         }
+        Err(io::Error::from_raw_os_error(code.unwrap_or(Errno::IO.raw_os_error())))
     }
 
     /// Waits until it has ended, and says how.
@@ -137,7 +167,10 @@ impl Drop for Child {
 
 /// Namespaces that a worker has for itself: mounts, processes, network, IPC and host name.
 #[derive(Clone, Copy, Debug)]
-pub struct Spaces;
+pub struct Spaces {
+    /// In one of users, which takes no right.
+    pub own_users: bool,
+}
 
 enum Side {
     /// In the process that has made the worker.
@@ -148,24 +181,40 @@ enum Side {
 
 /// Why there are none.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot make namespaces for the worker (it takes CAP_SYS_ADMIN); --sandbox=none does without"
-)]
-struct NoSpaces(#[source] io::Error);
+#[error("cannot make namespaces for the worker: {cure}")]
+struct NoSpaces {
+    cure: &'static str,
+    source: io::Error,
+}
 
 impl Spaces {
     /// A pid namespace is of the processes that are made next.
     fn enter(self, channel: &Channel) -> Result<Side, NoSpaces> {
-        let spaces = UnshareFlags::NEWNS
+        self.make(channel).map_err(|source| NoSpaces {
+            cure: match self.own_users {
+                true => users::why_not(),
+                false => "--sandbox=landlock does without them",
+            },
+            source,
+        })
+    }
+
+    fn make(self, channel: &Channel) -> io::Result<Side> {
+        let mut spaces = UnshareFlags::NEWNS
             | UnshareFlags::NEWPID
             | UnshareFlags::NEWNET
             | UnshareFlags::NEWIPC
             | UnshareFlags::NEWUTS;
+        spaces.set(UnshareFlags::NEWUSER, self.own_users);
+        let (uid, gid) = (geteuid(), getegid());
         // SAFETY: no fds are taken apart, and this process has one thread.
-        unsafe { unshare_unsafe(spaces) }.map_err(|errno| NoSpaces(errno.into()))?;
-        let Some(worker) = fork().map_err(NoSpaces)? else { return Ok(Side::Inside) };
+        unsafe { unshare_unsafe(spaces) }?;
+        if self.own_users {
+            users::map(uid, gid)?;
+        }
+        let Some(worker) = fork()? else { return Ok(Side::Inside) };
         let pid = ToParent::Pid(worker.as_raw_nonzero().get());
-        channel.send(&pid, None).map_err(|errno| NoSpaces(errno.into()))?;
+        channel.send(&pid, None)?;
         Ok(Side::Outside)
     }
 }

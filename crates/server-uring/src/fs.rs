@@ -6,7 +6,7 @@
 //! which, and where.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -14,9 +14,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use ringfs_wire::abi;
 pub use ringfs_wire::hello::CacheMode;
 use ringfs_wire::table::Given;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
+use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::OpenTreeFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::dispatch::Request;
@@ -30,7 +29,7 @@ use crate::nodes::{Bound, Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
 use crate::quota::{Quota, ShareQuota};
-use crate::sandbox::root;
+use crate::share::{ShareDir, ShareRoot};
 use crate::xattrmap::XattrMap;
 
 /// How long names and attributes are good for in the guest, in seconds.
@@ -180,120 +179,6 @@ pub struct Fs {
     devices: RwLock<Vec<u64>>,
 }
 
-/// The directory that a share gives, opened: what a process without rights can be handed.
-///
-/// With `submounts=hide` it is the root of a private copy of the one mount: nothing that is or gets
-/// mounted on the host below it can be seen, and no path leads out of it. The copy lives as long as
-/// an fd of it does, or a worker has it in its root.
-#[derive(Debug)]
-pub struct ShareRoot {
-    fd: OwnedFd,
-    /// False where mounts below could not be hidden so: other devices are refused then (EXDEV).
-    hidden: bool,
-}
-
-/// A share's directory as the host has it, from which workers get copies.
-#[derive(Debug)]
-pub struct ShareDir {
-    plain: OwnedFd,
-    merged: bool,
-    read_only: bool,
-}
-
-impl ShareDir {
-    /// Opens `dir`.
-    ///
-    /// # Errors
-    /// [`FsError::Open`].
-    pub fn open(dir: &Path, submounts: Submounts, read_only: bool) -> Result<ShareDir, FsError> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty());
-        let plain = plain.map_err(|source| FsError::Open { path: dir.to_owned(), source })?;
-        Ok(ShareDir { plain, merged: submounts == Submounts::Merge, read_only })
-    }
-
-    /// For this process: the directory itself where mounts below are to be seen, else a copy. That
-    /// wants CAP_SYS_ADMIN; without, mounts are hidden by refusing other devices.
-    ///
-    /// # Errors
-    /// What open_tree says.
-    pub fn root(&self) -> Result<ShareRoot, Errno> {
-        let copy = if self.merged { Err(Errno::PERM) } else { self.copy() };
-        match copy {
-            Err(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
-                let fd = rustix::io::fcntl_dupfd_cloexec(&self.plain, 0)?;
-                Ok(ShareRoot { fd, hidden: self.merged })
-            }
-            other => other,
-        }
-    }
-
-    /// A copy of its mount, for another root; with what is mounted below where that is to be seen,
-    /// and what will be where the host's mounts are shared.
-    ///
-    /// # Errors
-    /// What open_tree says.
-    pub fn copy(&self) -> Result<ShareRoot, Errno> {
-        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_EMPTY_PATH;
-        flags.set(OpenTreeFlags::AT_RECURSIVE, self.merged);
-        let fd = rustix::mount::open_tree(&self.plain, c"", flags)?;
-        if let Err(error) = root::harden(fd.as_fd(), self.read_only, self.merged) {
-            tracing::warn!(%error, "an old kernel: what a share may not, only the daemon prevents");
-        }
-        Ok(ShareRoot { fd, hidden: true })
-    }
-}
-
-impl ShareRoot {
-    /// The same directory where a worker has it.
-    pub fn at(fd: OwnedFd, hidden: bool) -> ShareRoot {
-        ShareRoot { fd, hidden }
-    }
-
-    /// Whether mounts below cannot be seen, or are to be.
-    pub fn hidden(&self) -> bool {
-        self.hidden
-    }
-
-    /// Another one of the same copy, for another session.
-    ///
-    /// # Errors
-    /// No fd is left.
-    pub fn try_clone(&self) -> std::io::Result<ShareRoot> {
-        Ok(ShareRoot { fd: self.fd.try_clone()?, hidden: self.hidden })
-    }
-
-    /// A directory below, or this one for an empty path. Guests may have made links in the share:
-    /// none is followed, nothing leads out, nor into a mount that is to be hidden.
-    ///
-    /// # Errors
-    /// What openat2 says; `EXDEV` where the path leads out.
-    pub fn descend(&self, path: &[u8]) -> Result<ShareRoot, Errno> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let mut resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        if !self.hidden {
-            resolve |= ResolveFlags::NO_XDEV;
-        }
-        let path = if path.is_empty() { b".".as_slice() } else { path };
-        let fd = rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)?;
-        Ok(ShareRoot { fd, hidden: self.hidden })
-    }
-}
-
-impl From<ShareRoot> for OwnedFd {
-    fn from(root: ShareRoot) -> OwnedFd {
-        root.fd
-    }
-}
-
-impl AsFd for ShareRoot {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
 impl Fs {
     /// Starts to serve the directory `dir`.
     ///
@@ -309,7 +194,8 @@ impl Fs {
     /// # Errors
     /// See [`FsError`]. `/proc` must be mounted.
     pub fn on(root: ShareRoot, options: FsOptions) -> Result<Fs, FsError> {
-        let ShareRoot { fd: root, hidden, .. } = root;
+        let hidden = root.hidden();
+        let root = OwnedFd::from(root);
         let merged = options.submounts == Submounts::Merge;
         let root_stat = Stat::of(&root).map_err(FsError::Root)?;
         let kind = fdops::fs_kind(root.as_fd()).map_err(FsError::Root)?;

@@ -5,11 +5,12 @@
 //! may wait for a share's file system is on further ones, bounded for each share.
 
 use crate::accept::Accepted;
-use crate::fs::{Fs, FsOptions, ShareRoot};
+use crate::fs::{Fs, FsOptions};
 use crate::limits::*;
 use crate::link::Numbers;
 use crate::mailbox::Mail;
 use crate::session::{Registry, Session, Terms, let_go};
+use crate::share::ShareRoot;
 use crate::status::ShareStatus;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{

@@ -5,10 +5,11 @@ use crate::channel::{Channel, ToParent, ToWorker};
 use crate::config::ShareConfig;
 use crate::daemon::DaemonError;
 use crate::fds::Fds;
-use crate::fs::ShareRoot;
+use crate::fs::FsError;
 use crate::greet::Share;
 use crate::parent::Plan;
-use crate::sandbox::{self, Needs, Sandbox};
+use crate::sandbox::{self, Needs, Walls};
+use crate::share::ShareRoot;
 use crate::state_dir::{Held, StateDir};
 use crate::status::ConfigState;
 use crate::worker::Worker;
@@ -32,7 +33,7 @@ pub fn work(
     let worker = Worker::start(shares, plan.placement.clone(), engine, spin, grace, state)?;
     worker.set_config(config);
     worker.set_slow(plan.slow_op);
-    if plan.sandbox == Sandbox::Namespace {
+    if plan.walls != Walls::None {
         sandbox::seal()?;
     }
     channel.send(&ToParent::Ready, None)?;
@@ -78,21 +79,39 @@ pub fn work(
 
 /// Takes from this process what it will not need; the shares as they are then.
 fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> {
-    if plan.sandbox == Sandbox::Namespace {
-        let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
-        let state = plan.state.as_ref().map(AsFd::as_fd);
-        let device_nodes = plan.shares.iter().any(|share| share.config.dev);
-        let file_handles = plan.file_handles;
-        sandbox::enter(&Needs { shares: &shares, state, device_nodes, file_handles })?;
-    }
+    let own;
+    let roots = match plan.walls {
+        Walls::OwnUsers => {
+            own = copies_in_own_users(plan)?;
+            &own
+        }
+        Walls::Namespaces | Walls::Landlock | Walls::None => roots,
+    };
+    let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
+    let state = plan.state.as_ref().map(AsFd::as_fd);
+    let device_nodes = plan.shares.iter().any(|share| share.config.dev);
+    let (walls, file_handles) = (plan.walls, plan.file_handles);
+    sandbox::enter(&Needs { walls, shares: &shares, state, device_nodes, file_handles })?;
     let shares = plan.shares.iter().zip(roots).enumerate().map(|(index, (share, root))| {
-        let root = match plan.sandbox {
-            Sandbox::Namespace => ShareRoot::at(sandbox::root::open_share(index)?, root.hidden()),
-            Sandbox::None => root.try_clone()?,
+        let root = match plan.walls.has_root() {
+            true => ShareRoot::at(sandbox::root::open_share(index)?, root.hidden()),
+            false => root.try_clone()?,
         };
         Ok(share_of(&share.config, root, &plan.fds))
     });
     shares.collect()
+}
+
+/// The parent has no right to make them.
+fn copies_in_own_users(plan: &Plan) -> Result<Vec<ShareRoot>, DaemonError> {
+    let copies = plan.shares.iter().map(|share| {
+        let failed = |source| DaemonError::Serve {
+            name: share.config.name.clone(),
+            source: FsError::Root(source),
+        };
+        share.dir.copy_in_own_users().map_err(failed)
+    });
+    copies.collect()
 }
 
 fn share_of(config: &ShareConfig, root: ShareRoot, fds: &Arc<Fds>) -> Share {

@@ -6,9 +6,8 @@
 //! why not.
 
 use super::*;
-use crate::connection::Waiting;
 use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
-use crate::link::{Link, Numbers};
+use crate::link::{Asked, Link, Numbers};
 use crate::restore::TakeOverError;
 use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
@@ -60,43 +59,61 @@ impl<R: Ring> Shard<R> {
     }
 
     /// The newcomer names a connection that is known. If its socket is still there, that one's peer
-    /// is asked whether it lives; the newest one of those who wait is the one that may go on.
+    /// is asked whether it lives; the last one of those who wait is the one that may go on.
     fn meet(&mut self, key: usize, newcomer: Box<Newcomer>) {
         if !self.shared.registry.knows(newcomer.ticket) {
             let refusal = ended(&newcomer.session);
             return self.turn_away(*newcomer, refusal);
         }
-        let older = self.conns[key].waiting.take();
-        let (until, heard) = match &older {
-            Some(older) => (older.until, older.heard),
-            None => (self.ask(key), false),
-        };
         let conn = &mut self.conns[key];
-        if older.is_none() && conn.link.asked.is_some() {
+        if conn.waiting.newcomers.is_empty() && conn.is_attached() {
             // Who has lost one without our knowing has lost them all, and comes for them in turn.
             self.shared.registry.ask_others(&conn.session, conn.index);
         }
-        conn.waiting = Some(Waiting { newcomer, until, heard });
-        if let Some(Waiting { newcomer: older, .. }) = older {
-            let text = "another connection came in its place";
-            self.turn_away(*older, refuse(Reason::Timeout, text));
-        }
-        self.plan_sweep_at(until);
+        conn.waiting.newcomers.push_back(newcomer);
+        let crowded = self.too_many_wait_for();
+        let overtaken = crowded.and_then(|key| self.conns[key].waiting.drop_first());
+        self.overtake(overtaken);
+        self.ask(key);
         self.flush(key);
     }
 
-    /// Asks a connection's peer whether it lives; until when it has time to answer. One that was
-    /// asked before and has been silent since is not asked again.
-    fn ask(&mut self, key: usize) -> Instant {
+    /// The connection of which one newcomer less may wait: that of most.
+    fn too_many_wait_for(&self) -> Option<usize> {
+        let waiting = self.conns.iter().map(|(key, conn)| (conn.waiting.newcomers.len(), key));
+        let all: usize = waiting.clone().map(|(newcomers, _)| newcomers).sum();
+        let (most, key) = waiting.max()?;
+        (most > NEWCOMERS_MAX || all > NEWCOMERS_PER_SHARD_MAX).then_some(key)
+    }
+
+    /// Asks a connection's peer whether it lives. One PING is on its way at a time: what answers it
+    /// says nothing of who has come since, for whom another one follows.
+    fn ask(&mut self, key: usize) {
         let conn = &mut self.conns[key];
-        let link = &mut conn.link;
-        let until = link.asked.unwrap_or(Instant::now() + Duration::from_millis(PROBE_MS));
-        if link.asked.is_none() && link.socket.is_some() && link.closing.is_none() {
-            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
-            link.push(Kind::Ping, 0, &[], &mut self.buffers);
-            link.asked = Some(until);
+        let (link, waiting) = (&mut conn.link, &mut conn.waiting);
+        if link.socket.is_none() {
+            return;
         }
-        until
+        let asked = link.asked.take().unwrap_or_else(|| {
+            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
+            if link.closing.is_none() {
+                link.push(Kind::Ping, 0, &[], &mut self.buffers);
+            }
+            waiting.asked_for = waiting.newcomers.len();
+            Asked::at(Instant::now())
+        });
+        let until = link.asked.insert(asked).until;
+        if !waiting.newcomers.is_empty() {
+            self.plan_sweep_at(until);
+        }
+    }
+
+    /// Those who waited for what another one gets.
+    fn overtake(&self, newcomers: impl IntoIterator<Item = Box<Newcomer>>) {
+        for newcomer in newcomers {
+            let text = "another connection came in its place";
+            self.turn_away(*newcomer, refuse(Reason::Timeout, text));
+        }
     }
 
     /// The peer of another connection of that session is being asked.
@@ -116,14 +133,24 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// The old socket's peer lives: whoever came in its place is a clone.
-    pub(super) fn refuse_clone(&mut self, key: usize) {
+    /// A PONG: the old socket's peer lives. Those who had come when it was asked are clones, as a
+    /// guest lets go of a connection before it asks for the next.
+    pub(super) fn ponged(&mut self, key: usize) {
         let conn = &mut self.conns[key];
-        let Some(Waiting { newcomer, .. }) = conn.waiting.take() else { return };
-        tracing::warn!(session = conn.session.id, conn = conn.index, "a clone was refused");
-        add(&self.shared.stats.clones_refused, 1);
-        let text = "this session is in use by another guest; mount again";
-        self.turn_away(*newcomer, refuse(Reason::UnknownSession, text));
+        if conn.link.asked.take().is_none() {
+            return;
+        }
+        let clones = conn.waiting.asked_for();
+        let is_over = conn.waiting.newcomers.is_empty();
+        for clone in clones {
+            tracing::warn!(session = clone.session.id, conn = clone.conn, "a clone was refused");
+            add(&self.shared.stats.clones_refused, 1);
+            let text = "this session is in use by another guest; mount again";
+            self.turn_away(*clone, refuse(Reason::UnknownSession, text));
+        }
+        if !is_over {
+            self.ask(key);
+        }
     }
 
     fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
@@ -248,14 +275,17 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// A connection without a socket: goes on with the one that waits, or ends, or stays.
+    /// A connection without a socket: goes on with one of those who wait, or ends, or stays.
     fn drop_if_over(&mut self, key: usize) {
         let conn = &mut self.conns[key];
         if !conn.ended {
-            if let Some(Waiting { newcomer, .. }) = conn.waiting.take() {
-                self.welcome(key, *newcomer, true);
+            let mut newcomers = std::mem::take(&mut conn.waiting).newcomers;
+            while let Some(last) = newcomers.pop_back() {
+                if self.welcome(key, *last, true) {
+                    break;
+                }
             }
-            return;
+            return self.overtake(newcomers);
         }
         if conn.running > 0 {
             return;
@@ -265,7 +295,7 @@ impl<R: Ring> Shard<R> {
         let Connection { session, index, waiting, .. } = self.conns.remove(key);
         self.shared.registry.left(session, index);
         // Without a grace time, whoever waits finds a new connection.
-        if let Some(Waiting { newcomer, .. }) = waiting {
+        for newcomer in waiting.newcomers {
             self.join(newcomer);
         }
     }
@@ -369,10 +399,10 @@ impl<R: Ring> Shard<R> {
         self.sweep_at = None;
         let limit = Duration::from_millis(STALL_LIMIT_MS);
         let pressed = !self.starved.is_empty();
-        let (mut stalled, mut clones) = (Vec::new(), Vec::new());
+        let mut stalled = Vec::new();
         let mut next = pressed.then(|| now + Duration::from_millis(SWEEP_INTERVAL_MS));
         let mut again = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
-        for (key, conn) in self.conns.iter().filter(|(_, conn)| conn.is_attached()) {
+        for (key, conn) in self.conns.iter_mut().filter(|(_, conn)| conn.is_attached()) {
             let closing = conn.link.closing.is_some();
             if closing {
                 again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
@@ -383,13 +413,14 @@ impl<R: Ring> Shard<R> {
                 continue;
             }
             conn.leave_by.into_iter().for_each(&mut again);
-            match &conn.waiting {
-                Some(waiting) if waiting.until > now => again(waiting.until),
-                // Not its fault that nothing was received.
-                Some(_) if conn.link.starving => again(now + Duration::from_millis(PROBE_MS)),
-                Some(waiting) if waiting.heard && !closing => clones.push(key),
-                Some(_) => stalled.push((key, "an old connection is silent: it is dead")),
-                None => {}
+            if conn.waiting.newcomers.is_empty() {
+                continue;
+            }
+            // What it has sent and we have not read hides its end.
+            let is_gone = conn.link.socket.as_ref().is_none_or(|socket| has_hung_up(socket));
+            match conn.lives_until(now).filter(|_| !is_gone) {
+                Some(until) => again(until),
+                None => stalled.push((key, "an old connection does not answer: it is dead")),
             }
         }
         next.into_iter().for_each(|next| self.plan_sweep_at(next));
@@ -397,6 +428,5 @@ impl<R: Ring> Shard<R> {
             tracing::warn!(session = self.conns[key].session.id, "{why}");
             self.hang_up(key, Reason::Timeout);
         }
-        clones.into_iter().for_each(|key| self.refuse_clone(key));
     }
 }

@@ -1,6 +1,7 @@
 //! The host daemon of ringfs: io_uring shards around PassthroughFs. See ARCHITECTURE.md.
 
 pub mod accept;
+pub mod address;
 pub mod buffers;
 pub mod cgroup;
 pub mod channel;
@@ -25,6 +26,7 @@ pub mod idmap;
 pub mod import;
 pub mod inside;
 pub mod intent;
+mod jobs;
 pub mod limits;
 pub mod link;
 pub mod mailbox;
@@ -50,6 +52,7 @@ pub mod sandbox;
 pub mod session;
 mod sha256;
 pub mod shard;
+pub mod share;
 pub mod splice;
 pub mod state_dir;
 pub mod state_file;

@@ -1,6 +1,7 @@
 //! The daemon's own bounds; the wire's are in `ringfs_wire::limits`.
 
 use ringfs_wire::limits::{BATCH_BYTES_MAX, BATCH_TARGET_BYTES};
+use std::time::Duration;
 
 /// Alignment of buffers, and of the data in them: enough for O_DIRECT on any block size in use.
 pub const BUFFER_ALIGN: usize = 4096;
@@ -57,8 +58,14 @@ pub const DETACHED_MAX: usize = SESSIONS_MAX / 2;
 pub const DETACHED_PER_PEER_MAX: usize = 64;
 /// How long such a session is kept, where nobody says otherwise.
 pub const GRACE_SECS_DEFAULT: u32 = 600;
-/// Time for the old connection of a newcomer to show that it lives.
-pub const PROBE_MS: u64 = 500;
+/// Time for the old connection of a newcomer to answer whether it lives.
+pub const PROBE: Duration = Duration::from_millis(500);
+/// The same while it brings something else: less than a newcomer waits for its WELCOME.
+pub const PROBE_BUSY: Duration = Duration::from_secs(4);
+/// Newcomers of one connection that wait for that.
+pub const NEWCOMERS_MAX: usize = 32;
+/// All of them in a shard; the connection that most wait for is the one that has to do with less.
+pub const NEWCOMERS_PER_SHARD_MAX: usize = CONNS_PER_SHARD_MAX;
 /// From when on a request is slow, where nobody says otherwise.
 pub const SLOW_OP_MS_DEFAULT: u32 = 1000;
 /// Those who wait to be answered on the control socket, and on that of metrics.

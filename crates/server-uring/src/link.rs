@@ -61,6 +61,24 @@ pub struct Numbers {
     pub rx: LinkRx,
 }
 
+/// A PING whose PONG is yet to come.
+pub struct Asked {
+    /// Until when its peer has time for that.
+    pub until: Instant,
+    /// As long as it sends something else: until when at the latest.
+    pub last: Instant,
+    /// It has sent something since it was looked at.
+    pub heard: bool,
+}
+
+impl Asked {
+    /// One that is sent now.
+    pub fn at(now: Instant) -> Asked {
+        let (until, last) = (now + PROBE, now + PROBE_BUSY);
+        Asked { until, last, heard: false }
+    }
+}
+
 /// One socket of a connection, or none.
 pub struct Link {
     /// The stream; none between a cut and the resume.
@@ -77,8 +95,8 @@ pub struct Link {
     pub starving: bool,
     /// The ticket that its WELCOME gave, until something shows that this has arrived.
     pub unproven: Option<Ticket>,
-    /// Until when its peer may show that it lives: it was asked, and nothing has come since.
-    pub asked: Option<Instant>,
+    /// Its peer was asked whether it lives.
+    pub asked: Option<Asked>,
     /// Since when large replies wait until the peer has taken most of what was sent.
     pub room_since: Option<Instant>,
     /// Since when a large buffer waits for the rest of its batch.

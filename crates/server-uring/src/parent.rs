@@ -14,10 +14,10 @@ use crate::daemon::DaemonError;
 use crate::entrance::Entrance;
 use crate::fds::Fds;
 use crate::fork::{self, Child, Spaces};
-use crate::fs::ShareRoot;
 use crate::inside;
 use crate::reload::{Change, InForce, Shared};
-use crate::sandbox::Sandbox;
+use crate::sandbox::Walls;
+use crate::share::ShareRoot;
 use crate::state_dir::Held;
 use crate::systemd::Notify;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -53,8 +53,8 @@ pub struct Plan {
     pub grace: Duration,
     /// What outlives a worker.
     pub state: Option<Held>,
-    /// What it is kept from.
-    pub sandbox: Sandbox,
+    /// What it is shut in by.
+    pub walls: Walls,
     /// It may open files by their handles.
     pub file_handles: bool,
     /// From which time on a request is slow; 0: none is.
@@ -125,14 +125,17 @@ impl Parent {
     }
 
     fn start(&self) -> std::io::Result<Child> {
-        let shares = self.plan.shares.iter();
-        let roots = shares.map(|share| root_for(share, self.plan.sandbox));
+        let walls = self.plan.walls;
+        let own_users = walls == Walls::OwnUsers;
+        // There the worker makes its own.
+        let shares = self.plan.shares.iter().filter(|_| !own_users);
+        let roots = shares.map(|share| root_for(share, walls));
         let roots = roots.collect::<std::io::Result<Vec<_>>>()?;
         let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
         keep.extend(self.plan.state.as_ref().map(AsFd::as_fd));
-        let spaces = (self.plan.sandbox == Sandbox::Namespace).then_some(Spaces);
+        let spaces = walls.has_root().then_some(Spaces { own_users });
         let state = self.in_force.state(&self.entrances);
-        Child::start(&keep, roots.len(), spaces, |channel| {
+        Child::start(&keep, self.plan.shares.len(), spaces, |channel| {
             match inside::work(&self.plan, &roots, state, &channel) {
                 Ok(()) => 0,
                 Err(error) => fork::fail(&channel, &error),
@@ -236,9 +239,9 @@ impl Parent {
             for one in self.entrances.iter().filter(|one| one.door() == Door::Guests) {
                 tracing::info!(address = %one.config().address, "listening");
             }
-            let Plan { placement, limits, engine, sandbox, .. } = &self.plan;
+            let Plan { placement, limits, engine, walls, .. } = &self.plan;
             let Placement { cpus, shards, large_buffers, .. } = placement;
-            tracing::info!(shards, ?cpus, large_buffers, ?limits, ?engine, ?sandbox, "serving");
+            tracing::info!(shards, ?cpus, large_buffers, ?limits, ?engine, ?walls, "serving");
             self.notify.ready(&self.in_force.summary());
         }
     }
@@ -250,11 +253,13 @@ impl Parent {
             match change {
                 Change::Share(share) => {
                     let name = share.config.name.clone();
-                    match hand_over(&share, child, self.plan.sandbox) {
+                    let known = self.plan.shares.iter().any(|old| old.dir.is_same(&share.dir));
+                    match hand_over(&share, child, self.plan.walls, known) {
                         Ok(message) => unsent.push_back(message),
-                        Err(error) => tracing::error!(
-                            share = name, %error, "the worker cannot be given it: the next one will"
-                        ),
+                        Err(error) => {
+                            tracing::error!(share = name, %error, "not before the next start");
+                            self.in_force.waits(format!("share {name} ({error})"));
+                        }
                     }
                     self.plan.shares.retain(|old| old.config.name != name);
                     self.plan.shares.push(*share);
@@ -274,28 +279,42 @@ impl Parent {
     }
 }
 
-fn root_for(share: &Shared, sandbox: Sandbox) -> std::io::Result<ShareRoot> {
-    match sandbox {
-        Sandbox::None => Ok(share.dir.root()?),
-        Sandbox::Namespace => share.dir.copy().map_err(|errno| {
-            let text = "the mount of a share cannot be copied for a root of its own (it takes \
-                CAP_SYS_ADMIN); --sandbox=none does without";
-            std::io::Error::other(format!("{text}: {errno}"))
-        }),
+fn root_for(share: &Shared, walls: Walls) -> std::io::Result<ShareRoot> {
+    if !walls.has_root() {
+        return Ok(share.dir.root()?);
     }
+    share.dir.copy().map_err(|errno| {
+        let text = "the mount of a share cannot be copied for a root of its own; \
+            --sandbox=landlock does without";
+        std::io::Error::other(format!("{text}: {errno}"))
+    })
 }
 
 /// A copy of the share for a worker that runs: put into its root, or lent by its fd.
 fn hand_over(
     share: &Shared,
     child: &mut Child,
-    sandbox: Sandbox,
+    walls: Walls,
+    known: bool,
 ) -> std::io::Result<(ToWorker, Option<OwnedFd>)> {
-    let root = root_for(share, sandbox)?;
-    let hidden = root.hidden();
-    let (index, fd) = match sandbox {
-        Sandbox::Namespace => (Some(child.attach(root.as_fd())?), None),
-        Sandbox::None => (None, Some(root.into())),
+    let (index, hidden, fd) = match walls {
+        Walls::Namespaces => {
+            let root = root_for(share, walls)?;
+            (Some(child.attach(root.as_fd())?), root.hidden(), None)
+        }
+        Walls::OwnUsers => {
+            let (index, hidden) = child.attach_in_own_users(&share.dir)?;
+            (Some(index), hidden, None)
+        }
+        // Which directories it may open is settled when it begins.
+        Walls::Landlock if !known => {
+            let text = "by --sandbox=landlock it has the directories that it began with";
+            return Err(std::io::Error::other(text));
+        }
+        Walls::Landlock | Walls::None => {
+            let root = root_for(share, walls)?;
+            (None, root.hidden(), Some(root.into()))
+        }
     };
     let (name, config) = (share.config.name.clone(), share.config.clone());
     Ok((ToWorker::Share { name, config, index, hidden }, fd))

@@ -1,28 +1,31 @@
 //! Bounded threads for calls that may block long.
 //!
-//! Jobs wait in one queue a peer, and the queues take turns, so that a peer with many slow calls,
-//! or with many sessions, delays its own only. One peer has half of the threads at most: calls on a
-//! frozen file system hang for as long as it is frozen.
+//! Whose job is next is decided in jobs.rs: a peer with many slow calls, or with many sessions,
+//! delays its own only. One peer has half of the threads at most: calls on a frozen file system
+//! hang for as long as it is frozen.
 
 use crate::buffers::Buf;
 use crate::decide::Outcome;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::handles::Handle;
+use crate::jobs::{Begun, Jobs, Next, Pace};
 use crate::limits::{POOL_COPY_BYTES_MAX, POOL_NICE, WARMED_A_TURN_MAX};
 use crate::link::BODY_AT;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
 use crate::notes::Notes;
 use crate::op::RequestTag;
+use crate::quota::now_ns;
 use crate::state_dir::IntentPlace;
 use ringfs_wire::table::Past;
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, Pid, gettid, sched_setaffinity};
-use std::collections::VecDeque;
+use rustix::time::{ClockId, clock_gettime};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Where the request of a job is.
 pub enum Body {
@@ -85,6 +88,8 @@ pub struct Job {
     pub mailbox: Arc<Mailbox>,
     /// Since when it waits for a thread.
     pub queued: Instant,
+    /// What it takes of the shard's time, besides its own.
+    pub shard_ns: u32,
 }
 
 /// What is known of a request that a dead daemon began.
@@ -122,17 +127,10 @@ enum Task {
     Warm(Arc<Fs>, Vec<u64>),
 }
 
-#[derive(Default)]
-struct Turn {
-    owner: u64,
-    running: usize,
-    waiting: VecDeque<Task>,
-}
-
-#[derive(Default)]
 struct Queue {
-    /// Peers with jobs, in the order of their turns.
-    turns: VecDeque<Turn>,
+    jobs: Jobs<Task>,
+    /// A thread sleeps until a job may begin that is not paid for yet.
+    is_timed: bool,
     closed: bool,
 }
 
@@ -141,10 +139,13 @@ pub struct Pool {
     queue: Mutex<Queue>,
     work: Condvar,
     threads: usize,
-    /// How many of the threads one peer may have.
-    share: usize,
+    /// Peers that compete for the CPUs.
+    rivals: AtomicU64,
+    /// Until when, in nanoseconds of [`now_ns`].
+    rivals_until: AtomicU64,
     /// Where the threads may run: whoever starts one is itself bound to one CPU.
     cpus: Mutex<CpuSet>,
+    cpu_count: AtomicU64,
     /// Its threads, as the kernel names them.
     tids: Mutex<Vec<Pid>>,
     handles: Mutex<Vec<std::thread::JoinHandle<()>>>,
@@ -154,10 +155,16 @@ impl Pool {
     /// At most `threads` threads on `cpus`.
     pub fn new(threads: usize, cpus: CpuSet) -> Arc<Pool> {
         Arc::new(Pool {
-            queue: Mutex::default(),
+            queue: Mutex::new(Queue {
+                jobs: Jobs::new(threads.div_ceil(2)),
+                is_timed: false,
+                closed: false,
+            }),
             work: Condvar::new(),
             threads: threads.max(2),
-            share: threads.div_ceil(2),
+            rivals: AtomicU64::new(1),
+            rivals_until: AtomicU64::new(0),
+            cpu_count: AtomicU64::new(cpus.count().into()),
             cpus: Mutex::new(cpus),
             tids: Mutex::default(),
             handles: Mutex::default(),
@@ -196,16 +203,13 @@ impl Pool {
 
     fn queue(self: &Arc<Self>, owner: u64, task: Task) {
         let mut queue = self.lock();
-        match queue.turns.iter_mut().find(|turn| turn.owner == owner) {
-            Some(turn) => turn.waiting.push_back(task),
-            None => {
-                queue.turns.push_back(Turn { owner, running: 0, waiting: VecDeque::from([task]) })
-            }
-        }
-        let busy: usize = queue.turns.iter().map(|turn| turn.running + turn.waiting.len()).sum();
+        let may_begin = queue.jobs.push(owner, task);
+        let (running, waiting) = queue.jobs.load();
         drop(queue);
-        self.work.notify_one();
-        self.grow(busy);
+        if may_begin {
+            self.work.notify_one();
+        }
+        self.grow(running + waiting);
     }
 
     fn grow(self: &Arc<Self>, busy: usize) {
@@ -223,11 +227,12 @@ impl Pool {
                     // Without any thread the job would wait for ever.
                     tracing::error!(%error, "no pool thread; the job runs on the shard");
                     drop(handles);
-                    let next = self.lock().take_next(self.share);
-                    if let Some((owner, task)) = next {
+                    let next = self.lock().jobs.next(now_ns(), Pace::ALONE);
+                    if let Next::Task(begun) = next {
+                        let (task, bill) = begun.into_parts();
                         // What is left of it may be left: nobody waits.
                         let _ = execute(task);
-                        self.lock().finished(owner);
+                        self.lock().jobs.ended(bill, 0, now_ns(), Pace::ALONE);
                     }
                 }
                 Err(error) => tracing::warn!(%error, "cannot start another pool thread"),
@@ -238,24 +243,32 @@ impl Pool {
     /// Takes a request out that has not begun. A cancelled request is still answered: by the
     /// caller.
     pub fn cancel(&self, owner: u64, session: u64, tag: RequestTag) -> Option<Job> {
-        let mut queue = self.lock();
-        let at = queue.turns.iter().position(|turn| turn.owner == owner)?;
-        let turn = &mut queue.turns[at];
-        let index = turn.waiting.iter().position(|task| match task {
+        let is_it = |task: &Task| match task {
             Task::Request(job) => {
                 (job.session, job.tag.conn, job.tag.lane, job.tag.at)
                     == (session, tag.conn, tag.lane, tag.at)
             }
             Task::Release(..) | Task::Warm(..) => false,
-        })?;
-        let task = turn.waiting.remove(index);
-        if turn.running == 0 && turn.waiting.is_empty() {
-            queue.turns.remove(at);
-        }
-        match task {
+        };
+        match self.lock().jobs.remove(owner, is_it) {
             Some(Task::Request(job)) => Some(*job),
             Some(Task::Release(..) | Task::Warm(..)) | None => None,
         }
+    }
+
+    /// So many peers compete for the CPUs from now on, for a while.
+    pub fn shared_by(&self, peers: usize, time: Duration) {
+        self.rivals.store(peers as u64, Relaxed);
+        self.rivals_until.store(now_ns() + time.as_nanos() as u64, Relaxed);
+    }
+
+    fn pace(&self) -> Pace {
+        let peers = match self.rivals_until.load(Relaxed) {
+            0 => 1,
+            until if until <= now_ns() => 1,
+            _ => self.rivals.load(Relaxed),
+        };
+        Pace { peers, cpus: self.cpu_count.load(Relaxed) }
     }
 
     fn run(self: &Arc<Self>) {
@@ -266,25 +279,58 @@ impl Pool {
             }
             self.tids.lock().unwrap_or_else(PoisonError::into_inner).push(gettid());
         }
-        loop {
-            let mut queue = self.lock();
-            let (owner, task) = loop {
-                if let Some(next) = queue.take_next(self.share) {
-                    break next;
-                }
-                if queue.closed {
-                    return;
-                }
-                queue = self.work.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut cpu_before = cpu_ns();
+        while let Some(begun) = self.wait_for_job() {
+            let owner = begun.owner;
+            let (task, bill) = begun.into_parts();
+            let shard_ns = match &task {
+                Task::Request(job) => job.shard_ns.into(),
+                Task::Release(..) | Task::Warm(..) => 0,
             };
-            drop(queue);
             let rest = execute(task);
-            self.lock().finished(owner);
-            if let Some(rest) = rest.filter(|_| !self.lock().closed) {
+            // With what it took to wake up for it.
+            let cpu = cpu_ns();
+            let mut queue = self.lock();
+            queue.jobs.ended(bill, cpu - cpu_before + shard_ns, now_ns(), self.pace());
+            cpu_before = cpu;
+            let rest = rest.filter(|_| !queue.closed);
+            drop(queue);
+            if let Some(rest) = rest {
                 self.queue(owner, rest);
             }
-            // A peer that was at its share may go on.
-            self.work.notify_one();
+        }
+    }
+
+    /// `None`: it is over, and nothing is left to do.
+    fn wait_for_job(&self) -> Option<Begun<Task>> {
+        let mut queue = self.lock();
+        let mut has_slept = false;
+        loop {
+            // What is closed has no time to wait until it is paid for.
+            let pace = if queue.closed { Pace::ALONE } else { self.pace() };
+            let now = now_ns();
+            match queue.jobs.next(now, pace) {
+                Next::Task(begun) => {
+                    // There may be more for those who sleep, or to wait for.
+                    if has_slept && queue.jobs.load().1 > 0 {
+                        self.work.notify_one();
+                    }
+                    return Some(begun);
+                }
+                // One thread is enough to wait for that.
+                Next::At(at) if !queue.is_timed => {
+                    queue.is_timed = true;
+                    let time = Duration::from_nanos(at - now);
+                    let waited = self.work.wait_timeout(queue, time);
+                    queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    queue.is_timed = false;
+                }
+                Next::Nothing if queue.closed => return None,
+                Next::At(_) | Next::Nothing => {
+                    queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+            has_slept = true;
         }
     }
 
@@ -292,6 +338,7 @@ impl Pool {
     pub fn move_to(&self, cpus: CpuSet) {
         let mut now = self.cpus.lock().unwrap_or_else(PoisonError::into_inner);
         *now = cpus;
+        self.cpu_count.store(cpus.count().into(), Relaxed);
         for &tid in &*self.tids.lock().unwrap_or_else(PoisonError::into_inner) {
             let _ = sched_setaffinity(Some(tid), &now);
         }
@@ -300,9 +347,8 @@ impl Pool {
     /// Threads, jobs that run, and jobs that wait.
     pub fn load(&self) -> (usize, usize, usize) {
         let threads = self.handles.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).len();
-        let queue = self.lock();
-        let running = queue.turns.iter().map(|turn| turn.running).sum();
-        (threads, running, queue.turns.iter().map(|turn| turn.waiting.len()).sum())
+        let (running, waiting) = self.lock().jobs.load();
+        (threads, running, waiting)
     }
 
     /// Lets the threads finish what is queued, and waits for them.
@@ -314,30 +360,6 @@ impl Pool {
         );
         for handle in handles {
             let _ = handle.join();
-        }
-    }
-}
-
-impl Queue {
-    /// Whose turn it is, and what.
-    fn take_next(&mut self, share: usize) -> Option<(u64, Task)> {
-        let index =
-            self.turns.iter().position(|turn| turn.running < share && !turn.waiting.is_empty())?;
-        let mut turn = self.turns.remove(index)?;
-        let task = turn.waiting.pop_front()?;
-        turn.running += 1;
-        let owner = turn.owner;
-        self.turns.push_back(turn);
-        Some((owner, task))
-    }
-
-    fn finished(&mut self, owner: u64) {
-        if let Some(index) = self.turns.iter().position(|turn| turn.owner == owner) {
-            let turn = &mut self.turns[index];
-            turn.running -= 1;
-            if turn.running == 0 && turn.waiting.is_empty() {
-                self.turns.remove(index);
-            }
         }
     }
 }
@@ -370,6 +392,7 @@ fn execute_request(job: Job) {
         past,
         mailbox,
         queued,
+        shard_ns: _,
         owner: _,
         session: _,
     } = job;
@@ -416,6 +439,12 @@ fn execute_request(job: Job) {
         batch: body.into_batch(),
         waited_us,
     }));
+}
+
+/// The CPU time that this thread has used.
+fn cpu_ns() -> u64 {
+    let used = clock_gettime(ClockId::ThreadCPUTime);
+    used.tv_sec as u64 * 1_000_000_000 + used.tv_nsec as u64
 }
 
 /// Long calls of one guest must not keep the shard of their CPU from others: it runs when it wakes,

@@ -162,7 +162,7 @@ impl Paid {
 }
 
 /// Nanoseconds since this process first asked.
-fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     static START: OnceLock<Instant> = OnceLock::new();
     // So that a burst lies after the start.
     BURST.as_nanos() as u64 + START.get_or_init(Instant::now).elapsed().as_nanos() as u64

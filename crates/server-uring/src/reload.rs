@@ -7,7 +7,8 @@ use crate::accept::{Door, ListenError};
 use crate::config::{Config, Fault, ListenConfig, ShareConfig, Source};
 use crate::entrance::Entrance;
 use crate::fds::Fds;
-use crate::fs::{Fs, FsError, ShareDir};
+use crate::fs::{Fs, FsError};
+use crate::share::ShareDir;
 use crate::status::ConfigState;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -80,6 +81,11 @@ impl InForce {
         let pid = std::process::id();
         let state = ConfigState { file, loaded_unix_s: now_unix_s(), pid, ..Default::default() };
         InForce { source, config, fds, state }
+    }
+
+    /// A worker that runs cannot be given something that it has taken.
+    pub fn waits(&mut self, what: String) {
+        self.state.needs_restart.push(what);
     }
 
     /// For people and tools: what is in force, and what became of the last reload.

@@ -115,6 +115,7 @@ impl<R: Ring> Shard<R> {
             }
             Route::Pool => {
                 tag.place = Place::Pool;
+                let shard_ns = self.job_ns();
                 let conn = &mut self.conns[key];
                 conn.running += 1;
                 self.shared.pool.submit(Job {
@@ -131,6 +132,7 @@ impl<R: Ring> Shard<R> {
                     past,
                     mailbox: self.shared.mailbox.clone(),
                     queued: Instant::now(),
+                    shard_ns,
                 });
             }
             Route::Refuse(errno) => self.answer(tag, Err(errno)),

@@ -266,7 +266,7 @@ impl<R: Ring> Shard<R> {
             Mail::Ask { session, conn } => self.ask_too(session, conn),
             Mail::Cut { session, conn } => self.cut_off(session, conn),
             Mail::Restored { session, conn } => self.restored(session, conn),
-            Mail::Done(done) => self.executed(done),
+            Mail::Done(done) => self.end_job(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
                 let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
@@ -297,11 +297,7 @@ impl<R: Ring> Shard<R> {
                     link.receiving_since = None;
                 }
                 link.handle_received(buf, 0..range.start + n, &mut self.buffers);
-                if let Some(ticket) = link.unproven.take() {
-                    self.shared.registry.prove(&conn.session, ticket);
-                }
-                conn.link.asked = None;
-                conn.waiting.iter_mut().for_each(|waiting| waiting.heard = true);
+                link.asked.iter_mut().for_each(|asked| asked.heard = true);
                 self.touched.push(key);
             }
             Err(Errno::INTR | Errno::AGAIN) => self.receive(key, buf, range),
@@ -404,11 +400,18 @@ impl<R: Ring> Shard<R> {
             if turn.is_some_and(|turn| turn.is_over()) {
                 break;
             }
-            let link = &mut self.conns[key].link;
+            let conn = &mut self.conns[key];
+            let link = &mut conn.link;
             let before = link.batches_received();
             let next = link.poll_input(&mut self.buffers);
+            let batches = (link.batches_received() - before) as usize;
             // Before its replies leave: who has one may look at the counters.
-            add(&self.shared.stats.batches_in, (link.batches_received() - before) as usize);
+            add(&self.shared.stats.batches_in, batches);
+            if batches > 0
+                && let Some(ticket) = link.unproven.take()
+            {
+                self.shared.registry.prove(&conn.session, ticket);
+            }
             match next {
                 Ok(Next::Record(header, buf, body)) => match self.record(key, header, &buf, body) {
                     Ok(Step::Taken) => {
@@ -511,7 +514,7 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Taken)
             }
             Some(Kind::Pong) => {
-                self.refuse_clone(key);
+                self.ponged(key);
                 Ok(Step::Taken)
             }
             Some(Kind::Goodbye) => Err(Reason::Unmounted),

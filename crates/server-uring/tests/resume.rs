@@ -6,8 +6,9 @@ mod common;
 use common::*;
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::Kind;
-use ringfs_wire::hello::{Hello, Reason};
+use ringfs_wire::hello::{Hello, Reason, welcome_flag};
 use ringfs_wire::limits::{BATCH_HEADER_BYTES, RECORD_HEADER_BYTES};
+use ringfs_wire::session::LinkTx;
 use ringfs_wire::slot::SlotUse;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -266,6 +267,26 @@ fn tickets_change_and_the_welcome_may_be_lost() {
     });
 }
 
+/// By a transport that brings things twice: the second one does not say that the WELCOME came.
+#[test]
+fn a_hello_that_comes_twice_uses_up_no_ticket() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        assert!(guest.lookup(1, "none").is_err());
+        guest.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+        let hello = Hello { ticket: guest.welcome.ticket, ..hello("share") };
+        let mut twice = Guest::greet(daemon.connect(), &hello).expect("welcome");
+        twice.tx = LinkTx::new(true);
+        twice.add(Kind::Hello as u8, SlotUse { slot: 0, seq: 0 }, 0, &hello.encode());
+        assert!(twice.flush());
+        assert_eq!(twice.ending(), End::Closed);
+        let mut again = Guest::greet(daemon.connect(), &hello).expect("the ticket is good");
+        assert_eq!(again.welcome.flags, welcome_flag::RESUMED);
+        assert!(again.lookup(1, "none").is_err());
+        goodbye(again);
+    });
+}
+
 #[test]
 fn a_copy_of_the_guest_that_comes_late_finds_nothing() {
     on_both(|daemon| {
@@ -341,13 +362,61 @@ fn a_clone_is_refused_while_the_original_lives() {
             assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
             assert_eq!(daemon.counters()["clones_refused"], n);
         }
-        // Bytes are an answer too, if no end follows.
+        // A PONG that nobody asked for is none.
+        guest.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, 0, &[]);
+        // Bytes alone are no answer, but they give time for one.
         let mut clone = Guest::hail(daemon.connect(), &Hello { ticket, ..hello("share") });
         let (record, _) = guest.receive().expect("a PING");
         assert_eq!(record.kind, Kind::Ping as u8);
         assert_eq!(guest.write(node, fh, 0, b"abc"), Ok(3));
+        pong(&mut guest);
         assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
         goodbye(guest);
+    });
+}
+
+fn pong(guest: &mut Guest) {
+    guest.add(Kind::Pong as u8, SlotUse { slot: 0, seq: 0 }, 0, &[]);
+    assert!(guest.flush());
+}
+
+#[test]
+fn late_bytes_of_a_dead_connection_are_no_life() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        let (node, fh) = guest.create("file").expect("create");
+        let ticket = guest.welcome.ticket;
+        let hello = Hello { ticket, ..hello("share") };
+        let mut newcomer = Guest::hail(daemon.connect(), &hello);
+        let (ping, _) = guest.receive().expect("a PING");
+        assert_eq!(ping.kind, Kind::Ping as u8);
+        assert_eq!(guest.write(node, fh, 0, b"late"), Ok(4));
+        newcomer.await_welcome().expect("welcome");
+        assert_eq!(newcomer.welcome.flags, welcome_flag::RESUMED);
+        drop(guest);
+        goodbye(newcomer);
+    });
+}
+
+#[test]
+fn an_answer_says_nothing_of_who_came_after_the_question() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        assert!(guest.lookup(1, "none").is_err());
+        let hello = Hello { ticket: guest.welcome.ticket, ..hello("share") };
+        let mut clone = Guest::hail(daemon.connect(), &hello);
+        let (ping, _) = guest.receive().expect("a PING");
+        assert_eq!(ping.kind, Kind::Ping as u8);
+        // It may be itself, and its answer from before.
+        let mut second = Guest::hail(daemon.connect(), &hello);
+        pong(&mut guest);
+        assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
+        let (ping, _) = guest.receive().expect("a PING for the second one");
+        assert_eq!(ping.kind, Kind::Ping as u8);
+        second.await_welcome().expect("welcome");
+        assert_eq!(second.welcome.flags, welcome_flag::RESUMED);
+        drop(guest);
+        goodbye(second);
     });
 }
 

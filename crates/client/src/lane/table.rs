@@ -347,10 +347,11 @@ impl Lane {
         Interrupted::Cancelled
     }
 
-    /// Has the thread send a PING or a PONG. A peer that asks faster than we answer is not heard.
+    /// Has the thread send a PING or a PONG: one of each, however often the peer has asked
+    /// meanwhile, and behind as many cancels as there are.
     pub fn queue(&self, control: Control) {
         let mut table = lock(&self.table);
-        if !table.controls.contains(&control) && table.controls.len() < CONTROLS_MAX {
+        if !table.controls.contains(&control) {
             table.controls.push_back(control);
         }
         drop(table);

@@ -1,5 +1,7 @@
 //! A host, mounts of it by the real program, and what cleans up. Needs root and FUSE.
 
+pub mod uses;
+
 use super::host::{Host, Terms};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};

@@ -17,16 +17,21 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::IPC_LOCK);
 
-/// Gives up all others, for good. With `device_nodes` guests' device nodes can be made;
-/// with `file_handles` files can be found again by their handles.
-///
-/// # Errors
-/// What prctl and capset say.
-pub fn cut(device_nodes: bool, file_handles: bool) -> Result<(), Errno> {
+/// What a worker of root keeps. With `device_nodes` guests' device nodes can be made; with
+/// `file_handles` files can be found again by their handles.
+pub fn kept(device_nodes: bool, file_handles: bool) -> CapabilitySet {
     let mut kept = KEPT;
     kept.set(CapabilitySet::MKNOD, device_nodes);
     // Any file of a share's file system can be had by it, inside the share or not.
     kept.set(CapabilitySet::DAC_READ_SEARCH, file_handles);
+    kept
+}
+
+/// Gives up all others, for good.
+///
+/// # Errors
+/// What prctl and capset say.
+pub fn cut(kept: CapabilitySet) -> Result<(), Errno> {
     let now = rustix::thread::capabilities(None)?;
     if now.permitted.contains(CapabilitySet::SETPCAP) {
         // Numbers that this kernel does not know are no capabilities.

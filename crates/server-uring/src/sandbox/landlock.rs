@@ -4,23 +4,45 @@
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 /// The newest that is asked for; an older kernel does what it can.
 const NEWEST: ABI = ABI::V6;
 
-/// Restricts the calling thread, and those that it makes, to what is below `shares`.
-/// Where the kernel has no landlock it says so and goes on.
+/// Restricts the calling thread, and those that it makes, to what is below `shares`, in a root of
+/// its own. Where the kernel has no landlock it says so and goes on.
 ///
 /// # Errors
 /// What landlock says.
 pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    let all = AccessFs::from_all(NEWEST);
     let shares = PathFd::new(shares).map_err(io::Error::other)?;
+    if !lay(&[shares.as_fd()], state)? {
+        tracing::warn!(
+            "this kernel has no landlock: the sandbox stands without it (docs/security.md)"
+        );
+    }
+    Ok(())
+}
+
+/// The same to these directories, where nothing else stands before the host's files.
+///
+/// # Errors
+/// What landlock says; `Unsupported` where the kernel has none.
+pub fn restrict_to(shares: &[BorrowedFd<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let none = "this kernel has no landlock (Linux 5.13, and lsm=..,landlock at its start)";
+    match lay(shares, state)? {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::Unsupported, none)),
+    }
+}
+
+/// Whether the kernel has it.
+fn lay(shares: &[BorrowedFd<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<bool> {
+    let all = AccessFs::from_all(NEWEST);
     let proc = PathFd::new("/proc").map_err(io::Error::other)?;
     // Nothing is run, and no device driven.
     let files = all & !(AccessFs::Execute | AccessFs::IoctlDev);
@@ -32,20 +54,12 @@ pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> 
             .handle_access(AccessNet::from_all(NEWEST))?
             .scope(Scope::from_all(NEWEST))?
             .create()?
-            .add_rule(PathBeneath::new(shares, files))?
             .add_rule(PathBeneath::new(proc, looks))?;
-        let created = match state {
-            Some(dir) => created.add_rule(PathBeneath::new(dir, files))?,
-            None => created,
-        };
-        created.restrict_self()
+        let dirs = shares.iter().chain(state.as_ref());
+        let rules = dirs.map(|dir| Ok::<_, RulesetError>(PathBeneath::new(dir, files)));
+        created.add_rules(rules)?.restrict_self()
     };
-    let status: Result<_, landlock::RulesetError> = ruleset();
+    let status: Result<_, RulesetError> = ruleset();
     let status = status.map_err(io::Error::other)?;
-    if status.ruleset == RulesetStatus::NotEnforced {
-        tracing::warn!(
-            "this kernel has no landlock: the sandbox stands without it (docs/security.md)"
-        );
-    }
-    Ok(())
+    Ok(status.ruleset != RulesetStatus::NotEnforced)
 }

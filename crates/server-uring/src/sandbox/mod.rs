@@ -2,8 +2,8 @@
 //!
 //! The layers stand on their own, so that each stops what another one lets through, and each is a
 //! file here: a root that holds the shares alone (root.rs), few capabilities (caps.rs), few system
-//! calls (filter.rs), files of the shares alone (landlock.rs). What each of them stops is tried in
-//! tests/sandbox.rs.
+//! calls (filter.rs), files of the shares alone (landlock.rs). A daemon without rights makes its
+//! namespaces in one of users (users.rs). What each of them stops is tried in tests/sandbox.
 //!
 //! Invariant: all of it is done by the worker's first thread before there is another one; threads
 //! inherit it, and nothing takes it back.
@@ -12,8 +12,10 @@ pub mod caps;
 pub mod filter;
 pub mod landlock;
 pub mod root;
+pub mod users;
 
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -26,32 +28,83 @@ pub enum Sandbox {
     /// All layers, in namespaces of its own.
     #[default]
     Namespace,
+    /// All but the namespaces: landlock alone keeps it from the host's files.
+    Landlock,
     /// None: the worker has the rights of the daemon.
     None,
 }
 
+/// What a worker is shut in by: what was asked for, as the daemon's rights can give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walls {
+    /// Namespaces and all other layers; it takes CAP_SYS_ADMIN.
+    Namespaces,
+    /// The same in a user namespace of its own, which takes no right.
+    OwnUsers,
+    /// All layers but namespaces.
+    Landlock,
+    /// None.
+    None,
+}
+
+impl Walls {
+    /// What this process can make.
+    ///
+    /// # Errors
+    /// [`SandboxError`]: root without CAP_SYS_ADMIN. In a user namespace with root alone it could
+    /// not serve what other users have.
+    pub fn of(asked: Sandbox) -> Result<Walls, SandboxError> {
+        let can_mount = rustix::thread::capabilities(None)
+            .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
+        match asked {
+            Sandbox::None => Ok(Walls::None),
+            Sandbox::Landlock => Ok(Walls::Landlock),
+            Sandbox::Namespace if can_mount => Ok(Walls::Namespaces),
+            Sandbox::Namespace if !rustix::process::geteuid().is_root() => Ok(Walls::OwnUsers),
+            Sandbox::Namespace => Err(SandboxError {
+                step: "namespaces",
+                cure: "root needs CAP_SYS_ADMIN for them; --sandbox=landlock does without".into(),
+                source: Errno::PERM.into(),
+            }),
+        }
+    }
+
+    /// Whether the worker has a root of its own, with the shares in it.
+    pub fn has_root(self) -> bool {
+        match self {
+            Walls::Namespaces | Walls::OwnUsers => true,
+            Walls::Landlock | Walls::None => false,
+        }
+    }
+}
+
 /// Why a worker is not sandboxed. It must not serve then.
 #[derive(Debug, Error)]
-#[error("cannot set the sandbox up ({step}); --sandbox=none does without")]
+#[error("cannot set the sandbox up ({step}): {cure}")]
 pub struct SandboxError {
     step: &'static str,
+    cure: String,
     source: std::io::Error,
 }
 
 impl SandboxError {
     fn of(step: &'static str) -> impl Fn(std::io::Error) -> SandboxError {
-        move |source| SandboxError { step, source }
+        let cure = "--sandbox=none does without";
+        move |source| SandboxError { step, cure: cure.into(), source }
     }
 
     fn errno(step: &'static str) -> impl Fn(Errno) -> SandboxError {
-        move |errno| SandboxError { step, source: errno.into() }
+        move |errno| SandboxError::of(step)(errno.into())
     }
 }
 
 /// What a worker goes on to need.
 #[derive(Debug)]
 pub struct Needs<'a> {
-    /// Detached trees of mounts: `shares/0` and so on, below the new root.
+    /// What it is shut in by.
+    pub walls: Walls,
+    /// Detached trees of mounts: `shares/0` and so on, below the new root; without one the shares'
+    /// directories.
     pub shares: &'a [BorrowedFd<'a>],
     /// The state directory.
     pub state: Option<BorrowedFd<'a>>,
@@ -67,12 +120,30 @@ pub struct Needs<'a> {
 /// # Errors
 /// [`SandboxError`].
 pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
-    root::build(needs.shares).map_err(SandboxError::errno("a root of its own"))?;
-    caps::cut(needs.device_nodes, needs.file_handles)
-        .map_err(SandboxError::errno("capabilities"))?;
+    let Needs { walls, shares, state, device_nodes, file_handles } = *needs;
+    if walls == Walls::None {
+        return Ok(());
+    }
+    if walls.has_root() {
+        root::build(shares).map_err(|errno| SandboxError {
+            cure: match walls {
+                Walls::OwnUsers => users::why_not().into(),
+                _ => "--sandbox=landlock does without".into(),
+            },
+            ..SandboxError::errno("a root of its own")(errno)
+        })?;
+    }
+    let kept = match walls {
+        Walls::OwnUsers => CapabilitySet::empty(),
+        _ => caps::kept(device_nodes, file_handles),
+    };
+    caps::cut(kept).map_err(SandboxError::errno("capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(SandboxError::errno("no_new_privs"))?;
-    landlock::restrict(Path::new(root::SHARES), needs.state)
-        .map_err(SandboxError::of("landlock"))?;
+    let landlock = match walls.has_root() {
+        true => landlock::restrict(Path::new(root::SHARES), state),
+        false => landlock::restrict_to(shares, state),
+    };
+    landlock.map_err(SandboxError::of("landlock"))?;
     filter::install().map_err(SandboxError::of("seccomp"))
 }
 

@@ -11,7 +11,7 @@
 //! The shares stand below one directory so that landlock's rule for it holds for those too that
 //! the parent adds later ([`attach_to`]).
 
-#![allow(unsafe_code, reason = "mount_setattr, which rustix lacks")]
+#![allow(unsafe_code, reason = "mount_setattr, which rustix lacks; unshare")]
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -20,7 +20,7 @@ use rustix::mount::{
     OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
     mount_change, move_mount, open_tree, unmount,
 };
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// Where the shares are.
@@ -43,7 +43,7 @@ pub fn build(shares: &[BorrowedFd<'_>]) -> Result<(), Errno> {
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
     let root = fresh("tmpfs", &[("mode", "0555"), ("nr_inodes", ROOT_INODES), ("size", "64k")])?;
     // While the old one is in sight: a user namespace gets no other than it had.
-    let proc = fresh("proc", &[("subset", "pid")])?;
+    let proc = own_proc()?;
     let mode = Mode::from_raw_mode(0o555);
     rustix::fs::mkdirat(&root, "proc", mode)?;
     rustix::fs::mkdirat(&root, "shares", mode)?;
@@ -68,7 +68,19 @@ fn attach(tree: BorrowedFd<'_>, index: usize) -> Result<(), Errno> {
     put(tree, CWD, &path)
 }
 
-/// The same in the mount namespace of a worker, in a process that ends then.
+/// In a process that ends then: enters the user namespace of a worker and a copy of this process's
+/// mounts, which is where it may make copies of them for the worker's root.
+///
+/// # Errors
+/// What the system calls say.
+pub fn enter_users(users: BorrowedFd<'_>) -> Result<(), Errno> {
+    move_into_link_name_space(users, Some(LinkNameSpaceType::User))?;
+    // SAFETY: no fds are taken apart, and this process has one thread.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
+/// The same as [`build`] does with each share, in the mount namespace of a worker, in a process
+/// that ends then.
 ///
 /// # Errors
 /// What the system calls say.
@@ -89,6 +101,21 @@ pub fn open_share(index: usize) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let how = ResolveFlags::NO_SYMLINKS;
     rustix::fs::openat2(CWD, share_path(index), flags, Mode::empty(), how)
+}
+
+/// Of the own processes; where that may not be had, in a container that hides parts of its /proc
+/// from us, that one.
+fn own_proc() -> Result<OwnedFd, Errno> {
+    match fresh("proc", &[("subset", "pid")]) {
+        Err(Errno::PERM) => {
+            tracing::warn!("no /proc of its own: the worker sees that of the container");
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE
+                | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                | OpenTreeFlags::AT_RECURSIVE;
+            open_tree(CWD, c"/proc", flags)
+        }
+        other => other,
+    }
 }
 
 /// A new file system, mounted nowhere.

@@ -2,6 +2,11 @@
 //! can also speak it wrongly.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+mod rebuild;
+
+#[allow(unused_imports, reason = "each test program uses its part")]
+pub use rebuild::rebuilt;
+
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
@@ -465,6 +470,8 @@ impl Guest {
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
                     return Err(End::Closed);
                 }
+                // Of a machine that was stopped meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => panic!("the daemon is silent: {error}"),
             };
             self.deframer.filled(n);

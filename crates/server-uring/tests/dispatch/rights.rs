@@ -3,7 +3,8 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use ringfs_server::fs::{Fs, FsOptions, ShareDir, Submounts};
+use ringfs_server::fs::{Fs, FsOptions, Submounts};
+use ringfs_server::share::ShareDir;
 use ringfs_wire::abi::{self, Opcode, fattr};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};

@@ -81,6 +81,9 @@ struct Link {
     accepted: VecDeque<Record>,
     ticket: Ticket,
     is_proven: bool,
+    /// A PING is on its way.
+    is_asked: bool,
+    /// Something has come since.
     heard: bool,
 }
 
@@ -98,7 +101,10 @@ struct Conn {
     known: bool,
     link: Option<Link>,
     running: Vec<Running>,
-    waiting: Option<Newcomer>,
+    /// Who says that it is his.
+    waiting: Vec<Newcomer>,
+    /// So many of them had come when the PING was sent.
+    asked_for: usize,
     half: VecDeque<Record>,
 }
 
@@ -181,7 +187,7 @@ impl Daemon {
                 (pipe.is_cut, pipe.is_silent, link.accepted.len(), link.end.has_output())
             });
             let (ended, ready) = (session.ended, session.is_ready);
-            let waiting = conn.waiting.is_some();
+            let waiting = conn.waiting.len();
             format!("{} {ended} {ready}: {link:?} {} {waiting}", session.id, conn.running.len())
         });
         format!("{} greeting, {:?}", self.greeting.len(), lines.collect::<Vec<_>>())
@@ -192,7 +198,7 @@ impl Daemon {
         let idle = |c: &Conn| {
             let there = c.link.as_ref().filter(|link| !net.pipes[link.pipe].is_silent);
             let said = there.is_none_or(|l| l.accepted.is_empty() && !l.end.has_output());
-            c.running.is_empty() && c.waiting.is_none() && said
+            c.running.is_empty() && c.waiting.is_empty() && said
         };
         self.greeting.is_empty() && self.sessions.iter().all(|s| s.conns.iter().all(idle))
     }
@@ -209,7 +215,7 @@ impl Daemon {
             if let Some(link) = conn.link.take() {
                 net.close(link.pipe, link.end, Way::Up);
             }
-            if let Some(newcomer) = conn.waiting.take() {
+            for newcomer in conn.waiting.drain(..) {
                 net.close(newcomer.pipe, newcomer.end, Way::Up);
             }
         }
@@ -299,7 +305,8 @@ impl Daemon {
             known: false,
             link: None,
             running: Vec::new(),
-            waiting: None,
+            waiting: Vec::new(),
+            asked_for: 0,
             half: VecDeque::new(),
         };
         let fresh = net.ticket();
@@ -333,38 +340,49 @@ impl Daemon {
     fn meet(&mut self, at: usize, newcomer: Newcomer, net: &mut Net) {
         let session = &mut self.sessions[at];
         let conn = &mut session.conns[usize::from(newcomer.conn)];
-        if !conn.known {
-            return self.welcome(at, newcomer, false, net);
+        if !conn.known || conn.link.is_none() {
+            let resumes = conn.known;
+            self.welcome(at, newcomer, resumes, net);
+            return;
         }
-        if conn.link.is_none() {
-            return self.welcome(at, newcomer, true, net);
+        conn.waiting.push(newcomer);
+        // Who has lost one without our knowing has lost them all.
+        session.conns.iter_mut().for_each(|conn| conn.ask(net));
+    }
+
+    /// The peer of a connection was there when it was asked: who had come by then are clones.
+    fn ponged(&mut self, at: usize, c: usize, net: &mut Net) {
+        let session = &mut self.sessions[at];
+        let conns = session.conns.len() as u16;
+        let lanes = session.conns.iter().map(|conn| conn.lanes.len() as u16).sum();
+        let conn = &mut session.conns[c];
+        let Some(link) = &mut conn.link else { return };
+        if !std::mem::take(&mut link.is_asked) {
+            return;
         }
-        if let Some(link) = &mut conn.link
-            && conn.waiting.is_none()
-        {
-            link.heard = false;
-            link.tell(Kind::Ping, net);
+        let answered = match net.is_planted(Plant::LateAnswersCount) {
+            true => conn.waiting.len(),
+            false => conn.asked_for,
+        };
+        let clones: Vec<Newcomer> = conn.waiting.drain(..answered).collect();
+        if !conn.waiting.is_empty() {
+            conn.ask(net);
         }
-        if let Some(mut older) = conn.waiting.replace(newcomer) {
-            older.end.tell(Kind::Goodbye, Reason::Timeout as u32, b"");
-            older.end.flush(&mut net.pipes[older.pipe], Way::Down);
-            net.close(older.pipe, older.end, Way::Up);
+        for clone in clones {
+            net.say(|| format!("host: guest {} is a clone", clone.guest));
+            self.open(clone, (lanes, conns), net);
         }
     }
 
-    /// Who waits for a connection that is there is a clone, if the other end of that lives.
+    /// Whether the peer of a connection that others say is theirs takes too long to answer.
     fn probe(&mut self, at: usize, c: usize, net: &mut Net) {
         let conn = &mut self.sessions[at].conns[c];
-        let (Some(link), true) = (&conn.link, conn.waiting.is_some()) else { return };
+        let (Some(link), false) = (&conn.link, conn.waiting.is_empty()) else { return };
         let pipe = &net.pipes[link.pipe];
-        if link.heard && !pipe.is_cut {
-            let Some(newcomer) = conn.waiting.take() else { return };
-            let session = &self.sessions[at];
-            let lanes = session.conns.iter().map(|conn| conn.lanes.len() as u16).sum();
-            let conns = session.conns.len() as u16;
-            net.say(|| format!("host: guest {} is a clone", newcomer.guest));
-            self.open(newcomer, (lanes, conns), net);
-        } else if pipe.is_cut && pipe.is_silent || net.rng.one_of(2) {
+        if link.heard && net.is_planted(Plant::LateBytesCount) {
+            conn.asked_for = conn.waiting.len();
+            self.ponged(at, c, net);
+        } else if pipe.is_cut && pipe.says_nothing(Way::Up) || net.rng.one_of(2) {
             net.say(|| format!("host: connection {at}.{c} is silent"));
             self.hang_up(at, c, net);
         }
@@ -390,15 +408,18 @@ impl Daemon {
         true
     }
 
-    fn welcome(&mut self, at: usize, newcomer: Newcomer, resumes: bool, net: &mut Net) {
+    /// False: he is gone.
+    fn welcome(&mut self, at: usize, newcomer: Newcomer, resumes: bool, net: &mut Net) -> bool {
         // A ticket for somebody who has given up would void the one that he has got since.
         if net.pipes[newcomer.pipe].is_cut && !net.is_planted(Plant::LateHellosCount) {
-            return net.close(newcomer.pipe, newcomer.end, Way::Up);
+            net.close(newcomer.pipe, newcomer.end, Way::Up);
+            return false;
         }
         if !self.join(at, &newcomer, resumes, net) {
             let conns = self.sessions[at].conns.len() as u16;
             let lanes = self.sessions[at].conns.iter().map(|conn| conn.lanes.len() as u16).sum();
-            return self.open(newcomer, (lanes, conns), net);
+            self.open(newcomer, (lanes, conns), net);
+            return false;
         }
         let session = &self.sessions[at];
         let fresh = session.unused.filter(|_| resumes).map_or(newcomer.ticket, |(fresh, _)| fresh);
@@ -408,6 +429,7 @@ impl Daemon {
             (false, false) => 0,
         };
         self.greet_back(at, newcomer, fresh, flags, net);
+        true
     }
 
     fn greet_back(
@@ -436,15 +458,17 @@ impl Daemon {
         let conn = &mut session.conns[usize::from(conn)];
         let accepted = std::mem::take(&mut conn.half);
         conn.known = true;
-        let (is_proven, heard) = (false, false);
-        conn.link = Some(Link { pipe, end, accepted, ticket: fresh, is_proven, heard });
+        let ticket = fresh;
+        let (is_proven, is_asked, heard) = (false, false, false);
+        conn.link = Some(Link { pipe, end, accepted, ticket, is_proven, is_asked, heard });
     }
 
     fn receive(&mut self, at: usize, c: usize, net: &mut Net) -> Result<(), Fault> {
         let session = &mut self.sessions[at];
         let Some(link) = &mut session.conns[c].link else { return Ok(()) };
         let pipe = &mut net.pipes[link.pipe];
-        if pipe.is_silent {
+        // What is left of who is gone without a word comes late.
+        if pipe.says_nothing(Way::Up) || pipe.is_silent && !net.rng.one_of(50) {
             return Ok(());
         }
         let most = 1 + [20, 400, 4000][net.rng.below(3)];
@@ -477,15 +501,17 @@ impl Daemon {
             conn.lanes.iter_mut().for_each(Table::cut);
         }
         net.say(|| format!("host: connection {at}.{c} is detached"));
-        let waiting = conn.waiting.take();
         if !self.sessions[at].is_ready {
-            if let Some(newcomer) = waiting {
-                net.close(newcomer.pipe, newcomer.end, Way::Up);
-            }
             return self.end_session(at, net);
         }
-        if let Some(newcomer) = waiting {
-            self.welcome(at, newcomer, true, net);
+        let mut waiting = std::mem::take(&mut self.sessions[at].conns[c].waiting);
+        while let Some(last) = waiting.pop()
+            && !self.welcome(at, last, true, net)
+        {}
+        for mut other in waiting {
+            other.end.tell(Kind::Goodbye, Reason::Timeout as u32, b"");
+            other.end.flush(&mut net.pipes[other.pipe], Way::Down);
+            net.close(other.pipe, other.end, Way::Up);
         }
     }
 
@@ -562,7 +588,7 @@ impl Daemon {
                 }
             }
             Kind::Ping => link.tell(Kind::Pong, net),
-            Kind::Pong => {}
+            Kind::Pong => self.ponged(at, c, net),
             Kind::Restore => session.restore(&record.body)?,
             _ => return Err(format!("{kind:?} from a guest")),
         }
@@ -655,6 +681,17 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+}
+
+impl Conn {
+    /// Asks its peer whether it lives; one PING is on its way at a time.
+    fn ask(&mut self, net: &mut Net) {
+        if let Some(link) = self.link.as_mut().filter(|link| !link.is_asked) {
+            (link.is_asked, link.heard) = (true, false);
+            link.tell(Kind::Ping, net);
+            self.asked_for = self.waiting.len();
+        }
     }
 }
 

@@ -60,8 +60,7 @@ impl Pipe {
         (self.is_cut, self.is_silent) = (true, is_silent);
         for way in [Way::Up, Way::Down] {
             let bytes = &mut self.bytes[way as usize];
-            // Late bytes of a peer that is gone without a word would be taken for life.
-            let left = if is_silent { 0 } else { rng.below(bytes.len() + 1) };
+            let left = rng.below(bytes.len() + 1);
             self.lost[way as usize] = bytes.split_off(left);
         }
     }
@@ -74,6 +73,11 @@ impl Pipe {
             bytes[rng.below(len)] ^= 1 << rng.below(8);
         }
         len > 0
+    }
+
+    /// Its end is not told, and nothing is left that comes before it.
+    pub fn says_nothing(&self, way: Way) -> bool {
+        self.is_silent && self.bytes[way as usize].is_empty()
     }
 
     pub fn is_idle(&self) -> bool {

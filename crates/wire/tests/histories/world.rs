@@ -37,10 +37,14 @@ pub enum Plant {
     AbandonedAreResent,
     /// The guest tells a new daemon less than what it will give back.
     ForgetsCountEarly,
+    /// Any bytes of an old connection show that its peer lives.
+    LateBytesCount,
+    /// Its answer counts for who came after it was asked, too.
+    LateAnswersCount,
 }
 
 impl Plant {
-    pub const ALL: [Plant; 13] = [
+    pub const ALL: [Plant; 15] = [
         Plant::HalfBatchStays,
         Plant::TableNotCut,
         Plant::RepliesUnasked,
@@ -54,6 +58,8 @@ impl Plant {
         Plant::NotHeldUntilRestored,
         Plant::AbandonedAreResent,
         Plant::ForgetsCountEarly,
+        Plant::LateBytesCount,
+        Plant::LateAnswersCount,
     ];
 }
 

@@ -5,119 +5,26 @@
 //! and then does what somebody would who has taken it over. It says what came of it by its exit
 //! code; one that the kernel kills says it by the signal. Without a harness: a process that forks
 //! must have one thread.
+//!
+//! Root's daemon first, then that of another user, whose namespaces are in one of users.
 #![allow(unsafe_code, reason = "system calls that no safe crate would make for us")]
 
-use ringfs_server::channel::ToParent;
-use ringfs_server::fork::{Child, Spaces};
-use ringfs_server::fs::{ShareDir, Submounts};
-use ringfs_server::sandbox::{self, Needs, caps, filter, landlock, root};
+mod place;
+
+use place::{Came, Place, With, is_root};
+use ringfs_server::fs::Submounts;
+use ringfs_server::sandbox::filter;
+use ringfs_server::share::ShareDir;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, renameat, symlinkat, unlinkat};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-
-/// Layers, in the order in which a worker lays them on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum With {
-    Nothing,
-    /// Namespaces and the root of its own.
-    Root,
-    Caps,
-    Landlock,
-    Seccomp,
-    All,
-    /// Those two with `--file-handles=false`.
-    CapsWithoutHandles,
-    AllWithoutHandles,
-}
-
-/// What came of a try.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Came {
-    Done,
-    Refused(Errno),
-    Killed,
-}
 
 const KILLED: Came = Came::Killed;
 
 fn no(errno: Errno) -> Came {
     Came::Refused(errno)
-}
-
-struct Place {
-    dir: tempfile::TempDir,
-    share: ShareDir,
-    /// Opened before any layer: what a worker has.
-    fd: OwnedFd,
-}
-
-impl Place {
-    fn new() -> Place {
-        let dir = tempfile::tempdir().expect("directory");
-        let path = dir.path().join("share");
-        std::fs::create_dir(&path).expect("share");
-        std::fs::write(path.join("inside"), "inside").expect("inside");
-        std::fs::write(dir.path().join("outside"), "outside").expect("outside");
-        let share = ShareDir::open(&path, Submounts::Hide, false).expect("share");
-        let fd = share.copy().expect("a copy").into();
-        Place { dir, share, fd }
-    }
-
-    /// Tries `what` with these layers; it is given the share's directory.
-    fn attempt(&self, with: With, what: &dyn Fn(&Path) -> Result<(), Errno>) -> Came {
-        let copy = self.share.copy().expect("a copy");
-        let spaces =
-            matches!(with, With::Root | With::All | With::AllWithoutHandles).then_some(Spaces);
-        let keep = [copy.as_fd(), self.fd.as_fd()];
-        let outside = self.dir.path().join("share");
-        let child = Child::start(&keep, 1, spaces, |channel| {
-            let shares = [copy.as_fd()];
-            let file_handles = with != With::AllWithoutHandles;
-            let needs = Needs { shares: &shares, state: None, device_nodes: false, file_handles };
-            let inside = Path::new("/shares/0");
-            let path = match with {
-                With::Root | With::All | With::AllWithoutHandles => inside,
-                _ => &outside,
-            };
-            match with {
-                With::Nothing => {}
-                With::Root => root::build(&shares).expect("a root"),
-                With::Caps => caps::cut(false, true).expect("capabilities"),
-                With::CapsWithoutHandles => caps::cut(false, false).expect("capabilities"),
-                With::Landlock => {
-                    landlock::restrict(path, None).expect("landlock");
-                }
-                With::Seccomp => filter::install().expect("a filter"),
-                With::All | With::AllWithoutHandles => sandbox::enter(&needs).expect("the sandbox"),
-            }
-            let _ = channel.send(&ToParent::Ready, None);
-            match what(path) {
-                Ok(()) => 0,
-                Err(errno) => errno.raw_os_error(),
-            }
-        });
-        let mut child = child.expect("a child");
-        let how = child.wait();
-        let ready = matches!(child.channel.receive(), Ok(Some((ToParent::Ready, None))));
-        assert!(ready, "{with:?}: the layers could not be laid on: {how}");
-        match how.split_once(' ') {
-            None => Came::Done,
-            Some(("signal", "31")) => Came::Killed,
-            Some(_) => {
-                let code = how.rsplit(' ').next().and_then(|code| code.parse().ok());
-                no(Errno::from_raw_os_error(code.unwrap_or_else(|| panic!("{how}"))))
-            }
-        }
-    }
-
-    /// The same try with each of the layers.
-    fn check(&self, what: &dyn Fn(&Path) -> Result<(), Errno>, expected: &[(With, Came)]) {
-        for &(with, came) in expected {
-            assert_eq!(self.attempt(with, what), came, "with {with:?}");
-        }
-    }
 }
 
 fn call(number: i64, arguments: [usize; 6]) -> Result<(), Errno> {
@@ -137,10 +44,7 @@ fn open(path: &Path) -> Result<(), Errno> {
 }
 
 fn main() {
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("sandbox: SKIPPED, it needs root");
-    }
-    let tests: [(&str, fn()); 6] = [
+    let of_root: [(&str, fn()); 6] = [
         ("files_of_the_host", files_of_the_host),
         ("a_handle_of_a_file_outside_of_the_share", a_handle_of_a_file_outside_of_the_share),
         ("other_processes", other_processes),
@@ -151,10 +55,30 @@ fn main() {
             a_read_only_share_is_one_for_the_kernel_too,
         ),
     ];
+    let of_a_user: [(&str, fn()); 5] = [
+        ("files_of_the_host", files_of_the_host),
+        ("a_users_handles", a_users_handles),
+        ("other_processes", other_processes),
+        ("sockets", sockets),
+        ("what_a_user_may_in_a_namespace_of_users", what_a_user_may_in_a_namespace_of_users),
+    ];
+    let tests = if is_root() { &of_root[..] } else { &of_a_user };
     for (name, test) in tests {
         test();
         println!("test {name} ... ok");
     }
+    if is_root() {
+        as_another_user();
+    }
+}
+
+/// All of it once more by somebody who has no rights.
+fn as_another_user() {
+    let mut command = std::process::Command::new("setpriv");
+    command.args(["--reuid=4711", "--regid=4712", "--clear-groups", "--"]);
+    let status = command.arg(std::env::current_exe().expect("this program")).status();
+    let status = status.expect("setpriv of util-linux");
+    assert!(status.success(), "as another user: {status}");
 }
 
 use With::*;
@@ -171,6 +95,7 @@ fn files_of_the_host() {
             (Landlock, no(Errno::ACCESS)),
             (Seccomp, Came::Done),
             (All, no(Errno::NOENT)),
+            (AllButNamespaces, no(Errno::ACCESS)),
         ],
     );
     let climb = |share: &Path| open(&share.join("../outside"));
@@ -181,9 +106,11 @@ fn files_of_the_host() {
             (Root, no(Errno::NOENT)),
             (Landlock, no(Errno::ACCESS)),
             (All, no(Errno::NOENT)),
+            (AllButNamespaces, no(Errno::ACCESS)),
         ],
     );
-    // By the share's fd: a mount of its own, so that `..` leads nowhere whatever layer is on.
+    // By the share's fd. Root's is of a mount of its own, so that `..` leads nowhere whatever layer
+    // is on; who cannot copy mounts keeps none in namespaces, and has landlock alone without.
     let fd = place.fd.as_raw_fd();
     let by_fd = |_: &Path| {
         // SAFETY: the fd was kept for the child.
@@ -191,7 +118,11 @@ fn files_of_the_host() {
         let flags = OFlags::RDONLY;
         rustix::fs::openat(dir, "../outside", flags, Mode::empty()).map(drop)
     };
-    place.check(&by_fd, &[(Nothing, no(Errno::NOENT)), (All, no(Errno::NOENT))]);
+    let (before, by_landlock) = match is_root() {
+        true => (no(Errno::NOENT), no(Errno::NOENT)),
+        false => (Came::Done, no(Errno::ACCESS)),
+    };
+    place.check(&by_fd, &[(Nothing, before), (All, by_landlock), (AllButNamespaces, by_landlock)]);
     // What it is there for goes on.
     let inside = |share: &Path| {
         open(&share.join("inside"))?;
@@ -204,17 +135,17 @@ fn files_of_the_host() {
         unlinkat(CWD, share.join("dir"), AtFlags::REMOVEDIR)
     };
     let done = Came::Done;
-    place.check(&inside, &[(Nothing, done), (Landlock, done), (Seccomp, done), (All, done)]);
+    let all = [Nothing, Landlock, Seccomp, All, AllButNamespaces];
+    place.check(&inside, &all.map(|with| (with, done)));
 }
 
-fn a_handle_of_a_file_outside_of_the_share() {
-    let place = Place::new();
-    let outside = place.dir.path().join("outside");
-    // struct file_handle of name_to_handle_at(2): room, type, bytes.
+/// struct file_handle of name_to_handle_at(2).
+fn handle_of(file: &Path) -> [u32; 2 + 32] {
+    // Room, type, bytes.
     let mut handle = [0u32; 2 + 32];
     handle[0] = 128;
     let mut mount = 0;
-    let path = std::ffi::CString::new(outside.to_str().expect("text")).expect("a path");
+    let path = std::ffi::CString::new(file.to_str().expect("text")).expect("a path");
     // SAFETY: the path has its NUL, the handle says how long it is, and the mount's id is an int.
     let named = unsafe {
         libc::syscall(
@@ -227,14 +158,19 @@ fn a_handle_of_a_file_outside_of_the_share() {
         )
     };
     assert_eq!(named, 0, "{}", last());
-    let by_handle = |share: &Path| {
-        let dir = rustix::fs::open(share, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
-        let mut handle = handle;
-        call(
-            libc::SYS_open_by_handle_at,
-            [dir.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0],
-        )
-    };
+    handle
+}
+
+fn open_by_handle(mut handle: [u32; 2 + 32], mount: &Path) -> Result<(), Errno> {
+    let dir = rustix::fs::open(mount, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+    let arguments = [dir.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0];
+    call(libc::SYS_open_by_handle_at, arguments)
+}
+
+fn a_handle_of_a_file_outside_of_the_share() {
+    let place = Place::new();
+    let handle = handle_of(&place.dir.path().join("outside"));
+    let by_handle = |share: &Path| open_by_handle(handle, share);
     // The capability that it takes is what tells: landlock (on newer kernels) takes a file that
     // the copy of a mount can be asked for, and does not hold, for one that lies in it.
     place.check(
@@ -249,15 +185,51 @@ fn a_handle_of_a_file_outside_of_the_share() {
         ],
     );
     // Another file system has no mount to be asked by: what a worker has are its shares.
-    let elsewhere = |_: &Path| {
-        let root = rustix::fs::openat(CWD, "/", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
-        let mut handle = handle;
-        call(
-            libc::SYS_open_by_handle_at,
-            [root.as_raw_fd() as usize, handle.as_mut_ptr() as usize, 0, 0, 0, 0],
-        )
-    };
+    let elsewhere = |_: &Path| open_by_handle(handle, Path::new("/"));
     place.check(&elsewhere, &[(Root, no(Errno::STALE)), (All, no(Errno::ACCESS))]);
+}
+
+/// Who has no rights has no handles, of files inside or outside.
+fn a_users_handles() {
+    let place = Place::new();
+    for file in ["share/inside", "outside"] {
+        let handle = handle_of(&place.dir.path().join(file));
+        let by_handle = |share: &Path| open_by_handle(handle, share);
+        let refused = no(Errno::PERM);
+        let all = [Nothing, All, AllButNamespaces];
+        place.check(&by_handle, &all.map(|with| (with, refused)));
+    }
+}
+
+/// In a user namespace everybody has all capabilities at first: over what is in it, and then none.
+fn what_a_user_may_in_a_namespace_of_users() {
+    let place = Place::new();
+    let mount = |share: &Path| {
+        rustix::mount::mount("none", share, "tmpfs", rustix::mount::MountFlags::empty(), None)
+    };
+    let expected =
+        [(Nothing, no(Errno::PERM)), (Root, Came::Done), (All, KILLED), (AllButNamespaces, KILLED)];
+    place.check(&mount, &expected);
+    let device = |share: &Path| {
+        let kind = rustix::fs::FileType::CharacterDevice;
+        rustix::fs::mknodat(CWD, share.join("null"), kind, Mode::RUSR, rustix::fs::makedev(1, 3))
+    };
+    place.check(&device, &[Nothing, Root, All].map(|with| (with, no(Errno::PERM))));
+    // There is no other user to become, or to give files to.
+    let root = |_: &Path| call(libc::SYS_setresuid, [0; 6]);
+    let expected = [(Nothing, no(Errno::PERM)), (Root, no(Errno::INVAL)), (All, no(Errno::INVAL))];
+    place.check(&root, &expected);
+    let give = |share: &Path| {
+        let nobody = Some(rustix::fs::Uid::from_raw(65534));
+        rustix::fs::chownat(CWD, share.join("inside"), nobody, None, AtFlags::empty())
+    };
+    let expected = [(Nothing, no(Errno::PERM)), (Root, no(Errno::INVAL)), (All, no(Errno::INVAL))];
+    place.check(&give, &expected);
+    let shadow = |_: &Path| open(Path::new("/etc/shadow"));
+    place.check(&shadow, &[(Nothing, no(Errno::ACCESS)), (Root, no(Errno::NOENT))]);
+    let users = |_: &Path| call(libc::SYS_unshare, [libc::CLONE_NEWUSER as usize, 0, 0, 0, 0, 0]);
+    let expected = [(Nothing, Came::Done), (All, KILLED), (AllButNamespaces, KILLED)];
+    place.check(&users, &expected);
 }
 
 fn other_processes() {
@@ -273,6 +245,7 @@ fn other_processes() {
             (Landlock, no(Errno::PERM)),
             (Seccomp, KILLED),
             (All, KILLED),
+            (AllButNamespaces, KILLED),
         ],
     );
     let attach =
@@ -286,6 +259,7 @@ fn other_processes() {
             (Landlock, no(Errno::PERM)),
             (Seccomp, KILLED),
             (All, KILLED),
+            (AllButNamespaces, KILLED),
         ],
     );
     let execute = |_: &Path| {
@@ -304,6 +278,7 @@ fn other_processes() {
             (Landlock, no(Errno::ACCESS)),
             (Seccomp, KILLED),
             (All, KILLED),
+            (AllButNamespaces, KILLED),
         ],
     );
     let fork = |_: &Path| call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0, 0, 0, 0]);
@@ -352,6 +327,7 @@ fn sockets() {
             (Landlock, no(Errno::PERM)),
             (Seccomp, KILLED),
             (All, KILLED),
+            (AllButNamespaces, KILLED),
         ],
     );
 }
@@ -370,6 +346,7 @@ fn the_machine() {
             (Landlock, no(Errno::PERM)),
             (Seccomp, KILLED),
             (All, KILLED),
+            (AllButNamespaces, KILLED),
         ],
     );
     let device = |share: &Path| {

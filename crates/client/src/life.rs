@@ -1,0 +1,389 @@
+//! A mount that is being served: its threads, what it waits for, how it becomes ready, how it ends.
+//!
+//! Invariant: no mount and no thread stays when it has ended. The main thread never waits without a
+//! limit for anything but a signal or the session's events, and never touches the mount point
+//! itself.
+
+use crate::connector::{self, Terms};
+use crate::keep::Keep;
+use crate::mount_cmd::{Failure, READY_LIMIT, system};
+use crate::rings::{Rings, place_of};
+use crate::service::Service;
+use crate::session::{End, Session};
+use crate::status::{Ask, Facts, Publisher, Report, own_dir};
+use crate::{interrupts, pump, takeover, uring_lane};
+use fuser_fork::mount::{Mount, MountError, Unmounted, unmount_path};
+use ringfs_wire::hello::Reason;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long the last unmount may take before the connection is aborted.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a mount is begun with.
+pub struct Parts {
+    /// Lanes and connections, nothing running yet.
+    pub session: Session,
+    /// The keeper.
+    pub service: Service,
+    /// For the next client.
+    pub keep: Option<Arc<Keep>>,
+    /// For the connector.
+    pub terms: Terms,
+    /// Which lanes may get queues.
+    pub rings: Rings,
+    /// For `ringfs status`.
+    pub facts: Facts,
+    /// Unmounts when it is dropped.
+    pub mount: Mount,
+}
+
+/// A mount that is being served.
+pub struct Life {
+    session: Arc<Session>,
+    service: Service,
+    keep: Option<Arc<Keep>>,
+    threads: Vec<JoinHandle<()>>,
+    /// The lanes that have no thread yet.
+    waiting: VecDeque<usize>,
+    /// For the connector, until it runs.
+    terms: Option<Terms>,
+    rings: Rings,
+    /// What the mount is.
+    pub facts: Facts,
+    publisher: Option<Publisher>,
+    /// `None` once a thread unmounts it.
+    mount: Option<Mount>,
+    unmounting: Option<Receiver<Result<Unmounted, MountError>>>,
+    mountpoint: PathBuf,
+    dev_minor: Option<u32>,
+}
+
+impl Life {
+    /// Of what there is, without a thread yet.
+    pub fn of(parts: Parts) -> Life {
+        let Parts { session, service, keep, terms, rings, facts, mount } = parts;
+        Life {
+            waiting: (0..session.lanes.len()).collect(),
+            session: Arc::new(session),
+            service,
+            keep,
+            threads: Vec::new(),
+            terms: Some(terms),
+            rings,
+            facts,
+            publisher: None,
+            mountpoint: mount.mountpoint().to_owned(),
+            dev_minor: mount.dev_minor(),
+            mount: Some(mount),
+            unmounting: None,
+        }
+    }
+
+    /// Lanes and connector, where the mount has been ready for long.
+    pub fn go_on(&mut self) -> Result<(), Failure> {
+        self.session.resume.begin();
+        self.spawn("interrupts".to_owned(), interrupts::run)?;
+        while !self.waiting.is_empty() {
+            self.spawn_lane()?;
+        }
+        self.spawn_connector()?;
+        self.publish();
+        let Facts { source, takeovers, .. } = &self.facts;
+        tracing::warn!(source, takeovers, "the mount is taken over");
+        Ok(())
+    }
+
+    /// The keeper gets what it needs if we die.
+    pub fn tell_keeper(&mut self) -> Result<(), Failure> {
+        let session = &self.session;
+        let agreed = session.agreed();
+        let offered = agreed.map_or(0, |agreed| agreed.offered);
+        let why_not = match &self.keep {
+            None => self.facts.alone_why.clone(),
+            Some(_) if !takeover::is_possible(offered) => {
+                Some("the kernel does not send requests again: it is older than 6.9".to_owned())
+            }
+            Some(_) => None,
+        };
+        let told = match (&self.keep, &why_not) {
+            (Some(keep), None) => {
+                if let Some(agreed) = agreed {
+                    keep.change(|kept| kept.set_init(&agreed));
+                }
+                keep.set_ready();
+                let devices = session.lanes.iter().map(|lane| lane.device.as_fd());
+                let fds: Vec<_> = std::iter::once(keep.file()).chain(devices).collect();
+                self.service.tell_ready(Ok(&fds))
+            }
+            (_, why) => {
+                session.known.stop_keeping();
+                self.service.tell_ready(Err(why.as_deref().unwrap_or_default()))
+            }
+        };
+        self.facts.alone_why = why_not;
+        told
+    }
+
+    fn publish(&mut self) {
+        match Publisher::bind(&own_dir()) {
+            Ok(publisher) => self.publisher = Some(publisher),
+            Err(error) => {
+                let dir = own_dir();
+                tracing::warn!(
+                    dir = %dir.display(), %error,
+                    "`ringfs status` cannot ask this mount (users: set XDG_RUNTIME_DIR)"
+                );
+            }
+        }
+    }
+
+    fn spawn_first(&mut self) -> Result<(), Failure> {
+        let rings = self.rings.choose(self.session.lanes.len());
+        let spin = self.facts.spin;
+        for lane in std::mem::take(&mut self.waiting) {
+            let Some(place) = place_of(lane, rings) else {
+                self.waiting.push_back(lane);
+                continue;
+            };
+            let (orders, done) = self.rings.add();
+            self.spawn(format!("ring{lane}"), move |session| {
+                uring_lane::run(session, place, spin, &orders, &done);
+            })?;
+        }
+        if self.rings.are_made() {
+            self.session.offer_rings();
+        }
+        self.spawn("interrupts".to_owned(), interrupts::run)?;
+        self.spawn_lane()
+    }
+
+    /// Starts the next lane's thread.
+    fn spawn_lane(&mut self) -> Result<(), Failure> {
+        let Some(lane) = self.waiting.pop_front() else { return Ok(()) };
+        let spin = self.facts.spin;
+        self.spawn(format!("lane{lane}"), move |session| pump::run(session, lane, spin))
+    }
+
+    /// Nobody waits for its end: it may sit in a connect(2) for seconds, and holds nothing.
+    fn spawn_connector(&mut self) -> Result<(), Failure> {
+        let Some(terms) = self.terms.take() else { return Ok(()) };
+        let session = Arc::clone(&self.session);
+        let thread = std::thread::Builder::new().name("connector".to_owned());
+        let spawned = thread.spawn(move || connector::run(&session, terms));
+        spawned.map(drop).map_err(system("start a thread"))
+    }
+
+    fn spawn(
+        &mut self,
+        name: String,
+        work: impl FnOnce(&Arc<Session>) + Send + 'static,
+    ) -> Result<(), Failure> {
+        let session = Arc::clone(&self.session);
+        let thread = std::thread::Builder::new().name(name).spawn(move || work(&session));
+        self.threads.push(thread.map_err(system("start a thread"))?);
+        Ok(())
+    }
+
+    /// INIT, the other lanes, and the first GETATTR of the root.
+    pub fn become_ready(&mut self) -> Result<(), Failure> {
+        self.spawn_first()?;
+        let deadline = Instant::now() + READY_LIMIT;
+        let agreed = self.wait_until(deadline, "INIT", |life| life.session.answered())?;
+        let started = self.rings.start(&agreed);
+        self.facts.rings = self.rings.facts.clone();
+        if let Err(error) = started {
+            // Requests may be where no lane of the device fetches them.
+            self.session.end(End::Uring(error));
+            self.rings.dismiss();
+        }
+        while !self.waiting.is_empty() {
+            self.spawn_lane()?;
+        }
+        let (sender, answers) = channel();
+        let path = self.mountpoint.clone();
+        // It may hang with the daemon; the end of the session lets it go.
+        self.spawn("probe".to_owned(), move |session| {
+            let _ = sender.send(rustix::fs::stat(&path).map(drop));
+            session.notify();
+        })?;
+        let answered =
+            self.wait_until(deadline, "the first GETATTR", |_| answers.try_recv().ok())?;
+        // A user's own mount may deny the root to root; it has answered all the same.
+        if let Err(errno) = answered
+            && errno != Errno::ACCESS
+        {
+            return Err(Failure::Root(errno));
+        }
+        self.session.resume.begin();
+        self.spawn_connector()?;
+        self.publish();
+        let (source, mountpoint) = (&self.facts.source, self.mountpoint.display());
+        tracing::info!(source, %mountpoint, lanes = self.session.lanes.len(), "mounted");
+        Ok(())
+    }
+
+    fn wait_until<T>(
+        &mut self,
+        deadline: Instant,
+        what: &'static str,
+        mut look: impl FnMut(&mut Life) -> Option<T>,
+    ) -> Result<T, Failure> {
+        loop {
+            if let Some(found) = look(self) {
+                return Ok(found);
+            }
+            if let Some(end) = self.session.ended() {
+                return Err(Failure::Early(end));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Failure::Silent { what });
+            }
+            if self.wait(Some(left))? {
+                return Err(Failure::Interrupted);
+            }
+        }
+    }
+
+    /// Sleeps until something happens; whether a signal came.
+    fn wait(&mut self, limit: Option<Duration>) -> Result<bool, Failure> {
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let asker = self.publisher.as_ref().map(AsFd::as_fd);
+        let all = asker.into_iter().chain([self.session.events()]).chain(self.service.events());
+        let mut fds: Vec<_> = all.map(watch).collect();
+        let limit = limit.map(|limit| Timespec {
+            tv_sec: limit.as_secs() as i64,
+            tv_nsec: limit.subsec_nanos().into(),
+        });
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(system("wait")(errno.into())),
+        }
+        let is_asked = self.publisher.is_some() && !fds[0].revents().is_empty();
+        self.session.drain_events();
+        let before = self.service.signals_seen();
+        if let Some(why) = self.service.hear() {
+            self.facts.alone_why = Some(why.to_owned());
+        }
+        self.facts.is_stored = self.service.is_stored;
+        self.answer_askers(is_asked);
+        Ok(self.service.signals_seen() > before)
+    }
+
+    fn answer_askers(&mut self, is_asked: bool) {
+        let (facts, session) = (&self.facts, &self.session);
+        let Some(publisher) = &mut self.publisher else { return };
+        if is_asked {
+            publisher.hear(|ask| {
+                if ask == Ask::Reconnect {
+                    session.resume.reconnect();
+                }
+                Report::of(facts, session)
+            });
+        }
+        if publisher.has_waiters() && session.resume.outlook().missing == 0 {
+            publisher.tell_waiters(&Report::of(facts, session));
+        }
+    }
+
+    pub fn wait_for_end(&mut self) -> Result<(), Failure> {
+        loop {
+            if let Some(end) = self.session.ended() {
+                return match *end {
+                    End::Unmounted => Ok(()),
+                    _ => Err(Failure::Over(end)),
+                };
+            }
+            self.look_at_unmount();
+            if self.wait(None)? {
+                match self.service.signals_seen() {
+                    1 => self.begin_unmount(),
+                    _ => self.session.end(End::Aborted),
+                }
+            }
+        }
+    }
+
+    /// By a thread of its own: the kernel may write dirty pages back first, which takes as long as
+    /// the daemon takes, and this thread has signals to see.
+    fn begin_unmount(&mut self) {
+        let Some(mount) = self.mount.take() else { return };
+        let (sender, outcome) = channel();
+        self.unmounting = Some(outcome);
+        let spawned = self.spawn("unmount".to_owned(), move |session| {
+            let _ = sender.send(mount.unmount());
+            session.notify();
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot unmount");
+            self.session.end(End::Aborted);
+        }
+    }
+
+    fn look_at_unmount(&mut self) {
+        let Some(unmounting) = &self.unmounting else { return };
+        let path = self.mountpoint.display();
+        match unmounting.try_recv() {
+            Ok(Ok(Unmounted::Detached)) => eprintln!(
+                "ringfs: {path} is in use: it is detached now, and served until its last user is \
+                 done (a second signal ends it at once)"
+            ),
+            Ok(Ok(Unmounted::Clean | Unmounted::AlreadyGone)) => {}
+            Ok(Err(error)) => {
+                eprintln!("ringfs: {error}; going on (a second signal ends it at once)");
+            }
+            Err(TryRecvError::Empty) => return,
+            Err(TryRecvError::Disconnected) => {}
+        }
+        self.unmounting = None;
+    }
+
+    /// The end of everything, whatever has happened: no mount and no thread stays.
+    pub fn finish(mut self, outcome: Result<(), Failure>) -> Result<(), Failure> {
+        self.publisher = None;
+        // A mount that is still in the table although the kernel let go was aborted.
+        let aborted = outcome.is_ok()
+            && self.mount.as_ref().is_some_and(|m| m.dev_minor().is_some() && m.is_mounted());
+        match outcome {
+            Ok(()) => self.session.resume.say_goodbye(Reason::Unmounted),
+            // Whatever waits gets an answer, so that the unmount cannot hang.
+            Err(_) => self.session.end(End::Aborted),
+        }
+        self.begin_unmount();
+        if let Some(unmounting) = self.unmounting.take() {
+            self.wait_for_unmount(&unmounting);
+        }
+        self.session.stop();
+        self.rings.dismiss();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of this mount has panicked");
+            }
+        }
+        if aborted { Err(Failure::AbortedOutside) } else { outcome }
+    }
+
+    fn wait_for_unmount(&self, unmounting: &Receiver<Result<Unmounted, MountError>>) {
+        match unmounting.recv_timeout(UNMOUNT_LIMIT) {
+            Ok(Ok(_)) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Err(error)) => tracing::warn!(%error, "the unmount failed; trying lazily"),
+            Err(RecvTimeoutError::Timeout) => tracing::warn!("the unmount hangs; aborting"),
+        }
+        if let Some(minor) = self.dev_minor {
+            // Without control files the end of this process does the same.
+            let outcome = fuser_fork::mount::abort(minor);
+            tracing::debug!(?outcome, "aborted");
+        }
+        if let Err(error) = unmount_path(&self.mountpoint, true) {
+            tracing::debug!(%error, "nothing left to unmount");
+        }
+    }
+}

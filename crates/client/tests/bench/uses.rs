@@ -1,0 +1,145 @@
+//! What tests do with a mount, and see of it: reads that hang, files held open, clients that are
+//! killed, and what is left at the end.
+
+use super::{Bench, Client, Reader, status_of, wait_until, within};
+use crate::host::{HELLO_TEXT, big_byte};
+use rustix::process::{Pid, Signal, kill_process};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+/// Data of one write(2): one WRITE, or two where it begins within a page.
+pub const WRITE_BYTES: usize = 1 << 20;
+
+/// Whether the kernel sends requests again that a dead client had read.
+pub fn kernel_resends(test: &str) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let resends = (numbers.next(), numbers.next()) >= (Some(6u32), Some(9));
+    if !resends {
+        println!("SKIPPED {test}: Linux {} is older than 6.9", release.trim());
+        eprintln!("SKIPPED {test}: Linux {} is older than 6.9", release.trim());
+    }
+    resends
+}
+
+pub fn use_mount(bench: &Bench) {
+    let path = bench.file("hello");
+    within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
+}
+
+/// The mount goes as any other does, and nothing is left.
+pub fn umount(bench: &Bench, client: Client) -> String {
+    wait_until("the unmount", || bench.umount(&[]).status.success());
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    assert_nothing_left(bench);
+    stderr
+}
+
+pub fn assert_nothing_left(bench: &Bench) {
+    assert_eq!(bench.host.slots_in_use(), 0);
+    bench.host.assert_no_faults();
+}
+
+/// A read that the host does not answer.
+pub fn hanging(bench: &Bench) -> Reader {
+    let before = bench.host.wait_for("reads", |seen| Some(seen.hanging.len()));
+    let reader = bench.cat("hang");
+    bench.host.wait_for("a read", |seen| (seen.hanging.len() > before).then_some(()));
+    reader
+}
+
+/// Writes the pattern to the start of `big` until it is told to stop: bytes written.
+pub fn writer(bench: &Bench, stop: &'static AtomicBool) -> JoinHandle<u64> {
+    let path = bench.file("big");
+    std::thread::spawn(move || {
+        let file = File::options().write(true).open(path).expect("open");
+        let mut written = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let data: Vec<u8> = (0..WRITE_BYTES).map(big_byte).collect();
+            assert_eq!(file.write_at(&data, 0).expect("write"), WRITE_BYTES);
+            written += WRITE_BYTES as u64;
+        }
+        written
+    })
+}
+
+/// A process that has a file open: other tests drop the kernel's caches. This process must not have
+/// it, or each program that it starts would close it first, and wait while the mount is cut.
+pub struct Holder(Child);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub fn hold(bench: &Bench, names: &[&str]) -> Vec<Holder> {
+    let paths: Vec<_> = names.iter().map(|name| bench.file(name)).collect();
+    let holder = |path: &PathBuf| {
+        let mut command = Command::new("sleep");
+        command.arg("600").stdin(File::open(path).expect("open"));
+        Holder(command.spawn().expect("sleep"))
+    };
+    within("opens", move || paths.iter().map(holder).collect())
+}
+
+/// Has the kernel forget every file that nobody holds.
+pub fn drop_caches() {
+    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+}
+
+/// Drops the caches until the kernel has given the files back: one that is just being closed is
+/// passed over.
+pub fn forget_until(what: &str, mut done: impl FnMut() -> bool) {
+    wait_until(what, || {
+        drop_caches();
+        done()
+    });
+}
+
+/// Lookups that are left of the nodes beside the root.
+pub fn lookups(bench: &Bench) -> BTreeMap<u64, i64> {
+    bench.host.wait_for("lookups", |seen| {
+        Some(seen.lookups.iter().filter(|l| *l.1 != 0).map(|(id, count)| (*id, *count)).collect())
+    })
+}
+
+/// Nodes and open files that the client would tell.
+pub fn known(bench: &Bench) -> (u64, u64) {
+    let status = status_of(bench);
+    let number = |name: &str| status[name].as_u64().unwrap_or(u64::MAX);
+    (number("nodes_known"), number("handles_known"))
+}
+
+pub fn wait_connected(bench: &Bench) {
+    wait_until("the connections", || status_of(bench)["connected"] == true);
+}
+
+/// Who serves the mount; `None`: it is not mounted any more.
+fn worker_if_mounted(bench: &Bench) -> Option<Pid> {
+    let mut found = None;
+    wait_until("a client", || {
+        found = status_of(bench)["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+        found.is_some() || !bench.is_mounted()
+    });
+    found
+}
+
+/// Who serves the mount.
+pub fn worker(bench: &Bench) -> Pid {
+    worker_if_mounted(bench).expect("the mount has ended")
+}
+
+/// Kills whoever serves the mount; the next one is there when this returns, or the mount has ended.
+pub fn kill_worker(bench: &Bench, signal: Signal) {
+    let Some(pid) = worker_if_mounted(bench) else { return };
+    kill_process(pid, signal).expect("kill");
+    wait_until("the next client", || worker_if_mounted(bench) != Some(pid));
+}

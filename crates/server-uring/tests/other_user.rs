@@ -1,0 +1,299 @@
+//! The daemon of a user without rights: it shuts its worker in all the same, by a user namespace,
+//! and finds files again without their handles. And what it says where there are none.
+
+mod common;
+
+use common::*;
+use ringfs_server::control;
+use ringfs_wire::hello::{Hello, feature};
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+const UID: u32 = 4711;
+const GID: u32 = 4712;
+
+/// To run as that user; false, and said, where we cannot.
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: to be another user takes root");
+    }
+    root
+}
+
+/// A daemon of that user over a share of his, with options. `script` is what root does before, in
+/// mounts of its own; `$1` is the share.
+fn daemon_of_user(engine: &str, script: &str, options: &[&str]) -> Daemon {
+    Daemon::start_as(engine, |program, share| {
+        for path in [share, share.parent().expect("a parent")] {
+            chown(path, Some(UID), Some(GID)).expect("chown");
+        }
+        let mut command = Command::new("unshare");
+        let script = format!("{script}\nshift; exec \"$@\"");
+        command.args(["-m", "sh", "-ec", &script, "sh"]).arg(share);
+        command.args(["setpriv", &format!("--reuid={UID}"), &format!("--regid={GID}")]);
+        command.args(["--clear-groups", "--", program, "--state-dir=none"]).args(options);
+        command
+    })
+}
+
+fn proc_of_worker(daemon: &Daemon, file: &str) -> String {
+    let path = format!("/proc/{}/{file}", daemon.worker_pid());
+    std::fs::read_to_string(path).expect("the worker's /proc")
+}
+
+/// What can be had through a session: made, written, read, found, renamed, removed.
+fn serves(daemon: &Daemon) {
+    let mut guest = daemon.guest();
+    let (node, fh) = guest.create("file").expect("create");
+    assert_eq!(guest.write(node, fh, 0, b"data"), Ok(4));
+    guest.release(node, fh).expect("release");
+    let fh = guest.open(node, libc::O_RDONLY).expect("open");
+    assert_eq!(guest.read(node, fh, 0, 10), Ok(b"data".to_vec()));
+    let made = std::fs::metadata(daemon.share().join("file")).expect("made");
+    assert_eq!((made.uid(), made.gid()), (UID, GID));
+}
+
+#[test]
+fn its_worker_is_shut_in_and_serves() {
+    if !is_root() {
+        return;
+    }
+    for engine in ["uring", "threads"] {
+        let daemon = daemon_of_user(engine, "", &[]);
+        serves(&daemon);
+        let map = proc_of_worker(&daemon, "uid_map");
+        let map: Vec<u32> = map.split_whitespace().map(|n| n.parse().expect("a number")).collect();
+        assert_eq!(map, [UID, UID, 1], "the worker is its user and nobody else");
+        let status = proc_of_worker(&daemon, "status");
+        let line = |name| status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+        for set in ["CapEff:", "CapPrm:", "CapBnd:", "CapInh:", "CapAmb:"] {
+            assert_eq!(line(set).trim().trim_matches('0'), "", "{set}");
+        }
+        assert_eq!((line("NoNewPrivs:").trim(), line("Seccomp:").trim()), ("1", "2"));
+        no_directory_is_from_outside(&daemon);
+        daemon.stop_well();
+    }
+}
+
+/// By a directory of the host's mounts the worker could climb out of its root.
+fn no_directory_is_from_outside(daemon: &Daemon) {
+    let mounts = proc_of_worker(daemon, "mountinfo");
+    let mounts: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').next()).collect();
+    let worker = format!("/proc/{}", daemon.worker_pid());
+    let mut directories = 0;
+    for fd in std::fs::read_dir(format!("{worker}/fd")).expect("fds").flatten() {
+        if !std::fs::metadata(fd.path()).is_ok_and(|meta| meta.is_dir()) {
+            continue;
+        }
+        let info = format!("{worker}/fdinfo/{}", fd.file_name().display());
+        let info = std::fs::read_to_string(info).expect("fdinfo");
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:\t")).expect("mnt_id");
+        assert!(mounts.contains(&mount), "{:?}", std::fs::read_link(fd.path()));
+        directories += 1;
+    }
+    assert!(directories > 0, "the share");
+}
+
+#[test]
+fn what_is_mounted_below_its_share_is_hidden() {
+    if !is_root() {
+        return;
+    }
+    let script = "mkdir \"$1/below\"; mount -t tmpfs none \"$1/below\"";
+    let daemon = daemon_of_user("uring", script, &[]);
+    serves(&daemon);
+    let mut guest = daemon.guest();
+    assert_eq!(guest.lookup(1, "below").map(|entry| entry.nodeid), Err(libc::EXDEV as u32));
+    drop(guest);
+    daemon.stop_well();
+}
+
+#[test]
+fn shares_come_and_go_while_it_serves() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    for path in ["", "one", "two"] {
+        let _ = std::fs::create_dir(dir.path().join(path));
+        chown(dir.path().join(path), Some(UID), Some(GID)).expect("chown");
+    }
+    std::fs::write(dir.path().join("two/file"), "of two").expect("write");
+    let file = dir.path().join("ringfsd.toml");
+    let share = |name: &str| format!("[share.{name}]\npath = {:?}\n", dir.path().join(name));
+    std::fs::write(&file, share("one")).expect("write");
+    let config = format!("--config={}", file.display());
+    for (sandbox, expected) in [("namespace", true), ("landlock", false)] {
+        std::fs::write(&file, share("one")).expect("write");
+        let sandbox = format!("--sandbox={sandbox}");
+        let daemon = daemon_of_user("uring", "", &[&config, &sandbox]);
+        serves(&daemon);
+        let greet = |name| Guest::greet(daemon.connect(), &hello(name));
+        let mut one = greet("one").expect("a session");
+        one.create(&format!("{expected}")).expect("create");
+        assert!(greet("two").is_err());
+        std::fs::write(&file, share("two")).expect("write");
+        let output = daemon.command(&["reload"]);
+        assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8(output.stdout).expect("text");
+        assert_eq!(said.contains("not before the next start: share two"), !expected, "{said}");
+        // It is a worker's directories that landlock settles at its start: the next one has it.
+        let two = greet("two");
+        assert_eq!(two.is_ok(), expected, "{sandbox}");
+        if let Ok(mut two) = two {
+            let node = two.lookup(1, "file").expect("its file").nodeid;
+            let fh = two.open(node, libc::O_RDONLY).expect("open");
+            assert_eq!(two.read(node, fh, 0, 10), Ok(b"of two".to_vec()));
+        }
+        assert!(greet("one").is_err());
+        drop(one);
+        daemon.stop_well();
+    }
+}
+
+/// Another daemon, which knows nothing of the session and may open no handle.
+#[test]
+fn files_are_found_again_by_their_names() {
+    if !is_root() {
+        return;
+    }
+    let features = feature::PAYLOAD_CRC | feature::RESTORE;
+    let first = daemon_of_user("uring", "", &[]);
+    let mut guest =
+        Guest::greet(first.connect(), &Hello { features, ..hello("share") }).expect("welcome");
+    guest.recipes = Some(Default::default());
+    for file in ["stays", "moves", "goes"] {
+        let (node, fh) = guest.create(file).expect("create");
+        guest.write(node, fh, 0, file.as_bytes()).expect("write");
+    }
+    let nodes: Vec<u64> =
+        ["stays", "moves", "goes"].map(|file| guest.lookup(1, file).expect("a file").nodeid).into();
+    let recipes = guest.recipes.as_ref().expect("recipes");
+    let nodes: Vec<_> = nodes.iter().map(|node| (*node, recipes[node].clone())).collect();
+    // While no daemon runs.
+    let share = first.share();
+    std::fs::rename(share.join("moves"), share.join("moved")).expect("rename");
+    std::fs::remove_file(share.join("goes")).expect("rm");
+    std::fs::write(share.join("goes"), "another").expect("write");
+    drop(guest);
+    let option = format!("--share=old={}", share.display());
+    let second = daemon_of_user("uring", "", &[&option]);
+    let handles: Vec<_> = nodes.iter().map(|(id, _)| (1000 + id, *id, libc::O_RDWR)).collect();
+    let mut guest = rebuilt(&second, &hello("old"), &nodes, &handles);
+    let read = |guest: &mut Guest, n: usize| guest.read(nodes[n].0, handles[n].0, 0, 10);
+    assert_eq!(read(&mut guest, 0), Ok(b"stays".to_vec()));
+    // Root's daemon finds this one by its handle.
+    assert!(read(&mut guest, 1).is_err());
+    let gone = guest.call(ringfs_wire::abi::Opcode::Getattr, nodes[1].0, &[0; 16]);
+    assert_eq!(gone, Err(libc::ESTALE as u32));
+    // Another file never takes the place of the one that is gone.
+    let gone = guest.call(ringfs_wire::abi::Opcode::Getattr, nodes[2].0, &[0; 16]);
+    assert_eq!(gone, Err(libc::ESTALE as u32));
+    drop(guest);
+    second.stop_well();
+    first.stop_well();
+}
+
+#[test]
+fn it_serves_more_files_than_it_may_open() {
+    if !is_root() {
+        return;
+    }
+    const FILES: usize = 600;
+    for engine in ["uring", "threads"] {
+        let daemon = daemon_of_user(engine, "ulimit -n 256", &[]);
+        for n in 0..FILES {
+            std::fs::write(daemon.share().join(format!("f{n}")), n.to_string()).expect("write");
+        }
+        let mut guest = daemon.guest();
+        let nodes: Vec<u64> =
+            (0..FILES).map(|n| guest.lookup(1, &format!("f{n}")).expect("lookup").nodeid).collect();
+        assert!(daemon.counters()["nodes_with_fd"] < 256);
+        for (n, &node) in nodes.iter().enumerate() {
+            let fh = guest.open(node, libc::O_RDONLY).expect("found again by its name");
+            assert_eq!(guest.read(node, fh, 0, 10), Ok(n.to_string().into_bytes()));
+            guest.release(node, fh).expect("release");
+        }
+        drop(guest);
+        daemon.stop_well();
+    }
+}
+
+#[test]
+fn a_container_that_hides_parts_of_its_proc_lends_it() {
+    if !is_root() {
+        return;
+    }
+    let daemon = daemon_of_user("uring", "mount -t tmpfs none /proc/fs", &[]);
+    serves(&daemon);
+    assert!(proc_of_worker(&daemon, "mountinfo").contains(" /proc/fs "), "it is the container's");
+    daemon.stop_well();
+}
+
+/// `ringfsd` of whoever `before` makes it, that must not start; what it says.
+fn says(before: &[&str], share: &Path) -> String {
+    let socket = share.join("s");
+    let output = Command::new(before[0])
+        .args(&before[1..])
+        .arg(env!("CARGO_BIN_EXE_ringfsd"))
+        .arg(format!("--share=x={}", share.display()))
+        .arg(format!("--listen=unix:{}", socket.display()))
+        .args(["--state-dir=none", "--control=none"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).expect("text")
+}
+
+#[test]
+fn who_cannot_have_namespaces_is_told_the_cure() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    // A host without user namespaces, for those who are in this one. It is root outside.
+    let no_more = "echo 0 > /proc/sys/user/max_user_namespaces; \
+        exec setpriv --ambient-caps=-all --inh-caps=-all \"$@\"";
+    let own = ["unshare", "-U", "--map-user=1000", "--map-group=1000", "--keep-caps"];
+    let own = [&own[..], &["sh", "-ec", no_more, "sh"]].concat();
+    let said = says(&own, dir.path());
+    for word in ["sysctl user.max_user_namespaces=15000", "--sandbox=landlock"] {
+        assert!(said.contains(word), "{word} in {said}");
+    }
+    let said = says(&["setpriv", "--bounding-set=-sys_admin"], dir.path());
+    for word in ["CAP_SYS_ADMIN", "--sandbox=landlock"] {
+        assert!(said.contains(word), "{word} in {said}");
+    }
+}
+
+/// What a container has whose root has neither CAP_SYS_ADMIN nor namespaces.
+#[test]
+fn root_without_rights_is_shut_in_by_landlock() {
+    if !is_root() {
+        return;
+    }
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_as(engine, |program, share| {
+            chown(share, Some(UID), None).expect("chown");
+            let mut command = Command::new("setpriv");
+            command.args(["--bounding-set=-sys_admin,-dac_read_search,-sys_resource", program]);
+            command.args(["--sandbox=landlock", "--state-dir=none"]);
+            command
+        });
+        let mut guest = daemon.guest();
+        guest.uid = UID;
+        let (node, fh) = guest.create("file").expect("create");
+        assert_eq!(guest.write(node, fh, 0, b"data"), Ok(4));
+        let made = std::fs::metadata(daemon.share().join("file")).expect("made");
+        assert_eq!(made.uid(), UID, "it serves all users");
+        let status = proc_of_worker(&daemon, "status");
+        let line = |name| status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+        assert_eq!((line("NoNewPrivs:").trim(), line("Seccomp:").trim()), ("1", "2"));
+        assert_eq!(control::ask_status(&daemon.path("c")).expect("a status").sessions.len(), 1);
+        drop(guest);
+        daemon.stop_well();
+    }
+}
