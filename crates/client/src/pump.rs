@@ -445,7 +445,11 @@ impl<'s> Pump<'s> {
     fn act_on(&mut self, (events, n): &Woken) {
         for &event in &events[..*n] {
             match event {
-                KICK => self.lane.drain_kick(),
+                KICK => {
+                    self.lane.drain_kick();
+                    // Who calls for help has left something in the device.
+                    self.dry = false;
+                }
                 SOCKET => drop(self.receive()),
                 _ => self.dry = false,
             }
