@@ -125,7 +125,7 @@ pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
         statx_fd(fs, file.as_fd(), &ask)?
     } else {
         match node.backing()? {
-            Backing::Crate(inode) if matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) => {
+            Backing::Crate(inode) if matches!(node.kind(), libc::S_IFREG | libc::S_IFDIR) => {
                 let fd = fs.backend.path_fd(inode)?;
                 statx_fd(fs, fd.as_fd(), &ask)?
             }
@@ -159,7 +159,7 @@ fn statx_named(fs: &Fs, node: &Node, basic: &Stat, ask: &abi::StatxIn) -> Option
     let fd = rustix::fs::openat(&directory, &*place.name, flags, Mode::empty()).ok()?;
     let seen = Stat::of(&fd).ok()?;
     let same =
-        (seen.dev, seen.ino) == (basic.dev, basic.ino) && seen.mode & libc::S_IFMT == node.kind;
+        (seen.dev, seen.ino) == (basic.dev, basic.ino) && seen.mode & libc::S_IFMT == node.kind();
     if same { statx_fd(fs, fd.as_fd(), ask).ok() } else { None }
 }
 
