@@ -246,6 +246,7 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
         takeovers: 0,
         alone_why: Some("not ready yet".to_owned()),
+        is_stored: false,
         options: request.lists.clone(),
     }
 }

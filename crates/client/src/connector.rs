@@ -1,5 +1,5 @@
-//! The connector: a thread that brings the connections that lanes have lost, one at a time, with the
-//! newest ticket; a daemon that does not know the session is told of it first (rebuild.rs).
+//! The connector: a thread that brings the connections that lanes have lost, one at a time, with
+//! the newest ticket; a daemon that does not know the session is told of it first (rebuild.rs).
 //!
 //! Invariant: whatever becomes of a try, the newest ticket that we were given is the one that is
 //! shown next, and is put down for the next client before anything else is done with it. It must

@@ -273,6 +273,7 @@ impl Life {
         if let Some(why) = self.service.hear() {
             self.facts.alone_why = Some(why.to_owned());
         }
+        self.facts.is_stored = self.service.is_stored;
         self.answer_askers(is_asked);
         Ok(self.service.signals_seen() > before)
     }

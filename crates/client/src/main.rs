@@ -38,6 +38,7 @@ mod rings;
 mod service;
 mod session;
 mod status;
+mod status_text;
 mod takeover;
 mod transport;
 mod up;
@@ -455,7 +456,7 @@ fn run_status(json: bool) -> anyhow::Result<()> {
     let entries = status::collect(&status::dirs()).context("/proc/self/mountinfo")?;
     let text = match json {
         true => serde_json::to_string_pretty(&entries)? + "\n",
-        false => status::render(&entries, status::unix_now_s()),
+        false => status_text::render(&entries, status::unix_now_s()),
     };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())

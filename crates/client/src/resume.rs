@@ -1,9 +1,9 @@
 //! Connections that are lost come again: what lanes, main thread and connector share of that.
 //!
 //! A lane that loses its connection says so ([`Resume::lost`]) and goes on without; the connector
-//! (connector.rs) joins another one, and the lane takes it ([`Resume::take`]). Invariant: a port has
-//! at most one connection that counts; whoever still holds an older one only drops it. It must not
-//! touch requests.
+//! (connector.rs) joins another one, and the lane takes it ([`Resume::take`]). Invariant: a port
+//! has at most one connection that counts; whoever still holds an older one only drops it. It must
+//! not touch requests.
 
 use crate::conn::{Conn, ConnRx};
 use crate::handshake::Joined;

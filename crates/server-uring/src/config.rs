@@ -92,6 +92,11 @@ pub struct Settings {
     /// started with. [default: namespace]
     #[arg(long, value_enum)]
     pub sandbox: Option<Sandbox>,
+    /// Guests' users are those that the host lends to the daemon's (/etc/subuid, /etc/subgid, and
+    /// the program newuidmap): root in a guest is the daemon's user, its user N the N-th that is
+    /// lent. For a daemon that is not root; without it all that guests make is its user's.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub subordinate_ids: Option<bool>,
     /// Whether the process that serves guests may open files by their handles, which finds those
     /// again that were renamed while they had no fd. Whoever took that process over could so reach
     /// any file of the file systems that the shares lie on; without, he cannot.
@@ -168,6 +173,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// What a worker is kept from.
     pub sandbox: Sandbox,
+    /// A worker has the ids that are lent to the daemon's user.
+    pub subordinate_ids: bool,
     /// A worker may open files by their handles.
     pub file_handles: bool,
     /// Sessions of a share that is removed end.
@@ -188,6 +195,7 @@ impl Settings {
             slow_op: Some(SLOW_OP_MS_DEFAULT),
             log_format: Some(LogFormat::Text),
             sandbox: Some(Sandbox::Namespace),
+            subordinate_ids: Some(false),
             file_handles: Some(true),
             drop_removed: Some(false),
             ..Settings::default()
@@ -227,6 +235,7 @@ impl Settings {
             log: self.log.or(base.log),
             log_format: self.log_format.or(base.log_format),
             sandbox: self.sandbox.or(base.sandbox),
+            subordinate_ids: self.subordinate_ids.or(base.subordinate_ids),
             file_handles: self.file_handles.or(base.file_handles),
             drop_removed: self.drop_removed.or(base.drop_removed),
             limits: self.limits.or(base.limits),
@@ -268,6 +277,7 @@ impl Settings {
             log: settings.log,
             log_format: settings.log_format.unwrap_or_default(),
             sandbox: settings.sandbox.unwrap_or_default(),
+            subordinate_ids: settings.subordinate_ids.unwrap_or_default(),
             file_handles: settings.file_handles.unwrap_or(true),
             drop_removed: settings.drop_removed.unwrap_or_default(),
         })

@@ -185,7 +185,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         spin: config.spin,
         grace: config.grace,
         state,
-        walls: Walls::of(config.sandbox)?,
+        walls: Walls::of(config.sandbox, config.subordinate_ids)?,
         file_handles: config.file_handles,
         slow_op: config.slow_op,
         fds: fds.clone(),
