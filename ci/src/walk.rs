@@ -95,8 +95,8 @@ fi
 cd $root
 pivot_root . old
 umount -l old
-exec env -i HOME=/root PATH=/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-  sh -eu /walk.sh
+path=/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+exec env -i HOME=/root PATH=$path sh -eu /walk.sh
 "#;
 
 const BEGIN: &str = r#"
