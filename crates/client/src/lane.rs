@@ -42,6 +42,8 @@ pub enum InFlight {
         pid: u32,
         /// That task is dying, and the daemon has been told.
         cancelled: bool,
+        /// It was sent to a daemon of which the one that has the session now knows nothing.
+        unsure: bool,
     },
     /// Node ids given back: the kernel waits for nothing.
     Forget,
@@ -52,7 +54,7 @@ pub enum InFlight {
 impl InFlight {
     /// A request that nobody has interrupted.
     pub fn request(unique: u64, opcode: u32, pid: u32) -> InFlight {
-        InFlight::Request { unique, opcode, pid, cancelled: false }
+        InFlight::Request { unique, opcode, pid, cancelled: false, unsure: false }
     }
 }
 
@@ -450,6 +452,19 @@ impl Lane {
         table.phase = Phase::Resending;
         table.overdue = None;
         resends(table.slots.in_flight())
+    }
+
+    /// The session is rebuilt: whatever has been sent may have run, and only we know that it was.
+    pub fn doubt(&self) {
+        let mut table = lock(&self.table);
+        for (at, request) in table.slots.in_flight_mut() {
+            if let InFlight::Request { opcode, unsure, .. } = request {
+                *unsure = true;
+                if let Some(keep) = &self.keep {
+                    keep.doubted(at, *opcode);
+                }
+            }
+        }
     }
 
     /// All of that is in batches: requests get slots again.

@@ -10,7 +10,7 @@ use crate::conn::{Conn, ConnRx};
 use crate::handshake::{self, HandshakeError, Joined, join};
 use crate::keep::Keep;
 use crate::known::Restored;
-use crate::lane::{InFlight, lock};
+use crate::lane::{InFlight, Lane, lock};
 use crate::rebuild;
 use crate::rings::with_causes;
 use crate::session::{End, Session};
@@ -41,6 +41,8 @@ const WORTH: Duration = Duration::from_secs(1);
 /// What a lane sends of a slot in use, first of all on a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
+    /// That the frame, which comes next, may have run before the session was rebuilt.
+    Unsure(SlotUse),
     /// The frame that is kept.
     Frame(SlotUse),
     /// Nobody will take the reply.
@@ -50,10 +52,13 @@ pub enum Resend {
 /// What has to be sent again of what is in flight.
 pub fn resends<'r>(in_flight: impl Iterator<Item = (SlotUse, &'r InFlight)>) -> VecDeque<Resend> {
     let resend = |(at, request): (SlotUse, &InFlight)| match request {
-        InFlight::Request { .. } | InFlight::Forget => Resend::Frame(at),
-        InFlight::Abandoned => Resend::Abandon(at),
+        InFlight::Request { unsure: true, .. } => {
+            [Some(Resend::Unsure(at)), Some(Resend::Frame(at))]
+        }
+        InFlight::Request { .. } | InFlight::Forget => [None, Some(Resend::Frame(at))],
+        InFlight::Abandoned => [None, Some(Resend::Abandon(at))],
     };
-    in_flight.map(resend).collect()
+    in_flight.flat_map(resend).flatten().collect()
 }
 
 /// When the next try is due: at once, then doubling, each somewhere in the upper half.
@@ -642,6 +647,7 @@ fn rebuild(
     if !session.resume.leave_old_daemon(!is_first) || !is_first {
         return Err(ResumeError::Overtaken);
     }
+    session.lanes.iter().for_each(Lane::doubt);
     let restored = rebuild::tell(joined, &session.known)?;
     let took_us = begun.elapsed().as_micros() as u64;
     let restored = Restored { took_us, ..restored };
@@ -713,9 +719,17 @@ mod tests {
     #[test]
     fn what_is_sent_first() {
         let at = |slot| SlotUse { slot, seq: 7 };
-        let requests = [InFlight::request(2, 1, 0), InFlight::Abandoned, InFlight::Forget];
+        let old =
+            InFlight::Request { unique: 4, opcode: 1, pid: 0, cancelled: false, unsure: true };
+        let requests = [InFlight::request(2, 1, 0), InFlight::Abandoned, InFlight::Forget, old];
         let in_flight = requests.iter().enumerate().map(|(slot, r)| (at(slot as u16), r));
-        let expected = [Resend::Frame(at(0)), Resend::Abandon(at(1)), Resend::Frame(at(2))];
+        let expected = [
+            Resend::Frame(at(0)),
+            Resend::Abandon(at(1)),
+            Resend::Frame(at(2)),
+            Resend::Unsure(at(3)),
+            Resend::Frame(at(3)),
+        ];
         assert_eq!(resends(in_flight), expected);
         assert!(resends(std::iter::empty()).is_empty());
     }

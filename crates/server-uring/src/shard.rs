@@ -491,7 +491,7 @@ impl<R: Ring> Shard<R> {
         body: Range<usize>,
     ) -> Result<Step, Reason> {
         match Kind::from_u8(header.kind) {
-            Some(Kind::Request | Kind::Forget | Kind::Cancel)
+            Some(Kind::Request | Kind::Forget | Kind::Cancel | Kind::Unsure)
                 if !self.conns[key].session.is_ready() =>
             {
                 Ok(Step::Unready)
@@ -501,6 +501,7 @@ impl<R: Ring> Shard<R> {
                 self.spin.worked();
                 self.request(key, header, buf, body)
             }
+            Some(Kind::Unsure) => self.doubt(key, header),
             Some(Kind::Forget) => self.forget(key, header, &buf[body]),
             Some(Kind::Cancel) if header.code == cancel::INTERRUPT => {
                 self.cancel(key, header);
