@@ -27,6 +27,7 @@ pub const TEST_PACKAGES: &[&str] = &[
     "pkg-config",
     "procps",
     "stress-ng",
+    "uidmap",
     "util-linux",
     "xfsprogs",
 ];

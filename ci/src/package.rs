@@ -5,6 +5,8 @@
 //! tarball for guests, and the place that `packaging/Containerfile` builds from.
 //! Invariant: nothing is installed on this machine; `--test` installs into a directory of its own.
 
+mod container;
+
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -155,11 +157,11 @@ fn test(out: &Path, made: &[PathBuf]) -> Result<()> {
     println!("package: installed by dpkg, mounted by its mount.ringfs, unmounted");
     dpkg().args(["--purge", "ringfs", "ringfsd"]).run()?;
     ensure!(!root.join("usr/bin/ringfs").exists(), "dpkg left usr/bin/ringfs");
-    empty_container(&sandbox, &out.join("ringfsd"), &made[2])?;
-    println!(
-        "package: the daemon served from a root without any other file, to the tarball's ringfs"
-    );
-    Ok(())
+    let guest = sandbox.make_dir("guest")?;
+    Cmd::new("tar").arg("-xzf").arg(&made[2]).arg("-C").arg(&guest).run()?;
+    let helper = guest.join("usr/sbin/mount.ringfs");
+    container::by_hand(&sandbox, &out.join("ringfsd"), &helper)?;
+    container::of_containerfile(&sandbox, out, &helper)
 }
 
 fn mounted(sandbox: &Sandbox, ringfsd: &Path, helper: &Path) -> Result<()> {
@@ -190,29 +192,6 @@ fn use_mount(helper: &Path, socket: &Path, dir: &Path) -> Result<()> {
     Cmd::new("umount").arg(dir).limit(SETTLE).run()?;
     wait_unmounted(dir, SETTLE)?;
     guard.disarm();
-    Ok(())
-}
-
-/// What `FROM scratch` gives the daemon: its program, a share, a place for its socket, and /proc.
-fn empty_container(sandbox: &Sandbox, ringfsd: &Path, tarball: &Path) -> Result<()> {
-    let root = sandbox.make_dir("scratch")?;
-    for dir in ["proc", "srv/data", "run/ringfs"] {
-        fs::create_dir_all(root.join(dir))?;
-    }
-    fs::copy(ringfsd, root.join("ringfsd"))?;
-    fs::write(root.join("srv/data/file"), "of the host")?;
-    let guest = sandbox.make_dir("guest")?;
-    Cmd::new("tar").arg("-xzf").arg(tarball).arg("-C").arg(&guest).run()?;
-    let dir = sandbox.make_dir("mnt-scratch")?;
-    let script = "mount -t proc proc \"$0/proc\" && exec chroot \"$0\" /ringfsd \
-                  --share d=/srv/data --listen unix:/run/ringfs/s.sock --state-dir none";
-    let unshare = Cmd::new("unshare").args(["--mount", "sh", "-c", script]).arg(&root);
-    let daemon = unshare.spawn(&sandbox.path("scratch.log"))?;
-    let socket = root.join("run/ringfs/s.sock");
-    let up = crate::guard::poll_until(SETTLE, || Ok(socket.exists()))?;
-    ensure!(up, "{}", crate::proc::tail_of(&sandbox.path("scratch.log")));
-    use_mount(&guest.join("usr/sbin/mount.ringfs"), &socket, &dir)?;
-    ensure!(daemon.stop(SETTLE)?.success(), "ringfsd did not end well in its empty root");
     Ok(())
 }
 

@@ -65,7 +65,7 @@ use Scenario::{Boot, Full, None as OnDemand, Rootfs, Smoke};
 use Stage::{Exitrd, Initramfs, NewRoot, Root};
 
 /// All steps in the order in which they run.
-pub const STEPS: [Step; 43] = [
+pub const STEPS: [Step; 44] = [
     step(Boot, Initramfs, 20, "modules"),
     step(Smoke, Initramfs, 120, "initramfs_mount"),
     step(Boot, Root, 120, "vsock_pieces_1k"),
@@ -97,6 +97,7 @@ pub const STEPS: [Step; 43] = [
     step(Full, Root, 300, "loop_copy_tree"),
     step(Full, Root, 600, "loop_fio_verify"),
     step(Full, Root, 120, "loop_umount"),
+    step(Full, Root, 300, "control_groups"),
     step(Rootfs, Initramfs, 60, "doctor"),
     step(Rootfs, Initramfs, 120, "root_mount"),
     step(Rootfs, NewRoot, 120, "root_runs"),

@@ -4,6 +4,7 @@
 //! drops the mount, which unmounts.
 
 use crate::conn::{Conn, ConnRx};
+use crate::connector::Terms;
 use crate::handshake::{self, join};
 use crate::keep::{Keep, LaneKeep, Places};
 use crate::known::Known;
@@ -11,7 +12,7 @@ use crate::lane::Lane;
 use crate::life::Parts;
 use crate::mount_cmd::{Failure, Request, system};
 use crate::options::{Options, cache_word};
-use crate::resume::{Resume, Terms};
+use crate::resume::Resume;
 use crate::rings::{Rings, with_causes};
 use crate::service::{HandedOver, Service};
 use crate::session::{End, Session};
@@ -245,6 +246,7 @@ fn facts(request: &Request, mount: &Mount, welcome: &Welcome, clones: &Clones) -
         checksum: welcome.features & feature::PAYLOAD_CRC != 0,
         takeovers: 0,
         alone_why: Some("not ready yet".to_owned()),
+        is_stored: false,
         options: request.lists.clone(),
     }
 }

@@ -29,8 +29,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// "ringfs" and the version of this layout: another version cannot take over.
-const READY: u64 = u64::from_le_bytes(*b"ringfs\0\x01");
+/// Names this layout, and this version of the program: what another one has left cannot be taken
+/// over, as the service manager may start one that was installed meanwhile.
+const READY: u64 = {
+    let sizes = [size_of::<Terms>() as u64, size_of::<Cell>() as u64, FILE_BYTES as u64];
+    let (mut hash, mut at) = (hash_of(b"ringfs", FNV_START), 0);
+    while at < sizes.len() {
+        hash = hash_of(&sizes[at].to_le_bytes(), hash);
+        at += 1;
+    }
+    hash_of(env!("CARGO_PKG_VERSION").as_bytes(), hash)
+};
+/// FNV-1a of 64 bits.
+const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
+const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;
+
+const fn hash_of(bytes: &[u8], start: u64) -> u64 {
+    let (mut hash, mut at) = (start, 0);
+    while at < bytes.len() {
+        hash = (hash ^ bytes[at] as u64).wrapping_mul(FNV_PRIME);
+        at += 1;
+    }
+    hash
+}
+
 /// Forgets that wait, of one lane; what comes beyond is forgotten with the client.
 const WAITING_MAX: usize = 1 << 17;
 const PAGE_BYTES: usize = 4096;
@@ -58,7 +80,7 @@ pub struct Terms {
     pub asked_lanes: u32,
     pub padding: u32,
     pub takeovers: u32,
-    /// As `resume::Terms` has them.
+    /// As `connector::Terms` has them.
     pub joined: u32,
     pub is_untold: u32,
     /// The connection whose handshake has begun and not ended, plus 1; 0: none.
@@ -392,6 +414,9 @@ mod tests {
         assert_eq!(open(), Some(Errno::INVAL));
         keep.set_ready();
         assert_eq!(open(), None);
+        keep.state().store(READY + 1, Ordering::Relaxed);
+        assert_eq!(open(), Some(Errno::INVAL), "another version's");
+        keep.set_ready();
         keep.change(|terms| terms.lanes = 9);
         assert_eq!(open(), Some(Errno::INVAL));
         let other = memfd_create("x", MemfdFlags::CLOEXEC).expect("a file");

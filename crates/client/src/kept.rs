@@ -12,8 +12,8 @@ use std::ops::Range;
 pub const KEPT_BYTES_MAX: usize = 16 << 20;
 /// Bytes of copies' buffers that stay with slots that are free.
 const IDLE_BYTES_MAX: usize = 2 << 20;
-/// Where no large frame has been seen yet, what a batch's buffer has in memory.
-const TOUCHED_FIRST: usize = 2 * BATCH_TARGET_BYTES;
+/// What a batch's buffer has in memory at least: small frames up to the target, and one more.
+const TOUCHED_MIN: usize = 2 * BATCH_TARGET_BYTES;
 /// Batch buffers that stay while no frame is in them.
 const SPARE_BUFFERS_MAX: usize = 4;
 
@@ -44,7 +44,7 @@ pub struct Kept {
     bytes: usize,
     /// Of copies' buffers of free slots.
     idle_bytes: usize,
-    /// Of a new batch buffer.
+    /// Of a new batch buffer: room for the largest frame so far, wherever it begins.
     touched: usize,
 }
 
@@ -64,8 +64,8 @@ pub fn touch(buffer: &mut [u8]) {
 }
 
 impl Kept {
-    /// Nothing is in flight. `has_large`: large frames may come at once, and a kill with them.
-    pub fn new(slots: u16, has_large: bool) -> Kept {
+    /// Nothing is in flight.
+    pub fn new(slots: u16) -> Kept {
         let frame = || Frame { copy: Vec::new(), place: Place::Nothing };
         Kept {
             frames: (0..slots).map(|_| frame()).collect(),
@@ -73,13 +73,14 @@ impl Kept {
             spare: Vec::new(),
             bytes: 0,
             idle_bytes: 0,
-            touched: if has_large { BATCH_BYTES_MAX } else { TOUCHED_FIRST },
+            touched: TOUCHED_MIN,
         }
     }
 
-    /// A buffer for the next batch.
-    pub fn batch_buffer(&self) -> Vec<u8> {
-        batch_buffer(self.touched)
+    /// The first batch's buffer. `is_late`: another client was there before, and so may frames of
+    /// any size be at once.
+    pub fn first_buffer(&self, is_late: bool) -> Vec<u8> {
+        batch_buffer(if is_late { BATCH_BYTES_MAX } else { self.touched })
     }
 
     /// Whether a further request has to wait.
@@ -92,7 +93,8 @@ impl Kept {
         self.release(slot);
         let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
         if span.len() > BATCH_TARGET_BYTES {
-            self.touched = BATCH_BYTES_MAX;
+            let touched = (BATCH_TARGET_BYTES + span.len()).min(BATCH_BYTES_MAX);
+            self.touched = self.touched.max(touched);
             self.bytes += BATCH_BYTES_MAX;
             frame.place = Place::InBatch(span);
             self.in_batch = Some(slot);
@@ -108,7 +110,7 @@ impl Kept {
     /// The record that another client had in that slot.
     pub fn adopt(&mut self, slot: u16, record: &[u8]) {
         let mut buffer = match record.len() > BATCH_TARGET_BYTES {
-            true => self.batch_buffer(),
+            true => batch_buffer(record.len()),
             false => return self.keep(slot, record, 0..record.len()),
         };
         buffer[..record.len()].copy_from_slice(record);
@@ -180,7 +182,7 @@ mod tests {
 
     #[test]
     fn small_frames_are_copied_and_their_buffers_stay() {
-        let mut kept = Kept::new(2, false);
+        let mut kept = Kept::new(2);
         let mut buffer = batch_buffer(0);
         keep(&mut kept, 1, &mut buffer, 32..112);
         buffer.fill(0);
@@ -196,7 +198,7 @@ mod tests {
 
     #[test]
     fn large_frames_take_their_batch_along() {
-        let mut kept = Kept::new(40, false);
+        let mut kept = Kept::new(40);
         let mut buffer = batch_buffer(0);
         for slot in 0..40 {
             assert_eq!(kept.is_full(), usize::from(slot) * BATCH_BYTES_MAX >= KEPT_BYTES_MAX);
@@ -217,7 +219,7 @@ mod tests {
 
     #[test]
     fn a_reply_before_the_batch_has_left_leaves_the_buffer_with_the_lane() {
-        let mut kept = Kept::new(2, false);
+        let mut kept = Kept::new(2);
         let mut buffer = batch_buffer(0);
         keep(&mut kept, 0, &mut buffer, 32..200_000);
         let place = buffer.as_ptr();
@@ -228,7 +230,7 @@ mod tests {
 
     #[test]
     fn what_free_slots_hold_is_bounded() {
-        let mut kept = Kept::new(1024, false);
+        let mut kept = Kept::new(1024);
         let mut buffer = batch_buffer(0);
         for slot in 0..1024 {
             keep(&mut kept, slot, &mut buffer, 32..32 + BATCH_TARGET_BYTES);
@@ -241,7 +243,7 @@ mod tests {
 
     #[test]
     fn slots_that_do_not_exist_are_nobodys() {
-        let mut kept = Kept::new(1, false);
+        let mut kept = Kept::new(1);
         kept.keep(9, &[0; 64], 0..16);
         kept.release(9);
         assert_eq!((kept.record(9), kept.bytes), (None, 0));

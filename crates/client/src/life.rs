@@ -4,9 +4,9 @@
 //! limit for anything but a signal or the session's events, and never touches the mount point
 //! itself.
 
+use crate::connector::{self, Terms};
 use crate::keep::Keep;
 use crate::mount_cmd::{Failure, READY_LIMIT, system};
-use crate::resume::{self, Terms};
 use crate::rings::{Rings, place_of};
 use crate::service::Service;
 use crate::session::{End, Session};
@@ -177,7 +177,7 @@ impl Life {
         let Some(terms) = self.terms.take() else { return Ok(()) };
         let session = Arc::clone(&self.session);
         let thread = std::thread::Builder::new().name("connector".to_owned());
-        let spawned = thread.spawn(move || resume::run(&session, terms));
+        let spawned = thread.spawn(move || connector::run(&session, terms));
         spawned.map(drop).map_err(system("start a thread"))
     }
 
@@ -273,6 +273,7 @@ impl Life {
         if let Some(why) = self.service.hear() {
             self.facts.alone_why = Some(why.to_owned());
         }
+        self.facts.is_stored = self.service.is_stored;
         self.answer_askers(is_asked);
         Ok(self.service.signals_seen() > before)
     }

@@ -11,6 +11,7 @@ mod background;
 mod batcher;
 mod begin;
 mod conn;
+mod connector;
 mod doctor;
 mod down;
 mod fd_store;
@@ -36,6 +37,7 @@ mod rings;
 mod service;
 mod session;
 mod status;
+mod status_text;
 mod takeover;
 mod transport;
 mod up;
@@ -453,7 +455,7 @@ fn run_status(json: bool) -> anyhow::Result<()> {
     let entries = status::collect(&status::dirs()).context("/proc/self/mountinfo")?;
     let text = match json {
         true => serde_json::to_string_pretty(&entries)? + "\n",
-        false => status::render(&entries, status::unix_now_s()),
+        false => status_text::render(&entries, status::unix_now_s()),
     };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())

@@ -1,22 +1,19 @@
-//! Connections that are lost come again: the connector's thread, and what it shares with lanes.
+//! Connections that are lost come again: what lanes, main thread and connector share of that.
 //!
 //! A lane that loses its connection says so ([`Resume::lost`]) and goes on without; the connector
-//! joins one connection at a time, with the newest ticket, and the lane takes it
-//! ([`Resume::take`]). A daemon that does not know the session is told of it first (rebuild.rs),
-//! and then no lane has a connection of before. Invariant: a port has at most one connection that
-//! counts; whoever still holds an older one only drops it. It must not touch requests.
+//! (connector.rs) joins another one, and the lane takes it ([`Resume::take`]). Invariant: a port
+//! has at most one connection that counts; whoever still holds an older one only drops it. It must
+//! not touch requests.
 
 use crate::conn::{Conn, ConnRx};
-use crate::handshake::{self, HandshakeError, Joined, join};
-use crate::keep::Keep;
+use crate::handshake::Joined;
 use crate::known::Restored;
-use crate::lane::{InFlight, Lane, lock};
-use crate::rebuild;
+use crate::lane::{InFlight, lock};
 use crate::rings::with_causes;
-use crate::session::{End, Session};
+use crate::session::End;
 use crate::status::unix_now_s;
-use crate::transport::{Address, ConnectError, Socket};
-use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, feature, welcome_flag};
+use crate::transport::Socket;
+use ringfs_wire::hello::Reason;
 use ringfs_wire::slot::SlotUse;
 use rustix::net::Shutdown;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -25,16 +22,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
 /// Between the first two tries after one that failed.
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 /// Between two tries at most: the first answer is to come half a second after a daemon does,
 /// however long there was none, and the rebuild has its part of that.
 const BACKOFF_MAX: Duration = Duration::from_millis(300);
-/// A daemon that refuses the ticket so often in a row, at first perhaps as it is just letting go
-/// of the session, does not have it for us.
-const UNKNOWN_MAX: u32 = 2;
 /// A connection that lived shorter did not help: the back-off goes on where it was.
 const WORTH: Duration = Duration::from_secs(1);
 
@@ -250,7 +243,7 @@ impl Resume {
 
     /// The daemon does not know the session: all connections of before count no more. Returns when
     /// no lane acts on one any longer; false: it is over.
-    fn leave_old_daemon(&self, ask_again_at_once: bool) -> bool {
+    pub fn leave_old_daemon(&self, ask_again_at_once: bool) -> bool {
         let mut state = lock(&self.state);
         self.drop_all(&mut state);
         state.hurry |= ask_again_at_once;
@@ -272,7 +265,7 @@ impl Resume {
     }
 
     /// A daemon was told of the session.
-    fn has_told(&self, restored: Restored) {
+    pub fn has_told(&self, restored: Restored) {
         let mut state = lock(&self.state);
         state.rebuilds += 1;
         state.restored = restored;
@@ -318,7 +311,7 @@ impl Resume {
     }
 
     /// Sleeps until a connection is missing and a try is due: which. `None`: it is over.
-    fn next_job(&self) -> Option<u16> {
+    pub fn next_job(&self) -> Option<u16> {
         let mut state = lock(&self.state);
         let mut due: Option<Instant> = None;
         loop {
@@ -344,25 +337,24 @@ impl Resume {
     }
 
     /// A handshake begins on that socket; false: it must not.
-    fn begin_try(&self, socket: &Socket) -> bool {
+    pub fn begin_try(&self, socket: &Socket) -> bool {
         let mut state = lock(&self.state);
         state.trying = socket.as_fd().try_clone_to_owned().ok();
         !state.stopping && state.trying.is_some()
     }
 
-    /// The connection by which a new ticket may be on its way, after a try of `port`.
-    fn end_unsure(&self, port: u16, error: Option<&ResumeError>) -> Option<u16> {
+    /// The connection by which a new ticket may be on its way, after a try of `port`: whether by
+    /// that; `None`: it has reached no daemon, so nothing more is known than before.
+    pub fn end_unsure(&self, port: u16, is_unsure: Option<bool>) -> Option<u16> {
         let mut state = lock(&self.state);
-        // Who has not reached a daemon knows no more than before.
-        if !matches!(error, Some(ResumeError::Connect(_))) {
-            let is_unsure = error.is_some_and(ResumeError::may_have_lost_a_ticket);
+        if let Some(is_unsure) = is_unsure {
             state.unsure = Some(port).filter(|_| is_unsure);
         }
         state.unsure
     }
 
     /// What came of it: the connection counts, unless somebody has ended the try.
-    fn end_try(&self, port: u16, joined: Option<Joined>) -> bool {
+    pub fn end_try(&self, port: u16, joined: Option<Joined>) -> bool {
         let mut state = lock(&self.state);
         let is_wanted = state.trying.take().is_some();
         let Some(joined) = joined.filter(|_| is_wanted) else { return false };
@@ -417,291 +409,9 @@ impl State {
     }
 }
 
-/// How the daemon is asked again.
-#[derive(Debug)]
-pub struct Terms {
-    address: Address,
-    /// The first HELLO.
-    hello: Hello,
-    /// The newest WELCOME.
-    welcome: Welcome,
-    /// A daemon that does not know the session ends the mount.
-    is_strict: bool,
-    /// The ports that the session has had a connection of, one bit each.
-    joined: u8,
-    /// A daemon asked for a rebuild and has not been told all.
-    is_untold: bool,
-    /// How often in a row a daemon would not know the session by its ticket.
-    unknown: u32,
-    /// Where the next client finds them.
-    keep: Option<Arc<Keep>>,
-}
-
-impl Terms {
-    /// After the first connections.
-    pub fn new(address: &Address, hello: Hello, welcome: Welcome, is_strict: bool) -> Terms {
-        Terms {
-            address: address.clone(),
-            hello,
-            welcome,
-            is_strict,
-            joined: u8::MAX,
-            is_untold: false,
-            unknown: 0,
-            keep: None,
-        }
-    }
-
-    /// They are put down there from now on.
-    pub fn keeping(self, keep: Arc<Keep>) -> Terms {
-        let terms = Terms { keep: Some(keep), ..self };
-        terms.put_down(None);
-        terms
-    }
-
-    /// As another client has left them.
-    pub fn inherited(self, keep: Arc<Keep>) -> Terms {
-        let kept = keep.terms();
-        let (welcome, is_untold) = (kept.welcome, kept.is_untold != 0);
-        Terms { welcome, is_untold, joined: kept.joined as u8, keep: Some(keep), ..self }
-    }
-
-    /// `unsure`: the connection by which a new ticket may be on its way.
-    fn put_down(&self, unsure: Option<u16>) {
-        let Some(keep) = &self.keep else { return };
-        keep.change(|kept| {
-            (kept.welcome, kept.joined) = (self.welcome, self.joined.into());
-            kept.is_untold = self.is_untold.into();
-            kept.trying = unsure.map_or(0, |port| u32::from(port) + 1);
-        });
-    }
-
-    /// Whether it makes sense to ask for a session of our own instead.
-    fn can_begin_anew(&self) -> bool {
-        let restores = self.welcome.features & feature::RESTORE != 0;
-        restores && !self.is_strict && self.welcome.ticket != Ticket::NONE
-    }
-}
-
-/// Why one try came to nothing.
-#[derive(Debug, Error)]
-#[allow(missing_docs, reason = "the messages say it")]
-pub enum ResumeError {
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    #[error(transparent)]
-    Handshake(#[from] HandshakeError),
-    #[error(
-        "the daemon does not know the session (it was restarted, or the session's grace is over), \
-         and the mount is `strict`: mount again"
-    )]
-    Strict,
-    #[error(
-        "the daemon does not know the session (it was restarted, or the session's grace is over), \
-         and one of the two daemons cannot have it rebuilt: update ringfsd, and mount again"
-    )]
-    NoRestore,
-    #[error("the daemon takes the connection for a new one: update ringfsd")]
-    NotResumed,
-    #[error("the daemon has other {0} than before")]
-    Changed(&'static str),
-    #[error("the daemon does not know the session, and grants fewer {0} than it has: mount again")]
-    Fewer(&'static str),
-    #[error("somebody asked for another try")]
-    Overtaken,
-}
-
-impl ResumeError {
-    /// Whether the ticket is no good there: somebody else, a clone of ours, has the session.
-    fn is_unknown_session(&self) -> bool {
-        let ResumeError::Handshake(HandshakeError::Refused { reason, .. }) = self else {
-            return false;
-        };
-        *reason == Some(Reason::UnknownSession)
-    }
-
-    /// Whether the daemon may have welcomed us, and we do not know.
-    fn may_have_lost_a_ticket(&self) -> bool {
-        let is_refused = |error: &_| matches!(error, HandshakeError::Refused { .. });
-        matches!(self, ResumeError::Handshake(error) if !is_refused(error))
-    }
-
-    /// Whether another try makes sense.
-    fn is_passing(&self) -> bool {
-        match self {
-            ResumeError::Connect(_) | ResumeError::Overtaken => true,
-            ResumeError::Handshake(error) => match error {
-                HandshakeError::Refused { reason, .. } => {
-                    reason.is_some_and(|reason| reason.is_passing())
-                }
-                HandshakeError::Version(_) | HandshakeError::Excess(_) => false,
-                HandshakeError::Timeout
-                | HandshakeError::Closed
-                | HandshakeError::Io(_)
-                | HandshakeError::Link(_)
-                | HandshakeError::Hello(_)
-                | HandshakeError::TooLong(_)
-                | HandshakeError::Unexpected(_) => true,
-            },
-            ResumeError::Strict
-            | ResumeError::NoRestore
-            | ResumeError::NotResumed
-            | ResumeError::Changed(_)
-            | ResumeError::Fewer(_) => false,
-        }
-    }
-}
-
-/// The connector's thread: until the session is over.
-pub fn run(session: &Session, mut terms: Terms) {
-    let mut has_told = false;
-    while let Some(port) = session.resume.next_job() {
-        let tried = resume(session, &mut terms, port);
-        let unsure = session.resume.end_unsure(port, tried.as_ref().err());
-        terms.put_down(unsure);
-        match tried {
-            Ok(()) => {
-                session.lanes[usize::from(port)].kick();
-                session.notify();
-                terms.unknown = 0;
-                has_told &= session.resume.outlook().missing > 0;
-            }
-            Err(ResumeError::Overtaken) => {}
-            Err(error) if error.is_unknown_session() && terms.can_begin_anew() => {
-                terms.unknown += 1;
-                if terms.unknown == UNKNOWN_MAX {
-                    tracing::warn!("the session is another guest's: asking for one of our own");
-                    session.resume.leave_old_daemon(true);
-                    terms.welcome.ticket = Ticket::NONE;
-                    terms.put_down(None);
-                }
-            }
-            Err(error) if error.is_passing() => {
-                let why = with_causes(&error);
-                // The first of an outage; the others would say the same.
-                match std::mem::replace(&mut has_told, true) {
-                    false => tracing::warn!(why, "no new connection yet; trying on"),
-                    true => tracing::debug!(why, "no new connection yet"),
-                }
-            }
-            Err(error) => return session.end(End::NotResumed(error)),
-        }
-    }
-}
-
-/// One try.
-fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeError> {
-    let resume = &session.resume;
-    let begun = Instant::now();
-    let socket = Socket::connect(&terms.address, handshake::LIMIT)?;
-    if !resume.begin_try(&socket) {
-        return Err(ResumeError::Overtaken);
-    }
-    let hello = Hello {
-        ticket: terms.welcome.ticket,
-        epoch_seen: terms.welcome.epoch,
-        conn: port,
-        init: session.agreed().map(|agreed| agreed.served),
-        ..terms.hello.clone()
-    };
-    terms.put_down(Some(port));
-    let mut joined = match join(socket, &hello) {
-        Ok(joined) => joined,
-        Err(error) => {
-            resume.end_try(port, None);
-            return Err(error.into());
-        }
-    };
-    let welcome = joined.welcome;
-    let used = Used { lanes: session.lanes.len() as u16, slots: session.lanes[0].slots() };
-    let is_rebuild = check_terms(terms, port, used, &welcome)?;
-    // Whatever becomes of this connection: the daemon may know the new ticket alone by now.
-    terms.welcome = welcome;
-    terms.put_down(None);
-    if is_rebuild && let Err(error) = rebuild(session, terms, port, &mut joined, begun) {
-        resume.end_try(port, None);
-        return Err(error);
-    }
-    terms.joined |= 1 << port;
-    match resume.end_try(port, Some(joined)) {
-        true => {
-            session.lanes[usize::from(port)].renew();
-            Ok(())
-        }
-        false => Err(ResumeError::Overtaken),
-    }
-}
-
-/// Tells the daemon of the session; the connection is that of lane 0 and goes on, or is of no use.
-fn rebuild(
-    session: &Session,
-    terms: &mut Terms,
-    port: u16,
-    joined: &mut Joined,
-    begun: Instant,
-) -> Result<(), ResumeError> {
-    (terms.is_untold, terms.joined) = (true, 0);
-    terms.put_down(None);
-    let is_first = port == 0;
-    // What lanes still take from old connections would be told wrongly.
-    if !session.resume.leave_old_daemon(!is_first) || !is_first {
-        return Err(ResumeError::Overtaken);
-    }
-    session.lanes.iter().for_each(Lane::doubt);
-    let restored = rebuild::tell(joined, &session.known)?;
-    let took_us = begun.elapsed().as_micros() as u64;
-    let restored = Restored { took_us, ..restored };
-    terms.is_untold = false;
-    session.resume.has_told(restored);
-    Ok(())
-}
-
-/// What the mount has of its terms.
-#[derive(Clone, Copy)]
-struct Used {
-    lanes: u16,
-    slots: u16,
-}
-
-/// Whether the session is to be rebuilt; an error: it cannot go on.
-fn check_terms(terms: &Terms, port: u16, used: Used, now: &Welcome) -> Result<bool, ResumeError> {
-    let before = &terms.welcome;
-    let is_rebuild = now.flags & welcome_flag::REBUILD != 0;
-    let is_resumed = now.flags & welcome_flag::RESUMED != 0;
-    let is_first_join = !is_resumed && terms.joined >> port & 1 == 0;
-    if is_rebuild && terms.is_strict {
-        return Err(ResumeError::Strict);
-    }
-    if is_rebuild && before.features & now.features & feature::RESTORE == 0 {
-        return Err(ResumeError::NoRestore);
-    }
-    // Who was not told all does not go on as if.
-    if !is_rebuild && (terms.is_untold || !is_resumed && !is_first_join) {
-        return Err(ResumeError::NotResumed);
-    }
-    let same = |is_same: bool, what| if is_same { Ok(()) } else { Err(ResumeError::Changed(what)) };
-    same(before.version == now.version, "versions")?;
-    same(before.features == now.features, "features")?;
-    if is_rebuild {
-        let enough =
-            |is_enough: bool, what| if is_enough { Ok(()) } else { Err(ResumeError::Fewer(what)) };
-        enough(now.lanes >= used.lanes && now.conns >= used.lanes, "lanes")?;
-        enough(now.slots >= used.slots, "slots")?;
-        return Ok(true);
-    }
-    same(before.lanes == now.lanes && before.conns == now.conns, "lanes")?;
-    same(before.slots == now.slots, "slots")?;
-    Ok(false)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ringfs_wire::hello::CacheMode;
-
-    fn zeros() -> Welcome {
-        Welcome::default()
-    }
 
     #[test]
     fn tries_become_rare() {
@@ -732,90 +442,5 @@ mod tests {
         ];
         assert_eq!(resends(in_flight), expected);
         assert!(resends(std::iter::empty()).is_empty());
-    }
-
-    fn terms(welcome: Welcome) -> Terms {
-        let hello = Hello {
-            versions: (1, 1),
-            features: welcome.features,
-            ticket: welcome.ticket,
-            epoch_seen: 0,
-            lanes: 2,
-            conn: 0,
-            conns: 2,
-            slots: 8,
-            mount_flags: 0,
-            cache: CacheMode::Auto,
-            share: "s".into(),
-            subdir: Vec::new(),
-            init: None,
-        };
-        Terms::new(&Address::Unix("/s".into()), hello, welcome, false)
-    }
-
-    #[test]
-    fn terms_that_cannot_go_on() {
-        let (flags, features) = (welcome_flag::RESUMED, feature::RESTORE);
-        let before =
-            Welcome { version: 1, lanes: 2, slots: 8, conns: 2, flags, features, ..zeros() };
-        let plain = terms(before);
-        let check = |terms: &Terms, now: Welcome, expected: Result<bool, &str>| {
-            let used = Used { lanes: 2, slots: 8 };
-            let found = check_terms(terms, 1, used, &now).map_err(|error| {
-                assert!(!error.is_passing());
-                error.to_string()
-            });
-            match (&found, expected) {
-                (Ok(is_rebuild), expected) => assert_eq!(Ok(*is_rebuild), expected),
-                (Err(text), Err(part)) => assert!(text.contains(part), "{text}"),
-                (Err(text), Ok(_)) => panic!("{text}"),
-            }
-        };
-        check(&plain, Welcome { epoch: 9, ..before }, Ok(false));
-        check(&plain, Welcome { flags: 0, ..before }, Err("update ringfsd"));
-        check(&plain, Welcome { slots: 7, ..before }, Err("other slots"));
-        check(&plain, Welcome { lanes: 1, ..before }, Err("other lanes"));
-        check(&plain, Welcome { features: 3, ..before }, Err("other features"));
-
-        let rebuild = Welcome { flags: welcome_flag::REBUILD, ..before };
-        check(&plain, rebuild, Ok(true));
-        check(&plain, Welcome { lanes: 3, conns: 3, slots: 9, ..rebuild }, Ok(true));
-        check(&plain, Welcome { lanes: 1, conns: 1, ..rebuild }, Err("fewer lanes"));
-        check(&plain, Welcome { conns: 1, ..rebuild }, Err("fewer lanes"));
-        check(&plain, Welcome { slots: 7, ..rebuild }, Err("fewer slots"));
-        check(&plain, Welcome { features: 0, ..rebuild }, Err("cannot have it rebuilt"));
-        check(&plain, Welcome { features: 3, ..rebuild }, Err("other features"));
-        let old = terms(Welcome { features: 0, ..before });
-        check(&old, rebuild, Err("cannot have it rebuilt"));
-        check(&Terms { is_strict: true, ..terms(before) }, rebuild, Err("`strict`"));
-
-        // After a rebuild the other connections join as those of a new session do, once.
-        let told = |joined| Terms { joined, ..terms(rebuild) };
-        check(&told(1), Welcome { flags: 0, ..before }, Ok(false));
-        check(&told(1), before, Ok(false));
-        check(&told(3), Welcome { flags: 0, ..before }, Err("update ringfsd"));
-        let untold = || Terms { is_untold: true, ..told(0) };
-        check(&untold(), rebuild, Ok(true));
-        for flags in [0, welcome_flag::RESUMED] {
-            check(&untold(), Welcome { flags, ..before }, Err("update ringfsd"));
-        }
-    }
-
-    #[test]
-    fn refusals_that_pass() {
-        let refused = |reason| HandshakeError::Refused { reason, text: String::new() };
-        for (error, expected) in [
-            (refused(Some(Reason::Shutdown)), true),
-            (refused(Some(Reason::Limit)), true),
-            (refused(Some(Reason::UnknownSession)), false),
-            (refused(Some(Reason::Denied)), false),
-            (refused(None), false),
-            (HandshakeError::Timeout, true),
-            (HandshakeError::Closed, true),
-            (HandshakeError::Version(9), false),
-        ] {
-            let error = ResumeError::from(error);
-            assert_eq!(error.is_passing(), expected, "{error}");
-        }
     }
 }

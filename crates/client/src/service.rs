@@ -25,7 +25,7 @@ pub struct Service {
     /// Somebody waits for the keeper's end.
     is_foreground: bool,
     /// The service manager has the fds too.
-    is_stored: bool,
+    pub is_stored: bool,
     /// The keeper is there.
     is_kept: bool,
     signals: UnixStream,

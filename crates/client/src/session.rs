@@ -4,11 +4,12 @@
 //! daemon. Nothing here is locked on the way of a frame.
 
 use crate::conn::Conn;
+use crate::connector::ResumeError;
 use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
 use crate::known::Known;
 use crate::lane::{Lane, LaneCounters, lock};
-use crate::resume::{Resume, ResumeError};
+use crate::resume::Resume;
 use fuser_fork::device::DeviceError;
 use fuser_fork::init::{self, InitError, Limits, Negotiated};
 use fuser_fork::uring::UringError;

@@ -49,14 +49,14 @@ impl<'s> Intake<'s> {
     /// Nothing yet, but for what the client before has left.
     pub fn new(session: &'s Session, lane: &'s Lane, inherited: Inherited) -> Intake<'s> {
         let Inherited { records, forgets, .. } = inherited;
-        let mut kept = Kept::new(lane.slots(), lane.is_inherited());
+        let mut kept = Kept::new(lane.slots());
         records.iter().for_each(|(slot, record)| kept.adopt(*slot, record));
         lane.forgets_wait(0, &forgets);
         Intake {
             session,
             lane,
             builder: BatchBuilder::new(),
-            buffer: kept.batch_buffer(),
+            buffer: kept.first_buffer(lane.is_inherited()),
             kept,
             resends: VecDeque::new(),
             is_resending: false,

@@ -15,8 +15,10 @@ use rustix::net::sockopt::set_socket_passcred;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -253,7 +255,9 @@ fn a_kill_of_all_its_processes_is_survived() {
         manager.wait_ready(1);
         let lanes = status_of(&bench)["lanes"]["got"].as_u64().expect("lanes") as usize;
         assert_eq!(manager.names().len(), 1 + lanes);
-        assert!(manager.see(|unit| unit.barriers) == 1 && status_of(&bench)["alone_why"].is_null());
+        assert_eq!(manager.see(|unit| unit.barriers), 1);
+        let status = status_of(&bench);
+        assert!(status["alone_why"].is_null() && status["is_stored"] == true, "{status}");
         let line = mount_line(&bench);
         let held = hold(&bench, &["hello"]);
         let reader = hanging(&bench);
@@ -372,6 +376,14 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
         manager.see(|unit| unit.store.retain(|(name, _)| !name.ends_with("device-1")));
     };
     check(lose, "data", "had 2 lanes and has left 1 fds", 2);
+    let update = |_: &Bench, manager: &Manager| {
+        let file = manager.see(|unit| {
+            let file = unit.store.iter().find(|(name, _)| name == "ringfs-file");
+            file.expect("stored").1.try_clone().expect("dup")
+        });
+        File::from(file).write_all_at(&[7; 8], 0).expect("another version's");
+    };
+    check(update, "data", "has left nothing that this one can read", 2);
 }
 
 #[test]

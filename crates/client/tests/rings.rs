@@ -4,24 +4,20 @@
 //! They switch the module's parameter while they run, and back afterwards.
 
 #[allow(dead_code, reason = "the other tests use more of it")]
+mod bench;
+#[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use host::{BIG_BYTES, HELLO_TEXT, Host, Mood, Terms, big_byte};
-use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, Signal, kill_process};
+use bench::uses::{self, umount};
+use bench::*;
+use host::{BIG_BYTES, HELLO_TEXT, Mood, Terms, big_byte};
+use rustix::process::Signal;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::channel;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-use tempfile::TempDir;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_ringfs");
-const LIMIT: Duration = Duration::from_secs(30);
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -53,122 +49,14 @@ impl Drop for Switched {
     }
 }
 
-fn within<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
-    let (sender, receiver) = channel();
-    std::thread::spawn(move || sender.send(work()));
-    receiver.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("{what} takes too long"))
+fn mounted(terms: Terms, options: &str) -> (Bench, Client) {
+    let bench = Bench::new(terms);
+    let client = bench.mount(options);
+    (bench, client)
 }
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LIMIT;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} does not come");
-        std::thread::yield_now();
-    }
-}
-
-/// A host, a mount of it in the foreground, and what cleans up.
-struct Bench {
-    host: Host,
-    mountpoint: PathBuf,
-    client: Option<Child>,
-    _dir: TempDir,
-}
-
-impl Bench {
-    fn mounted(terms: Terms, options: &str) -> Bench {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let mountpoint = dir.path().canonicalize().expect("dir").join("mnt");
-        std::fs::create_dir(&mountpoint).expect("mkdir");
-        let host = Host::start(dir.path(), terms);
-        let source = format!("data@unix:{}", host.path.display());
-        let mut command = Command::new(PROGRAM);
-        command.args(["mount", "-f", "-o", options, &source]).arg(&mountpoint);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("spawn");
-        let stdout = child.stdout.take().expect("piped");
-        let bench = Bench { host, mountpoint, client: Some(child), _dir: dir };
-        let line = within("the mount", move || {
-            let mut line = String::new();
-            BufReader::new(stdout).read_line(&mut line).map(|_| line)
-        });
-        assert!(line.expect("a line").contains("is mounted on"));
-        bench
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.mountpoint.join(name)
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = Pid::from_child(self.client.as_ref().expect("running"));
-        kill_process(pid, signal).expect("kill");
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(PROGRAM);
-        command.args(args).stdin(Stdio::null());
-        within("a command", move || command.output()).expect("run")
-    }
-
-    fn umount(&self, args: &[&str]) -> bool {
-        let path = self.mountpoint.display().to_string();
-        self.run(&[&["umount"], args, &[path.as_str()]].concat()).status.success()
-    }
-
-    fn is_mounted(&self) -> bool {
-        let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-        table.lines().any(|line| line.split(' ').nth(4) == self.mountpoint.to_str())
-    }
-
-    fn rings(&self) -> serde_json::Value {
-        self.client()["rings"].clone()
-    }
-
-    fn client(&self) -> serde_json::Value {
-        let json = self.run(&["status", "--json"]).stdout;
-        let entries: serde_json::Value = serde_json::from_slice(&json).expect("json");
-        let path = self.mountpoint.display().to_string();
-        let entry = entries.as_array().expect("a list").iter().find(|e| e["mountpoint"] == path);
-        entry.expect("our mount")["client"].clone()
-    }
-
-    fn cat(&self, name: &str) -> Child {
-        let mut command = Command::new("cat");
-        command.arg(self.file(name)).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().expect("cat")
-    }
-
-    /// The client's end: how, and what it said.
-    fn end(&mut self) -> (ExitStatus, String) {
-        let mut child = self.client.take().expect("running");
-        within("the client's end", move || {
-            let mut text = String::new();
-            let _ = child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut text));
-            (child.wait().expect("wait"), text)
-        })
-    }
-
-    fn umount_and_end(&mut self) {
-        assert!(self.umount(&[]));
-        let (status, stderr) = self.end();
-        assert!(status.success() && !self.is_mounted(), "{status} {stderr}");
-        assert_eq!(self.host.slots_in_use(), 0);
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.client.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        while self.is_mounted() {
-            if unmount(&self.mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_err() {
-                break;
-            }
-        }
-    }
+fn rings(bench: &Bench) -> serde_json::Value {
+    status_of(bench)["rings"].clone()
 }
 
 fn read_all(path: &Path, size: usize) {
@@ -213,15 +101,13 @@ fn rings_serve_a_mount() {
         ("uring=on,lanes=1,checksum=on", Terms::default()),
         ("uring=on,cache=never", Terms { slots: 2, ..Terms::default() }),
     ] {
-        let mut bench = Bench::mounted(terms, options);
+        let (bench, client) = mounted(terms, options);
         use_mount(&bench);
-        let rings = bench.rings();
+        let rings = rings(&bench);
         assert!(rings["queues"].as_u64() >= Some(1) && rings["why"].is_null(), "{rings}");
         let text = String::from_utf8(bench.run(&["status"]).stdout).expect("text");
         assert!(text.contains("entries, buffers of at most"), "{text}");
-        bench.umount_and_end();
-        let faults = bench.host.wait_for("faults", |seen| Some(seen.faults.clone()));
-        assert_eq!(faults, [""; 0], "{options}");
+        umount(&bench, client);
     }
 }
 
@@ -230,25 +116,24 @@ fn without_rings_the_device_serves_and_says_why() {
     let Some(_off) = Switched::to("N", "without_rings_the_device_serves_and_says_why") else {
         return;
     };
-    let mut bench = Bench::mounted(Terms::default(), "uring=on,lanes=2");
+    let (bench, client) = mounted(Terms::default(), "uring=on,lanes=2");
     use_mount(&bench);
-    let rings = bench.rings();
+    let rings = rings(&bench);
     let why = rings["why"].as_str().unwrap_or_default().to_owned();
     assert!(rings["queues"] == 0 && why.contains("echo Y"), "{rings}");
-    assert!(bench.umount(&[]));
-    let (status, stderr) = bench.end();
-    assert!(status.success() && stderr.contains("frames come by /dev/fuse"), "{stderr}");
+    let stderr = umount(&bench, client);
+    assert!(stderr.contains("frames come by /dev/fuse"), "{stderr}");
 }
 
 #[test]
 fn one_connection_is_not_enough_for_rings() {
     let Some(_on) = Switched::to("Y", "one_connection_is_not_enough_for_rings") else { return };
     let terms = Terms { lanes: 1, conns: 1, ..Terms::default() };
-    let mut bench = Bench::mounted(terms, "uring=on");
+    let (bench, client) = mounted(terms, "uring=on");
     use_mount(&bench);
-    let rings = bench.rings();
+    let rings = rings(&bench);
     assert!(rings["queues"] == 0 && rings["why"].as_str().is_some(), "{rings}");
-    bench.umount_and_end();
+    umount(&bench, client);
 }
 
 #[test]
@@ -258,25 +143,19 @@ fn killed_readers_get_out_and_the_daemon_is_told() {
     };
     // With few slots some wait in their entries: their interrupts come before their slots.
     for slots in [64_u16, 2] {
-        let mut bench = Bench::mounted(Terms { slots, ..Terms::default() }, "uring=on,lanes=1");
-        let mut readers: Vec<Child> = (0..6).map(|_| bench.cat("hang")).collect();
+        let (bench, client) = mounted(Terms { slots, ..Terms::default() }, "uring=on,lanes=1");
+        let readers: Vec<Reader> = (0..6).map(|_| bench.cat("hang")).collect();
         // A signal that comes while the kernel hands a request to its entry is not told by Linux
         // 6.18 (docs/operations.md): all of them are with the client before they are killed.
         let hanging = usize::from(slots.min(6));
         bench.host.wait_for("reads", |seen| (seen.hanging.len() == hanging).then_some(()));
-        wait_until("the other requests", || bench.client()["parked"] == 6 - hanging);
-        for reader in &mut readers {
-            reader.kill().expect("kill");
-        }
-        for mut reader in readers {
-            let status = within("a killed reader", move || reader.wait()).expect("wait");
-            assert_eq!(status.signal(), Some(9));
+        wait_until("the other requests", || status_of(&bench)["parked"] == 6 - hanging);
+        readers.iter().for_each(Reader::kill);
+        for reader in readers {
+            assert_eq!(reader.wait().status.signal(), Some(9));
         }
         assert!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)) >= 1);
-        wait_until("the unmount", || bench.umount(&[]));
-        let (status, stderr) = bench.end();
-        assert!(status.success(), "{stderr}");
-        assert_eq!(bench.host.slots_in_use(), 0);
+        umount(&bench, client);
     }
 }
 
@@ -284,7 +163,7 @@ fn killed_readers_get_out_and_the_daemon_is_told() {
 fn whoever_waits_goes_on_with_the_next_connection() {
     let name = "whoever_waits_goes_on_with_the_next_connection";
     let Some(_on) = Switched::to("Y", name) else { return };
-    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let (bench, client) = mounted(Terms::default(), "uring=on");
     let path = bench.mountpoint.display().to_string();
     let lanes = bench.host.wait_for("hellos", |seen| Some(seen.hellos.len() as u64));
     let reader = bench.cat("hang");
@@ -304,11 +183,10 @@ fn whoever_waits_goes_on_with_the_next_connection() {
         }
         let waited = bench.run(&["wait", "--resumed", "--timeout", "20", &path]);
         assert!(waited.status.success(), "{waited:?}");
-        let hello = bench.file("hello");
-        within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
+        uses::use_mount(&bench);
     }
-    let client = bench.client();
-    assert!(client["resumes"].as_u64() >= Some(2 * lanes), "{client}");
+    let status = status_of(&bench);
+    assert!(status["resumes"].as_u64() >= Some(2 * lanes), "{status}");
     bench.host.set_mood(Mood::LosesReplies);
     let path = bench.file("big");
     let writer = std::thread::spawn(move || {
@@ -326,12 +204,11 @@ fn whoever_waits_goes_on_with_the_next_connection() {
         (seen.repeats_ended > 0 && seen.repeats_running >= 4).then_some(())
     });
     bench.host.answer_hanging(lane, at, 13);
-    let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+    let output = reader.wait();
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(words.contains("Permission denied"), "{output:?}");
     wait_until("the slots", || bench.host.slots_in_use() == 0);
-    bench.umount_and_end();
-    bench.host.assert_no_faults();
+    umount(&bench, client);
 }
 
 #[test]
@@ -340,56 +217,52 @@ fn killed_and_overdue_readers_get_out_while_it_is_cut() {
     let Some(_on) = Switched::to("Y", name) else { return };
     for options in ["uring=on", "uring=on,soft,timeout=1"] {
         let is_soft = options.contains("soft");
-        let mut bench = Bench::mounted(Terms::default(), options);
-        let mut in_flight = bench.cat("hang");
+        let (bench, client) = mounted(Terms::default(), options);
+        let in_flight = bench.cat("hang");
         bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
         let hidden = bench.host.hide();
         bench.host.cut();
-        wait_until("the cut", || bench.client()["resuming"] == true);
-        let mut parked = bench.cat("hello");
+        wait_until("the cut", || status_of(&bench)["resuming"] == true);
+        let parked = bench.cat("hello");
         if !is_soft {
-            wait_until("the park", || bench.client()["parked"] == 1);
-            in_flight.kill().expect("kill");
-            parked.kill().expect("kill");
+            wait_until("the park", || status_of(&bench)["parked"] == 1);
+            in_flight.kill();
+            parked.kill();
         }
         for reader in [in_flight, parked] {
-            let output = within("a reader", move || reader.wait_with_output()).expect("wait");
+            let output = reader.wait();
             let words = String::from_utf8_lossy(&output.stderr).into_owned();
             assert_eq!(words.contains("Input/output error"), is_soft, "{output:?}");
         }
-        assert!(bench.client()["abandoned"].as_u64() >= Some(1));
+        assert!(status_of(&bench)["abandoned"].as_u64() >= Some(1));
         drop(hidden);
         bench.host.wait_for("the ABANDON", |seen| (seen.abandons >= 1).then_some(()));
         let path = bench.mountpoint.display().to_string();
         assert!(bench.run(&["wait", "--resumed", &path]).status.success());
-        let hello = bench.file("hello");
-        within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
+        uses::use_mount(&bench);
         wait_until("the slots", || bench.host.slots_in_use() == 0);
-        wait_until("the unmount", || bench.umount(&[]));
-        let (status, stderr) = bench.end();
-        assert!(status.success() && !bench.is_mounted(), "{stderr}");
-        bench.host.assert_no_faults();
+        umount(&bench, client);
     }
 }
 
 #[test]
 fn signals_end_it() {
     let Some(_on) = Switched::to("Y", "signals_end_it") else { return };
-    let mut bench = Bench::mounted(Terms::default(), "uring=on");
-    bench.signal(Signal::INT);
-    let (status, stderr) = bench.end();
+    let (bench, client) = mounted(Terms::default(), "uring=on");
+    client.signal(Signal::INT);
+    let (status, stderr) = client.wait();
     assert!(status.success() && !bench.is_mounted(), "{stderr}");
 
     // The second one ends a request that hangs.
-    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let (bench, client) = mounted(Terms::default(), "uring=on");
     let reader = bench.cat("hang");
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    bench.signal(Signal::TERM);
+    client.signal(Signal::TERM);
     wait_until("the detached mount", || !bench.is_mounted());
-    bench.signal(Signal::TERM);
-    let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+    client.signal(Signal::TERM);
+    let output = reader.wait();
     assert!(!output.status.success(), "{output:?}");
-    let (status, stderr) = bench.end();
+    let (status, stderr) = client.wait();
     assert!(stderr.contains("second signal"), "{status} {stderr}");
     assert_eq!(status.code(), Some(3));
 }
@@ -398,12 +271,12 @@ fn signals_end_it() {
 fn a_killed_client_leaves_tasks_free_and_no_mount() {
     let name = "a_killed_client_leaves_tasks_free_and_no_mount";
     let Some(_on) = Switched::to("Y", name) else { return };
-    let mut bench = Bench::mounted(Terms::default(), "uring=on");
+    let (bench, client) = mounted(Terms::default(), "uring=on");
     let reader = bench.cat("hang");
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    bench.signal(Signal::KILL);
-    assert_eq!(bench.end().0.signal(), Some(9));
-    let output = within("the reader", move || reader.wait_with_output()).expect("wait");
+    client.signal(Signal::KILL);
+    assert_eq!(client.wait().0.signal(), Some(9));
+    let output = reader.wait();
     assert!(!output.status.success(), "{output:?}");
     wait_until("the unmount", || !bench.is_mounted());
 }

@@ -1,12 +1,12 @@
 //! Listeners and peers: the parent's side. It binds, accepts, tells who the peer is, and hands the
 //! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
 
+use crate::address::{Address, CID_ANY};
 use crate::config::{FileMode, ListenConfig};
 use crate::splice::SendBuffer;
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{SocketAddr, TcpListener};
@@ -14,41 +14,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use thiserror::Error;
-
-/// Where guests come from.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Address {
-    /// A Unix socket; for Firecracker and its kind, `<uds_path>_<port>`.
-    Unix(PathBuf),
-    /// AF_VSOCK; `cid` limits it to one peer, `u32::MAX` is any.
-    Vsock {
-        /// The guest that may connect.
-        cid: u32,
-        /// The port to listen on.
-        port: u32,
-    },
-    /// TCP: for metrics alone, guests cannot come so.
-    Tcp(SocketAddr),
-}
-
-impl Default for Address {
-    fn default() -> Address {
-        Address::Unix(PathBuf::new())
-    }
-}
-
-/// Any CID.
-pub const CID_ANY: u32 = u32::MAX;
 
 /// Why there is no listener.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum ListenError {
-    #[error("cannot read the address {0:?}: it is unix:PATH, vsock:PORT or vsock:CID:PORT")]
-    Address(String),
     #[error("cannot listen on {path:?}{hint}")]
     Unix { path: PathBuf, source: std::io::Error, hint: &'static str },
     #[error(
@@ -66,49 +37,6 @@ pub enum ListenError {
     Passed(#[source] std::io::Error),
     #[error("cannot listen on tcp:{address}")]
     Tcp { address: SocketAddr, source: std::io::Error },
-}
-
-impl FromStr for Address {
-    type Err = ListenError;
-
-    fn from_str(text: &str) -> Result<Address, ListenError> {
-        let bad = || ListenError::Address(text.to_owned());
-        match text.split_once(':').ok_or_else(bad)? {
-            ("unix", path) if !path.is_empty() => Ok(Address::Unix(path.into())),
-            ("vsock", rest) => {
-                let (cid, port) = match rest.split_once(':') {
-                    Some((cid, port)) => (cid.parse().map_err(|_| bad())?, port),
-                    None => (CID_ANY, rest),
-                };
-                Ok(Address::Vsock { cid, port: port.parse().map_err(|_| bad())? })
-            }
-            _ => Err(bad()),
-        }
-    }
-}
-
-impl TryFrom<String> for Address {
-    type Error = ListenError;
-    fn try_from(text: String) -> Result<Address, ListenError> {
-        text.parse()
-    }
-}
-
-impl From<Address> for String {
-    fn from(address: Address) -> String {
-        address.to_string()
-    }
-}
-
-impl std::fmt::Display for Address {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Address::Unix(path) => write!(f, "unix:{}", path.display()),
-            Address::Vsock { cid: CID_ANY, port } => write!(f, "vsock:{port}"),
-            Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
-            Address::Tcp(address) => write!(f, "tcp:{address}"),
-        }
-    }
 }
 
 /// What those who connect want.
@@ -413,20 +341,6 @@ fn is_alive(address: &SocketAddrUnix) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses() {
-        let check = |text: &str, expected: Option<Address>| {
-            assert_eq!(text.parse::<Address>().ok(), expected, "{text}");
-        };
-        check("unix:/run/x", Some(Address::Unix("/run/x".into())));
-        check("vsock:5640", Some(Address::Vsock { cid: CID_ANY, port: 5640 }));
-        check("vsock:3:5640", Some(Address::Vsock { cid: 3, port: 5640 }));
-        for bad in ["", "unix:", "vsock:", "vsock:x", "vsock:1:2:3", "tcp:1", "/run/x", "vsock:-1"]
-        {
-            check(bad, None);
-        }
-    }
 
     #[test]
     fn who_may_connect() {

@@ -11,18 +11,18 @@
 
 mod entry;
 mod fault;
+mod written;
 
 pub use entry::{
     DirectIo, Engine, FileMode, IoPriority, ListenConfig, LogFormat, MetricsAddress, ShareConfig,
 };
 pub use fault::{Fault, What};
+pub use written::Place;
 
-use crate::accept::Address;
-use crate::control::ControlOption;
+use crate::address::Address;
 use crate::limits::{GRACE_SECS_DEFAULT, SLOW_OP_MS_DEFAULT};
 use crate::quota::Limits;
 use crate::sandbox::Sandbox;
-use crate::state_dir::StateOption;
 use ringfs_wire::spin::SPIN_TRIES_DEFAULT;
 use rustix::thread::CpuSet;
 use serde::{Deserialize, Serialize};
@@ -65,11 +65,11 @@ pub struct Settings {
     /// mode 0700, and another daemon that names it ends at once. none: there is none. [default: one
     /// below /run/ringfsd, by the listeners]
     #[arg(long, value_name = "DIR|none")]
-    pub state_dir: Option<StateOption>,
+    pub state_dir: Option<Place>,
     /// Unix socket of mode 0600 by which `ringfsd status` and `reload` ask this daemon. none: there
     /// is none. [default: one below /run/ringfsd, by the process]
     #[arg(long, value_name = "PATH|none")]
-    pub control: Option<ControlOption>,
+    pub control: Option<Place>,
     /// Metrics for Prometheus over HTTP, by a Unix socket of mode 0600 or an address that only this
     /// machine reaches.
     #[arg(long, value_name = "unix:PATH|tcp:127.0.0.1:PORT")]
@@ -92,6 +92,11 @@ pub struct Settings {
     /// started with. [default: namespace]
     #[arg(long, value_enum)]
     pub sandbox: Option<Sandbox>,
+    /// Guests' users are those that the host lends to the daemon's (/etc/subuid, /etc/subgid, and
+    /// the program newuidmap): root in a guest is the daemon's user, its user N the N-th that is
+    /// lent. For a daemon that is not root; without it all that guests make is its user's.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub subordinate_ids: Option<bool>,
     /// Whether the process that serves guests may open files by their handles, which finds those
     /// again that were renamed while they had no fd. Whoever took that process over could so reach
     /// any file of the file systems that the shares lie on; without, he cannot.
@@ -112,7 +117,7 @@ pub struct Settings {
     /// them, which comes and goes with the directory. Options: mode=0660, owner=, group= of the
     /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid=
     /// (vsock), numbers with a + between them; shares=a+b: nothing else is offered there.
-    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]")]
+    #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]", display_order = 0)]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<ListenConfig>,
     /// Directory to share, and the name that guests mount it by. May be given several times.
@@ -120,12 +125,17 @@ pub struct Settings {
     /// Options: ro (guests may not change it); direct_io=pass (a guest's O_DIRECT reaches the
     /// host's disk; by default, buffered, it bypasses the guest's cache only); submounts=merge
     /// (what is mounted below DIR on the host is seen; by default, hide, the directory underneath
-    /// is); dev (guests may make device nodes, which no guest can open through the share).
+    /// is); dev (guests may make device nodes, which no guest can open through the share); nosuid
+    /// (no set-id bits or file capabilities from guests); acl (POSIX ACLs, for mounts that ask for
+    /// them).
+    ///
+    /// Whose files: uid-map=RULE, gid-map=RULE (map:GUEST:HOST:COUNT and others) and xattr-map=RULE
+    /// give users, groups and extended attributes other names on the host (docs/operations.md).
     ///
     /// Limits of each session: ops=N and bytes=N a second, in-flight=N (bytes of replies),
     /// open-files=N, nodes=N (inodes known); of all sessions together: total-ops=N, total-bytes=N,
     /// total-open-files=N. Numbers may end in K, M or G. Rates delay, the others refuse (ENFILE).
-    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]")]
+    #[arg(long = "share", value_name = "NAME=DIR[,OPTION...]", display_order = 0)]
     #[serde(default, rename = "share", with = "entry::by_name")]
     pub shares: Vec<ShareConfig>,
 }
@@ -150,9 +160,9 @@ pub struct Config {
     /// How long a session without connections is kept.
     pub grace: Duration,
     /// Where what is known of sessions outlives this daemon.
-    pub state_dir: StateOption,
+    pub state_dir: Place,
     /// The control socket.
-    pub control: ControlOption,
+    pub control: Place,
     /// Where metrics are told.
     pub metrics: Option<Address>,
     /// From when on a request is slow; 0: never.
@@ -163,6 +173,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// What a worker is kept from.
     pub sandbox: Sandbox,
+    /// A worker has the ids that are lent to the daemon's user.
+    pub subordinate_ids: bool,
     /// A worker may open files by their handles.
     pub file_handles: bool,
     /// Sessions of a share that is removed end.
@@ -170,8 +182,7 @@ pub struct Config {
 }
 
 /// A list such as `0-3,8`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuList(pub Vec<usize>);
 
 impl Settings {
@@ -184,6 +195,7 @@ impl Settings {
             slow_op: Some(SLOW_OP_MS_DEFAULT),
             log_format: Some(LogFormat::Text),
             sandbox: Some(Sandbox::Namespace),
+            subordinate_ids: Some(false),
             file_handles: Some(true),
             drop_removed: Some(false),
             ..Settings::default()
@@ -223,6 +235,7 @@ impl Settings {
             log: self.log.or(base.log),
             log_format: self.log_format.or(base.log_format),
             sandbox: self.sandbox.or(base.sandbox),
+            subordinate_ids: self.subordinate_ids.or(base.subordinate_ids),
             file_handles: self.file_handles.or(base.file_handles),
             drop_removed: self.drop_removed.or(base.drop_removed),
             limits: self.limits.or(base.limits),
@@ -264,6 +277,7 @@ impl Settings {
             log: settings.log,
             log_format: settings.log_format.unwrap_or_default(),
             sandbox: settings.sandbox.unwrap_or_default(),
+            subordinate_ids: settings.subordinate_ids.unwrap_or_default(),
             file_handles: settings.file_handles.unwrap_or(true),
             drop_removed: settings.drop_removed.unwrap_or_default(),
         })
@@ -288,16 +302,16 @@ impl Settings {
             if let Err(why) = share.ids() {
                 faults.push(What::ShareIds { name: name.clone(), why });
             }
-            match std::fs::metadata(&share.path) {
-                _ if !names.insert(&share.name) => faults.push(What::ShareTwice(name)),
-                Ok(meta) if meta.is_dir() => {}
-                Ok(_) => {
-                    let source = std::io::ErrorKind::NotADirectory.into();
-                    faults.push(What::Share { name, path: share.path.clone(), source });
-                }
-                Err(source) => {
-                    faults.push(What::Share { name, path: share.path.clone(), source });
-                }
+            let meta = std::fs::metadata(&share.path);
+            let is_dir = meta.and_then(|meta| match meta.is_dir() {
+                true => Ok(()),
+                false => Err(std::io::ErrorKind::NotADirectory.into()),
+            });
+            if !names.insert(&share.name) {
+                faults.push(What::ShareTwice(name));
+            } else if let Err(source) = is_dir {
+                let (path, hint) = (share.path.clone(), share.unknown_option());
+                faults.push(What::Share { name, path, source, hint });
             }
         }
         let mut addresses: Vec<&Address> = Vec::new();
@@ -393,13 +407,6 @@ impl std::str::FromStr for CpuList {
     }
 }
 
-impl TryFrom<String> for CpuList {
-    type Error = String;
-    fn try_from(text: String) -> Result<CpuList, String> {
-        text.parse()
-    }
-}
-
 impl std::fmt::Display for CpuList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let runs = self.0.chunk_by(|a, b| a + 1 == *b);
@@ -409,12 +416,6 @@ impl std::fmt::Display for CpuList {
             false => format!("{first}-{last}"),
         });
         f.write_str(&runs.collect::<Vec<_>>().join(","))
-    }
-}
-
-impl From<CpuList> for String {
-    fn from(list: CpuList) -> String {
-        list.to_string()
     }
 }
 

@@ -6,6 +6,7 @@
 //! accepts. Whoever may connect may end the daemon too (mode 0600), but does not hold it up: what
 //! he asks is bounded in bytes and time.
 
+use crate::config::Place;
 use crate::status::Status;
 use crate::worker::Counters;
 use serde::{Deserialize, Serialize};
@@ -41,19 +42,6 @@ struct Reconnected {
     #[serde(default)]
     connections: u32,
     error: Option<String>,
-}
-
-/// Where the control socket is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum ControlOption {
-    /// One below /run, if it can be made.
-    #[default]
-    Default,
-    /// Nowhere.
-    None,
-    /// There.
-    At(PathBuf),
 }
 
 /// Where those are that nobody has named.
@@ -162,26 +150,24 @@ pub fn ask_reconnect(path: &Path, session: u64) -> io::Result<u32> {
     }
 }
 
-impl ControlOption {
-    /// The socket's path; what dead daemons left of default ones goes. `None`: there is to be none,
-    /// or none was named and there is no place for it.
-    pub fn path(&self) -> Option<PathBuf> {
-        match self {
-            ControlOption::None => None,
-            ControlOption::At(path) => Some(path.clone()),
-            ControlOption::Default => {
-                let above = Path::new(DEFAULT_ABOVE);
-                let made =
-                    std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o755)
-                        .recursive(true)
-                        .create(above);
-                if let Err(error) = made {
-                    tracing::debug!(%error, "no control socket: {DEFAULT_ABOVE} cannot be made");
-                    return None;
-                }
-                running(true);
-                Some(above.join(format!("{DEFAULT_PREFIX}{}", std::process::id())))
+/// The control socket's path; what dead daemons left of default ones goes. `None`: there is to be
+/// none, or none was named and there is no place for it.
+pub fn path(option: &Place) -> Option<PathBuf> {
+    match option {
+        Place::None => None,
+        Place::At(path) => Some(path.clone()),
+        Place::Default => {
+            let above = Path::new(DEFAULT_ABOVE);
+            let made =
+                std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o755)
+                    .recursive(true)
+                    .create(above);
+            if let Err(error) = made {
+                tracing::debug!(%error, "no control socket: {DEFAULT_ABOVE} cannot be made");
+                return None;
             }
+            running(true);
+            Some(above.join(format!("{DEFAULT_PREFIX}{}", std::process::id())))
         }
     }
 }
@@ -211,32 +197,4 @@ pub fn running(sweep: bool) -> Vec<PathBuf> {
     }
     alive.sort();
     alive
-}
-
-impl std::str::FromStr for ControlOption {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<ControlOption, &'static str> {
-        match text {
-            "" => Err("a path, or none"),
-            "none" => Ok(ControlOption::None),
-            path => Ok(ControlOption::At(path.into())),
-        }
-    }
-}
-
-impl TryFrom<String> for ControlOption {
-    type Error = &'static str;
-    fn try_from(text: String) -> Result<ControlOption, &'static str> {
-        text.parse()
-    }
-}
-
-impl From<ControlOption> for String {
-    fn from(option: ControlOption) -> String {
-        match option {
-            ControlOption::Default => String::new(),
-            ControlOption::None => "none".into(),
-            ControlOption::At(path) => path.to_string_lossy().into_owned(),
-        }
-    }
 }

@@ -3,16 +3,18 @@
 //! All that the worker has is opened before it starts, or is handed to it over its channel: share
 //! roots, and accepted connections. Everything that reads a guest's bytes is behind that line.
 
-use crate::accept::{Address, Door, ListenError, Listener};
+use crate::accept::{Door, ListenError, Listener};
+use crate::address::Address;
 use crate::cgroup::{Limits, Placement};
 use crate::config::{Config, FileMode, ListenConfig, Source};
+use crate::control;
 use crate::entrance::Entrance;
 use crate::fdops;
 use crate::fds::Fds;
 use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
 use crate::sandbox::{SandboxError, Walls};
-use crate::state_dir::StateError;
+use crate::state_dir::{self, StateError};
 use crate::systemd::{self, Notify};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -118,7 +120,7 @@ fn on_signals(signals: &[i32]) -> std::io::Result<UnixStream> {
 
 /// A control socket that was asked for must be there; the default one may fail.
 fn bind_control(config: &Config) -> Result<Option<Entrance>, DaemonError> {
-    let Some(path) = config.control.path() else { return Ok(None) };
+    let Some(path) = control::path(&config.control) else { return Ok(None) };
     let mode = Some(FileMode(0o600));
     let listen = ListenConfig { address: Address::Unix(path), mode, ..Default::default() };
     match Listener::bind(&listen) {
@@ -170,7 +172,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     // Without a grace time nobody comes back.
     let state = match config.grace.is_zero() {
         true => None,
-        false => config.state_dir.hold(&addresses, config.grace)?,
+        false => state_dir::hold(&config.state_dir, &addresses, config.grace)?,
     };
     let has_control = entrances.iter().any(|one| one.door() == Door::Control);
     entrances.extend(if has_control { None } else { bind_control(&config)? });
@@ -183,7 +185,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         spin: config.spin,
         grace: config.grace,
         state,
-        walls: Walls::of(config.sandbox)?,
+        walls: Walls::of(config.sandbox, config.subordinate_ids)?,
         file_handles: config.file_handles,
         slow_op: config.slow_op,
         fds: fds.clone(),

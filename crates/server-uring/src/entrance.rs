@@ -4,7 +4,8 @@
 //! the directory. The kernel tells when directories come and go (inotify); nothing is polled. The
 //! parent's side.
 
-use crate::accept::{Address, Door, ListenError, Listener};
+use crate::accept::{Door, ListenError, Listener};
+use crate::address::Address;
 use crate::config::ListenConfig;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;

@@ -6,7 +6,8 @@
 #![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
 
 use crate::channel::{Channel, ToParent, ToWorker};
-use crate::sandbox::{root, users};
+use crate::sandbox::root;
+use crate::sandbox::users::{self, Ids, Lent};
 use crate::share::ShareDir;
 use rustix::io::Errno;
 use rustix::process::{
@@ -169,7 +170,7 @@ impl Drop for Child {
 #[derive(Clone, Copy, Debug)]
 pub struct Spaces {
     /// In one of users, which takes no right.
-    pub own_users: bool,
+    pub own_users: Option<Ids>,
 }
 
 enum Side {
@@ -190,32 +191,70 @@ struct NoSpaces {
 impl Spaces {
     /// A pid namespace is of the processes that are made next.
     fn enter(self, channel: &Channel) -> Result<Side, NoSpaces> {
-        self.make(channel).map_err(|source| NoSpaces {
-            cure: match self.own_users {
-                true => users::why_not(),
-                false => "--sandbox=landlock does without them",
-            },
-            source,
-        })
+        let (uid, gid) = (geteuid(), getegid());
+        // Whoever maps lent ids must have stayed outside.
+        let not_lent =
+            |source| NoSpaces { cure: "without --subordinate-ids it needs none", source };
+        let mapper = match self.own_users {
+            Some(Ids::Lent(lent)) => Some(Mapper::start(lent).map_err(not_lent)?),
+            Some(Ids::Own) | None => None,
+        };
+        let cure = match self.own_users {
+            Some(_) => users::why_not(),
+            None => "--sandbox=landlock does without them",
+        };
+        let failed = |source| NoSpaces { cure, source };
+        self.unshare().map_err(failed)?;
+        match (self.own_users, mapper) {
+            (Some(Ids::Own), _) => users::map_own(uid, gid).map_err(failed)?,
+            (_, Some(mapper)) => mapper.map().map_err(not_lent)?,
+            (_, None) => {}
+        }
+        let Some(worker) = fork().map_err(failed)? else { return Ok(Side::Inside) };
+        let pid = ToParent::Pid(worker.as_raw_nonzero().get());
+        channel.send(&pid, None).map_err(|errno| failed(errno.into()))?;
+        Ok(Side::Outside)
     }
 
-    fn make(self, channel: &Channel) -> io::Result<Side> {
+    fn unshare(self) -> io::Result<()> {
         let mut spaces = UnshareFlags::NEWNS
             | UnshareFlags::NEWPID
             | UnshareFlags::NEWNET
             | UnshareFlags::NEWIPC
             | UnshareFlags::NEWUTS;
-        spaces.set(UnshareFlags::NEWUSER, self.own_users);
-        let (uid, gid) = (geteuid(), getegid());
+        spaces.set(UnshareFlags::NEWUSER, self.own_users.is_some());
         // SAFETY: no fds are taken apart, and this process has one thread.
-        unsafe { unshare_unsafe(spaces) }?;
-        if self.own_users {
-            users::map(uid, gid)?;
+        Ok(unsafe { unshare_unsafe(spaces) }?)
+    }
+}
+
+/// A process that is made before its maker enters a user namespace, and maps ids of that then.
+struct Mapper(Child);
+
+impl Mapper {
+    fn start(lent: Lent) -> io::Result<Mapper> {
+        let (ours, theirs) = Channel::pair()?;
+        let (maker, uid, gid) = (rustix::process::getpid(), geteuid(), getegid());
+        let Some(pid) = fork()? else {
+            drop(ours);
+            if !matches!(theirs.receive(), Ok(Some((ToWorker::Begin, _)))) {
+                exit_now(FAILED);
+            }
+            exit_now(match lent.map(maker, uid, gid) {
+                Ok(()) => 0,
+                Err(error) => fail(&theirs, &error),
+            })
+        };
+        Ok(Mapper(Child { pid, ended: None, shares: 0, channel: ours }))
+    }
+
+    fn map(mut self) -> io::Result<()> {
+        self.0.channel.send(&ToWorker::Begin, None)?;
+        match (self.0.wait(), self.0.channel.receive()) {
+            (how, _) if how.is_empty() => Ok(()),
+            (_, Ok(Some((ToParent::Failed(text), _)))) => Err(io::Error::other(text)),
+            (how, _) => Err(io::Error::other(format!("the ids were not mapped ({how})"))),
         }
-        let Some(worker) = fork()? else { return Ok(Side::Inside) };
-        let pid = ToParent::Pid(worker.as_raw_nonzero().get());
-        channel.send(&pid, None)?;
-        Ok(Side::Outside)
     }
 }
 

@@ -5,15 +5,13 @@
 //! their order does not matter; an id that no rule names stays as it is. Requests go from guest to
 //! host (callers, chown, groups, ids in ACLs), attributes and ACLs of replies from host to guest.
 
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 use rustix::io::Errno;
 
 /// One rule, as it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
     kind: Kind,
     /// The first id of the range, on the side that the rule translates from.
@@ -83,19 +81,6 @@ impl FromStr for Rule {
 
 fn is_id(id: u32) -> bool {
     id != u32::MAX
-}
-
-impl TryFrom<String> for Rule {
-    type Error = String;
-    fn try_from(text: String) -> Result<Rule, String> {
-        text.parse()
-    }
-}
-
-impl From<Rule> for String {
-    fn from(rule: Rule) -> String {
-        rule.to_string()
-    }
 }
 
 impl fmt::Display for Rule {

@@ -81,7 +81,7 @@ pub fn work(
 fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> {
     let own;
     let roots = match plan.walls {
-        Walls::OwnUsers => {
+        Walls::OwnUsers(_) => {
             own = copies_in_own_users(plan)?;
             &own
         }

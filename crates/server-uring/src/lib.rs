@@ -1,6 +1,7 @@
 //! The host daemon of ringfs: io_uring shards around PassthroughFs. See ARCHITECTURE.md.
 
 pub mod accept;
+pub mod address;
 pub mod buffers;
 pub mod cgroup;
 pub mod channel;

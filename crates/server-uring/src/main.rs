@@ -10,7 +10,7 @@ use ringfs_server::systemd;
 use ringfs_server::top;
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tracing_subscriber::EnvFilter;
@@ -63,7 +63,7 @@ Exit codes: 0 the daemon could serve this, 2 it is wrong; each fault is told as 
 struct Serve {
     /// Settings from a file; options of the command line win, shares and listeners add up.
     /// [default: /etc/ringfs/ringfsd.toml, if it exists and no --share is given]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", display_order = 0)]
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
@@ -265,26 +265,54 @@ fn check_config(file: PathBuf) -> ExitCode {
 fn status(of: &Of, json: bool, counters: bool) -> Result<()> {
     let path = of.path()?;
     let asked = if counters { Ask::Counters } else { Ask::Status };
-    let cannot = || format!("cannot ask {path:?}; is a daemon running with it?");
-    let answer = control::ask(&path, asked).with_context(cannot)?;
+    let answer = control::ask(&path, asked).map_err(|error| cannot_ask(&path, error))?;
     if json || counters {
         print!("{answer}");
         return Ok(());
     }
     let status: Status = serde_json::from_str(&answer).context("the daemon answers strangely")?;
-    print!("{}", status.to_text());
+    print!("{}", status.to_text(width()));
     Ok(())
+}
+
+fn ask(path: &Path) -> Result<Status> {
+    control::ask_status(path).map_err(|error| cannot_ask(path, error))
+}
+
+fn cannot_ask(path: &Path, error: std::io::Error) -> anyhow::Error {
+    let cure = match error.kind() {
+        ErrorKind::NotFound => {
+            "; there is no such socket: is a daemon running with this --control?"
+        }
+        ErrorKind::ConnectionRefused => "; its daemon is gone",
+        ErrorKind::PermissionDenied => "; only the daemon's user and root may",
+        ErrorKind::WouldBlock => "; the daemon does not answer",
+        _ => "",
+    };
+    anyhow::Error::new(error).context(format!("cannot ask {path:?}{cure}"))
+}
+
+/// Columns of the terminal, where there is one.
+fn width() -> Option<usize> {
+    Some(rustix::termios::tcgetwinsize(std::io::stdout()).ok()?.ws_col.into()).filter(|&n| n > 0)
+}
+
+/// And its lines.
+fn height() -> Option<usize> {
+    Some(rustix::termios::tcgetwinsize(std::io::stdout()).ok()?.ws_row.into()).filter(|&n| n > 0)
 }
 
 fn top(of: &Of, interval: f64, once: bool) -> Result<()> {
     let interval = Duration::try_from_secs_f64(interval.max(0.05)).context("--interval")?;
     let path = of.path()?;
-    let ask = || control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"));
-    let (mut before, mut since) = (ask()?, Instant::now());
+    let (mut before, mut since) = (ask(&path)?, Instant::now());
     loop {
         std::thread::sleep(interval);
-        let (now, at) = (ask()?, Instant::now());
-        let screen = top::screen(&before, &now, at.duration_since(since));
+        let (now, at) = (ask(&path)?, Instant::now());
+        let mut screen = top::screen(&before, &now, at.duration_since(since), width());
+        if !once && let Some(height) = height() {
+            screen = top::first_lines(&screen, height - 1);
+        }
         // Home, each line's rest cleared, and what is below.
         let clear = if once { String::new() } else { "\x1b[H".into() };
         let end = if once { "\n" } else { "\x1b[K\n" };
@@ -301,15 +329,14 @@ fn top(of: &Of, interval: f64, once: bool) -> Result<()> {
 /// Whoever may connect may send the signal too: the socket is its user's.
 fn reload(of: &Of) -> Result<ExitCode> {
     let path = of.path()?;
-    let ask = || control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"));
-    let before = ask()?.config.reloads;
+    let before = ask(&path)?.config.reloads;
     let stream = UnixStream::connect(&path).with_context(|| format!("connect to {path:?}"))?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose socket is it?")?;
     rustix::process::kill_process(peer.pid, rustix::process::Signal::HUP)
         .with_context(|| format!("cannot send SIGHUP to {}", peer.pid.as_raw_pid()))?;
     let until = Instant::now() + RELOAD_LIMIT;
     loop {
-        let config = ask()?.config;
+        let config = ask(&path)?.config;
         if config.reloads > before {
             config.changed.iter().filter(|_| config.errors.is_empty()).for_each(|what| {
                 println!("{what}");
@@ -329,7 +356,7 @@ fn reload(of: &Of) -> Result<ExitCode> {
 
 fn reconnect(of: &Of, which: &Which) -> Result<()> {
     let path = of.path()?;
-    let status = control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"))?;
+    let status = ask(&path)?;
     for SessionStatus { id, share, .. } in which.of(status)? {
         match control::ask_reconnect(&path, id) {
             Ok(n) => println!("session {id} of {share}: {n} connections dropped"),
@@ -345,8 +372,7 @@ fn wait_resumed(of: &Of, which: &Which, timeout: Option<Duration>) -> Result<Exi
     let path = of.path()?;
     let begun = Instant::now();
     loop {
-        let status = control::ask_status(&path).with_context(|| format!("cannot ask {path:?}"))?;
-        let missing = which.of(status)?.iter().filter(|its| !its.is_connected()).count();
+        let missing = which.of(ask(&path)?)?.iter().filter(|its| !its.is_connected()).count();
         if missing == 0 {
             return Ok(ExitCode::SUCCESS);
         }

@@ -126,9 +126,9 @@ impl Parent {
 
     fn start(&self) -> std::io::Result<Child> {
         let walls = self.plan.walls;
-        let own_users = walls == Walls::OwnUsers;
+        let own_users = walls.ids();
         // There the worker makes its own.
-        let shares = self.plan.shares.iter().filter(|_| !own_users);
+        let shares = self.plan.shares.iter().filter(|_| own_users.is_none());
         let roots = shares.map(|share| root_for(share, walls));
         let roots = roots.collect::<std::io::Result<Vec<_>>>()?;
         let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
@@ -302,7 +302,7 @@ fn hand_over(
             let root = root_for(share, walls)?;
             (Some(child.attach(root.as_fd())?), root.hidden(), None)
         }
-        Walls::OwnUsers => {
+        Walls::OwnUsers(_) => {
             let (index, hidden) = child.attach_in_own_users(&share.dir)?;
             (Some(index), hidden, None)
         }

@@ -220,6 +220,7 @@ impl InForce {
             log: old.log.clone(),
             log_format: old.log_format,
             sandbox: old.sandbox,
+            subordinate_ids: old.subordinate_ids,
             file_handles: old.file_handles,
             ..new
         };
@@ -241,6 +242,7 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
         ("log", old.log != new.log),
         ("log-format", old.log_format != new.log_format),
         ("sandbox", old.sandbox != new.sandbox),
+        ("subordinate-ids", old.subordinate_ids != new.subordinate_ids),
         ("file-handles", old.file_handles != new.file_handles),
     ];
     differ.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()

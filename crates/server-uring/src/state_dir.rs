@@ -16,10 +16,11 @@ use ringfs_wire::table::{are_whole, rebuild};
 use rustix::fs::{AtFlags, Dir, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::rand::GetRandomFlags;
-use serde::{Deserialize, Serialize};
+
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::accept::Address;
+use crate::address::Address;
+use crate::config::Place;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::limits::SESSIONS_MAX;
 use crate::sandbox::root;
@@ -63,85 +64,46 @@ pub enum StateError {
     Create(#[source] Errno),
 }
 
-/// Which directory, as `--state-dir` says.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum StateOption {
-    /// One of this daemon's listeners below /run, if it can be made.
-    #[default]
-    Default,
-    /// None: what ran when the daemon is killed nobody knows.
-    None,
-    /// This one.
-    At(PathBuf),
-}
-
 const DEFAULT_ABOVE: &str = "/run/ringfsd";
 const IN_USE_PATIENCE: Duration = Duration::from_secs(3);
 const IN_USE_PAUSE: Duration = Duration::from_millis(10);
 
-impl std::str::FromStr for StateOption {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<StateOption, &'static str> {
-        match text {
-            "" => Err("a directory, or none"),
-            "none" => Ok(StateOption::None),
-            path => Ok(StateOption::At(path.into())),
-        }
-    }
-}
-
-impl TryFrom<String> for StateOption {
-    type Error = &'static str;
-    fn try_from(text: String) -> Result<StateOption, &'static str> {
-        text.parse()
-    }
-}
-
-impl From<StateOption> for String {
-    fn from(option: StateOption) -> String {
-        match option {
-            StateOption::Default => String::new(),
-            StateOption::None => "none".into(),
-            StateOption::At(path) => path.to_string_lossy().into_owned(),
-        }
-    }
-}
-
-impl StateOption {
-    /// Takes it. By default the daemon that listens where this one does, after it, has the same,
-    /// and others have another. Without a default one it goes on, and says so.
-    ///
-    /// # Errors
-    /// See [`StateError`]: a directory that was asked for.
-    pub fn hold(&self, listen: &[Address], grace: Duration) -> Result<Option<Held>, StateError> {
-        let take = || match self {
-            StateOption::None => Ok(None),
-            StateOption::At(path) => Held::take(path, false).map(Some),
-            StateOption::Default => hold_default(Path::new(DEFAULT_ABOVE), listen, grace).map(Some),
-        };
-        // The worker of a daemon that was killed ends a moment after it.
-        // Counted in looks: a machine that stands still meanwhile gives it no time to end.
-        let mut looks = IN_USE_PATIENCE.as_millis() / IN_USE_PAUSE.as_millis();
-        let held = loop {
-            match take() {
-                Err(StateError::InUse { .. }) if looks > 0 => {
-                    looks -= 1;
-                    std::thread::sleep(IN_USE_PAUSE);
-                }
-                other => break other,
+/// Takes the directory that `--state-dir` says. By default the daemon that listens where this one
+/// does, after it, has the same, and others have another. Without a default one it goes on, and
+/// says so.
+///
+/// # Errors
+/// See [`StateError`]: a directory that was asked for.
+pub fn hold(
+    option: &Place,
+    listen: &[Address],
+    grace: Duration,
+) -> Result<Option<Held>, StateError> {
+    let take = || match option {
+        Place::None => Ok(None),
+        Place::At(path) => Held::take(path, false).map(Some),
+        Place::Default => hold_default(Path::new(DEFAULT_ABOVE), listen, grace).map(Some),
+    };
+    // The worker of a daemon that was killed ends a moment after it.
+    // Counted in looks: a machine that stands still meanwhile gives it no time to end.
+    let mut looks = IN_USE_PATIENCE.as_millis() / IN_USE_PAUSE.as_millis();
+    let held = loop {
+        match take() {
+            Err(StateError::InUse { .. }) if looks > 0 => {
+                looks -= 1;
+                std::thread::sleep(IN_USE_PAUSE);
             }
-        };
-        match held {
-            Ok(held) => Ok(held),
-            Err(error) if matches!(self, StateOption::At(_)) => Err(error),
-            Err(error) => {
-                let why = std::error::Error::source(&error).map(ToString::to_string);
-                tracing::warn!(%error, why, "no state directory: were this daemon killed, requests \
-                    that were running then would run again");
-                Ok(None)
-            }
+            other => break other,
+        }
+    };
+    match held {
+        Ok(held) => Ok(held),
+        Err(error) if matches!(option, Place::At(_)) => Err(error),
+        Err(error) => {
+            let why = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::warn!(%error, why, "no state directory: were this daemon killed, requests \
+                that were running then would run again");
+            Ok(None)
         }
     }
 }
@@ -680,10 +642,10 @@ mod tests {
         assert_eq!(both.file_name().map_or(0, std::ffi::OsStr::len), NAME_CHARS);
         drop(open(&path));
         assert_eq!(open(&both).left(), 0);
-        let at = StateOption::At(both.clone());
+        let at = Place::At(both.clone());
         assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
-        assert_eq!(("none".parse(), "".parse::<StateOption>().ok()), (Ok(StateOption::None), None));
-        assert!(StateOption::None.hold(&[], GRACE).expect("none").is_none());
+        assert_eq!(("none".parse(), "".parse::<Place>().ok()), (Ok(Place::None), None));
+        assert!(hold(&Place::None, &[], GRACE).expect("none").is_none());
         let passing = || {
             let held = Held::take(&both, true).expect("passing");
             StateDir::on(held, GRACE).expect("a state directory")
@@ -695,7 +657,7 @@ mod tests {
         drop(state);
         assert!(both.exists(), "a session is in it");
         let held = open(&both);
-        assert!(at.hold(&[], GRACE).is_err(), "in use");
+        assert!(hold(&at, &[], GRACE).is_err(), "in use");
         drop(held);
     }
 

@@ -22,6 +22,8 @@ pub struct Status {
     pub shards: usize,
     /// CPUs that they may use.
     pub cpus: Vec<usize>,
+    /// Buffers of 1 MiB that each of them may have at once.
+    pub large_buffers: usize,
     /// Open file descriptors.
     pub fds: u64,
     /// As many it may have.
@@ -171,30 +173,33 @@ pub struct SessionStatus {
 }
 
 impl Status {
-    /// For people.
-    pub fn to_text(&self) -> String {
+    /// For people; with a width no line of a table is longer.
+    pub fn to_text(&self, width: Option<usize>) -> String {
         let mut out = String::new();
         let cpus: Vec<String> = self.cpus.iter().map(ToString::to_string).collect();
-        let Status { version, pid, fds, fds_max, shards, .. } = self;
+        let Status { version, pid, fds, fds_max, shards, large_buffers, .. } = self;
         let up = span(self.up_s);
         let cpus = cpus.join(",");
         let _ =
             writeln!(out, "ringfsd {version}, pid {pid}, up {up}, {shards} shards on CPUs {cpus}");
-        let _ = writeln!(out, "open files: {fds} of {fds_max}");
+        let _ = writeln!(
+            out,
+            "open files: {fds} of {fds_max}; at most {large_buffers} buffers of 1MiB a shard"
+        );
         self.config.write(&mut out);
         let rows = self.shares.iter().map(ShareStatus::row);
         let head = ["SHARE", "SESSIONS", "DONE", "ERRORS", "SLOW", "READ", "WRITTEN", "PATH", ""];
-        table(&mut out, &head, rows);
+        table(&mut out, &head, rows, width);
         if !self.sessions.is_empty() {
             let head = [
                 "SESSION", "SHARE", "STATE", "AGE", "LANES", "BUSY", "DONE", "NODES", "OPEN",
                 "PEER",
             ];
-            table(&mut out, &head, self.sessions.iter().map(SessionStatus::row));
+            table(&mut out, &head, self.sessions.iter().map(SessionStatus::row), width);
         }
         if !self.slow.is_empty() {
             let head = ["SLOW", "SESSION", "SHARE", "OP", "OPCODE", "TOOK", "WAITED", "AT", "PATH"];
-            table(&mut out, &head, self.slow.iter().rev().map(SlowOp::row));
+            table(&mut out, &head, self.slow.iter().rev().map(SlowOp::row), width);
         }
         out
     }
@@ -284,17 +289,62 @@ impl SessionStatus {
     }
 }
 
-/// Columns as wide as they must be. What peers have named holds no control characters here.
-pub(crate) fn table(out: &mut String, head: &[&str], rows: impl Iterator<Item = Vec<String>>) {
+/// Columns as wide as they must be, numbers to the right; where a width is given the longest words
+/// lose of their middle. What peers have named holds no control characters here.
+pub(crate) fn table(
+    out: &mut String,
+    head: &[&str],
+    rows: impl Iterator<Item = Vec<String>>,
+    width: Option<usize>,
+) {
     let head = head.iter().map(|name| (*name).to_owned()).collect();
-    let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows.map(printable)).collect();
-    let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..rows[0].len()).filter_map(widest).collect();
+    let mut rows: Vec<Vec<String>> = std::iter::once(head).chain(rows.map(printable)).collect();
+    let columns = rows[0].len();
+    let widest = |rows: &[Vec<String>], column: usize| {
+        rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)
+    };
+    let mut widths: Vec<usize> = (0..columns).map(|column| widest(&rows, column)).collect();
+    let mut over = width.map_or(0, |width| {
+        (widths.iter().sum::<usize>() + 2 * (columns - 1)).saturating_sub(width)
+    });
+    while over > 0 {
+        let Some(longest) = widths.iter_mut().max().filter(|longest| **longest > WORD_KEPT) else {
+            break;
+        };
+        *longest -= 1;
+        over -= 1;
+    }
+    for row in &mut rows {
+        row.iter_mut().zip(&widths).for_each(|(cell, &width)| shorten(cell, width));
+    }
+    let is_number = |cell: &String| cell.is_empty() || cell.starts_with(NUMBERS);
+    let numbers: Vec<bool> = (0..columns)
+        .map(|column| rows.len() > 1 && rows[1..].iter().all(|row| is_number(&row[column])))
+        .collect();
     out.push('\n');
     for row in &rows {
-        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+        let cells = row.iter().zip(&widths).zip(&numbers);
+        let cells = cells.map(|((cell, &width), number)| match number {
+            true => format!("{cell:>width$}"),
+            false => format!("{cell:width$}"),
+        });
         let line = cells.collect::<Vec<_>>().join("  ");
         let _ = writeln!(out, "{}", line.trim_end());
+    }
+}
+
+/// A word keeps at least so many characters.
+const WORD_KEPT: usize = 12;
+/// How a number begins.
+const NUMBERS: &[char] = &['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', '<', '-'];
+
+/// Of a path both ends tell more than the middle.
+fn shorten(cell: &mut String, width: usize) {
+    let chars: Vec<char> = cell.chars().collect();
+    if chars.len() > width {
+        let (first, last) = (width / 3, width - width / 3 - 1);
+        let kept = chars[..first].iter().chain(&['~']).chain(&chars[chars.len() - last..]);
+        *cell = kept.collect();
     }
 }
 
@@ -339,17 +389,42 @@ mod tests {
         let share = ShareStatus { name: "src".into(), path: "/srv".into(), ..Default::default() };
         let (shares, sessions) = (vec![share], vec![session]);
         let config = ConfigState { errors: vec!["x:3: bad".into()], ..Default::default() };
-        let text = Status { shares, sessions, config, ..Default::default() }.to_text();
+        let text = Status { shares, sessions, config, ..Default::default() }.to_text(None);
         let lines: Vec<&str> = text.lines().collect();
-        let row = "7        src    cut 1m01s  1h02m  0      2     10    0      0     \
+        let row = "      7  src    cut 1m01s  1h02m      0     2    10      0     0  \
                    /run/v.sock_5640 pid 12?[2J";
         assert_eq!(lines.last(), Some(&row));
         assert!(lines.iter().any(|line| line.contains("RELOAD FAILED") && line.contains("x:3")));
-        let row = "src    0         0     0       0     0B    0B       /srv";
+        let row = "src           0     0       0     0    0B       0B  /srv";
         assert!(lines.contains(&row), "{text}");
         for (n, said) in [(0, "0B"), (10_239, "10239B"), (10_240, "10KiB"), (20 << 30, "20GiB")] {
             assert_eq!(bytes(n), said);
         }
+    }
+
+    #[test]
+    fn a_table_is_as_wide_as_the_terminal() {
+        let row = |path: &str, n: &str| vec![path.to_owned(), n.to_owned()];
+        let long = "/srv/machines/a-long-name/v.sock_5640 pid 4711";
+        let mut text = String::new();
+        table(&mut text, &["PATH", "N"], [row(long, "7"), row("/x", "12")].into_iter(), Some(34));
+        let lines: Vec<&str> = text.lines().skip(1).collect();
+        let expected = [
+            "PATH                             N",
+            "/srv/machi~/v.sock_5640 pid 4711  7",
+            "/x                               12",
+        ];
+        assert!(lines.iter().all(|line| line.len() <= 34), "{text}");
+        let expected = expected.map(|line| line.split_whitespace().next_back());
+        assert_eq!(
+            lines.iter().map(|l| l.split_whitespace().next_back()).collect::<Vec<_>>(),
+            expected
+        );
+        assert!(text.contains("pid 4711") && text.contains("/srv/") && !text.contains("a-long"));
+        // What could not be read any more is wider all the same.
+        let mut text = String::new();
+        table(&mut text, &["PATH", "N"], [row(long, "7")].into_iter(), Some(5));
+        assert_eq!(text.lines().next_back(), Some("/srv~id 4711  7"), "{text}");
     }
 
     #[test]

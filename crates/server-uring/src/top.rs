@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 /// One screen: of each share what was done in a second, how long it took, and by what kind.
-pub fn screen(before: &Status, now: &Status, apart: Duration) -> String {
+pub fn screen(before: &Status, now: &Status, apart: Duration, width: Option<usize>) -> String {
     let mut out = String::new();
     let (pid, up, sessions) = (now.pid, span(now.up_s), now.sessions.len());
     let busy: u64 = now.sessions.iter().map(|session| session.in_flight).sum();
@@ -21,8 +21,19 @@ pub fn screen(before: &Status, now: &Status, apart: Duration) -> String {
         let old = before.shares.iter().find(|old| old.name == share.name);
         rows.extend(of_share(old.unwrap_or(&ShareStatus::default()), share, apart));
     }
-    table(&mut out, &head, rows.into_iter());
+    table(&mut out, &head, rows.into_iter(), width);
     out
+}
+
+/// As many lines as a terminal has, and how many are left out.
+pub fn first_lines(screen: &str, most: usize) -> String {
+    let lines: Vec<&str> = screen.lines().collect();
+    if lines.len() <= most {
+        return screen.to_owned();
+    }
+    let shown = most.saturating_sub(1);
+    let left = lines.len() - shown;
+    format!("{}\n... {left} more lines (--once shows all)", lines[..shown].join("\n"))
 }
 
 fn of_share(old: &ShareStatus, new: &ShareStatus, apart: Duration) -> Vec<Vec<String>> {
@@ -123,15 +134,19 @@ mod tests {
         let idle = OperationStatus { name: "write".into(), sum_ns: 5, buckets: vec![3, 0, 0] };
         let before = at(vec![read([5, 5, 0], 9_000), idle.clone()], 1 << 20);
         let now = at(vec![read([5, 103, 2], 209_000), idle], 41 << 20);
-        let text = screen(&before, &now, Duration::from_secs(2));
+        let text = screen(&before, &now, Duration::from_secs(2), None);
         let lines: Vec<&str> = text.lines().skip(2).collect();
         let expected = [
-            "SHARE   SESSIONS  OP/S  MEAN   P50     P99     READ/S  WRITTEN/S  ERR/S",
-            "src     2         50    2.0us  <2.0us  <4.0us  20MiB   0B         0",
-            "  read            50    2.0us  <2.0us  <4.0us",
+            "SHARE   SESSIONS  OP/S   MEAN     P50     P99  READ/S  WRITTEN/S  ERR/S",
+            "src            2    50  2.0us  <2.0us  <4.0us   20MiB         0B      0",
+            "  read              50  2.0us  <2.0us  <4.0us",
         ];
         assert_eq!(lines, expected, "{text}");
-        let text = screen(&now, &now, Duration::from_secs(1));
-        assert!(text.ends_with("src    2         0     -     -    -    0B      0B         0\n"));
+        let text = screen(&now, &now, Duration::from_secs(1), None);
+        let last = "src           2     0     -    -    -      0B         0B      0\n";
+        assert!(text.ends_with(last), "{text}");
+        assert_eq!(first_lines(&text, 4), text);
+        let short = first_lines("1\n2\n3\n4\n5\n", 3);
+        assert_eq!(short, "1\n2\n... 3 more lines (--once shows all)");
     }
 }

@@ -78,6 +78,7 @@ pub struct Counters {
     stats: Vec<Arc<ShardStats>>,
     shares: Arc<Shares>,
     cpus: Arc<Mutex<Vec<usize>>>,
+    large_buffers: usize,
     since: Instant,
     config: Arc<Mutex<ConfigState>>,
 }
@@ -128,6 +129,7 @@ impl Counters {
             up_s: self.since.elapsed().as_secs(),
             shards: self.stats.len(),
             cpus: self.cpus.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            large_buffers: self.large_buffers,
             fds: open_fds(),
             fds_max: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
             config,
@@ -174,6 +176,7 @@ impl Worker {
             stats: shards.iter().map(|shard| shard.stats.clone()).collect(),
             shares: known.clone(),
             cpus: Arc::new(Mutex::new(placement.cpus.clone())),
+            large_buffers: placement.large_buffers,
             since: Instant::now(),
             config: Arc::default(),
         };

@@ -10,7 +10,6 @@
 //! A map must not let a guest's user name what it makes of names that only root may use: have a
 //! `bad` rule for the guest's use of each PREPEND, or map everything (docs/security.md).
 
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -39,8 +38,7 @@ struct Rule {
 }
 
 /// All rules of a share.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XattrMap {
     text: String,
     rules: Vec<Rule>,
@@ -159,19 +157,6 @@ impl FromStr for XattrMap {
             return Err(format!("more than {RULES_MAX} xattr rules"));
         }
         Ok(XattrMap { text: text.to_owned(), rules })
-    }
-}
-
-impl TryFrom<String> for XattrMap {
-    type Error = String;
-    fn try_from(text: String) -> Result<XattrMap, String> {
-        text.parse()
-    }
-}
-
-impl From<XattrMap> for String {
-    fn from(map: XattrMap) -> String {
-        map.text
     }
 }
 

@@ -147,7 +147,7 @@ fn a_reload_changes_shares_and_listeners_under_running_sessions() {
         assert!(code == Some(2) && said.contains(why), "{code:?} {said}");
         let told = status(&daemon);
         assert!(told.config.errors.iter().any(|error| error.contains(why)), "{told:?}");
-        assert!(told.to_text().contains("THE LAST RELOAD FAILED"));
+        assert!(told.to_text(None).contains("THE LAST RELOAD FAILED"));
         assert_eq!((told.shares.len(), told.config.listeners.len()), (2, 2));
         drop(mount(&daemon, "s", "b").expect("b is shared still"));
     }

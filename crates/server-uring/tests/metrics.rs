@@ -174,7 +174,7 @@ fn a_slow_operation_is_told_with_where_it_was() {
     assert_eq!((slow.node, slow.path.as_deref()), (node, Some("/big")));
     assert!(slow.took_us >= 1000 && slow.waited_us <= slow.took_us, "{slow:?}");
     assert_eq!(slow.place, "pool");
-    assert!(told.to_text().contains("/big"));
+    assert!(told.to_text(None).contains("/big"));
     drop(guest);
     let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a pid");
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");

@@ -5,10 +5,12 @@ mod common;
 
 use common::*;
 use ringfs_server::control;
+use ringfs_wire::abi::{Opcode, SetattrIn, fattr};
 use ringfs_wire::hello::{Hello, feature};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use zerocopy::IntoBytes;
 
 const UID: u32 = 4711;
 const GID: u32 = 4712;
@@ -186,10 +188,10 @@ fn files_are_found_again_by_their_names() {
     assert_eq!(read(&mut guest, 0), Ok(b"stays".to_vec()));
     // Root's daemon finds this one by its handle.
     assert!(read(&mut guest, 1).is_err());
-    let gone = guest.call(ringfs_wire::abi::Opcode::Getattr, nodes[1].0, &[0; 16]);
+    let gone = guest.call(Opcode::Getattr, nodes[1].0, &[0; 16]);
     assert_eq!(gone, Err(libc::ESTALE as u32));
     // Another file never takes the place of the one that is gone.
-    let gone = guest.call(ringfs_wire::abi::Opcode::Getattr, nodes[2].0, &[0; 16]);
+    let gone = guest.call(Opcode::Getattr, nodes[2].0, &[0; 16]);
     assert_eq!(gone, Err(libc::ESTALE as u32));
     drop(guest);
     second.stop_well();
@@ -232,8 +234,61 @@ fn a_container_that_hides_parts_of_its_proc_lends_it() {
     daemon.stop_well();
 }
 
+/// With what the host lends to a user guests have users of their own.
+#[test]
+fn guests_users_are_those_that_are_lent_to_it() {
+    if !is_root() {
+        return;
+    }
+    if Command::new("newuidmap").output().is_err() {
+        return eprintln!("SKIPPED, NOT TESTED: subordinate ids: there is no newuidmap");
+    }
+    // In mounts of the test's.
+    let dir = tempfile::tempdir().expect("directory");
+    let mut script = String::new();
+    for (of, line) in [
+        ("passwd", format!("somebody:x:{UID}:{GID}::/:/bin/sh\n")),
+        ("subuid", "somebody:500000:1000\n".to_owned()),
+        ("subgid", "somebody:600000:1000\n".to_owned()),
+    ] {
+        let file = dir.path().join(of);
+        std::fs::write(&file, line).expect("write");
+        let file = file.display();
+        script += &format!("[ -e /etc/{of} ] || touch /etc/{of}; mount --bind {file} /etc/{of}\n");
+    }
+    let daemon = daemon_of_user("uring", &script, &["--subordinate-ids"]);
+    let uid_of = |file: &str| {
+        let meta = std::fs::metadata(daemon.share().join(file)).expect("a file");
+        (meta.uid(), meta.gid())
+    };
+    let mut guest = daemon.guest();
+    let (node, _) = guest.create("of-root").expect("create");
+    assert_eq!(uid_of("of-root"), (UID, GID), "its root is the daemon's user");
+    // The share's directory is that user's: others need its leave, as on any disk.
+    let set = SetattrIn { valid: fattr::MODE, mode: 0o777, ..Default::default() };
+    guest.call(Opcode::Setattr, 1, set.as_bytes()).expect("chmod");
+    guest.uid = 7;
+    guest.create("of-seven").expect("create");
+    assert_eq!(uid_of("of-seven").0, 500_006);
+    guest.uid = 0;
+    let give = SetattrIn { valid: fattr::UID, uid: 9, ..Default::default() };
+    guest.call(Opcode::Setattr, node, give.as_bytes()).expect("chown");
+    assert_eq!(uid_of("of-root").0, 500_008);
+    // Nobody beyond those.
+    guest.uid = 1001;
+    assert!(guest.create("of-nobody").is_err());
+    assert!(proc_of_worker(&daemon, "uid_map").contains("500000"));
+    no_directory_is_from_outside(&daemon);
+    drop(guest);
+    daemon.stop_well();
+}
+
 /// `ringfsd` of whoever `before` makes it, that must not start; what it says.
 fn says(before: &[&str], share: &Path) -> String {
+    says_with(before, share, &[])
+}
+
+fn says_with(before: &[&str], share: &Path, options: &[&str]) -> String {
     let socket = share.join("s");
     let output = Command::new(before[0])
         .args(&before[1..])
@@ -241,6 +296,7 @@ fn says(before: &[&str], share: &Path) -> String {
         .arg(format!("--share=x={}", share.display()))
         .arg(format!("--listen=unix:{}", socket.display()))
         .args(["--state-dir=none", "--control=none"])
+        .args(options)
         .stdin(Stdio::null())
         .output()
         .expect("it runs");
@@ -263,6 +319,11 @@ fn who_cannot_have_namespaces_is_told_the_cure() {
     for word in ["sysctl user.max_user_namespaces=15000", "--sandbox=landlock"] {
         assert!(said.contains(word), "{word} in {said}");
     }
+    let own = format!("--reuid={UID}");
+    chown(dir.path(), Some(UID), Some(GID)).expect("chown");
+    let own = ["setpriv", &own, "--clear-groups", "--regid=4712"];
+    let said = says_with(&own, dir.path(), &["--subordinate-ids"]);
+    assert!(said.contains("usermod --add-subuids") && said.contains("/etc/subuid"), "{said}");
     let said = says(&["setpriv", "--bounding-set=-sys_admin"], dir.path());
     for word in ["CAP_SYS_ADMIN", "--sandbox=landlock"] {
         assert!(said.contains(word), "{word} in {said}");

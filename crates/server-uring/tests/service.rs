@@ -85,13 +85,35 @@ fn sockets_are_passed_to_it() {
     assert!(at("s").exists() && at("c").exists());
 }
 
-/// A control group of version 1, removed at the end.
+/// A control group, removed at the end.
 struct Group(PathBuf);
 
+const V2: &str = "/sys/fs/cgroup/unified";
+
 impl Group {
+    /// Of version 1.
     fn new(controller: &str, files: &[(&str, &str)]) -> Result<Group, std::io::Error> {
-        let name = format!("ringfs-test-{}-{controller}", std::process::id());
-        let group = Group(Path::new("/sys/fs/cgroup").join(controller).join(name));
+        Group::at(Path::new("/sys/fs/cgroup").join(controller), controller, files)
+    }
+
+    /// Of version 2, where the kernel gives this controller to it and not to version 1.
+    fn new_v2(controller: &str, files: &[(&str, &str)]) -> Result<Group, std::io::Error> {
+        let root = [V2, "/sys/fs/cgroup"].map(PathBuf::from);
+        let root = root.into_iter().find(|at| at.join("cgroup.controllers").exists());
+        let root = root.ok_or_else(|| std::io::Error::other("no hierarchy of version 2"))?;
+        let has = std::fs::read_to_string(root.join("cgroup.controllers"))?;
+        if !has.split_whitespace().any(|name| name == controller) {
+            let has = has.trim();
+            return Err(std::io::Error::other(format!(
+                "version 2 has no {controller} here: {has}"
+            )));
+        }
+        std::fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"))?;
+        Group::at(root, controller, files)
+    }
+
+    fn at(root: PathBuf, of: &str, files: &[(&str, &str)]) -> Result<Group, std::io::Error> {
+        let group = Group(root.join(format!("ringfs-test-{}-{of}", std::process::id())));
         std::fs::create_dir(&group.0)?;
         for (file, text) in files {
             group.set(file, text)?;
@@ -101,6 +123,10 @@ impl Group {
 
     fn set(&self, file: &str, text: &str) -> std::io::Result<()> {
         std::fs::write(self.0.join(file), text)
+    }
+
+    fn tells(&self, file: &str) -> String {
+        std::fs::read_to_string(self.0.join(file)).expect(file)
     }
 
     /// A daemon that is born in it.
@@ -116,7 +142,6 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // The last process may be on its way out.
         for _ in 0..100 {
             match std::fs::remove_dir(&self.0) {
                 Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
@@ -157,11 +182,17 @@ fn settles(daemon: &Daemon, what: &str, check: impl Fn(&BTreeMap<String, Vec<Str
 
 #[test]
 fn its_threads_run_where_its_cpuset_is_and_follow_it() {
-    let made = Group::new("cpuset", &[("cpuset.mems", "0"), ("cpuset.cpus", "0-1")]);
-    let group = match made {
-        Ok(group) => group,
-        Err(error) => return skipped("a cpuset with two CPUs", error),
-    };
+    let files = [("cpuset.mems", "0"), ("cpuset.cpus", "0-1")];
+    for (version, made) in [(1, Group::new("cpuset", &files)), (2, Group::new_v2("cpuset", &files))]
+    {
+        match made {
+            Ok(group) => threads_follow(&group),
+            Err(error) => skipped(&format!("a cpuset of version {version}"), error),
+        }
+    }
+}
+
+fn threads_follow(group: &Group) {
     for engine in ["uring", "threads"] {
         group.set("cpuset.cpus", "0").expect("one CPU");
         let daemon = group.daemon(engine);
@@ -201,10 +232,18 @@ fn its_threads_run_where_its_cpuset_is_and_follow_it() {
 
 #[test]
 fn it_has_as_many_shards_as_its_quota_can_drive() {
-    let group = match Group::new("cpu", &[("cpu.cfs_quota_us", "80000")]) {
-        Ok(group) => group,
-        Err(error) => return skipped("a CPU quota", error),
-    };
+    for (version, made) in [
+        (1, Group::new("cpu", &[("cpu.cfs_quota_us", "80000")])),
+        (2, Group::new_v2("cpu", &[("cpu.max", "80000 100000")])),
+    ] {
+        match made {
+            Ok(group) => one_shard(&group),
+            Err(error) => skipped(&format!("a CPU quota of version {version}"), error),
+        }
+    }
+}
+
+fn one_shard(group: &Group) {
     let daemon = group.daemon("uring");
     let told = control::ask_status(&daemon.path("c")).expect("a status");
     assert_eq!(told.shards, 1);
@@ -215,6 +254,64 @@ fn it_has_as_many_shards_as_its_quota_can_drive() {
     assert_eq!(Some(masks["ringfs-shard-0"][0].as_str()), all.map(str::trim));
     daemon.guest().create("file").expect("create");
     daemon.stop_well();
+}
+
+#[test]
+fn its_buffers_fit_its_memory() {
+    const MIB: u64 = 1 << 20;
+    let limit = (96 * MIB).to_string();
+    for (version, made) in [
+        (1, Group::new("memory", &[("memory.limit_in_bytes", &limit)])),
+        (2, Group::new_v2("memory", &[("memory.max", &limit)])),
+    ] {
+        match made {
+            Ok(group) => stays_below(&group),
+            Err(error) => skipped(&format!("a memory limit of version {version}"), error),
+        }
+    }
+}
+
+/// Guests that want more buffers than there are are served all the same, and nobody is killed.
+fn stays_below(group: &Group) {
+    const MIB: usize = 1 << 20;
+    for engine in ["uring", "threads"] {
+        let daemon = group.daemon(engine);
+        let told = control::ask_status(&daemon.path("c")).expect("a status");
+        // A quarter of the limit, in pieces of a little more than 1 MiB.
+        let all = told.large_buffers * told.shards;
+        assert!((16..=24).contains(&all) && told.large_buffers >= 8, "{all} large buffers");
+        let worker = daemon.worker_pid();
+        let mut guests: Vec<Guest> = (0..6).map(|_| daemon.guest()).collect();
+        let files: Vec<_> = guests
+            .iter_mut()
+            .enumerate()
+            .map(|(n, guest)| guest.create(&format!("{engine}-{n}")).expect("create"))
+            .collect();
+        let data = vec![7; MIB];
+        for piece in 0..8 {
+            for (guest, &(node, fh)) in guests.iter_mut().zip(&files) {
+                let args = write_args(fh, piece * MIB as u64, &data);
+                guest.start(ringfs_wire::abi::Opcode::Write, node, &args);
+                assert!(guest.flush());
+            }
+            for guest in &mut guests {
+                guest.reply().expect("an answer").1.expect("written");
+            }
+        }
+        for (guest, &(node, fh)) in guests.iter_mut().zip(&files) {
+            for piece in 0..8 {
+                let read = guest.read(node, fh, piece * MIB as u64, MIB as u32).expect("read");
+                assert!(read == data, "piece {piece}");
+            }
+        }
+        let events = ["memory.events", "memory.oom_control"];
+        let events = events.iter().find(|file| group.0.join(file).exists()).expect("events");
+        let told = group.tells(events);
+        assert!(told.lines().any(|line| line == "oom_kill 0"), "{told}");
+        assert_eq!(daemon.worker_pid(), worker);
+        drop(guests);
+        daemon.stop_well();
+    }
 }
 
 #[test]

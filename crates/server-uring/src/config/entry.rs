@@ -2,7 +2,7 @@
 //!
 //! Each is a table of the file, and one word of the command line.
 
-use crate::accept::{Address, ListenError};
+use crate::address::Address;
 use crate::fds::Fds;
 use crate::fs::{FsOptions, Submounts};
 use crate::idmap::{IdMap, Ids, Rule};
@@ -10,6 +10,7 @@ use crate::quota::{Limits, ShareQuota};
 use crate::xattrmap::XattrMap;
 use ringfs_wire::limits::SHARE_NAME_BYTES_MAX;
 use serde::{Deserialize, Serialize};
+use std::fmt::{self, Display, Formatter};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -60,23 +61,23 @@ pub struct ListenConfig {
 }
 
 /// Permission bits, written in octal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileMode(pub u32);
 
-impl TryFrom<String> for FileMode {
-    type Error = String;
-    fn try_from(text: String) -> Result<FileMode, String> {
-        match u32::from_str_radix(&text, 8) {
+impl FromStr for FileMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<FileMode, String> {
+        match u32::from_str_radix(text, 8) {
             Ok(mode) if mode <= 0o777 => Ok(FileMode(mode)),
             _ => Err(format!("{text:?} is no mode such as 0660")),
         }
     }
 }
 
-impl From<FileMode> for String {
-    fn from(mode: FileMode) -> String {
-        format!("{:04o}", mode.0)
+impl Display for FileMode {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
     }
 }
 
@@ -168,6 +169,15 @@ impl ShareConfig {
         Ok(Ids { users: IdMap::new(&self.uid_map)?, groups: IdMap::new(&self.gid_map)? })
     }
 
+    /// Where the directory is not there: the last word of the command line may be no part of it.
+    pub(super) fn unknown_option(&self) -> String {
+        let path = self.path.to_string_lossy();
+        path.rsplit_once(',').map_or(String::new(), |(_, word)| {
+            let known = OPTIONS.join(", ");
+            format!("; if {word:?} was to be an option, there is none of that name: {known}")
+        })
+    }
+
     /// Why guests cannot name it so.
     pub(super) fn check_name(&self) -> Result<(), String> {
         let name = &self.name;
@@ -177,6 +187,21 @@ impl ShareConfig {
         Ok(())
     }
 }
+
+/// What may follow a share's directory on the command line, for people.
+const OPTIONS: [&str; 11] = [
+    "ro",
+    "direct_io=pass",
+    "submounts=merge",
+    "nosuid",
+    "acl",
+    "dev",
+    "uid-map=",
+    "gid-map=",
+    "xattr-map=",
+    "limits (ops= bytes= in-flight= open-files= nodes=)",
+    "limits of all sessions (total-..=)",
+];
 
 impl FromStr for ShareConfig {
     type Err = String;
@@ -234,7 +259,7 @@ impl FromStr for ListenConfig {
                 value.split('+').map(|id| id.parse().map_err(bad)).collect()
             };
             match name {
-                "mode" => listen.mode = Some(value.to_owned().try_into()?),
+                "mode" => listen.mode = Some(value.parse()?),
                 "owner" => listen.owner = Some(value.to_owned()),
                 "group" => listen.group = Some(value.to_owned()),
                 "allow-uid" => listen.allow_uid = ids()?,
@@ -246,14 +271,13 @@ impl FromStr for ListenConfig {
             }
             address = before;
         }
-        listen.address = address.parse().map_err(|error: ListenError| error.to_string())?;
+        listen.address = address.parse()?;
         Ok(listen)
     }
 }
 
 /// Where metrics are told: `unix:PATH` or `tcp:ADDRESS:PORT`, an address of this machine alone.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MetricsAddress(pub Address);
 
 impl FromStr for MetricsAddress {
@@ -278,22 +302,14 @@ impl FromStr for MetricsAddress {
     }
 }
 
-impl TryFrom<String> for MetricsAddress {
-    type Error = String;
-    fn try_from(text: String) -> Result<MetricsAddress, String> {
-        text.parse()
-    }
-}
-
-impl From<MetricsAddress> for String {
-    fn from(address: MetricsAddress) -> String {
-        address.0.to_string()
+impl Display for MetricsAddress {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 
 /// `idle`, `be:0` to `be:7` or `rt:0` to `rt:7`, as ionice(1) has them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoPriority {
     class: u8,
     level: u8,
@@ -323,18 +339,11 @@ impl FromStr for IoPriority {
     }
 }
 
-impl TryFrom<String> for IoPriority {
-    type Error = String;
-    fn try_from(text: String) -> Result<IoPriority, String> {
-        text.parse()
-    }
-}
-
-impl From<IoPriority> for String {
-    fn from(priority: IoPriority) -> String {
-        match IO_CLASSES[usize::from(priority.class)] {
-            "idle" => "idle".into(),
-            class => format!("{class}:{}", priority.level),
+impl Display for IoPriority {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match IO_CLASSES[usize::from(self.class)] {
+            "idle" => f.write_str("idle"),
+            class => write!(f, "{class}:{}", self.level),
         }
     }
 }
@@ -413,7 +422,7 @@ mod tests {
     fn io_priorities() {
         for text in ["idle", "be:0", "be:7", "rt:3"] {
             let priority: IoPriority = text.parse().expect(text);
-            assert_eq!(String::from(priority), text);
+            assert_eq!(priority.to_string(), text);
         }
         assert_eq!("be:4".parse::<IoPriority>().map(IoPriority::value), Ok(2 << 13 | 4));
         for bad in ["", "none", "be:8", "idle:1", "x:1", "be:"] {

@@ -1,6 +1,6 @@
 //! What is wrong with a configuration, where, and what was meant.
 
-use crate::accept::Address;
+use crate::address::Address;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -38,8 +38,8 @@ pub enum What {
     ShareIds { name: String, why: String },
     #[error("the share name {0:?} is given twice")]
     ShareTwice(String),
-    #[error("the share {name:?} cannot be served: {path:?}: {source}")]
-    Share { name: String, path: PathBuf, source: std::io::Error },
+    #[error("the share {name:?} cannot be served: {path:?}: {source}{hint}")]
+    Share { name: String, path: PathBuf, source: std::io::Error, hint: String },
     #[error("the address {0} is given twice")]
     ListenTwice(Address),
     #[error("{address} offers the share {share:?}, which there is not")]

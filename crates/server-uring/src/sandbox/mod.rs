@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use thiserror::Error;
+use users::{Ids, Lent};
 
 /// How much of it, as `--sandbox` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
@@ -40,7 +41,7 @@ pub enum Walls {
     /// Namespaces and all other layers; it takes CAP_SYS_ADMIN.
     Namespaces,
     /// The same in a user namespace of its own, which takes no right.
-    OwnUsers,
+    OwnUsers(Ids),
     /// All layers but namespaces.
     Landlock,
     /// None.
@@ -48,19 +49,35 @@ pub enum Walls {
 }
 
 impl Walls {
-    /// What this process can make.
+    /// What this process can make; `lent`: with the ids that are lent to its user.
     ///
     /// # Errors
     /// [`SandboxError`]: root without CAP_SYS_ADMIN. In a user namespace with root alone it could
-    /// not serve what other users have.
-    pub fn of(asked: Sandbox) -> Result<Walls, SandboxError> {
+    /// not serve what other users have. Or there are no such ids.
+    pub fn of(asked: Sandbox, lent: bool) -> Result<Walls, SandboxError> {
         let can_mount = rustix::thread::capabilities(None)
             .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
         match asked {
+            Sandbox::Namespace if !can_mount && !rustix::process::geteuid().is_root() => {
+                if !lent {
+                    return Ok(Walls::OwnUsers(Ids::Own));
+                }
+                let lent = Lent::to_us().map_err(|source| SandboxError {
+                    step: "subordinate ids",
+                    cure: "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
+                        .into(),
+                    source,
+                })?;
+                Ok(Walls::OwnUsers(Ids::Lent(lent)))
+            }
+            _ if lent => Err(SandboxError {
+                step: "subordinate ids",
+                cure: "they are for a user without rights, with --sandbox=namespace".into(),
+                source: Errno::INVAL.into(),
+            }),
             Sandbox::None => Ok(Walls::None),
             Sandbox::Landlock => Ok(Walls::Landlock),
             Sandbox::Namespace if can_mount => Ok(Walls::Namespaces),
-            Sandbox::Namespace if !rustix::process::geteuid().is_root() => Ok(Walls::OwnUsers),
             Sandbox::Namespace => Err(SandboxError {
                 step: "namespaces",
                 cure: "root needs CAP_SYS_ADMIN for them; --sandbox=landlock does without".into(),
@@ -69,10 +86,18 @@ impl Walls {
         }
     }
 
+    /// Who there is in the worker's user namespace, if it has one.
+    pub fn ids(self) -> Option<Ids> {
+        match self {
+            Walls::OwnUsers(ids) => Some(ids),
+            Walls::Namespaces | Walls::Landlock | Walls::None => None,
+        }
+    }
+
     /// Whether the worker has a root of its own, with the shares in it.
     pub fn has_root(self) -> bool {
         match self {
-            Walls::Namespaces | Walls::OwnUsers => true,
+            Walls::Namespaces | Walls::OwnUsers(_) => true,
             Walls::Landlock | Walls::None => false,
         }
     }
@@ -127,14 +152,15 @@ pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
     if walls.has_root() {
         root::build(shares).map_err(|errno| SandboxError {
             cure: match walls {
-                Walls::OwnUsers => users::why_not().into(),
+                Walls::OwnUsers(_) => users::why_not().into(),
                 _ => "--sandbox=landlock does without".into(),
             },
             ..SandboxError::errno("a root of its own")(errno)
         })?;
     }
     let kept = match walls {
-        Walls::OwnUsers => CapabilitySet::empty(),
+        Walls::OwnUsers(Ids::Own) => CapabilitySet::empty(),
+        Walls::OwnUsers(Ids::Lent(_)) => caps::kept(false, false),
         _ => caps::kept(device_nodes, file_handles),
     };
     caps::cut(kept).map_err(SandboxError::errno("capabilities"))?;

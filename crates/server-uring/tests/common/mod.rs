@@ -470,6 +470,8 @@ impl Guest {
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
                     return Err(End::Closed);
                 }
+                // Of a machine that was stopped meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => panic!("the daemon is silent: {error}"),
             };
             self.deframer.filled(n);

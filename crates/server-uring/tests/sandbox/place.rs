@@ -3,6 +3,7 @@
 use ringfs_server::channel::ToParent;
 use ringfs_server::fork::{Child, Spaces};
 use ringfs_server::fs::Submounts;
+use ringfs_server::sandbox::users::Ids;
 use ringfs_server::sandbox::{self, Needs, Walls, caps, filter, landlock, root};
 use ringfs_server::share::ShareDir;
 use rustix::io::Errno;
@@ -32,7 +33,7 @@ impl With {
     fn walls(self) -> Walls {
         match self {
             Root | All | AllWithoutHandles if is_root() => Walls::Namespaces,
-            Root | All | AllWithoutHandles => Walls::OwnUsers,
+            Root | All | AllWithoutHandles => Walls::OwnUsers(Ids::Own),
             AllButNamespaces => Walls::Landlock,
             Nothing | Caps | Landlock | Seccomp | CapsWithoutHandles => Walls::None,
         }
@@ -73,12 +74,12 @@ impl Place {
     /// Tries `what` with these layers; it is given the share's directory.
     pub fn attempt(&self, with: With, what: &dyn Fn(&Path) -> Result<(), Errno>) -> Came {
         let walls = with.walls();
-        let own_users = walls == Walls::OwnUsers;
+        let own_users = walls.ids();
         let outside = self.share.root().expect("a root");
         let spaces = walls.has_root().then_some(Spaces { own_users });
         let keep = [outside.as_fd(), self.fd.as_fd()];
         let child = Child::start(&keep, 1, spaces, |channel| {
-            let copied = own_users.then(|| self.share.copy_in_own_users().expect("a copy"));
+            let copied = own_users.map(|_| self.share.copy_in_own_users().expect("a copy"));
             let shares = [copied.as_ref().unwrap_or(&outside).as_fd()];
             let file_handles = with != AllWithoutHandles;
             let needs =

@@ -1,0 +1,209 @@
+//! What the parent does beside its worker, seen from outside of a whole daemon: another worker
+//! where one dies, sockets that come and go with their directories, shares that a SIGHUP brings and
+//! takes.
+
+mod common;
+
+use common::*;
+use ringfs_server::control;
+use ringfs_wire::abi::Opcode;
+use ringfs_wire::hello::{Hello, Reason, feature};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+
+fn pid(raw: u32) -> Pid {
+    Pid::from_raw(raw as i32).expect("a pid")
+}
+
+/// The worker that serves once the one of this pid is dead.
+fn next_worker(daemon: &Daemon, old: u32) -> u32 {
+    until("another worker", || {
+        // While there is none nobody answers.
+        control::ask_status(&daemon.path("c")).ok()?;
+        let worker = daemon.worker_pid();
+        (worker != old).then_some(worker)
+    })
+}
+
+#[test]
+fn a_worker_that_dies_is_replaced_and_its_guests_go_on() {
+    for sandbox in ["namespace", "landlock", "none"] {
+        let daemon = Daemon::start_as("uring", |program, _| {
+            let mut command = Command::new(program);
+            command.args(["--grace=60", "--state-dir=none", &format!("--sandbox={sandbox}")]);
+            command.env("RUST_LOG", "off");
+            command
+        });
+        let features = feature::PAYLOAD_CRC | feature::RESTORE;
+        let asked = Hello { features, ..hello("share") };
+        let mut guest = Guest::greet(daemon.connect(), &asked).expect("welcome");
+        guest.recipes = Some(Default::default());
+        let (node, fh) = guest.create("file").expect("create");
+        assert_eq!(guest.write(node, fh, 0, b"before"), Ok(6));
+        let nodes = vec![(node, guest.recipes.as_ref().expect("recipes")[&node].clone())];
+
+        let mut worker = daemon.worker_pid();
+        for deaths in 1..=3 {
+            kill_process(pid(worker), Signal::KILL).expect("kill");
+            assert_eq!(guest.ending(), End::Closed);
+            worker = next_worker(&daemon, worker);
+            guest = rebuilt(&daemon, &asked, &nodes, &[(fh, node, libc::O_RDWR)]);
+            let text = format!("after {deaths}");
+            assert_eq!(guest.write(node, fh, 0, text.as_bytes()), Ok(text.len() as u32));
+            assert_eq!(guest.read(node, fh, 0, 100), Ok(text.into_bytes()));
+        }
+        drop(guest);
+        daemon.stop_well();
+    }
+}
+
+#[test]
+fn a_worker_ends_with_its_parent() {
+    for sandbox in ["namespace", "landlock", "none"] {
+        let daemon = Daemon::start_as("uring", |program, _| {
+            let mut command = Command::new(program);
+            command.args(["--state-dir=none", &format!("--sandbox={sandbox}")]);
+            command
+        });
+        let (worker, mut guest) = (daemon.worker_pid(), daemon.guest());
+        guest.create("file").expect("create");
+        kill_process(pid(daemon.pid()), Signal::KILL).expect("kill");
+        until("the worker's end", || test_kill_process(pid(worker)).is_err().then_some(()));
+        assert_eq!(guest.ending(), End::Closed);
+    }
+}
+
+/// A configuration with these shares, each of its own directory, and a pattern of sockets.
+fn file(dir: &Path, shares: &[&str], pattern: &str) -> String {
+    let mut text = String::from("state-dir = \"none\"\ngrace = 0\n");
+    text += &format!("[[listen]]\naddress = \"unix:{}\"\n", dir.join(pattern).display());
+    for name in shares {
+        let path = dir.join("share").join(name);
+        std::fs::create_dir_all(&path).expect("the share's directory");
+        std::fs::write(path.join("of"), name).expect("write");
+        text += &format!("[share.{name}]\npath = {path:?}\n");
+    }
+    text
+}
+
+fn mount(socket: &Path, share: &str) -> Result<Guest, Reason> {
+    Guest::greet(connect(socket), &hello(share)).map_err(|end| match end {
+        End::Goodbye(Some(reason), _) => reason,
+        end => panic!("{end:?}"),
+    })
+}
+
+/// The share is served, and it is this one.
+fn reads_its_file(guest: &mut Guest, share: &str) {
+    let node = guest.lookup(1, "of").expect("its file").nodeid;
+    let fh = guest.open(node, libc::O_RDONLY).expect("open");
+    assert_eq!(guest.read(node, fh, 0, 100), Ok(share.into()));
+    guest.release(node, fh).expect("release");
+}
+
+fn appears(socket: &Path) {
+    until("a socket", || UnixStream::connect(socket).ok());
+}
+
+fn vanishes(socket: &Path) {
+    until("the end of a socket", || (!socket.exists()).then_some(()));
+}
+
+#[test]
+fn sockets_of_a_pattern_come_and_go_with_their_directories() {
+    let daemon = Daemon::start_with_file(|dir| file(dir, &["a"], "vm/*/v.sock_5640"));
+    let vm = |name: &str| daemon.path("vm").join(name);
+    let socket = |name: &str| vm(name).join("v.sock_5640");
+    let listeners = || {
+        let text = daemon.command(&["status"]).stdout;
+        String::from_utf8(text).expect("text")
+    };
+    // Not even the directory above is there at first.
+    std::fs::create_dir_all(vm("1")).expect("mkdir");
+    appears(&socket("1"));
+    let mut first = mount(&socket("1"), "a").expect("a session");
+    reads_its_file(&mut first, "a");
+    std::fs::create_dir(vm("2")).expect("mkdir");
+    appears(&socket("2"));
+    reads_its_file(&mut mount(&socket("2"), "a").expect("a session"), "a");
+    assert!(listeners().contains("vm/*/v.sock_5640"), "{}", listeners());
+
+    // A VM is gone, and another one has its name.
+    std::fs::remove_dir_all(vm("1")).expect("rm -r");
+    vanishes(&socket("1"));
+    reads_its_file(&mut first, "a");
+    std::fs::create_dir(vm("1")).expect("mkdir");
+    appears(&socket("1"));
+    reads_its_file(&mut mount(&socket("1"), "a").expect("a session"), "a");
+    // Somebody tidies a socket away, or moves its directory.
+    std::fs::remove_file(socket("2")).expect("rm");
+    appears(&socket("2"));
+    std::fs::rename(vm("2"), vm("3")).expect("mv");
+    vanishes(&socket("2"));
+    // The old socket has moved too: who comes by it before the parent has looked is cut off.
+    let mut moved = until("a socket that stays", || {
+        let stream = UnixStream::connect(socket("3")).ok()?;
+        Guest::greet(stream, &hello("a")).ok()
+    });
+    reads_its_file(&mut moved, "a");
+    reads_its_file(&mut first, "a");
+
+    // The worker dies: the sockets are the parent's, and stay.
+    let worker = daemon.worker_pid();
+    kill_process(pid(worker), Signal::KILL).expect("kill");
+    next_worker(&daemon, worker);
+    reads_its_file(&mut mount(&socket("1"), "a").expect("a session"), "a");
+    reads_its_file(&mut mount(&socket("3"), "a").expect("a session"), "a");
+    drop((first, moved));
+
+    daemon.signal_to_end();
+    for name in ["1", "3"] {
+        vanishes(&socket(name));
+    }
+}
+
+#[test]
+fn shares_and_patterns_come_and_go_by_sighup() {
+    let daemon = Daemon::start_with_file(|dir| file(dir, &["a"], "vm/*/s"));
+    let dir = daemon.path("");
+    let [one, other] = ["vm/1", "other/1"].map(|name| {
+        std::fs::create_dir_all(daemon.path(name)).expect("mkdir");
+        daemon.path(name).join("s")
+    });
+    appears(&one);
+    let mut a = mount(&one, "a").expect("a session");
+    let reloads = || control::ask_status(&daemon.path("c")).expect("a status").config.reloads;
+    let reload = |text: String| {
+        std::fs::write(daemon.path("ringfsd.toml"), text).expect("write");
+        let before = reloads();
+        daemon.signal_to_reload();
+        until("the reload", || (reloads() > before).then_some(()));
+    };
+    // They are mounted inside the worker's root while it serves, and can be used at once.
+    for round in 0..5 {
+        let name = format!("b{round}");
+        reload(file(&dir, &["a", &name], "vm/*/s"));
+        reads_its_file(&mut mount(&one, &name).expect("a new share"), &name);
+        assert_eq!(mount(&one, &format!("b{}", round + 1)).err(), Some(Reason::UnknownShare));
+        reload(file(&dir, &["a"], "vm/*/s"));
+        assert_eq!(mount(&one, &name).err(), Some(Reason::UnknownShare));
+        reads_its_file(&mut a, "a");
+    }
+    // Another pattern: its sockets come, and those of the first go.
+    assert!(!other.exists());
+    reload(file(&dir, &["a", "c"], "other/*/s"));
+    appears(&other);
+    vanishes(&one);
+    reads_its_file(&mut mount(&other, "c").expect("a session"), "c");
+    // A worker that comes now has what is in force now.
+    let worker = daemon.worker_pid();
+    kill_process(pid(worker), Signal::KILL).expect("kill");
+    next_worker(&daemon, worker);
+    reads_its_file(&mut mount(&other, "c").expect("a session"), "c");
+    assert_eq!(mount(&other, "b0").err(), Some(Reason::UnknownShare));
+    assert!(a.try_call(Opcode::Getattr, 1, &[0; 16]).is_err(), "it was cut off");
+    daemon.signal_to_end();
+    vanishes(&other);
+}
