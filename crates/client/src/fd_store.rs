@@ -12,8 +12,9 @@
 
 use crate::keep::Keep;
 use crate::rings::with_causes;
+use crate::status::{self, Entry};
 use fuser_fork::device::is_over;
-use fuser_fork::mount::unmount_identity;
+use fuser_fork::mount::{mount_at, unmount_identity};
 use fuser_fork::mountinfo::find_mounts;
 use fuser_fork::passed;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -93,6 +94,15 @@ impl FdStore {
     /// What a keeper before us has stored of a mount that lives and is of `source`; anything else
     /// is let go. `mountpoint`: where it is if nobody can tell.
     pub fn take(&mut self, source: &OsStr, mountpoint: &Path) -> Option<Stored> {
+        let stored = self.take_living(source, mountpoint);
+        if stored.is_none() {
+            self.forget();
+            remove_dead(source, mountpoint);
+        }
+        stored
+    }
+
+    fn take_living(&mut self, source: &OsStr, mountpoint: &Path) -> Option<Stored> {
         let mut file = None;
         let mut devices = BTreeMap::new();
         for (name, fd) in passed::take() {
@@ -104,13 +114,9 @@ impl FdStore {
             }
             self.names.push(name);
         }
-        let (Some(file), Some(session)) = (file, devices.remove(&0)) else {
-            self.forget();
-            return None;
-        };
+        let (file, session) = (file?, devices.remove(&0)?);
         if is_over(session.as_fd()) {
             tracing::warn!("the mount that was kept is gone: mounting anew");
-            self.forget();
             return None;
         }
         let identity = Keep::mounted_as(&file).unwrap_or_default();
@@ -120,10 +126,7 @@ impl FdStore {
         {
             let path = its_path.display();
             tracing::warn!(%path, ?its_source, "what was kept is another share's: removing it");
-            if let Err(error) = unmount_identity(its_path, identity) {
-                tracing::error!(error = with_causes(&error), "it stays behind, dead");
-            }
-            self.forget();
+            remove(its_path, identity);
             return None;
         }
         let path = place.map_or_else(|| mountpoint.to_owned(), |(_, path)| path);
@@ -208,4 +211,23 @@ fn place_of(identity: (u32, u32)) -> Option<(OsString, PathBuf)> {
     let mounts = find_mounts().ok()?;
     let mut ours = mounts.into_iter().filter(|its| (its.mount_id, its.dev_minor) == identity);
     ours.next().map(|its| (its.source, its.mount_point))
+}
+
+/// A mount of ours that nobody serves is in the way of the next one; of the service nobody else is
+/// alive.
+fn remove_dead(source: &OsStr, mountpoint: &Path) {
+    let Ok(mount) = mount_at(mountpoint) else { return };
+    let Ok(mounts) = status::collect(&status::dirs()) else { return };
+    let is_served = |its: &Entry| its.dev_minor == mount.dev_minor && its.client.is_some();
+    if mount.source == source && !mounts.iter().any(is_served) {
+        let path = mount.mount_point.display();
+        tracing::warn!(%path, "nobody serves the mount that is there: removing it");
+        remove(&mount.mount_point, (mount.mount_id, mount.dev_minor));
+    }
+}
+
+fn remove(path: &Path, identity: (u32, u32)) {
+    if let Err(error) = unmount_identity(path, identity) {
+        tracing::error!(error = with_causes(&error), "it stays behind, dead");
+    }
 }

@@ -367,8 +367,12 @@ impl Keeper<'_> {
     /// What the next client needs goes to the service manager too, if it is not there.
     fn store_fds(&mut self, channel: &Channel) {
         let Some(store) = &mut self.store else { return };
-        if self.held.is_stored || self.held.fds.is_empty() {
+        if self.held.is_stored {
             return;
+        }
+        if self.held.fds.is_empty() {
+            let why = &self.held.why;
+            return tracing::warn!(why, "nothing is kept by the service manager");
         }
         match store.keep(&self.held.fds) {
             Ok(()) => {

@@ -371,6 +371,9 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
     };
     check(unmount, "data", "is gone: mounting anew", 1);
     check(|_, _| (), "data/sub", "another share's: removing it", 1);
+    // As `systemctl stop` of a service whose processes are all dead.
+    let empty = |_: &Bench, manager: &Manager| manager.see(|unit| unit.store.clear());
+    check(empty, "data", "nobody serves the mount that is there: removing it", 1);
     // One that manager or kernel took for the same as another.
     let lose = |_: &Bench, manager: &Manager| {
         manager.see(|unit| unit.store.retain(|(name, _)| !name.ends_with("device-1")));
@@ -384,6 +387,20 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
         File::from(file).write_all_at(&[7; 8], 0).expect("another version's");
     };
     check(update, "data", "has left nothing that this one can read", 2);
+}
+
+#[test]
+fn a_mount_that_cannot_be_taken_over_says_that_it_is_not_stored() {
+    let _alone = alone();
+    let bench = Bench::new(Terms::default());
+    let manager = Manager::new(&bench);
+    let keeper = manager.start(&bench, "data", "lanes=2,nokeep");
+    manager.wait_ready(1);
+    assert!(manager.names().is_empty() && status_of(&bench)["is_stored"] == false);
+    keeper.signal(Signal::TERM);
+    let (status, stderr) = keeper.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    assert!(stderr.contains("nothing is kept by the service manager why=\"nokeep\""), "{stderr}");
 }
 
 #[test]
