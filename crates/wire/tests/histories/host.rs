@@ -72,8 +72,6 @@ struct Newcomer {
     ticket: Ticket,
     guest: u32,
     conn: u16,
-    /// Of the daemon that it has its ticket from.
-    epoch: u64,
 }
 
 struct Link {
@@ -286,12 +284,11 @@ impl Daemon {
         let hello = Hello::decode(&record.body).map_err(|error| error.to_string())?;
         let guest = u32::from_str_radix(&hello.share, 16).map_err(|_| "no guest")?;
         let (ticket, conn) = (hello.ticket, hello.conn);
-        let epoch = hello.epoch_seen;
-        let newcomer = Newcomer { pipe, end, ticket, guest, conn, epoch };
+        let newcomer = Newcomer { pipe, end, ticket, guest, conn };
         let known = self.sessions.iter().position(|s| !s.ended && s.has(ticket));
         match known {
             None => {
-                let is_heir = epoch != self.epoch || self.gone.contains(&ticket);
+                let is_heir = hello.epoch_seen != self.epoch || self.gone.contains(&ticket);
                 self.open(newcomer, (hello.lanes, hello.conns), is_heir, net);
             }
             Some(at) => self.meet(at, newcomer, net),
