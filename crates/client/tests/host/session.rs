@@ -153,10 +153,7 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     let rebuilds = !is_new && (unknown.is_some() || is_untold);
     let resumes = conns.contains_key(&(hello.conn as u8)) || rebuilds;
     let mut ticket = shared.ticket.lock().expect("ticket");
-    let shown = Ticket([shared.ticket_shown.load(Ordering::SeqCst) as u8; 16]);
-    // The WELCOME may be lost with the client that it was for, and the next client's too.
-    let is_again =
-        hello.ticket == shown && shared.ticket_for.load(Ordering::SeqCst) == u64::from(hello.conn);
+    let is_again = is_shown_again(shared, &hello);
     if !is_new && hello.ticket != Ticket([*ticket; 16]) && !is_again {
         return refused(Reason::UnknownSession, "wrong ticket");
     }
@@ -189,15 +186,7 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     };
     if rebuilds {
         conns.drain().for_each(|(_, old)| old.is_old.store(true, Ordering::SeqCst));
-        if let Some(slots) = unknown.take() {
-            *shared.slots.lock().expect("slots") = slots;
-        }
-        *shared.held.lock().expect("held") = Some(Vec::new());
-        shared.noted.lock().expect("noted").clear();
-        shared.note(|seen| {
-            seen.rebuilds.push(Rebuild::default());
-            seen.lookups.clear();
-        });
+        begin_rebuild(shared, unknown.take());
     }
     conn.number.store(hello.conn.into(), Ordering::SeqCst);
     if is_new {
@@ -216,4 +205,23 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
         seen.hellos.push(hello);
     });
     Ok(crc)
+}
+
+/// The WELCOME may be lost with the client that it was for, and the next client's too.
+fn is_shown_again(shared: &Shared, hello: &Hello) -> bool {
+    let shown = Ticket([shared.ticket_shown.load(Ordering::SeqCst) as u8; 16]);
+    hello.ticket == shown && shared.ticket_for.load(Ordering::SeqCst) == u64::from(hello.conn)
+}
+
+/// The guest has to tell all; `slots`: those that the next daemon knows, if it is another one.
+fn begin_rebuild(shared: &Shared, slots: Option<Vec<Vec<Slot>>>) {
+    if let Some(slots) = slots {
+        *shared.slots.lock().expect("slots") = slots;
+    }
+    *shared.held.lock().expect("held") = Some(Vec::new());
+    shared.noted.lock().expect("noted").clear();
+    shared.note(|seen| {
+        seen.rebuilds.push(Rebuild::default());
+        seen.lookups.clear();
+    });
 }
