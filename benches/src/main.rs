@@ -34,7 +34,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use work::growth::BY_HAND;
 use work::{Scale, Work};
 
@@ -199,7 +199,7 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     let _uring = if any_uring { site::enable_uring()? } else { None };
     let mut sites = Vec::new();
     for spec in &specs {
-        watchdog::begin(&format!("the start of {}", spec.name));
+        watchdog::begin(&format!("the start of {}", spec.name), Duration::ZERO);
         let place =
             Place { backing: &backing, scratch, tools: &tools, label: &spec.name, relayed: false };
         let site = Site::start(spec, &place);

@@ -88,7 +88,7 @@ pub fn run(
                 );
                 progress(&line, round == 0 && turn == 0);
                 let what = format!("{} on {name}", work.name);
-                watchdog::begin(&what);
+                watchdog::begin(&what, work.expected(scale));
                 site.check().context(what.clone())?;
                 let metrics = work.run(site, place, scale).context(what.clone());
                 site.check().with_context(|| format!("after {what}"))?;
@@ -107,7 +107,7 @@ pub fn run(
         }
     }
     progress("", false);
-    watchdog::begin("the report");
+    watchdog::begin("the report", Duration::ZERO);
     ensure!(failures.is_empty(), "{} runs failed:\n{}", failures.len(), failures.join("\n"));
     Ok(())
 }
@@ -129,7 +129,7 @@ pub fn count(
             }
             let what = format!("counting {} on {}", work.name, site.spec.name);
             progress(&format!("[{}] {what}", pace.text()), std::mem::take(&mut first));
-            watchdog::begin(&what);
+            watchdog::begin(&what, work.expected(scale));
             site.counting = true;
             let metrics = work.run(site, place, scale).context(what.clone());
             site.counting = false;
@@ -149,7 +149,7 @@ pub fn count(
         }
     }
     progress("", false);
-    watchdog::begin("the report");
+    watchdog::begin("the report", Duration::ZERO);
     Ok(())
 }
 

@@ -26,7 +26,7 @@ const TERM_GRACE: Duration = Duration::from_secs(4);
 pub enum Undo {
     /// SIGTERM, then SIGKILL, to one process.
     Process(i32),
-    /// A mount point: aborted if it is FUSE, then detached.
+    /// A mount point: aborted if it is FUSE, else thawed; then detached.
     Mount(PathBuf),
     /// A loop device, by its node.
     Loop(PathBuf),
@@ -163,12 +163,15 @@ fn end_process(pid: i32) {
     }
 }
 
-/// Aborts and detaches every mount at that place.
+/// Aborts or thaws, and detaches every mount at that place. A file system that is let go while it
+/// is frozen stays so, holds its device for ever, and whoever writes to it with it.
 fn unmount_all(at: &Path) {
     for mount in crate::proc::mounts_at(at) {
         if mount.is_fuse() {
             let abort = format!("/sys/fs/fuse/connections/{}/abort", mount.minor);
             let _ = fs::write(abort, "1");
+        } else {
+            let _ = quietly(Command::new("fsfreeze").arg("-u").arg(at));
         }
         let _ = rustix::mount::unmount(at, rustix::mount::UnmountFlags::DETACH);
     }

@@ -9,10 +9,13 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What one run of a work may take.
+/// What one run of a work may take that is expected to take no time.
 pub const LIMIT: Duration = Duration::from_secs(90);
 /// The same where another kind of machine is emulated, maybe beside builds.
 pub const LIMIT_EMULATED: Duration = Duration::from_secs(240);
+/// What a run may take beyond that, as a multiple of what is expected: the slowest contender beside
+/// builds is no hang.
+const SLOWEST: u32 = 20;
 /// What the current one may take once the user has asked for the end.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -59,12 +62,12 @@ fn end(why: &str, last: fn()) -> ! {
     std::process::exit(1)
 }
 
-/// A piece of work begins; it has a limit until the next begins.
-pub fn begin(what: &str) {
+/// A piece of work begins that is expected to take so long; it has a limit until the next begins.
+pub fn begin(what: &str, expected: Duration) {
     let mut now = NOW.lock().unwrap_or_else(PoisonError::into_inner);
     now.what = what.to_owned();
     if !stopping() {
-        now.until = Some(Instant::now() + now.limit);
+        now.until = Some(Instant::now() + now.limit + expected * SLOWEST);
     }
 }
 

@@ -39,12 +39,16 @@ struct SwitchedOn {
 impl SwitchedOn {
     fn new(test: &str) -> Option<SwitchedOn> {
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = fs::read_to_string(SWITCH)
-            .and_then(|before| fs::write(SWITCH, "Y").map(|()| before))
-            .map_err(|error| println!("SKIPPED {test}: no FUSE-over-io_uring here: {error}"))
-            .ok()?;
+        let skipped = |why: &dyn std::fmt::Display| {
+            println!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
+            eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
+        };
+        let switched =
+            fs::read_to_string(SWITCH).and_then(|before| fs::write(SWITCH, "Y").map(|()| before));
+        let before = switched.map_err(|error| skipped(&error)).ok()?;
         let switched = SwitchedOn { before, _alone: alone };
-        available().ok().map(|_| switched)
+        available().map_err(|error| skipped(&error)).ok()?;
+        Some(switched)
     }
 }
 

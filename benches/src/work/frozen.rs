@@ -67,7 +67,8 @@ struct Freezer {
 
 impl Freezer {
     fn new(dir: &Path) -> Result<Freezer> {
-        let script = "read go || exit; fsfreeze -f \"$0\" && echo frozen; read go; \
+        // Whoever it tells may be gone: it thaws all the same.
+        let script = "trap '' PIPE; read go || exit; fsfreeze -f \"$0\" && echo frozen; read go; \
             fsfreeze -u \"$0\" && echo thawed";
         let mut command = Command::new("sh");
         command.args(["-c", script]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped());

@@ -221,7 +221,6 @@ impl<'s> Pump<'s> {
         match outcome {
             ReadOutcome::Frame(bytes) => {
                 self.frames += 1;
-                self.spin.worked();
                 self.intake.take_frame(bytes)?;
             }
             ReadOutcome::WouldBlock | ReadOutcome::Interrupted => {}
@@ -446,7 +445,11 @@ impl<'s> Pump<'s> {
     fn act_on(&mut self, (events, n): &Woken) {
         for &event in &events[..*n] {
             match event {
-                KICK => self.lane.drain_kick(),
+                KICK => {
+                    self.lane.drain_kick();
+                    // Who calls for help has left something in the device.
+                    self.dry = false;
+                }
                 SOCKET => drop(self.receive()),
                 _ => self.dry = false,
             }

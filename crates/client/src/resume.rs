@@ -99,6 +99,8 @@ struct State {
     unsure: Option<u16>,
     /// Somebody wants a try at once.
     hurry: bool,
+    /// The last try has brought a connection: the daemon is there for the others too.
+    is_there: bool,
     stopping: bool,
     /// Since when all are connected, or not.
     since: Instant,
@@ -171,6 +173,7 @@ impl Resume {
                 trying: None,
                 unsure: None,
                 hurry: false,
+                is_there: false,
                 stopping: false,
                 since: now,
                 since_unix_s: unix_now_s(),
@@ -327,7 +330,7 @@ impl Resume {
                 return Some(port as u16);
             }
             let now = Instant::now();
-            let due = *due.get_or_insert_with(|| now + state.backoff.delay(random()));
+            let due = *due.get_or_insert_with(|| now + state.delay());
             let Some(left) = due.checked_duration_since(now).filter(|left| !left.is_zero()) else {
                 return Some(port as u16);
             };
@@ -365,6 +368,7 @@ impl Resume {
         if before.elapsed() >= WORTH {
             state.backoff = Backoff::default();
         }
+        state.is_there = true;
         self.resumes.fetch_add(1, Ordering::Relaxed);
         if state.missing() == 0 {
             let after_ms = state.since.elapsed().as_millis() as u64;
@@ -383,6 +387,16 @@ impl State {
         let is_missing = |port: &usize| self.ports[*port].conn.is_none();
         let unsure = self.unsure.map(usize::from).filter(is_missing);
         unsure.or_else(|| (0..self.ports.len()).find(is_missing))
+    }
+
+    /// Until the next try. A daemon that takes connections and lets them go at once is not tried
+    /// more often than [`BACKOFF_FIRST`] says.
+    fn delay(&mut self) -> Duration {
+        let delay = self.backoff.delay(random());
+        match std::mem::take(&mut self.is_there) {
+            true => delay.min(BACKOFF_FIRST),
+            false => delay,
+        }
     }
 
     fn missing(&self) -> usize {

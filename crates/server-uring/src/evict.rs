@@ -17,7 +17,8 @@ use std::sync::{Arc, PoisonError, RwLockReadGuard};
 use rustix::io::Errno;
 
 use crate::import::{self, ImportError, Recipe};
-use crate::nodes::{Node, Nodes, Place, SHARDS};
+use crate::node::Place;
+use crate::nodes::{Node, Nodes, SHARDS};
 use crate::passthrough::{Found, ROOT_INODE, Stat};
 
 /// How often a file that is being moved is looked for.
@@ -79,7 +80,7 @@ impl Nodes {
         let hand = self.hand.fetch_add(1, Ordering::Relaxed) % SHARDS;
         let shard = self.id_shard(hand as u64).read().unwrap_or_else(PoisonError::into_inner);
         // Two references are the maps'.
-        let free = shard.values().filter(|node| {
+        let free = shard.iter().filter(|node| {
             Arc::strong_count(node) == 2 && node.is_evictable() && !node.take_used()
         });
         free.take(most).cloned().collect()
@@ -107,7 +108,7 @@ impl Nodes {
             (rustix::fs::makedev(major, minor), recipe.ino) == (stat.dev, stat.ino)
         };
         let place = node.place();
-        let can_open = matches!(node.kind, libc::S_IFREG | libc::S_IFDIR);
+        let can_open = matches!(node.kind(), libc::S_IFREG | libc::S_IFDIR);
         if !self.open_directory(place.parent, directory, can_open)? {
             // Cold, and stays so: to take it in may take as many fds as the path has parts.
             let fd = self.backend.path_fd(inode)?;
@@ -152,11 +153,11 @@ impl Nodes {
         let mut path = self.root.path_below(fd.as_fd()).map_err(ImportError::errno)?;
         let name = path.pop().ok_or(Errno::STALE)?;
         let parent = self.descend(&path)?;
-        let known = self.inode_shard(parent).get(&parent).map(|node| node.id);
+        let known = self.inode_shard(parent).get(parent).map(|node| node.id);
         if parent != ROOT_INODE {
             self.backend.forget(parent, 1);
         }
-        Ok(Place { parent: known.ok_or(Errno::STALE)?, name: name.into_boxed_c_str() })
+        Ok(Place { parent: known.ok_or(Errno::STALE)?, name: name.as_c_str().into() })
     }
 
     /// The crate's inode at a path below the root. The caller is given one count of it, but for
@@ -253,7 +254,7 @@ impl Nodes {
         let wanted = Stat::of(file.fd())?;
         if (found.stat.dev, found.stat.ino) == (wanted.dev, wanted.ino) {
             let mut shard = self.inode_shard(found.inode);
-            let free = !shard.contains_key(&found.inode);
+            let free = shard.get(found.inode).is_none();
             let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, place)).flatten();
             if let Some(node) = warmed {
                 return Ok(node);
@@ -267,7 +268,7 @@ impl Nodes {
     fn found_at(&self, path: &[CString], recipe: &Recipe) -> Result<(Found, Place), Errno> {
         let (name, above) = path.split_last().ok_or(Errno::STALE)?;
         let dir = self.descend(above)?;
-        let known = self.inode_shard(dir).get(&dir).map(|node| node.id);
+        let known = self.inode_shard(dir).get(dir).map(|node| node.id);
         let found = self.backend.lookup(dir, name);
         if dir != ROOT_INODE {
             self.backend.forget(dir, 1);
@@ -294,7 +295,7 @@ impl Nodes {
         if let Ok(Some(id)) = twin {
             let place = Place { parent: dir.id, name: name.into() };
             let mut shard = self.inode_shard(found.inode);
-            let free = !shard.contains_key(&found.inode);
+            let free = shard.get(found.inode).is_none();
             let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, place)).flatten();
             if warmed.is_some() {
                 return Ok(warmed);

@@ -118,6 +118,15 @@ impl Fds {
         relief
     }
 
+    /// Counts one more, until it is removed.
+    pub(crate) fn add(&self) {
+        self.used.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn remove(&self, count: usize) {
+        self.used.fetch_sub(count, Ordering::Relaxed);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Weak<Nodes>>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,19 +147,14 @@ pub struct Counted(Arc<Fds>);
 impl Counted {
     /// Counts one more.
     pub fn new(fds: &Arc<Fds>) -> Counted {
-        fds.used.fetch_add(1, Ordering::Relaxed);
+        fds.add();
         Counted(Arc::clone(fds))
-    }
-
-    /// Where it is counted.
-    pub fn fds(&self) -> &Arc<Fds> {
-        &self.0
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::Relaxed);
+        self.0.remove(1);
     }
 }
 

@@ -56,7 +56,7 @@ impl OpenFile {
     pub fn new(node: Arc<Node>, fd: OwnedFd, flags: u32, waits: Waits) -> OpenFile {
         let mode = flags & libc::O_ACCMODE as u32;
         OpenFile {
-            _counted: Counted::new(node.fds()),
+            _counted: Counted::new(&node.home().fds),
             node,
             fd,
             direct: flags & libc::O_DIRECT as u32 != 0,

@@ -31,6 +31,7 @@ pub mod limits;
 pub mod link;
 pub mod mailbox;
 pub mod metrics;
+mod node;
 pub mod nodes;
 pub mod notes;
 pub mod op;

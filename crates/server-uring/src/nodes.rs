@@ -13,13 +13,10 @@
 //! lock of its shard by id, so that who holds that lock finds a known node in one of the two.
 //! Lock order: names, shard by inode, shard by id, cold.
 
-use std::collections::HashMap;
 use std::ffi::CStr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{
-    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::abi::FUSE_ROOT_ID;
@@ -27,40 +24,16 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::cold::Cold;
-use crate::fds::{Counted, Fds};
+use crate::fds::Fds;
 use crate::import::{self, Recipe};
+use crate::node::{Home, NO_INODE, Place, Shard};
 use crate::notes::{HandleKinds, Notes};
 use crate::passthrough::{Backend, Found, ROOT_INODE, Stat};
 use crate::quota::Quota;
 
-pub(crate) const SHARDS: usize = 64;
-/// Stands for "the crate does not know this file".
-const NO_INODE: u64 = 0;
+pub use crate::node::{Backing, Node};
 
-/// One file, directory or other inode that the guest knows.
-pub struct Node {
-    /// What the guest calls it.
-    pub id: u64,
-    /// Its file type: one of `S_IFREG`, `S_IFDIR`, ...; an inode never changes it.
-    pub kind: u32,
-    inode: AtomicU64,
-    /// A file that has no name yet (`O_TMPFILE`) and so is unknown to the crate.
-    unnamed: Option<OwnedFd>,
-    /// Lookups given to the guest and not yet given back; changes under the inode shard's lock.
-    given: AtomicU64,
-    /// Lookups that the crate counts for this node.
-    owed: AtomicU64,
-    /// Used since evict.rs last came by.
-    used: AtomicBool,
-    /// By which connections a NODE entry of it has left; see notes.rs.
-    pub(crate) noted: AtomicU64,
-    /// Where it was seen last.
-    place: Mutex<Place>,
-    /// A directory's, for notes.rs.
-    pub(crate) dir: OnceLock<(OwnedFd, Counted)>,
-    backend: Arc<Backend>,
-    counted: Counted,
-}
+pub(crate) const SHARDS: usize = 64;
 
 /// A node that was given to the guest.
 pub struct NodeGiven {
@@ -68,88 +41,6 @@ pub struct NodeGiven {
     pub node: Arc<Node>,
     /// The guest has no recipe of it, or one of another place: it is to be noted.
     pub news: bool,
-}
-
-/// A directory, by its node id, and a name in it.
-#[derive(Clone)]
-pub(crate) struct Place {
-    pub(crate) parent: u64,
-    pub(crate) name: Box<CStr>,
-}
-
-/// How to reach a node's file.
-#[derive(Clone, Copy)]
-pub enum Backing<'a> {
-    /// The crate holds it under this number.
-    Crate(u64),
-    /// Only we hold it: no name leads to it.
-    Fd(BorrowedFd<'a>),
-}
-
-impl Node {
-    /// Where its file is.
-    ///
-    /// # Errors
-    /// `ESTALE` for a node that is known by id alone and was not imported.
-    pub fn backing(&self) -> Result<Backing<'_>, Errno> {
-        match (self.inode.load(Ordering::Acquire), &self.unnamed) {
-            (NO_INODE, Some(fd)) => Ok(Backing::Fd(fd.as_fd())),
-            (NO_INODE, None) => Err(Errno::STALE),
-            (inode, _) => Ok(Backing::Crate(inode)),
-        }
-    }
-
-    /// The crate's inode, for operations that only named files can serve.
-    pub fn inode(&self) -> Result<u64, Errno> {
-        match self.backing()? {
-            Backing::Crate(inode) => Ok(inode),
-            Backing::Fd(_) => Err(Errno::NOENT),
-        }
-    }
-
-    /// Where the daemon counts fds.
-    pub(crate) fn fds(&self) -> &Arc<Fds> {
-        self.counted.fds()
-    }
-
-    pub(crate) fn place(&self) -> Place {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Whether it was seen elsewhere before.
-    fn seen_at(&self, parent: u64, name: &CStr) -> bool {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        let news = place.parent != parent || *place.name != *name;
-        if news {
-            *place = Place { parent, name: name.into() };
-        }
-        news
-    }
-
-    /// May its fd be closed? Not the root's, and not that of a file that no name leads to.
-    pub(crate) fn is_evictable(&self) -> bool {
-        let named = self.inode.load(Ordering::Acquire) != NO_INODE && self.unnamed.is_none();
-        named && self.id != FUSE_ROOT_ID
-    }
-
-    /// Whether it was used since this was asked last.
-    pub(crate) fn take_used(&self) -> bool {
-        self.used.swap(false, Ordering::Relaxed)
-    }
-
-    /// True for a directory.
-    pub fn is_dir(&self) -> bool {
-        self.kind == libc::S_IFDIR
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let (inode, owed) = (*self.inode.get_mut(), *self.owed.get_mut());
-        if inode != NO_INODE && owed > 0 {
-            self.backend.forget(inode, owed);
-        }
-    }
 }
 
 /// Nodes that a FORGET let go. Dropping them closes fds, and that is when the blocks of a deleted
@@ -172,7 +63,7 @@ impl Released {
     /// True where dropping this frees more than so many blocks: better on another thread.
     pub fn frees_more_than(&self, most: u64) -> bool {
         let stats = self.0.iter().filter_map(|node| match node.backing().ok()? {
-            Backing::Crate(inode) => node.backend.getattr(inode).ok(),
+            Backing::Crate(inode) => node.home().backend.getattr(inode).ok(),
             Backing::Fd(fd) => Stat::of(fd).ok(),
         });
         let blocks = stats.filter(|stat| stat.nlink == 0).map(|stat| stat.blocks + 1);
@@ -190,13 +81,14 @@ pub struct Bound {
 
 /// All nodes of a session.
 pub struct Nodes {
-    by_id: Vec<RwLock<HashMap<u64, Arc<Node>>>>,
-    by_inode: Vec<Mutex<HashMap<u64, Arc<Node>>>>,
+    by_id: Vec<RwLock<Shard>>,
+    by_inode: Vec<Mutex<Shard>>,
     pub(crate) cold: Cold,
     next_id: AtomicU64,
     resident: AtomicUsize,
     bound: Bound,
     overdrawn: AtomicU64,
+    home: Arc<Home>,
     pub(crate) backend: Arc<Backend>,
     pub(crate) root: import::Root,
     pub(crate) fds: Arc<Fds>,
@@ -209,9 +101,6 @@ pub struct Nodes {
     pub(crate) hand: AtomicUsize,
 }
 
-/// What is behind one lock: nodes by id, or by the crate's inode.
-pub(crate) type Shard = HashMap<u64, Arc<Node>>;
-
 impl Nodes {
     /// Only the root is known at first.
     pub fn new(
@@ -221,13 +110,14 @@ impl Nodes {
         bound: Bound,
     ) -> Arc<Nodes> {
         let nodes = Arc::new(Nodes {
-            by_id: (0..SHARDS).map(|_| RwLock::default()).collect(),
-            by_inode: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            by_id: (0..SHARDS).map(|_| RwLock::new(Shard::by_id())).collect(),
+            by_inode: (0..SHARDS).map(|_| Mutex::new(Shard::by_inode())).collect(),
             cold: Cold::default(),
             next_id: AtomicU64::new(first_id()),
             resident: AtomicUsize::new(0),
             bound,
             overdrawn: AtomicU64::new(0),
+            home: Arc::new(Home { backend: Arc::clone(&backend), fds: Arc::clone(fds) }),
             backend,
             root,
             fds: Arc::clone(fds),
@@ -237,8 +127,9 @@ impl Nodes {
             hand: AtomicUsize::new(0),
         });
         let place = Place { parent: FUSE_ROOT_ID, name: c".".into() };
-        let node = Arc::new(nodes.node(FUSE_ROOT_ID, libc::S_IFDIR, (ROOT_INODE, 0), 1, place));
-        nodes.inode_shard(ROOT_INODE).insert(ROOT_INODE, Arc::clone(&node));
+        let root = (ROOT_INODE, 0);
+        let node = Arc::new(Node::new(&nodes.home, FUSE_ROOT_ID, libc::S_IFDIR, root, 1, place));
+        nodes.inode_shard(ROOT_INODE).insert(&node);
         nodes.enter(&mut nodes.lock_id(FUSE_ROOT_ID), &node);
         fds.join(&nodes);
         nodes
@@ -259,10 +150,8 @@ impl Nodes {
     /// The node, unless it is cold or unknown.
     pub(crate) fn find_resident(&self, id: u64) -> Option<Arc<Node>> {
         let shard = self.id_shard(id).read().unwrap_or_else(PoisonError::into_inner);
-        let node = shard.get(&id)?;
-        if !node.used.load(Ordering::Relaxed) {
-            node.used.store(true, Ordering::Relaxed);
-        }
+        let node = shard.get(id)?;
+        node.touch();
         Some(Arc::clone(node))
     }
 
@@ -282,7 +171,7 @@ impl Nodes {
         let Ok(found) = parent.inode().and_then(|dir| self.backend.lookup(dir, name)) else {
             return;
         };
-        let node = self.inode_shard(found.inode).get(&found.inode).cloned();
+        let node = self.inode_shard(found.inode).get(found.inode).cloned();
         if let Some(node) = node {
             node.seen_at(parent.id, name);
             if let Some(notes) = notes {
@@ -316,7 +205,7 @@ impl Nodes {
     /// `name` in the directory `parent`, into the node.
     pub fn give(&self, found: &Found, parent: &Node, name: &CStr) -> Result<NodeGiven, Errno> {
         let mut shard = self.inode_shard(found.inode);
-        if let Some(node) = shard.get(&found.inode) {
+        if let Some(node) = shard.get(found.inode) {
             node.given.fetch_add(1, Ordering::Relaxed);
             node.owed.fetch_add(1, Ordering::Relaxed);
             let news = node.seen_at(parent.id, name);
@@ -341,9 +230,9 @@ impl Nodes {
     fn give_new(&self, shard: &mut Shard, found: &Found, place: Place) -> Result<Arc<Node>, Errno> {
         self.check_count()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let kind = found.stat.mode & libc::S_IFMT;
-        let node = Arc::new(self.node(id, kind, (found.inode, 1), 1, place));
-        shard.insert(found.inode, Arc::clone(&node));
+        let node = Node::new(&self.home, id, found.stat.mode, (found.inode, 1), 1, place);
+        let node = Arc::new(node);
+        shard.insert(&node);
         self.enter(&mut self.lock_id(id), &node);
         Ok(node)
     }
@@ -391,9 +280,9 @@ impl Nodes {
     ) -> Option<Arc<Node>> {
         let mut ids = self.lock_id(id);
         let given = self.cold.remove(id)?.saturating_add(more);
-        let kind = found.stat.mode & libc::S_IFMT;
-        let node = Arc::new(self.node(id, kind, (found.inode, 1), given, place));
-        shard.insert(found.inode, Arc::clone(&node));
+        let node = Node::new(&self.home, id, found.stat.mode, (found.inode, 1), given, place);
+        let node = Arc::new(node);
+        shard.insert(&node);
         self.enter(&mut ids, &node);
         Some(node)
     }
@@ -403,13 +292,13 @@ impl Nodes {
     pub(crate) fn cool(&self, node: Arc<Node>, inode: u64, recipe: &Recipe) -> bool {
         let mut shard = self.inode_shard(inode);
         let mut ids = self.lock_id(node.id);
-        let here = shard.get(&inode).is_some_and(|other| Arc::ptr_eq(other, &node));
+        let here = shard.get(inode).is_some_and(|other| Arc::ptr_eq(other, &node));
         let given = node.given.load(Ordering::Relaxed);
         // One in each map, and ours.
         if !here || given == 0 || Arc::strong_count(&node) != 3 {
             return false;
         }
-        shard.remove(&inode);
+        shard.remove(inode);
         self.leave(&mut ids, node.id);
         self.cold.insert(node.id, given, recipe);
         // Closing needs no lock.
@@ -421,10 +310,7 @@ impl Nodes {
     pub fn give_unnamed(&self, fd: OwnedFd) -> Result<Arc<Node>, Errno> {
         self.check_room()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let place = Place { parent: id, name: c"".into() };
-        let mut node = self.node(id, libc::S_IFREG, (NO_INODE, 0), 1, place);
-        node.unnamed = Some(fd);
-        let node = Arc::new(node);
+        let node = Arc::new(Node::unnamed(&self.home, id, fd));
         self.enter(&mut self.lock_id(id), &node);
         Ok(node)
     }
@@ -440,7 +326,7 @@ impl Nodes {
     ) -> Result<NodeGiven, Errno> {
         {
             let mut shard = self.inode_shard(found.inode);
-            if !shard.contains_key(&found.inode) {
+            if shard.get(found.inode).is_none() {
                 // Under the old key too, so that a FORGET sees either state and nothing between.
                 let _unnamed = (shard_of(found.inode) != shard_of(NO_INODE))
                     .then(|| self.inode_shard(NO_INODE));
@@ -452,7 +338,7 @@ impl Nodes {
                 node.inode.store(found.inode, Ordering::Release);
                 node.given.fetch_add(1, Ordering::Relaxed);
                 node.owed.fetch_add(1, Ordering::Relaxed);
-                shard.insert(found.inode, Arc::clone(node));
+                shard.insert(node);
                 node.seen_at(parent.id, name);
                 return Ok(NodeGiven { node: Arc::clone(node), news: true });
             }
@@ -483,8 +369,8 @@ impl Nodes {
             // a reply arrives, is to be told again.
             node.noted.store(0, Ordering::Relaxed);
             if left == 0 && given > 0 {
-                if shard.get(&inode).is_some_and(|other| Arc::ptr_eq(other, &node)) {
-                    shard.remove(&inode);
+                if shard.get(inode).is_some_and(|other| Arc::ptr_eq(other, &node)) {
+                    shard.remove(inode);
                 }
                 self.leave(&mut self.lock_id(id), id);
                 drop(shard);
@@ -497,7 +383,7 @@ impl Nodes {
     /// The resident node, or none where it was cold (and has been told) or unknown.
     fn forget_cold(&self, id: u64, count: u64) -> Option<Arc<Node>> {
         let shard = self.id_shard(id).read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(node) = shard.get(&id) {
+        if let Some(node) = shard.get(id) {
             return Some(Arc::clone(node));
         }
         if !matches!(self.cold.forget(id, count), Some((_, 0))) {
@@ -542,11 +428,11 @@ impl Nodes {
 
     fn enter(&self, ids: &mut Shard, node: &Arc<Node>) {
         self.resident.fetch_add(1, Ordering::Relaxed);
-        ids.insert(node.id, Arc::clone(node));
+        ids.insert(node);
     }
 
     fn leave(&self, ids: &mut Shard, id: u64) {
-        if ids.remove(&id).is_some() {
+        if ids.remove(id).is_some() {
             self.resident.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -557,31 +443,6 @@ impl Nodes {
 
     pub(crate) fn lock_id(&self, id: u64) -> RwLockWriteGuard<'_, Shard> {
         self.id_shard(id).write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A resident node that is in no map yet; `inode` and how many lookups the crate counts.
-    fn node(
-        &self,
-        id: u64,
-        kind: u32,
-        (inode, owed): (u64, u64),
-        given: u64,
-        place: Place,
-    ) -> Node {
-        Node {
-            id,
-            kind,
-            inode: AtomicU64::new(inode),
-            unnamed: None,
-            given: AtomicU64::new(given),
-            owed: AtomicU64::new(owed),
-            used: AtomicBool::new(true),
-            noted: AtomicU64::new(0),
-            place: Mutex::new(place),
-            dir: OnceLock::new(),
-            backend: Arc::clone(&self.backend),
-            counted: Counted::new(&self.fds),
-        }
     }
 }
 

@@ -24,7 +24,6 @@ use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
 use crate::dispatch::READDIRPLUS_BYTES_MAX;
-use crate::fds::Counted;
 use crate::import::{Handle, HandleKind, MountIdentity, Packed};
 use crate::nodes::{Node, NodeGiven, Nodes};
 use crate::passthrough::Found;
@@ -272,14 +271,13 @@ impl Nodes {
         if dir.id == FUSE_ROOT_ID {
             return Ok(then(self.root.dir()));
         }
-        if let Some((fd, _)) = dir.dir.get() {
-            return Ok(then(fd.as_fd()));
+        if let Some(fd) = dir.dir() {
+            return Ok(then(fd));
         }
         let fd = self.backend.path_fd(dir.inode()?)?;
         if !self.fds.has_plenty() {
             return Ok(then(fd.as_fd()));
         }
-        let (fd, _) = dir.dir.get_or_init(|| (fd, Counted::new(&self.fds)));
-        Ok(then(fd.as_fd()))
+        Ok(then(dir.keep_dir(fd)))
     }
 }

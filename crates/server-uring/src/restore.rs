@@ -113,7 +113,7 @@ impl Nodes {
     pub(crate) fn restore(&self, id: u64, count: u64, recipe: &[u8]) -> Result<(), Errno> {
         self.check_count()?;
         let ids = self.lock_id(id);
-        if ids.contains_key(&id) || self.cold.contains(id) {
+        if ids.get(id).is_some() || self.cold.contains(id) {
             return Err(Errno::EXIST);
         }
         match Recipe::unpack(recipe) {

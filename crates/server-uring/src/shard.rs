@@ -497,10 +497,7 @@ impl<R: Ring> Shard<R> {
                 Ok(Step::Unready)
             }
             Some(Kind::Restore) => self.restore(key, &buf[body]),
-            Some(Kind::Request) => {
-                self.spin.worked();
-                self.request(key, header, buf, body)
-            }
+            Some(Kind::Request) => self.request(key, header, buf, body),
             Some(Kind::Unsure) => self.doubt(key, header),
             Some(Kind::Forget) => self.forget(key, header, &buf[body]),
             Some(Kind::Cancel) if header.code == cancel::INTERRUPT => {

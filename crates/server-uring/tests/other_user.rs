@@ -75,8 +75,18 @@ fn its_worker_is_shut_in_and_serves() {
         }
         assert_eq!((line("NoNewPrivs:").trim(), line("Seccomp:").trim()), ("1", "2"));
         no_directory_is_from_outside(&daemon);
+        gives_nothing_away(&daemon);
         daemon.stop_well();
     }
+}
+
+/// As without a namespace of users: who copies owners too goes on.
+fn gives_nothing_away(daemon: &Daemon) {
+    let mut guest = daemon.guest();
+    let node = guest.lookup(1, "file").expect("a file").nodeid;
+    let give = SetattrIn { valid: fattr::UID, uid: 0, ..Default::default() };
+    let given = guest.call(Opcode::Setattr, node, give.as_bytes());
+    assert_eq!(given, Err(libc::EPERM as u32));
 }
 
 /// By a directory of the host's mounts the worker could climb out of its root.

@@ -17,9 +17,10 @@ const YIELD_LIMIT: Duration = Duration::from_micros(50);
 /// One that takes longer may have given a whole turn of the CPU to somebody who computes:
 /// milliseconds, where a sleeper would have been let in at once. That must stay rare.
 const TURN: Duration = Duration::from_micros(3000);
-/// Or to many who ask: then so much work came with the last waits.
-const WORK_OF_MANY: u32 = 32;
-/// After a turn that was lost so many waits go without tries, twice as many after each further one.
+/// Or to hundreds who ask, all of them: that happens once in a hundred waits or more. Who computes
+/// takes a turn each time, so it has to be two within so many waits.
+const LATELY: u32 = 8;
+/// After turns that were lost so many waits go without tries, twice as many after each further one.
 const SHY_MIN: u32 = 64;
 /// At most so many.
 const SHY_MAX: u32 = 4096;
@@ -58,10 +59,10 @@ impl Look {
 pub struct Spin {
     tries: u32,
     warmth: u32,
-    /// A turn went to others.
+    /// A turn went to others, not the first one lately.
     lost: bool,
-    /// Requests of the last waits, older ones counting less.
-    work: u32,
+    /// For so many waits a turn that was lost counts as lost lately.
+    lately: u32,
     /// Waits that go without tries, as the CPU is wanted by others.
     shy: u32,
     /// How many it were last time.
@@ -82,12 +83,11 @@ impl Spin {
     /// How many tries are due before the wait that comes now. [`Spin::tried`] says what came of
     /// them, if there were any.
     pub fn tries(&mut self) -> u32 {
-        if std::mem::take(&mut self.lost) && self.work < WORK_OF_MANY {
+        if std::mem::take(&mut self.lost) {
             self.shyness = (self.shyness * 2).clamp(SHY_MIN, SHY_MAX);
             self.shy = self.shyness;
             self.warmth = 0;
         }
-        self.work -= self.work / 4;
         if self.warmth > 0 { self.tries_max() } else { 0 }
     }
 
@@ -98,6 +98,8 @@ impl Spin {
 
     /// What came of the tries.
     pub fn tried(&mut self, look: Look) {
+        let lately = self.lately;
+        self.lately = lately.saturating_sub(1);
         match look {
             Look::Found => {
                 self.shyness -= self.shyness.div_ceil(64);
@@ -105,15 +107,11 @@ impl Spin {
             }
             Look::Nothing | Look::Crowded => self.warmth /= 2,
             Look::Lost => {
-                self.lost = true;
+                self.lost = lately > 0;
+                self.lately = LATELY;
                 self.warmth /= 2;
             }
         }
-    }
-
-    /// There was a request to see to.
-    pub fn worked(&mut self) {
-        self.work = self.work.saturating_add(1);
     }
 
     /// A sleep took so long.
@@ -172,11 +170,14 @@ mod tests {
         let mut spin = Spin::new(20);
         let look = Look::of_yield(Duration::from_millis(4)).expect("long");
         assert_eq!(look, Look::Lost);
+        // Once may be by chance.
+        spin.tried(Look::Found);
+        spin.tried(look);
+        assert_eq!((spin.tries_max(), waits_without(&mut spin)), (20, 1));
         let mut waits = Vec::new();
         for _ in 0..8 {
             spin.tried(Look::Found);
             spin.tried(look);
-            spin.worked();
             assert_eq!((spin.tries(), spin.tries_max()), (0, 0));
             waits.push(waits_without(&mut spin));
             assert_eq!(spin.tries_max(), 20);
@@ -186,6 +187,8 @@ mod tests {
         // They are gone, and forgotten in time.
         (0..500).for_each(|_| spin.tried(Look::Found));
         spin.tried(look);
+        assert_eq!((spin.tries(), spin.tries_max()), (20, 20));
+        spin.tried(look);
         assert_eq!(spin.tries_max(), 0);
         assert_eq!(waits_without(&mut spin), SHY_MIN + 1);
         // Nobody was held up by it.
@@ -193,11 +196,12 @@ mod tests {
         spin.tried(look);
         spin.slept(Duration::from_millis(1));
         assert!(waits_without(&mut spin) <= 1);
-        // It was those who ask.
-        spin.tried(Look::Found);
-        spin.tried(look);
-        (0..WORK_OF_MANY).for_each(|_| spin.worked());
-        assert_eq!((spin.tries(), spin.tries_max()), (20, 20));
+        // It is those who ask, now and then.
+        for _ in 0..100 {
+            (0..=LATELY).for_each(|_| spin.tried(Look::Found));
+            spin.tried(look);
+            assert_eq!((spin.tries(), spin.tries_max()), (20, 20));
+        }
     }
 
     #[test]

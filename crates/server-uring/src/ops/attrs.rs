@@ -49,13 +49,20 @@ pub fn setattr(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     let changes = changes(fs, &node, &setattr)?;
     let stat = if setattr.valid & fattr::FH != 0 {
         let file = fs.handles.file(setattr.fh, request.nodeid)?;
-        change_fd(file.as_fd(), &changes)?
+        change_fd(file.as_fd(), &changes)
     } else {
         match node.backing()? {
-            Backing::Crate(inode) => fs.backend.setattr(inode, &changes)?,
-            Backing::Fd(fd) => change_fd(fd, &changes)?,
+            Backing::Crate(inode) => fs.backend.setattr(inode, &changes),
+            Backing::Fd(fd) => change_fd(fd, &changes),
         }
     };
+    // In a user namespace that is what the kernel says of an id that is nobody's there. Programs
+    // that copy owners too know that they may not, and not this.
+    let is_owner = setattr.valid & (fattr::UID | fattr::GID) != 0;
+    let stat = stat.map_err(|errno| match errno {
+        Errno::INVAL if is_owner => Errno::PERM,
+        other => other,
+    })?;
     put(out, &fs.attr_out(&stat))
 }
 
@@ -118,7 +125,7 @@ pub fn statx(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Er
         statx_fd(fs, file.as_fd(), &ask)?
     } else {
         match node.backing()? {
-            Backing::Crate(inode) if matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) => {
+            Backing::Crate(inode) if matches!(node.kind(), libc::S_IFREG | libc::S_IFDIR) => {
                 let fd = fs.backend.path_fd(inode)?;
                 statx_fd(fs, fd.as_fd(), &ask)?
             }
@@ -152,7 +159,7 @@ fn statx_named(fs: &Fs, node: &Node, basic: &Stat, ask: &abi::StatxIn) -> Option
     let fd = rustix::fs::openat(&directory, &*place.name, flags, Mode::empty()).ok()?;
     let seen = Stat::of(&fd).ok()?;
     let same =
-        (seen.dev, seen.ino) == (basic.dev, basic.ino) && seen.mode & libc::S_IFMT == node.kind;
+        (seen.dev, seen.ino) == (basic.dev, basic.ino) && seen.mode & libc::S_IFMT == node.kind();
     if same { statx_fd(fs, fd.as_fd(), ask).ok() } else { None }
 }
 

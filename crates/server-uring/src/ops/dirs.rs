@@ -47,8 +47,13 @@ pub(crate) fn open_dir(fs: &Fs, nodeid: u64) -> Result<Handle, Errno> {
     let flags = (libc::O_RDONLY | libc::O_DIRECTORY) as u32;
     let fd = fs.backend.open(node.inode()?, flags, false)?;
     let dev = Stat::of(&fd)?.dev;
-    let dir =
-        OpenDir { counted: Counted::new(node.fds()), node, fd, dev, position: Mutex::new(Some(0)) };
+    let dir = OpenDir {
+        counted: Counted::new(&node.home().fds),
+        node,
+        fd,
+        dev,
+        position: Mutex::new(Some(0)),
+    };
     Ok(Handle::Dir(Arc::new(dir)))
 }
 

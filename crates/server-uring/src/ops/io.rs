@@ -125,7 +125,7 @@ pub(crate) fn open_again(fs: &Fs, nodeid: u64, flags: u32) -> Result<Handle, Err
 }
 
 fn check_regular(node: &Node) -> Result<(), Errno> {
-    match node.kind {
+    match node.kind() {
         libc::S_IFREG => Ok(()),
         libc::S_IFDIR => Err(Errno::ISDIR),
         libc::S_IFLNK => Err(Errno::LOOP),

@@ -55,7 +55,7 @@ pub fn batch_forget(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usiz
 /// The target of a symbolic link.
 pub fn readlink(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
     let node = fs.nodes.find(request.nodeid)?;
-    if node.kind != libc::S_IFLNK {
+    if node.kind() != libc::S_IFLNK {
         return Err(Errno::INVAL);
     }
     put_bytes(out, &fs.backend.readlink(node.inode()?)?)
