@@ -84,7 +84,8 @@ pub fn take_record(
             | Kind::Request
             | Kind::Forget
             | Kind::Cancel
-            | Kind::Restore,
+            | Kind::Restore
+            | Kind::Unsure,
         ) => Err(End::Protocol("a record that only a guest sends, or a second handshake")),
         None if Kind::is_optional(record.kind) => {
             session.records_skipped.fetch_add(1, Ordering::Relaxed);

@@ -368,6 +368,7 @@ impl Greeter {
             slots: hello.slots.min(SLOTS_PER_LANE_DEFAULT as u16),
             features: hello.features & feature::KNOWN,
             rebuilt,
+            epoch: hello.epoch_seen,
             subdir: hello.subdir.clone(),
             presented: Some(hello.ticket).filter(|&ticket| ticket != Ticket::NONE),
         };

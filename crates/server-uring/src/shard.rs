@@ -492,13 +492,14 @@ impl<R: Ring> Shard<R> {
         body: Range<usize>,
     ) -> Result<Step, Reason> {
         match Kind::from_u8(header.kind) {
-            Some(Kind::Request | Kind::Forget | Kind::Cancel)
+            Some(Kind::Request | Kind::Forget | Kind::Cancel | Kind::Unsure)
                 if !self.conns[key].session.is_ready() =>
             {
                 Ok(Step::Unready)
             }
             Some(Kind::Restore) => self.restore(key, &buf[body]),
             Some(Kind::Request) => self.request(key, header, buf, body),
+            Some(Kind::Unsure) => self.doubt(key, header),
             Some(Kind::Forget) => self.forget(key, header, &buf[body]),
             Some(Kind::Cancel) if header.code == cancel::INTERRUPT => {
                 self.cancel(key, header);

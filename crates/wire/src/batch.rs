@@ -99,6 +99,8 @@ pub enum Kind {
     Pong = 11,
     /// Either: the end, with a reason.
     Goodbye = 12,
+    /// Guest: the request of that use of a slot, which comes next, may have run before.
+    Unsure = 128,
 }
 
 impl Kind {
@@ -117,6 +119,7 @@ impl Kind {
             10 => Kind::Ping,
             11 => Kind::Pong,
             12 => Kind::Goodbye,
+            128 => Kind::Unsure,
             _ => return None,
         })
     }
