@@ -207,3 +207,45 @@ fn shares_and_patterns_come_and_go_by_sighup() {
     daemon.signal_to_end();
     vanishes(&other);
 }
+
+/// Where the root is no mount, as in a chroot: the worker has one of its own all the same, and gets
+/// shares while it runs.
+#[test]
+fn a_daemon_in_a_chroot_shuts_its_worker_in_too() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (root, share) = (dir.path().join("root"), dir.path().join("new"));
+    for path in [&root, &share] {
+        std::fs::create_dir(path).expect("mkdir");
+    }
+    std::fs::write(share.join("of"), "new").expect("write");
+    let config = dir.path().join("ringfsd.toml");
+    std::fs::write(&config, "").expect("write");
+    let script = r#"
+        root=$1; shift
+        for dir in /*; do
+            if [ -L "$dir" ]; then cp -P "$dir" "$root/"
+            elif [ -d "$dir" ]; then mkdir "$root$dir"; mount --rbind "$dir" "$root$dir"
+            fi
+        done
+        exec chroot "$root" "$@""#;
+    let daemon = Daemon::start_as("uring", |program, _| {
+        let mut command = Command::new("unshare");
+        command.args(["-m", "sh", "-ec", script, "sh"]).arg(&root).arg(program);
+        command.arg("--config").arg(&config).arg("--state-dir=none");
+        command
+    });
+    let mut guest = daemon.guest();
+    guest.create("file").expect("create");
+    assert!(daemon.share().join("file").exists());
+    let mounts = format!("/proc/{}/mountinfo", daemon.worker_pid());
+    let mounts = std::fs::read_to_string(mounts).expect("mountinfo");
+    let shown: Vec<_> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+    assert!(shown.contains(&"/shares/0") && !shown.contains(&"/usr"), "{shown:?}");
+    let text = format!("[share.new]\npath = {share:?}\n");
+    std::fs::write(&config, text).expect("write");
+    let output = daemon.command(&["reload"]);
+    assert!(output.status.success(), "{output:?}");
+    reads_its_file(&mut mount(&daemon.path("s"), "new").expect("a new share"), "new");
+    drop(guest);
+    daemon.stop_well();
+}
