@@ -25,6 +25,9 @@ const WRITERS: usize = 32;
 /// How long things that should be quick may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Thawed after that by itself.
+const FROZEN_MAX: Duration = Duration::from_secs(20);
+
 /// A daemon of its own with two shares and two mounts. With `create` the guest on the frozen share
 /// makes new files, otherwise it writes to files that it has.
 pub fn run(site: &Site, create: bool, place: &Place<'_>, scale: &Scale) -> Result<Vec<Metric>> {
@@ -67,11 +70,15 @@ struct Freezer {
 
 impl Freezer {
     fn new(dir: &Path) -> Result<Freezer> {
-        // Whoever it tells may be gone: it thaws all the same.
-        let script = "trap '' PIPE; read go || exit; fsfreeze -f \"$0\" && echo frozen; read go; \
-            fsfreeze -u \"$0\" && echo thawed";
+        // Whoever it tells may be gone, or cannot go: a killed bench waits for its own writers.
+        let script = format!(
+            "trap '' PIPE; read go || exit; fsfreeze -f \"$0\" && echo frozen; \
+            (sleep {}; fsfreeze -u \"$0\") </dev/null >/dev/null 2>&1 & \
+            read go; fsfreeze -u \"$0\" && echo thawed; kill $!",
+            FROZEN_MAX.as_secs()
+        );
         let mut command = Command::new("sh");
-        command.args(["-c", script]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["-c", &script]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
         // Not ended by the terminal's Ctrl-C: it must live to thaw.
         let mut child = command.process_group(0).spawn().context("cannot run sh")?;
         let told = child.stdin.take().context("no pipe to sh")?;

@@ -14,6 +14,33 @@ pub const IDLE_PING_AFTER: Duration = Duration::from_secs(30);
 /// How long an answer to a PING, or anything else, may take.
 pub const PONG_WITHIN: Duration = Duration::from_secs(1);
 
+/// So many bytes of a batch that is not whole yet are a sign of life. With fewer, its rest may be
+/// lost, and what comes instead are our PINGs' answers, which nobody can tell from it.
+const ALIVE_BYTES: usize = 4096;
+
+/// What came of a peer since its last sign of life.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Heard {
+    bytes: usize,
+    batches: u64,
+}
+
+impl Heard {
+    /// So many bytes came.
+    pub fn bytes(&mut self, count: usize) {
+        self.bytes += count;
+    }
+
+    /// Whether that is a sign of life, with so many batches on this connection so far.
+    pub fn take(&mut self, batches: u64) -> bool {
+        let is_alive = batches != self.batches || self.bytes >= ALIVE_BYTES;
+        if is_alive {
+            *self = Heard { bytes: 0, batches };
+        }
+        is_alive
+    }
+}
+
 /// The next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beat {
@@ -91,6 +118,22 @@ mod tests {
         assert_eq!(heart.beat(ms(1000), false, true), Beat::Ping);
         assert_eq!(heart.beat(ms(1500), true, true), Beat::Wait(ms(1000)));
         assert_eq!(heart.beat(ms(2500), false, true), Beat::Ping);
+    }
+
+    #[test]
+    fn a_batch_whose_rest_is_lost_is_no_sign_of_life() {
+        let mut heard = Heard::default();
+        assert!(!heard.take(0));
+        heard.bytes(48);
+        assert!(heard.take(1) && !heard.take(1));
+        // Answers to PINGs, one a second: dead long before they would do.
+        (0..3).for_each(|_| heard.bytes(48));
+        assert!(!heard.take(1));
+        // A large one comes in pieces between which we sleep.
+        heard.bytes(ALIVE_BYTES / 2);
+        assert!(!heard.take(1));
+        heard.bytes(ALIVE_BYTES / 2);
+        assert!(heard.take(1) && !heard.take(1));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use crate::batcher::{Step, View, next_step};
 use crate::conn::{Conn, ConnRx, coarse_now};
 use crate::down;
-use crate::heart::{Beat, Heart, IDLE_PING_AFTER};
+use crate::heart::{Beat, Heard, Heart, IDLE_PING_AFTER};
 use crate::lane::{Control, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX};
 use crate::session::{End, Session};
 use crate::up::{FORGETS_WAITING_MAX, Intake};
@@ -44,15 +44,15 @@ pub struct Link {
     pub half: ConnRx,
     /// Whether the peer is still there.
     pub heart: Heart,
-    /// Bytes came since the heart was asked.
-    pub heard: bool,
+    /// What came since the heart was asked.
+    pub heard: Heard,
 }
 
 impl Link {
     /// The connection that the lane is to have, if there is one that it does not have yet.
     pub fn take(session: &Session, lane: &Lane) -> Option<Link> {
         let (conn, half) = session.resume.take(lane.index)?;
-        Some(Link { conn, half, heart: Heart::new(coarse_now()), heard: false })
+        Some(Link { conn, half, heart: Heart::new(coarse_now()), heard: Heard::default() })
     }
 }
 
@@ -235,7 +235,7 @@ impl<'s> Pump<'s> {
         match link.conn.try_receive(link.half.deframer.spare()) {
             Ok(0) => self.lose(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
-                link.heard = true;
+                link.heard.bytes(bytes);
                 link.half.deframer.filled(bytes);
                 let held = link.half.deframer.pending();
                 let left = self.take_batches();
@@ -384,7 +384,8 @@ impl<'s> Pump<'s> {
             return Rest::For(self.overdue.patience(self.lane));
         };
         let is_expected = self.lane.in_flight() > 0;
-        match link.heart.beat(coarse_now(), std::mem::take(&mut link.heard), is_expected) {
+        let heard = link.heard.take(link.half.rx.received());
+        match link.heart.beat(coarse_now(), heard, is_expected) {
             Beat::Wait(limit) => Rest::For(Some(limit)),
             Beat::Ping => {
                 if !is_expected {

@@ -231,7 +231,8 @@ impl<'s> RingLane<'s> {
             return Rest::For(self.overdue.patience(self.lane));
         };
         let is_expected = self.lane.in_flight() > 0;
-        let beat = link.heart.beat(coarse_now(), std::mem::take(&mut link.heard), is_expected);
+        let heard = link.heard.take(link.half.rx.received());
+        let beat = link.heart.beat(coarse_now(), heard, is_expected);
         match beat {
             Beat::Wait(limit) => return Rest::For(Some(limit)),
             Beat::Ping => self.lane.queue(Control::Ping),
@@ -446,7 +447,7 @@ impl<'s> RingLane<'s> {
         match link.conn.try_receive(link.half.deframer.spare()) {
             Ok(0) => self.cut(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
-                link.heard = true;
+                link.heard.bytes(bytes);
                 link.half.deframer.filled(bytes);
                 return self.take_received();
             }

@@ -327,6 +327,21 @@ fn a_silent_death_is_found_by_asking() {
 }
 
 #[test]
+fn answers_that_fill_up_what_was_lost_of_a_batch_are_no_life() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = bench.cat("hang");
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.host.lose_a_tail();
+    wait_resumes(&bench.host, 1);
+    wait_repeats(&bench.host, 1);
+    bench.host.answer_hanging(lane, at, 13);
+    assert!(!reader.wait().status.success());
+    let stderr = umount(&bench, client);
+    assert!(stderr.contains("silent"), "{stderr}");
+}
+
+#[test]
 fn a_slow_daemon_that_answers_pings_is_not_cut() {
     let bench = Bench::new(Terms::default());
     let client = bench.mount("lanes=1");

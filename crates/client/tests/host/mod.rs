@@ -291,6 +291,14 @@ impl Host {
         }
     }
 
+    /// The greater part of a batch is lost on every connection, which go on.
+    pub fn lose_a_tail(&self) {
+        let kind = Kind::Notify as u8;
+        for conn in self.shared.conns.lock().expect("conns").values() {
+            conn.send_some(RecordHeader { kind, ..Default::default() }, &[0; 65536], 8192);
+        }
+    }
+
     /// What is no batch comes from every connection.
     pub fn babble(&self) {
         for conn in self.shared.conns.lock().expect("conns").values() {

@@ -64,21 +64,24 @@ impl Conn {
     }
 
     pub(super) fn send(&self, header: RecordHeader, body: &[u8], is_half: bool) {
+        let limit = if is_half { (RECORD_HEADER_BYTES + body.len()) / 2 } else { usize::MAX };
+        self.send_some(header, body, limit);
+        if is_half {
+            self.cut();
+        }
+    }
+
+    /// Sends at most so many bytes of a batch.
+    pub(super) fn send_some(&self, header: RecordHeader, body: &[u8], limit: usize) {
         let mut buffer = vec![0; BATCH_BYTES_MAX];
         let mut builder = BatchBuilder::new();
         assert!(builder.push(&mut buffer, header, body));
         let mut tx = self.tx.lock().expect("tx");
         let received = tx.1;
-        let mut bytes = &*tx.0.seal(&mut builder, &mut buffer, received);
-        if is_half {
-            bytes = &bytes[..bytes.len() / 2];
-        }
+        let bytes = &*tx.0.seal(&mut builder, &mut buffer, received);
         if !self.is_silent.load(Ordering::SeqCst) {
             // The guest may be gone.
-            let _ = (&self.stream).write_all(bytes);
-        }
-        if is_half {
-            self.cut();
+            let _ = (&self.stream).write_all(&bytes[..limit.min(bytes.len())]);
         }
     }
 }
