@@ -249,3 +249,18 @@ fn a_daemon_in_a_chroot_shuts_its_worker_in_too() {
     drop(guest);
     daemon.stop_well();
 }
+
+/// As in a container, to whose processes those of the host have no number.
+#[test]
+fn peers_outside_of_its_pid_namespace_are_served() {
+    let daemon = Daemon::start_as("uring", |program, _| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--mount-proc", "--fork", "--kill-child", program]);
+        command.args(["--state-dir=none", "--sandbox=landlock"]);
+        command
+    });
+    let mut guest = daemon.guest();
+    guest.create("file").expect("create");
+    let told = control::ask_status(&daemon.path("c")).expect("a status");
+    assert!(told.sessions[0].peer.ends_with(" pid 0"), "{}", told.sessions[0].peer);
+}
