@@ -14,9 +14,9 @@
 //!
 //! Exception to the rule that raw libc stands in `ring.rs` alone: `mod sys` at the end calls
 //! `getdents64` into a lent byte buffer (rustix wants uninitialised memory and trusts the records),
-//! `close` with its error reported (rustix has it only as an unsafe call), SIOCOUTQ, ioprio_set, and
-//! SO_PEERCRED of a peer without a number here (rustix has no such pid).
-//! It is the only unsafe code of this file.
+//! `close` with its error reported (rustix has it only as an unsafe call), SIOCOUTQ, ioprio_set,
+//! and SO_PEERCRED of a peer without a number here (rustix has no such pid). It is the only unsafe
+//! code of this file.
 
 use std::ffi::CStr;
 use std::io::{IoSlice, IoSliceMut};
@@ -675,8 +675,8 @@ impl ProcPath {
     }
 }
 
-/// Who is at the other end of a Unix socket: user, group and process (SO_PEERCRED). The process is 0
-/// where it has no number here: this daemon is in a pid namespace that the peer is not in.
+/// Who is at the other end of a Unix socket: user, group and process (SO_PEERCRED). The process is
+/// 0 where it has no number here: this daemon is in a pid namespace that the peer is not in.
 ///
 /// # Errors
 /// What getsockopt(2) says.
