@@ -272,7 +272,9 @@ impl<'a> Under<'a> {
             extra.push("--engine=threads");
         }
         let state = sandbox.path("state").display().to_string();
-        extra.extend(["--state-dir", &state]);
+        if !extra.iter().any(|arg| arg.starts_with("--state-dir")) {
+            extra.extend(["--state-dir", &state]);
+        }
         let mut daemon = Daemon::start(sandbox, bins, "d", &[rig::share("x", backing)], &extra)?;
         if let Some(ms) = args.kill_every {
             let kills = args.seconds.saturating_mul(4000) / ms.max(1);

@@ -8,6 +8,7 @@
 use crate::handshake::{self, HandshakeError, Joined, join};
 use crate::keep::Keep;
 use crate::known::Restored;
+use crate::lane::Lane;
 use crate::rebuild;
 use crate::rings::with_causes;
 use crate::session::{End, Session};
@@ -256,6 +257,7 @@ fn rebuild(
     if !session.resume.leave_old_daemon(!is_first) || !is_first {
         return Err(ResumeError::Overtaken);
     }
+    session.lanes.iter().for_each(Lane::doubt);
     let restored = rebuild::tell(joined, &session.known)?;
     let took_us = begun.elapsed().as_micros() as u64;
     let restored = Restored { took_us, ..restored };

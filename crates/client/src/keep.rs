@@ -114,6 +114,8 @@ pub enum State {
     Forget,
     /// Answered here.
     Abandoned,
+    /// As [`State::Request`], sent before the session was rebuilt.
+    Unsure,
 }
 
 /// One slot.
@@ -135,6 +137,7 @@ impl Cell {
             2 => State::Delivering,
             3 => State::Forget,
             4 => State::Abandoned,
+            5 => State::Unsure,
             _ => State::Free,
         };
         (state, word as u32, (word >> 32) as u32 & 0xffff, self.other.load(Ordering::Acquire))
@@ -173,6 +176,11 @@ impl LaneKeep {
         let cell = self.cell(at.slot);
         cell.other.store(unique, Ordering::Release);
         cell.store(State::Request, at.seq, opcode);
+    }
+
+    /// The session is rebuilt, and the request is from before.
+    pub fn doubted(&self, at: SlotUse, opcode: u32) {
+        self.cell(at.slot).store(State::Unsure, at.seq, opcode);
     }
 
     /// The request is answered here, or never will be.

@@ -34,6 +34,8 @@ const WORTH: Duration = Duration::from_secs(1);
 /// What a lane sends of a slot in use, first of all on a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
+    /// That the frame, which comes next, may have run before the session was rebuilt.
+    Unsure(SlotUse),
     /// The frame that is kept.
     Frame(SlotUse),
     /// Nobody will take the reply.
@@ -43,10 +45,13 @@ pub enum Resend {
 /// What has to be sent again of what is in flight.
 pub fn resends<'r>(in_flight: impl Iterator<Item = (SlotUse, &'r InFlight)>) -> VecDeque<Resend> {
     let resend = |(at, request): (SlotUse, &InFlight)| match request {
-        InFlight::Request { .. } | InFlight::Forget => Resend::Frame(at),
-        InFlight::Abandoned => Resend::Abandon(at),
+        InFlight::Request { unsure: true, .. } => {
+            [Some(Resend::Unsure(at)), Some(Resend::Frame(at))]
+        }
+        InFlight::Request { .. } | InFlight::Forget => [None, Some(Resend::Frame(at))],
+        InFlight::Abandoned => [None, Some(Resend::Abandon(at))],
     };
-    in_flight.map(resend).collect()
+    in_flight.flat_map(resend).flatten().collect()
 }
 
 /// When the next try is due: at once, then doubling, each somewhere in the upper half.
@@ -94,6 +99,8 @@ struct State {
     unsure: Option<u16>,
     /// Somebody wants a try at once.
     hurry: bool,
+    /// The last try has brought a connection: the daemon is there for the others too.
+    is_there: bool,
     stopping: bool,
     /// Since when all are connected, or not.
     since: Instant,
@@ -166,6 +173,7 @@ impl Resume {
                 trying: None,
                 unsure: None,
                 hurry: false,
+                is_there: false,
                 stopping: false,
                 since: now,
                 since_unix_s: unix_now_s(),
@@ -322,7 +330,7 @@ impl Resume {
                 return Some(port as u16);
             }
             let now = Instant::now();
-            let due = *due.get_or_insert_with(|| now + state.backoff.delay(random()));
+            let due = *due.get_or_insert_with(|| now + state.delay());
             let Some(left) = due.checked_duration_since(now).filter(|left| !left.is_zero()) else {
                 return Some(port as u16);
             };
@@ -360,6 +368,7 @@ impl Resume {
         if before.elapsed() >= WORTH {
             state.backoff = Backoff::default();
         }
+        state.is_there = true;
         self.resumes.fetch_add(1, Ordering::Relaxed);
         if state.missing() == 0 {
             let after_ms = state.since.elapsed().as_millis() as u64;
@@ -378,6 +387,16 @@ impl State {
         let is_missing = |port: &usize| self.ports[*port].conn.is_none();
         let unsure = self.unsure.map(usize::from).filter(is_missing);
         unsure.or_else(|| (0..self.ports.len()).find(is_missing))
+    }
+
+    /// Until the next try. A daemon that takes connections and lets them go at once is not tried
+    /// more often than [`BACKOFF_FIRST`] says.
+    fn delay(&mut self) -> Duration {
+        let delay = self.backoff.delay(random());
+        match std::mem::take(&mut self.is_there) {
+            true => delay.min(BACKOFF_FIRST),
+            false => delay,
+        }
     }
 
     fn missing(&self) -> usize {
@@ -424,9 +443,17 @@ mod tests {
     #[test]
     fn what_is_sent_first() {
         let at = |slot| SlotUse { slot, seq: 7 };
-        let requests = [InFlight::request(2, 1, 0), InFlight::Abandoned, InFlight::Forget];
+        let old =
+            InFlight::Request { unique: 4, opcode: 1, pid: 0, cancelled: false, unsure: true };
+        let requests = [InFlight::request(2, 1, 0), InFlight::Abandoned, InFlight::Forget, old];
         let in_flight = requests.iter().enumerate().map(|(slot, r)| (at(slot as u16), r));
-        let expected = [Resend::Frame(at(0)), Resend::Abandon(at(1)), Resend::Frame(at(2))];
+        let expected = [
+            Resend::Frame(at(0)),
+            Resend::Abandon(at(1)),
+            Resend::Frame(at(2)),
+            Resend::Unsure(at(3)),
+            Resend::Frame(at(3)),
+        ];
         assert_eq!(resends(in_flight), expected);
         assert!(resends(std::iter::empty()).is_empty());
     }

@@ -198,14 +198,20 @@ fn settle(
     };
     match (state, again) {
         (State::Free, _) => (seq, None),
-        (State::Request | State::Delivering, Some(Again { unique, opcode, pid, frame })) => {
+        (State::Request | State::Unsure | State::Delivering, Some(again)) => {
+            let Again { unique, opcode, pid, frame } = again;
             // A reply that has come did not get through, and will come again.
             known.undo(tag);
+            let unsure = state == State::Unsure;
             place.claimed(at, unique, opcode);
+            if unsure {
+                place.doubted(at, opcode);
+            }
             record(Kind::Request, opcode, &frame[RECORD_HEADER_BYTES..]);
-            (seq, Some(InFlight::request(unique, opcode, pid)))
+            let cancelled = false;
+            (seq, Some(InFlight::Request { unique, opcode, pid, cancelled, unsure }))
         }
-        (State::Request, None) => {
+        (State::Request | State::Unsure, None) => {
             // Its task has been killed meanwhile.
             known.undo(tag);
             place.abandoned(at);

@@ -14,6 +14,7 @@ use fuser_fork::frame::{Frame, error_reply, out_header};
 use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Kind, RecordHeader, cancel};
 use ringfs_wire::limits::{FORGETS_PER_RECORD_MAX, RECORD_HEADER_BYTES};
+use ringfs_wire::slot::SlotUse;
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -238,15 +239,18 @@ impl<'s> Intake<'s> {
                     debug_assert!(fits, "a kept frame of {} bytes", record.len());
                 }
             }
-            Some(Resend::Abandon(at)) => {
-                let bytes = RECORD_HEADER_BYTES;
-                let record = self.lane.record(Kind::Cancel, at, cancel::ABANDON, bytes);
-                self.builder.commit(&mut self.buffer, record);
-            }
+            Some(Resend::Unsure(at)) => self.put_word(Kind::Unsure, at, 0),
+            Some(Resend::Abandon(at)) => self.put_word(Kind::Cancel, at, cancel::ABANDON),
             None if std::mem::take(&mut self.is_resending) => self.lane.reopen(),
             None => return false,
         }
         true
+    }
+
+    /// A record without a body.
+    fn put_word(&mut self, kind: Kind, at: SlotUse, code: u32) {
+        let record = self.lane.record(kind, at, code, RECORD_HEADER_BYTES);
+        self.builder.commit(&mut self.buffer, record);
     }
 
     fn put_control(&mut self) -> bool {

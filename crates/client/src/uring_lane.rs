@@ -347,11 +347,8 @@ impl<'s> RingLane<'s> {
                         self.put(id, at)?;
                     }
                 }
-                Resend::Abandon(at) => {
-                    let bytes = RECORD_HEADER_BYTES;
-                    let record = self.lane.record(Kind::Cancel, at, cancel::ABANDON, bytes);
-                    self.builder.commit(&mut self.buffer, record);
-                }
+                Resend::Unsure(at) => self.put_word(Kind::Unsure, at, 0),
+                Resend::Abandon(at) => self.put_word(Kind::Cancel, at, cancel::ABANDON),
             }
         }
         Ok(())
@@ -377,6 +374,12 @@ impl<'s> RingLane<'s> {
         self.entry_of_slot[usize::from(at.slot)] = id;
         LaneCounters::add(&self.lane.counters.requests, 1);
         Ok(())
+    }
+
+    /// A record without a body.
+    fn put_word(&mut self, kind: Kind, at: SlotUse, code: u32) {
+        let record = self.lane.record(kind, at, code, RECORD_HEADER_BYTES);
+        self.builder.commit(&mut self.buffer, record);
     }
 
     /// Cancels and pongs, as many as the batch takes.

@@ -80,6 +80,8 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
             forget_until("the forget", || lookups(&bench).keys().eq(&[3, 4]));
             wait_until("what is known", || known(&bench) == (2, 2));
         }
+        // Each time with the word that it was sent before.
+        bench.host.wait_for("the words", |seen| (seen.unsure >= 3).then_some(()));
         let begun = bench.host.wait_for("rebuilds", |seen| Some(seen.rebuilds.len()));
         assert!(begun == 6 || cut_lane.is_none(), "found out on lane 2, done on lane 0: {begun}");
         let hello = bench.host.wait_for("hellos", |seen| {

@@ -155,6 +155,27 @@ impl Connection {
         Some(PastOf { done })
     }
 
+    /// The request that a record names comes next, and may have run for another daemon.
+    pub fn doubt(&mut self, record: &RecordHeader) -> Result<(), SlotError> {
+        let (slots, at) = self.place(record)?;
+        slots.doubt(at)
+    }
+
+    /// Begins a request that may have run before, or ends it where it must not run twice.
+    pub fn begin_unsure(
+        &mut self,
+        record: &RecordHeader,
+        runs_once: bool,
+    ) -> Result<Begin, SlotError> {
+        let (slots, at) = self.place(record)?;
+        if runs_once {
+            slots.give_up(at)?;
+            return Ok(Begin::Replay);
+        }
+        slots.trust(at)?;
+        slots.begin(at, record.code)
+    }
+
     /// Nobody will take the reply to the request that a record names.
     pub fn abandon(&mut self, record: &RecordHeader) -> Result<Abandon, SlotError> {
         let (slots, at) = self.place(record)?;

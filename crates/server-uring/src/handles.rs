@@ -263,6 +263,16 @@ impl Handles {
         }
     }
 
+    /// Whether what is written to it goes to the file's end; of one that is still to be opened, as
+    /// it was opened.
+    pub fn appends(&self, fh: u64) -> bool {
+        match self.shard(fh).read().unwrap_or_else(PoisonError::into_inner).get(&fh) {
+            Some(Handle::File(file)) => file.append,
+            Some(Handle::Unopened(was)) => was.flags & libc::O_APPEND as u32 != 0,
+            Some(Handle::Dir(_) | Handle::Lost(_)) | None => false,
+        }
+    }
+
     /// An open file of the node `nodeid`.
     ///
     /// # Errors

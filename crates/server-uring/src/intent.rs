@@ -151,6 +151,22 @@ pub(crate) fn nanos(sec: i64, nsec: u32) -> Nanos {
 }
 
 impl Fs {
+    /// Whether there would be an intent of it: it must not run twice.
+    pub fn runs_once(&self, request: &Request<'_>) -> bool {
+        match Opcode::from_u32(request.opcode) {
+            Some(Opcode::Setxattr) => {
+                let set = request.head::<abi::SetxattrIn>();
+                set.is_ok_and(|set| set.flags & libc::XATTR_CREATE as u32 != 0)
+            }
+            // Pages that are written back have their place.
+            Some(Opcode::Write) => request.head::<abi::WriteIn>().is_ok_and(|write| {
+                let pages = write.write_flags & abi::FUSE_WRITE_CACHE != 0;
+                !pages && self.handles.appends(write.fh)
+            }),
+            Some(_) | None => is_needed(request.opcode),
+        }
+    }
+
     /// What is to be known before this request runs. `None`: nothing, since it may run again.
     pub fn intent(&self, request: &Request<'_>) -> Option<Intent> {
         if !is_needed(request.opcode) {

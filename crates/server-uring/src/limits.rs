@@ -56,6 +56,8 @@ pub const SESSIONS_PER_PEER_MAX: usize = SESSIONS_MAX / 4;
 pub const DETACHED_MAX: usize = SESSIONS_MAX / 2;
 /// Those of them that belong to one peer.
 pub const DETACHED_PER_PEER_MAX: usize = 64;
+/// Tickets of sessions that have ended, which tell their guests from clones.
+pub const GONE_TICKETS_MAX: usize = 2 * SESSIONS_MAX;
 /// How long such a session is kept, where nobody says otherwise.
 pub const GRACE_SECS_DEFAULT: u32 = 600;
 /// Time for the old connection of a newcomer to answer whether it lives.

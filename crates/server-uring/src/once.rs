@@ -5,6 +5,7 @@
 //! can be sent, or it is taken back.
 
 use super::*;
+use ringfs_wire::abi::Opcode;
 use ringfs_wire::slot::SlotError;
 use ringfs_wire::table::Given;
 
@@ -20,6 +21,7 @@ impl<R: Ring> Shard<R> {
         match begun {
             // What a dead daemon had begun is looked for by whoever runs it: see decide.rs.
             Ok(Begin::Execute | Begin::Decide) => Ok(true),
+            Ok(Begin::Unsure) => self.begin_unsure(key, header, request),
             // The answer comes when it ends.
             Ok(Begin::Running) => Ok(false),
             Ok(Begin::Replay) => {
@@ -35,6 +37,40 @@ impl<R: Ring> Shard<R> {
             }
             Err(error) => Err(self.protocol(key, error)),
         }
+    }
+
+    /// A request that may have run for a daemon of which nothing is known.
+    fn begin_unsure(
+        &mut self,
+        key: usize,
+        header: &RecordHeader,
+        request: Option<&Request<'_>>,
+    ) -> Result<bool, Reason> {
+        let conn = &mut self.conns[key];
+        let runs_once = request.is_some_and(|request| conn.session.fs.runs_once(request));
+        if runs_once {
+            let opcode = Opcode::from_u32(header.code);
+            let (session, node) = (conn.session.id, request.map(|request| request.nodeid));
+            add(&self.shared.stats.ambiguous, 1);
+            tracing::warn!(
+                session,
+                ?opcode,
+                node,
+                "nobody can tell whether a daemon that is gone had done this: answered EIO"
+            );
+        }
+        let begun = conn.begin_unsure(header, runs_once);
+        self.come_again(key, header, request, begun)
+    }
+
+    /// The guest had sent the request that comes next before its session was rebuilt. One that is
+    /// another guest's by now - a clone's - is asked for by nobody else.
+    pub(super) fn doubt(&mut self, key: usize, header: RecordHeader) -> Result<Step, Reason> {
+        let conn = &mut self.conns[key];
+        if conn.session.is_heir {
+            conn.doubt(&header).map_err(|error| self.protocol(key, error))?;
+        }
+        Ok(Step::Taken)
     }
 
     /// Takes back what a reply gave and nobody has taken.

@@ -13,7 +13,7 @@ use crate::restore::{Restoring, TakeOverError};
 use crate::state_dir::{StateDir, StateFile, StateTerms};
 use crate::status::SessionStatus;
 use ringfs_wire::hello::{Reason, Ticket};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -48,6 +48,9 @@ pub struct Session {
     pub features: u64,
     /// Another daemon had it, and the guest tells what it was.
     pub rebuilt: Option<Rebuild>,
+    /// What its guest had in flight may have been done for that guest, and nobody can tell. Not so
+    /// for a clone: what its original had in flight is the original's.
+    pub is_heir: bool,
     /// Its file in the state directory.
     pub file: Option<Arc<StateFile>>,
 }
@@ -136,6 +139,8 @@ pub struct Terms {
     pub features: u64,
     /// See [`Session::rebuilt`].
     pub rebuilt: bool,
+    /// The daemon that the guest has had its ticket from.
+    pub epoch: u64,
     /// The directory below the share that the guest has.
     pub subdir: Vec<u8>,
     /// By which the guest came, where this daemon has not given it.
@@ -187,6 +192,8 @@ struct Live {
 struct Sessions {
     live: HashMap<u64, Live>,
     tickets: HashMap<Ticket, u64>,
+    /// The last tickets of sessions that ended while their guests may come again, the oldest first.
+    gone: VecDeque<Ticket>,
     stopped: bool,
 }
 
@@ -257,6 +264,11 @@ impl Registry {
             }
         };
         let mut sessions = self.lock();
+        let is_heir = terms.rebuilt
+            && terms.presented.is_some_and(|ticket| {
+                // This daemon knows its own sessions: who has an older ticket is a clone.
+                terms.epoch != self.epoch || sessions.gone.contains(&ticket)
+            });
         let (file, ticket) = match adopted(&sessions) {
             Some((ticket, Err(session))) => return Ok((session, ticket)),
             Some((ticket, Ok(file))) => (Some(file), ticket),
@@ -282,6 +294,7 @@ impl Registry {
             slots: terms.slots,
             features: terms.features,
             rebuilt: terms.rebuilt.then(Rebuild::default),
+            is_heir,
             file,
         });
         let mut ended = None;
@@ -327,6 +340,17 @@ impl Registry {
     fn take_out(&self, sessions: &mut Sessions, id: u64, reason: Reason) -> Option<Live> {
         let live = sessions.remove(id)?;
         self.end_file(&live.session, reason);
+        let may_come_again = match live.session.is_ready() {
+            true => matches!(reason, Reason::Timeout | Reason::Limit),
+            // Nothing has run on this one; but for who had it before.
+            false => live.session.is_heir,
+        };
+        if may_come_again {
+            let unused = live.unused.map(|(unused, _)| unused);
+            sessions.gone.extend([Some(live.ticket), unused].into_iter().flatten());
+            let excess = sessions.gone.len().saturating_sub(GONE_TICKETS_MAX);
+            sessions.gone.drain(..excess);
+        }
         Some(live)
     }
 
@@ -688,6 +712,7 @@ mod tests {
             slots: 1,
             features: 0,
             rebuilt: false,
+            epoch: 0,
             subdir: Vec::new(),
             presented: None,
         };

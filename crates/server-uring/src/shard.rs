@@ -396,6 +396,7 @@ impl<R: Ring> Shard<R> {
     /// Whether it has more to do.
     fn work_through(&mut self, key: usize, turn: Option<fair::Turn>) -> bool {
         self.hold_large(key);
+        self.ask_back(key);
         for _ in 0..RECORDS_A_TURN_MAX {
             if turn.is_some_and(|turn| turn.is_over()) {
                 break;
@@ -491,13 +492,14 @@ impl<R: Ring> Shard<R> {
         body: Range<usize>,
     ) -> Result<Step, Reason> {
         match Kind::from_u8(header.kind) {
-            Some(Kind::Request | Kind::Forget | Kind::Cancel)
+            Some(Kind::Request | Kind::Forget | Kind::Cancel | Kind::Unsure)
                 if !self.conns[key].session.is_ready() =>
             {
                 Ok(Step::Unready)
             }
             Some(Kind::Restore) => self.restore(key, &buf[body]),
             Some(Kind::Request) => self.request(key, header, buf, body),
+            Some(Kind::Unsure) => self.doubt(key, header),
             Some(Kind::Forget) => self.forget(key, header, &buf[body]),
             Some(Kind::Cancel) if header.code == cancel::INTERRUPT => {
                 self.cancel(key, header);

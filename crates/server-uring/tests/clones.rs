@@ -180,6 +180,56 @@ impl Drop for Over<'_> {
     }
 }
 
+/// A guest whose session this daemon cannot have known, and one whose session it must have known:
+/// that is a clone.
+#[test]
+fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
+    let mkdir = |name: &str| [&[0xED, 1, 0, 0, 0, 0, 0, 0][..], name.as_bytes(), &[0]].concat();
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 600);
+        let (original, memory) = open_for_clones(&daemon);
+        let (epoch, ticket) = (original.welcome.epoch, Ticket([7; 16]));
+        goodbye(original);
+        let comes = |epoch_seen, ticket| {
+            let hello = Hello { epoch_seen, ticket, ..memory.hello.clone() };
+            let mut guest = Guest::greet(daemon.connect(), &hello).expect("welcome");
+            assert_eq!(guest.welcome.flags, welcome_flag::REBUILD);
+            (guest.slots, guest.recipes) = (memory.slots.clone(), Some(memory.recipes.clone()));
+            memory.tell(&mut guest);
+            guest
+        };
+        let ask = |guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]| {
+            let at = guest.claim();
+            guest.add(Kind::Unsure as u8, at, 0, &[]);
+            guest.again(at, opcode, node, args);
+            guest.flush();
+            let (answered, result) = guest.reply().expect("an answer");
+            assert_eq!(answered, at);
+            result
+        };
+        let path = |name: &str| daemon.share().join(name);
+        let file = memory.files[0];
+        let mut heir = comes(epoch ^ 1, ticket);
+        assert_eq!(ask(&mut heir, Opcode::Mkdir, 1, &mkdir("made")), Err(libc::EIO as u32));
+        assert!(!path("made").exists());
+        // What may run twice does, and what was sent to this daemon first.
+        assert!(ask(&mut heir, Opcode::Lookup, 1, &name("file-1")).is_ok());
+        assert!(ask(&mut heir, Opcode::Write, file.0, &write_args(file.1, 0, b"again")).is_ok());
+        assert!(heir.call(Opcode::Mkdir, 1, &mkdir("new")).is_ok() && path("new").exists());
+        assert_eq!(daemon.counters()["ambiguous"], 1);
+        goodbye(heir);
+        for (n, ticket) in [ticket, Ticket::NONE].into_iter().enumerate() {
+            let mut clone = comes(epoch, ticket);
+            let name = format!("clone-{n}");
+            assert!(ask(&mut clone, Opcode::Mkdir, 1, &mkdir(&name)).is_ok());
+            assert!(path(&name).exists());
+            goodbye(clone);
+        }
+        assert_eq!(daemon.counters()["ambiguous"], 1);
+        daemon.stop_well();
+    }
+}
+
 fn twenty_four_clones(original_lives: bool) {
     for engine in ["uring", "threads"] {
         let daemon = Daemon::start_with_grace(engine, 600);

@@ -4,7 +4,7 @@
 
 use ringfs_wire::batch::{BatchBuilder, BatchError, Cursor, Kind, RecordHeader, peek_len, verify};
 use ringfs_wire::deframe::Deframer;
-use ringfs_wire::hello::{Hello, Welcome};
+use ringfs_wire::hello::{Hello, Ticket, Welcome};
 use ringfs_wire::limits::*;
 use ringfs_wire::restore::{End, Nodes, Restore, Restores, push_node, push_restore};
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
@@ -128,7 +128,11 @@ pub fn handshake(data: &[u8]) {
                     if hello.common_version().is_none() {
                         return;
                     }
-                    session = Some(SlotTable::new(hello.slots.min(8)));
+                    let slots = hello.slots.min(8);
+                    session = Some(match hello.ticket == Ticket::NONE {
+                        true => SlotTable::new(slots),
+                        false => SlotTable::rebuilt(slots),
+                    });
                 }
                 Some(slots) => request(slots, &record, body),
             }
@@ -159,6 +163,10 @@ fn request(slots: &mut SlotTable, record: &RecordHeader, body: &[u8]) {
     match record.kind {
         // As if the connection had been cut here.
         kind if kind == Kind::Ping as u8 => slots.cut(),
+        kind if kind == Kind::Unsure as u8 => {
+            let _ = slots.doubt(at);
+            assert_eq!(slots.in_use(), in_use);
+        }
         kind if kind == Kind::Cancel as u8 => match slots.abandon(at) {
             Ok(Abandon::Running) => assert!(running),
             Ok(Abandon::Over(_)) => assert_eq!(slots.abandon(at), Ok(Abandon::Void)),
@@ -174,6 +182,14 @@ fn request(slots: &mut SlotTable, record: &RecordHeader, body: &[u8]) {
             }
             Ok(Begin::Running) => assert!(running),
             Ok(Begin::Replay) => assert!(slots.kept(at).is_some()),
+            Ok(Begin::Unsure) if record.lane.is_multiple_of(2) => {
+                assert_eq!(slots.give_up(at), Ok(()));
+                assert!(slots.kept(at).is_some_and(|(errno, _)| errno != 0));
+            }
+            Ok(Begin::Unsure) => {
+                assert_eq!(slots.trust(at), Ok(()));
+                assert_eq!(slots.begin(at, record.code), Ok(Begin::Execute));
+            }
             Ok(Begin::Decide) => panic!("no daemon has died"),
             Err(_) => assert_eq!(slots.in_use(), in_use),
         },

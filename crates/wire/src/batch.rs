@@ -99,6 +99,8 @@ pub enum Kind {
     Pong = 11,
     /// Either: the end, with a reason.
     Goodbye = 12,
+    /// Guest: the request of that use of a slot, which comes next, may have run before.
+    Unsure = 128,
 }
 
 impl Kind {
@@ -117,6 +119,7 @@ impl Kind {
             10 => Kind::Ping,
             11 => Kind::Pong,
             12 => Kind::Goodbye,
+            128 => Kind::Unsure,
             _ => return None,
         })
     }
@@ -133,6 +136,13 @@ pub mod cancel {
     pub const INTERRUPT: u32 = 0;
     /// ABANDON: nobody will take the reply. Answered by a REPLY with EINTR; docs/sessions.md.
     pub const ABANDON: u32 = 1;
+}
+
+/// The code of a NOTIFY. Others are skipped.
+pub mod notify {
+    /// GIVE_BACK: nodes, by their ids (u64), that nobody has used lately and the daemon would like
+    /// to have back, as FORGETs. A wish: lost with its connection, and answered by nothing else.
+    pub const GIVE_BACK: u32 = 1;
 }
 
 /// Why bytes are no batch. All of them end the connection.

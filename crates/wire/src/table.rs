@@ -79,6 +79,8 @@ enum State {
     Again = 7,
     /// Not used since the session was rebuilt; the guest knows how often it was before.
     Rebuilt = 8,
+    /// The same; and its next request may have run for a daemon of which nothing is known.
+    Unsure = 9,
 }
 
 impl Mark {
@@ -98,7 +100,7 @@ impl Mark {
     /// Numbers that cannot be can only come from a damaged file: nothing may run on such a slot.
     fn unpack(bits: u64) -> Option<Mark> {
         use State::*;
-        let states = [Fresh, Running, Abandoned, Kept, Rerun, Orphan, Lost, Again, Rebuilt];
+        let states = [Fresh, Running, Abandoned, Kept, Rerun, Orphan, Lost, Again, Rebuilt, Unsure];
         let mark = Mark {
             seq: bits as u32,
             errno: (bits >> 32) as u32 & 0xfff,
@@ -182,6 +184,9 @@ pub enum Begin {
     /// It was begun by a daemon that died: find out what became of it ([`SlotTable::past`]), run it
     /// where it did not, and end it.
     Decide,
+    /// It may have run, and nothing tells: [`SlotTable::trust`] it and begin again, or
+    /// [`SlotTable::give_up`].
+    Unsure,
 }
 
 /// What to do with a reply.
@@ -308,6 +313,7 @@ impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
                 }
                 State::Fresh
                 | State::Rebuilt
+                | State::Unsure
                 | State::Kept
                 | State::Rerun
                 | State::Orphan
@@ -355,14 +361,44 @@ impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
                 self.run(at, Mark { state, ..mark });
                 return Ok(Begin::Decide);
             }
+            State::Unsure if at.seq == asked => return Ok(Begin::Unsure),
             State::Kept | State::Rerun | State::Lost => return Err(wrong(at, next.seq)),
-            State::Orphan => return Err(wrong(at, asked)),
+            State::Orphan | State::Unsure => return Err(wrong(at, asked)),
         }
         self.run(at, Mark::running(at.seq, opcode));
         if !self.given.is_empty() {
             self.given.remove(&at.slot);
         }
         Ok(Begin::Execute)
+    }
+
+    /// The request of that use comes next, and may have run before the session was rebuilt. What
+    /// has come since is known better.
+    pub fn doubt(&mut self, at: SlotUse) -> Result<(), SlotError> {
+        let cell = self.cell(at.slot)?;
+        if let Some(mark) = cell.mark().filter(|mark| mark.state == State::Rebuilt) {
+            cell.set(Mark { seq: at.seq, state: State::Unsure, ..mark });
+        }
+        Ok(())
+    }
+
+    /// The request that [`SlotTable::begin`] was unsure of may run, though it may have before.
+    pub fn trust(&mut self, at: SlotUse) -> Result<(), SlotError> {
+        let cell = self.cell(at.slot)?;
+        if let Some(mark) = cell.mark().filter(|mark| mark.state == State::Unsure) {
+            cell.set(Mark { state: State::Rebuilt, ..mark });
+        }
+        Ok(())
+    }
+
+    /// It must not, and nobody will know: its reply, which is kept, is EIO.
+    pub fn give_up(&mut self, at: SlotUse) -> Result<(), SlotError> {
+        let (link, cell) = (self.link, self.cell(at.slot)?);
+        if let Some(mark) = cell.mark().filter(|mark| mark.state == State::Unsure) {
+            cell.link = link;
+            cell.keep(mark, EIO, &[]);
+        }
+        Ok(())
     }
 
     fn run(&mut self, at: SlotUse, mark: Mark) {
@@ -449,9 +485,9 @@ impl<C: AsRef<[Cell]> + AsMut<[Cell]>> SlotTable<C> {
             }
             State::Kept | State::Rerun | State::Lost if at.seq == asked || at.seq == next => {}
             // Done or not: what it gave is gone.
-            State::Orphan if at.seq == asked => {}
+            State::Orphan | State::Unsure if at.seq == asked => {}
             State::Kept | State::Rerun | State::Lost => return Err(wrong(at, next)),
-            State::Orphan => return Err(wrong(at, asked)),
+            State::Orphan | State::Unsure => return Err(wrong(at, asked)),
         }
         cell.link = link;
         cell.keep(Mark { seq: at.seq, ..mark }, EINTR, &[]);
@@ -531,6 +567,7 @@ mod tests {
                 Begin::Replay => format!("replay {:?}", table.kept(at(seq)).expect("kept").0),
                 Begin::Rerun(given) => format!("rerun {:?}", given.nodes),
                 Begin::Decide => format!("decide {:?}", table.past(at(seq)).expect("past")),
+                Begin::Unsure => "unsure".into(),
             }),
             End(seq, errno, body) => table.finish(at(seq), errno, body).map(|fate| match fate {
                 Fate::Send => "send".into(),
@@ -553,6 +590,40 @@ mod tests {
             SlotError::Idle { .. } => "idle".into(),
             SlotError::Busy { .. } => "busy".into(),
         })
+    }
+
+    #[test]
+    fn what_may_have_run_for_another_daemon_is_asked_about() {
+        let at = |seq| SlotUse { slot: 0, seq };
+        let doubted = |seq| {
+            let mut table = SlotTable::rebuilt(1);
+            table.doubt(at(seq)).expect("granted");
+            assert_eq!(table.begin(at(seq), MKDIR), Ok(Begin::Unsure));
+            table
+        };
+        // It may run: as whichever comes first on a rebuilt slot.
+        let mut table = doubted(7);
+        assert_eq!(table.begin(at(8), MKDIR), Err(wrong(at(8), 7)));
+        table.trust(at(7)).expect("granted");
+        assert_eq!(table.begin(at(7), MKDIR), Ok(Begin::Execute));
+        table.doubt(at(7)).expect("granted");
+        assert_eq!(table.finish(at(7), 0, b"made"), Ok(Fate::Send), "what has come is known");
+        table.cut();
+        table.doubt(at(7)).expect("granted");
+        assert_eq!(table.begin(at(7), MKDIR), Ok(Begin::Replay));
+        // It must not: EIO, once by each connection, and for a daemon after this one.
+        let mut table = doubted(u32::MAX);
+        table.give_up(at(u32::MAX)).expect("granted");
+        assert_eq!(table.kept(at(u32::MAX)), Some((EIO, &[][..])));
+        assert!(table.begin(at(u32::MAX), MKDIR).is_err());
+        let mut table = SlotTable::adopt(left(&table));
+        assert_eq!(table.begin(at(u32::MAX), MKDIR), Ok(Begin::Replay));
+        assert_eq!(table.begin(at(0), MKDIR), Ok(Begin::Execute));
+        // Killed before it was settled; or nobody waits for it.
+        let mut table = SlotTable::adopt(left(&doubted(3)));
+        assert_eq!(table.begin(at(3), MKDIR), Ok(Begin::Unsure));
+        assert_eq!(table.abandon(at(3)), Ok(Abandon::Over(Given::default())));
+        assert_eq!(table.begin(at(4), MKDIR), Ok(Begin::Execute));
     }
 
     #[test]
@@ -825,7 +896,7 @@ mod tests {
                 assert_eq!(Mark::unpack(mark.pack()), Some(mark));
             }
         }
-        assert_eq!(Mark::unpack(9 << 60), None);
+        assert_eq!(Mark::unpack(10 << 60), None);
         assert_eq!(Mark::unpack(161 << 44), None, "longer than what is kept");
     }
 

@@ -261,6 +261,19 @@ impl Lane {
         resends(table.slots.in_flight())
     }
 
+    /// The session is rebuilt: whatever has been sent may have run, and only we know that it was.
+    pub fn doubt(&self) {
+        let mut table = lock(&self.table);
+        for (at, request) in table.slots.in_flight_mut() {
+            if let InFlight::Request { opcode, unsure, .. } = request {
+                *unsure = true;
+                if let Some(keep) = &self.keep {
+                    keep.doubted(at, *opcode);
+                }
+            }
+        }
+    }
+
     /// All of that is in batches: requests get slots again.
     pub fn reopen(&self) {
         lock(&self.table).phase = Phase::Open;

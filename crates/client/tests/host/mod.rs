@@ -81,6 +81,8 @@ pub struct Seen {
     pub unheard: u64,
     pub pings: u64,
     pub pongs: u64,
+    /// Requests that were said to have been sent before.
+    pub unsure: u64,
     pub goodbyes: u64,
     pub written: u64,
     pub faults: Vec<String>,

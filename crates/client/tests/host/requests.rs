@@ -126,6 +126,8 @@ pub(super) fn take(
         },
         Some(Kind::Cancel) if record.code == cancel::ABANDON => abandon(shared, conn, lane, at)?,
         Some(Kind::Cancel) => interrupt(shared, lane, at),
+        // What it says of a request is for a daemon that has ended its session.
+        Some(Kind::Unsure) => shared.note(|seen| seen.unsure += 1),
         Some(Kind::Restore) => restore(shared, conn, body)?,
         Some(Kind::Ping) => {
             let kind = Kind::Pong as u8;

@@ -151,7 +151,7 @@ fn resend(guest: &Guest, file: &Arc<StateFile>, at: SlotUse, ask: &Ask) -> Ended
             };
             return ("Kept".into(), result);
         }
-        Begin::Running => panic!("nothing runs"),
+        Begin::Running | Begin::Unsure => panic!("nothing runs, and the table knows"),
     };
     let (errno, len) = match result {
         Ok(len) => (0, len),

@@ -74,6 +74,7 @@ impl Host {
             slots: 16,
             features: feature::PAYLOAD_CRC | restore,
             rebuilt: presented.is_some(),
+            epoch: 0,
             subdir: Vec::new(),
             presented,
         };

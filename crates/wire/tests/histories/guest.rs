@@ -3,7 +3,7 @@
 
 use crate::host::SLOTS;
 use crate::link::{End, Fault, Over, Record, Way};
-use crate::share::{EEXIST, EINTR, Truth, word};
+use crate::share::{EEXIST, EINTR, EIO, Truth, word};
 use crate::world::{Net, Plant};
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::{Kind, cancel};
@@ -25,6 +25,8 @@ struct Flight {
     /// Answered here.
     abandoned: bool,
     cancelled: bool,
+    /// Sent before the session was rebuilt.
+    unsure: bool,
 }
 
 #[derive(Clone)]
@@ -77,6 +79,10 @@ pub struct Guest {
     pub may_be_rebuilt: bool,
     /// And what its sessions were may be forgotten.
     pub may_run_twice: bool,
+    /// Another one has the same memory, or had.
+    is_copied: bool,
+    /// Of the daemon that it has its ticket from.
+    epoch: u64,
     pub rebuilds: usize,
     pub resumes: usize,
 }
@@ -106,6 +112,8 @@ impl Guest {
             left,
             may_be_rebuilt: false,
             may_run_twice: false,
+            is_copied: false,
+            epoch: 0,
             rebuilds: 0,
             resumes: 0,
         }
@@ -113,7 +121,7 @@ impl Guest {
 
     /// Its memory in another machine, where no connection is what it was.
     pub fn copy(&mut self, id: u32) -> Guest {
-        (self.may_be_rebuilt, self.may_run_twice) = (true, true);
+        (self.may_be_rebuilt, self.may_run_twice, self.is_copied) = (true, true, true);
         let mut copy = Guest::new(id, (0, self.links.len()), self.left, self.manners);
         copy.lanes.clone_from(&self.lanes);
         (copy.ticket, copy.retry) = (self.ticket, self.retry);
@@ -121,7 +129,8 @@ impl Guest {
         copy.handles.clone_from(&self.handles);
         copy.held.clone_from(&self.held);
         copy.open.clone_from(&self.open);
-        (copy.may_be_rebuilt, copy.may_run_twice) = (true, true);
+        (copy.may_be_rebuilt, copy.may_run_twice, copy.is_copied) = (true, true, true);
+        copy.epoch = self.epoch;
         copy.asked = self.asked;
         copy.answers.clone_from(&self.answers);
         copy.lanes.iter_mut().for_each(|lane| lane.again.clear());
@@ -154,9 +163,10 @@ impl Guest {
 
     /// At the end.
     pub fn check(&self, truth: &Truth) -> Result<(), Fault> {
-        let twice = self.answers.keys().find(|&&tag| truth.runs_of(tag) > 1);
-        if let Some(tag) = twice.filter(|_| !self.may_run_twice) {
-            return Err(format!("{tag:x} ran in more than one session"));
+        for &tag in self.answers.keys().filter(|&&tag| truth.runs_of(tag) > 1) {
+            if !self.may_run_twice || !self.is_copied && truth.runs_once(tag) {
+                return Err(format!("{tag:x} ran in more than one session"));
+            }
         }
         if self.answers.values().any(|&n| n != 1) || self.held != self.nodes {
             return Err(format!("guest {:x}: answers {:?}", self.id, self.answers));
@@ -224,7 +234,7 @@ impl Guest {
             _ => body.extend_from_slice(&arg.to_le_bytes()),
         }
         self.answers.insert(tag, 0);
-        let flight = Flight { tag, opcode, body, abandoned: false, cancelled: false };
+        let flight = Flight::new(tag, opcode, body);
         self.lanes[l].park.push_back(flight);
     }
 
@@ -262,6 +272,9 @@ impl Guest {
                     continue;
                 };
                 let abandoned = flight.abandoned && !net.is_planted(Plant::AbandonedAreResent);
+                if flight.unsure && !flight.abandoned {
+                    link.end.push(Kind::Unsure, l as u8, at, 0, &[]);
+                }
                 link.push(l, at, flight, abandoned);
             }
             if !lane.again.is_empty() {
@@ -363,7 +376,7 @@ impl Guest {
             versions: (1, 1),
             features: 0,
             ticket: self.ticket,
-            epoch_seen: 0,
+            epoch_seen: self.epoch,
             lanes: self.lanes.len() as u16,
             conn: conn as u16,
             conns: self.links.len() as u16,
@@ -391,7 +404,7 @@ impl Guest {
     ) -> Result<(), Fault> {
         self.retry = None;
         let rebuild = welcome.flags & welcome_flag::REBUILD != 0;
-        self.ticket = welcome.ticket;
+        (self.ticket, self.epoch) = (welcome.ticket, welcome.epoch);
         if rebuild && welcome.ticket != sent {
             if !self.may_be_rebuilt {
                 return Err(format!("guest {:x} has lost its session for nothing", self.id));
@@ -400,6 +413,8 @@ impl Guest {
             for other in 0..self.links.len() {
                 self.cut(other, net)?;
             }
+            let all = self.lanes.iter_mut().flat_map(Lane::each);
+            all.for_each(|flight| flight.unsure = flight.opcode != Opcode::Forget);
         }
         self.resumes += usize::from(welcome.flags & welcome_flag::RESUMED != 0);
         if rebuild && c == 0 {
@@ -499,7 +514,7 @@ impl Guest {
         let flight = lane.slots.complete(at).map_err(|error| error.to_string())?;
         lane.cancels.retain(|other| *other != at);
         net.say(|| format!("guest: {:x} {:?} {errno}", flight.tag, flight.opcode));
-        let Flight { tag, opcode, ref body, abandoned, cancelled } = flight;
+        let Flight { tag, opcode, ref body, abandoned, cancelled, .. } = flight;
         let given = match errno {
             0 => Given::by(opcode as u32, &record.body),
             _ => Given::default(),
@@ -520,8 +535,9 @@ impl Guest {
                 return Err(format!("{tag:x} has another's reply"));
             }
             EINTR if !cancelled => return Err(format!("{tag:x} was interrupted by nobody")),
+            EIO if !flight.unsure => return Err(format!("{tag:x} was not sent before")),
             EEXIST if runs < 2 => return Err(format!("{tag:x} ran twice")),
-            0 | EINTR | EEXIST => {}
+            0 | EINTR | EIO | EEXIST => {}
             other => return Err(format!("{tag:x} has error {other}")),
         }
         self.gain(&given);
@@ -566,7 +582,7 @@ impl Guest {
             let tag = u64::from(self.id) << 32 | u64::from(self.asked);
             self.answers.insert(tag, 0);
             let body = [&tag.to_le_bytes()[..], &args].concat();
-            let flight = Flight { tag, opcode, body, abandoned: false, cancelled: false };
+            let flight = Flight::new(tag, opcode, body);
             self.lanes[l].park.push_back(flight);
         }
         Ok(())
@@ -581,6 +597,10 @@ impl Lane {
 }
 
 impl Flight {
+    fn new(tag: u64, opcode: Opcode, body: Vec<u8>) -> Flight {
+        Flight { tag, opcode, body, abandoned: false, cancelled: false, unsure: false }
+    }
+
     /// Whether a task waits for it, so that it can be killed.
     fn is_waited_for(&self) -> bool {
         !matches!(self.opcode, Opcode::Forget | Opcode::Release)

@@ -2,7 +2,7 @@
 //! over the real `SlotTable`. Each step that a daemon can die between is a call of its own.
 
 use crate::link::{End, Fault, Over, Record, Way};
-use crate::share::{EINTR, Truth};
+use crate::share::{EINTR, EIO, Truth, runs_once};
 use crate::world::{Net, Plant};
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::{Kind, RecordHeader, cancel};
@@ -126,6 +126,8 @@ pub struct Session {
     conns: Vec<Conn>,
     files: Vec<Vec<File>>,
     was_adopted: bool,
+    /// What its guest had in flight may have run for that guest.
+    is_heir: bool,
     ended: bool,
 }
 
@@ -135,6 +137,9 @@ pub struct Daemon {
     greeting: Vec<(usize, End)>,
     /// The state directory.
     states: Vec<State>,
+    epoch: u64,
+    /// Of sessions that ended without their guests' doing.
+    gone: Vec<Ticket>,
 }
 
 impl Daemon {
@@ -159,6 +164,8 @@ impl Daemon {
             net.close(pipe, end, Way::Up);
         }
         self.sessions.clear();
+        self.gone.clear();
+        self.epoch += 1;
     }
 
     pub fn session_of(&self, ticket: Ticket) -> Option<&Session> {
@@ -170,6 +177,12 @@ impl Daemon {
         let cut = |s: &Session| !s.ended && s.conns.iter().all(|c| c.link.is_none());
         let at = self.sessions.iter().position(cut);
         at.is_some_and(|at| {
+            let session = &self.sessions[at];
+            self.gone.extend(
+                [Some(session.ticket), session.unused.map(|(ticket, _)| ticket)]
+                    .into_iter()
+                    .flatten(),
+            );
             self.end_session(at, net);
             true
         })
@@ -206,6 +219,10 @@ impl Daemon {
     fn end_session(&mut self, at: usize, net: &mut Net) {
         let session = &mut self.sessions[at];
         session.ended = true;
+        if session.is_heir && !session.is_ready {
+            self.gone.push(session.ticket);
+            self.gone.extend(session.unused.map(|(ticket, _)| ticket));
+        }
         if session.was_adopted && !session.is_ready {
             // Nothing was done: the next try finds it as it was.
             self.states.push(session.state());
@@ -270,14 +287,23 @@ impl Daemon {
         let newcomer = Newcomer { pipe, end, ticket, guest, conn };
         let known = self.sessions.iter().position(|s| !s.ended && s.has(ticket));
         match known {
-            None => self.open(newcomer, (hello.lanes, hello.conns), net),
+            None => {
+                let is_heir = hello.epoch_seen != self.epoch || self.gone.contains(&ticket);
+                self.open(newcomer, (hello.lanes, hello.conns), is_heir, net);
+            }
             Some(at) => self.meet(at, newcomer, net),
         }
         Ok(())
     }
 
     /// A session of its own, made anew from the guest's memory if it had one.
-    fn open(&mut self, newcomer: Newcomer, (lanes, conns): (u16, u16), net: &mut Net) {
+    fn open(
+        &mut self,
+        newcomer: Newcomer,
+        (lanes, conns): (u16, u16),
+        is_heir: bool,
+        net: &mut Net,
+    ) {
         let is_rebuilt = newcomer.ticket != Ticket::NONE;
         let ticket = newcomer.ticket;
         let state = self.states.iter().position(|state| {
@@ -331,6 +357,7 @@ impl Daemon {
             conns,
             files,
             was_adopted,
+            is_heir: is_heir && is_rebuilt,
             ended: false,
         });
         let at = self.sessions.len() - 1;
@@ -370,7 +397,7 @@ impl Daemon {
         }
         for clone in clones {
             net.say(|| format!("host: guest {} is a clone", clone.guest));
-            self.open(clone, (lanes, conns), net);
+            self.open(clone, (lanes, conns), false, net);
         }
     }
 
@@ -418,7 +445,7 @@ impl Daemon {
         if !self.join(at, &newcomer, resumes, net) {
             let conns = self.sessions[at].conns.len() as u16;
             let lanes = self.sessions[at].conns.iter().map(|conn| conn.lanes.len() as u16).sum();
-            self.open(newcomer, (lanes, conns), net);
+            self.open(newcomer, (lanes, conns), false, net);
             return false;
         }
         let session = &self.sessions[at];
@@ -449,6 +476,7 @@ impl Daemon {
             slots: SLOTS,
             conns: session.conns.len() as u16,
             ticket: fresh,
+            epoch: self.epoch,
             flags,
             ..Welcome::default()
         };
@@ -551,6 +579,17 @@ impl Daemon {
                         };
                         true
                     }
+                    Begin::Unsure
+                        if runs_once(opcode) && !net.is_planted(Plant::UnsureRunAgain) =>
+                    {
+                        table.give_up(use_of).map_err(refused)?;
+                        reply(link, &header, EIO, &[], net);
+                        false
+                    }
+                    Begin::Unsure => {
+                        table.trust(use_of).map_err(refused)?;
+                        table.begin(use_of, opcode).map_err(refused)? == Begin::Execute
+                    }
                     Begin::Running => false,
                     Begin::Replay => {
                         let (errno, body) = table.kept(use_of).ok_or("nothing is kept")?;
@@ -587,6 +626,8 @@ impl Daemon {
                     interrupt(conn, &header);
                 }
             }
+            Kind::Unsure if session.is_heir => table.doubt(use_of).map_err(refused)?,
+            Kind::Unsure => {}
             Kind::Ping => link.tell(Kind::Pong, net),
             Kind::Pong => self.ponged(at, c, net),
             Kind::Restore => session.restore(&record.body)?,
@@ -675,8 +716,8 @@ impl Daemon {
                 return Err(format!("{in_use} slots in use of {slots}"));
             }
             let accepted = conn.link.as_ref().map_or(0, |link| link.accepted.len());
-            // Requests, an ABANDON and a CANCEL of each, RESTOREs and PINGs.
-            if accepted > 4 * slots + 8 {
+            // Requests, an ABANDON, a CANCEL and an UNSURE of each, RESTOREs and PINGs.
+            if accepted > 5 * slots + 8 {
                 return Err(format!("{accepted} records wait"));
             }
         }

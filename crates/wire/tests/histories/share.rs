@@ -11,12 +11,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use zerocopy::IntoBytes;
 
 pub const EINTR: u32 = 4;
+pub const EIO: u32 = 5;
 pub const EEXIST: u32 = 17;
 
 /// What outlives daemons: what was done, by whose session.
 #[derive(Default)]
 pub struct Truth {
     ran: BTreeMap<(u64, u32), u32>,
+    /// Those that a daemon may not run again for want of knowledge.
+    once: BTreeSet<u64>,
     made: BTreeSet<u64>,
 }
 
@@ -34,10 +37,19 @@ impl Truth {
         self.ran.contains_key(&(word(&request.body, 0), session))
     }
 
+    pub fn runs_once(&self, tag: u64) -> bool {
+        self.once.contains(&tag)
+    }
+
     /// In how many sessions it has run.
     pub fn runs_of(&self, tag: u64) -> usize {
         self.ran.range((tag, 0)..=(tag, u32::MAX)).count()
     }
+}
+
+/// Whether it has an intent.
+pub fn runs_once(opcode: u32) -> bool {
+    [Opcode::Write, Opcode::Mkdir, Opcode::Create].iter().any(|&once| once as u32 == opcode)
 }
 
 pub fn word(body: &[u8], n: usize) -> u64 {
@@ -135,6 +147,7 @@ impl Session {
         let opcode = Opcode::from_u32(request.header.code).ok_or("an unknown opcode")?;
         if !opcode.may_rerun() && !is_done {
             truth.runs(self.id, tag)?;
+            truth.once.extend(Some(tag).filter(|_| runs_once(opcode as u32)));
         }
         let made = 1000 + (tag >> 32) * 100_000 + (tag & 0xffff);
         let mut body = Vec::new();

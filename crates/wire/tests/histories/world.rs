@@ -41,10 +41,12 @@ pub enum Plant {
     LateBytesCount,
     /// Its answer counts for who came after it was asked, too.
     LateAnswersCount,
+    /// What may have run for a daemon that left nothing is run again.
+    UnsureRunAgain,
 }
 
 impl Plant {
-    pub const ALL: [Plant; 15] = [
+    pub const ALL: [Plant; 16] = [
         Plant::HalfBatchStays,
         Plant::TableNotCut,
         Plant::RepliesUnasked,
@@ -60,6 +62,7 @@ impl Plant {
         Plant::ForgetsCountEarly,
         Plant::LateBytesCount,
         Plant::LateAnswersCount,
+        Plant::UnsureRunAgain,
     ];
 }
 
