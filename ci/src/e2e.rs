@@ -7,9 +7,11 @@
 mod bad;
 mod guest;
 mod identity;
+mod limits;
 pub mod load;
 mod signals;
 mod smoke;
+mod traces;
 mod trees;
 mod versions;
 
@@ -52,6 +54,8 @@ const GROUPS: &[(&str, &[Case])] = &[
     ("bad", bad::CASES),
     ("guest", guest::CASES),
     ("identity", identity::CASES),
+    ("limits", limits::CASES),
+    ("traces", traces::CASES),
 ];
 
 /// What a case is given: a running daemon with the share `d` over `backing`.

@@ -28,6 +28,7 @@ mod survive;
 mod test;
 mod tidy;
 mod vm;
+mod walk;
 
 use std::process::ExitCode;
 
@@ -77,6 +78,8 @@ enum Command {
     Bench(bench::Args),
     /// A real guest under QEMU
     Vm(vm::VmArgs),
+    /// From an empty Debian to a mounted share by the README's commands alone, timed
+    Walk(walk::Args),
 }
 
 fn main() -> ExitCode {
@@ -112,6 +115,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Stress(args) => close("stress", stress::run(&args)?),
         Command::Bench(args) => bench::run(&args),
         Command::Vm(args) => vm::run(args),
+        Command::Walk(args) => close("walk", walk::run(&args)?),
     }
 }
 

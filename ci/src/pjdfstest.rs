@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ const RUN_LIMIT: Duration = Duration::from_secs(300);
 /// Some cases fill a file system or need many inodes.
 const IMAGE_BYTES: u64 = 1 << 30;
 const SECOND_IMAGE_BYTES: u64 = 64 << 20;
+/// What the host has as the guest's root, with `--map`.
+const MAPPED_FROM: u32 = 100_000;
 /// The suite has this many; fewer means that our reading of its output is wrong.
 const CASES: usize = 398;
 
@@ -52,6 +54,9 @@ pub struct Args {
     /// Mount options of ringfs, besides default_permissions and allow_other
     #[arg(long, default_value = "")]
     options: String,
+    /// Guest ids are others on the host: 0 to 65535 are those from 100000 on
+    #[arg(long)]
+    map: bool,
     /// Only cases whose name holds this
     #[arg(default_value = "")]
     pattern: String,
@@ -68,7 +73,7 @@ pub enum Peer {
 
 impl Default for Args {
     fn default() -> Self {
-        Self { on: Peer::Ringfs, options: String::new(), pattern: String::new() }
+        Self { on: Peer::Ringfs, options: String::new(), map: false, pattern: String::new() }
     }
 }
 
@@ -96,7 +101,7 @@ pub fn run(args: &Args) -> Result<String> {
     fs::create_dir(&share)?;
     fs::set_permissions(&share, fs::Permissions::from_mode(0o755))?;
     let mounted = match args.on {
-        Peer::Ringfs => on_ringfs(&sandbox, &suite, &share, &args.options)?,
+        Peer::Ringfs => on_ringfs(&sandbox, &suite, &share, args)?,
         Peer::PassthroughLl => {
             let program = paths::tool("passthrough_ll")?;
             let dir = sandbox.path("mnt");
@@ -118,15 +123,27 @@ pub fn run(args: &Args) -> Result<String> {
     Ok(format!("{} on the mount, {} exceptions", summary(&mounted), exceptions.len()))
 }
 
-fn on_ringfs(sandbox: &Sandbox, suite: &Suite, share: &Path, options: &str) -> Result<Outcomes> {
+fn on_ringfs(sandbox: &Sandbox, suite: &Suite, dir: &Path, args: &Args) -> Result<Outcomes> {
     let bins = Bins::build()?;
-    let daemon = Daemon::start(sandbox, &bins, "d", &[rig::share("pj", share) + ",dev"], &[])?;
+    let mut share = rig::share("pj", dir) + ",dev";
+    if args.map {
+        for ids in ["uid", "gid"] {
+            share += &format!(",{ids}-map=map:0:{MAPPED_FROM}:65536");
+        }
+        chown(dir, Some(MAPPED_FROM), Some(MAPPED_FROM))?;
+    }
+    let daemon = Daemon::start(sandbox, &bins, "d", &[share], &[])?;
     let start = daemon.counters_at_rest()?;
     let mut all = "default_permissions,allow_other".to_string();
-    if !options.is_empty() {
-        all = format!("{all},{options}");
+    if !args.options.is_empty() {
+        all = format!("{all},{}", args.options);
     }
     let mount = daemon.mount(sandbox, "pj", "mnt", &all)?;
+    let made = mount.dir.join("made");
+    fs::create_dir(&made)?;
+    let owner = dir.join("made").symlink_metadata()?.uid();
+    ensure!(owner == if args.map { MAPPED_FROM } else { 0 }, "the host's owner is {owner}");
+    fs::remove_dir(&made)?;
     let outcomes = suite.run_on(&mount.dir).with_context(|| daemon.log_tail())?;
     mount.umount()?;
     daemon.assert_back_at(&start)?;

@@ -103,7 +103,12 @@ impl fmt::Display for Limited {
 /// As `{"ask":"status"}` is answered, of which this is of use here.
 #[derive(Deserialize)]
 struct Status {
-    shares: Vec<Limited>,
+    shares: Vec<Share>,
+}
+
+#[derive(Deserialize)]
+struct Share {
+    limits: Vec<Limited>,
 }
 
 /// What a mount's client tells of itself, as `ringfs status --json` writes it.
@@ -256,6 +261,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// Its log.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// The last lines of its log.
     pub fn log_tail(&self) -> String {
         proc::tail_of(&self.log)
@@ -274,7 +284,8 @@ impl Daemon {
     /// What the limits of its shares did since its start.
     pub fn limited(&self) -> Result<Limited> {
         let status: Status = self.ask("status")?;
-        Ok(status.shares.into_iter().fold(Limited::default(), Add::add))
+        let limits = status.shares.into_iter().flat_map(|share| share.limits);
+        Ok(limits.fold(Limited::default(), Add::add))
     }
 
     fn ask<T: DeserializeOwned>(&self, what: &str) -> Result<T> {

@@ -275,13 +275,14 @@ impl<'a> Soak<'a> {
     /// All stop, leave, and nothing is left.
     fn end(self) -> Result<String> {
         let limited = self.done.limited + self.daemon.limited()?;
+        let names: Vec<String> = self.guests.iter().map(|guest| guest.name.clone()).collect();
+        let compared = compare(&names, &self.samples, self.args.minutes >= MEMORY_MINUTES_MIN);
         let (mut steps, mut slowest) = (0, 0);
-        let (mut mounts, mut proxies, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut mounts, mut proxies) = (Vec::new(), Vec::new());
         for guest in self.guests {
-            let state = guest.worker.stop().with_context(|| guest.name.clone())?;
+            let state = guest.worker.stop().context(guest.name)?;
             steps += state.steps;
             slowest = slowest.max(state.slowest_ms);
-            names.push(guest.name);
             mounts.push(guest.mount);
             proxies.push(guest.proxy);
         }
@@ -305,7 +306,7 @@ impl<'a> Soak<'a> {
             self.args.rates.is_empty() || limited.delayed > 0 && limited.refused > 0,
             "the limits were never met: {limited}"
         );
-        compare(&names, &self.samples, self.args.minutes >= MEMORY_MINUTES_MIN)?;
+        compared?;
         let Done { kills, cuts, reconnects, .. } = self.done;
         Ok(format!(
             "{} guests, {steps} steps, {limited}, {kills} kills, {cuts} cuts, {reconnects} \

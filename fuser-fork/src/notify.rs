@@ -7,12 +7,14 @@
 //! Invariant: a notification goes to any fd of the session, whole, in one write. What the kernel
 //! says about its own cache (nothing cached, still in use) is an outcome.
 //!
-//! **Trap**: the kernel takes the parent's inode lock for names, and waits for locked pages for
-//! inodes. A thread that serves requests of the same mount must never send these, or it waits for
-//! a task which waits for it. Only [`Notice::resend`] and [`Notice::inc_epoch`] wait for nothing.
+//! **Trap**: the kernel takes the parent's inode lock for names, waits for locked pages for inodes,
+//! and may write pages back to forget a node. A thread that serves requests of the same mount must
+//! never send these, or it waits for a task which waits for it. Only [`Notice::resend`] and
+//! [`Notice::inc_epoch`] wait for nothing.
 
 use ringfs_wire::abi::{
-    NotifyDeleteOut, NotifyInvalEntryOut, NotifyInvalInodeOut, OutHeader, notify as code,
+    NotifyDeleteOut, NotifyInvalEntryOut, NotifyInvalInodeOut, NotifyPruneOut, OutHeader,
+    notify as code,
 };
 use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
@@ -54,7 +56,7 @@ impl Notice {
     /// that follow. A negative offset drops attributes alone.
     pub fn inval_inode(nodeid: u64, offset: i64, len: i64) -> Notice {
         let body = NotifyInvalInodeOut { ino: nodeid, off: offset, len };
-        Notice::build(code::INVAL_INODE, &body, None)
+        Notice::build(code::INVAL_INODE, &body, &[])
     }
 
     /// Drops the cached entry `name` of `parent`, with all below it.
@@ -73,18 +75,24 @@ impl Notice {
     pub fn delete(parent: u64, child: u64, name: &[u8]) -> Result<Notice, NameError> {
         let namelen = check_name(name)?;
         let body = NotifyDeleteOut { parent, child, namelen, padding: 0 };
-        Ok(Notice::build(code::DELETE, &body, Some(name)))
+        Ok(Notice::build(code::DELETE, &body, &with_nul(name)))
     }
 
     /// Asks for all requests in work again, each with bit 63 of `unique` (for kernels that offer
     /// `HAS_RESEND`). They may come by another clone than before, and then belong to that one.
     pub fn resend() -> Notice {
-        Notice::build(code::RESEND, &(), None)
+        Notice::build(code::RESEND, &(), &[])
     }
 
     /// Ends the validity of all cached entries of the mount (6.16).
     pub fn inc_epoch() -> Notice {
-        Notice::build(code::INC_EPOCH, &(), None)
+        Notice::build(code::INC_EPOCH, &(), &[])
+    }
+
+    /// Asks for nodes that nobody uses to be forgotten (6.18). Those in use stay.
+    pub fn prune(nodes: &[u64]) -> Notice {
+        let body = NotifyPruneOut { count: nodes.len() as u32, ..Default::default() };
+        Notice::build(code::PRUNE, &body, nodes.as_bytes())
     }
 
     /// The bytes, as they are written.
@@ -108,23 +116,19 @@ impl Notice {
     fn entry(parent: u64, name: &[u8], flags: u32) -> Result<Notice, NameError> {
         let namelen = check_name(name)?;
         let body = NotifyInvalEntryOut { parent, namelen, flags };
-        Ok(Notice::build(code::INVAL_ENTRY, &body, Some(name)))
+        Ok(Notice::build(code::INVAL_ENTRY, &body, &with_nul(name)))
     }
 
-    fn build(code: i32, body: &(impl IntoBytes + Immutable), name: Option<&[u8]>) -> Notice {
-        let name_bytes = name.map_or(0, |name| name.len() + 1);
-        let len = size_of::<OutHeader>() + body.as_bytes().len() + name_bytes;
-        let mut bytes = Vec::with_capacity(len);
-        // At most 16 + 24 + 1025 bytes: the cast cannot cut.
+    fn build(code: i32, body: &(impl IntoBytes + Immutable), tail: &[u8]) -> Notice {
+        let len = size_of::<OutHeader>() + body.as_bytes().len() + tail.len();
+        // A name or some node ids: the cast cannot cut.
         let header = OutHeader { len: len as u32, error: code, unique: 0 };
-        bytes.extend_from_slice(header.as_bytes());
-        bytes.extend_from_slice(body.as_bytes());
-        if let Some(name) = name {
-            bytes.extend_from_slice(name);
-            bytes.push(0);
-        }
-        Notice(bytes)
+        Notice([header.as_bytes(), body.as_bytes(), tail].concat())
     }
+}
+
+fn with_nul(name: &[u8]) -> Vec<u8> {
+    [name, b"\0"].concat()
 }
 
 fn check_name(name: &[u8]) -> Result<u32, NameError> {
@@ -159,6 +163,8 @@ mod tests {
         check(entry, &[42, 6, 0, 0, 1, 0, 9, 0, 1, 0], b"x\0");
         check(Notice::resend(), &[16, 7, 0, 0], b"");
         check(Notice::inc_epoch(), &[16, 8, 0, 0], b"");
+        let prune = Notice::prune(&[5, 7]);
+        check(prune, &[48, 9, 0, 0, 2, 0, 0, 0, 5, 0, 7, 0], b"");
     }
 
     #[test]

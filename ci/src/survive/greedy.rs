@@ -109,8 +109,12 @@ fn give_back(dir: &Path) -> Result<()> {
         let mut left = 0;
         for entry in entries {
             let path = entry.context("list")?.path();
-            fs::remove_file(&path).with_context(|| format!("unlink {}", path.display()))?;
             left += 1;
+            match fs::remove_file(&path) {
+                // The kernel has given it back, and others are still known: those go first.
+                Err(error) if is_refusal(&error) => {}
+                removed => removed.with_context(|| format!("unlink {}", path.display()))?,
+            }
         }
         Ok(left == 0)
     })?;

@@ -13,7 +13,7 @@ const MIB: u64 = 1 << 20;
 /// Frames in flight that a lane keeps (`client/src/kept.rs`), with the one that exceeds it.
 const KEPT_BYTES_MAX: u64 = 16 * MIB + BATCH_BYTES_MAX as u64;
 /// Buffers that stay with free slots, and batch buffers without a frame.
-const IDLE_BYTES_MAX: u64 = 2 * MIB + 4 * BATCH_BYTES_MAX as u64;
+const IDLE_BYTES_MAX: u64 = MIB + 4 * BATCH_BYTES_MAX as u64;
 /// What a lane parks (`client/src/lane.rs`), with the frame that exceeds it.
 const PARK_BYTES_MAX: u64 = 4 * MIB + RECORD_BYTES_MAX as u64;
 /// Node ids that wait to be given back (`client/src/up.rs`), in a table that doubles.

@@ -12,7 +12,7 @@ use crate::lane::{Control, InFlight, Lane, LaneCounters};
 use crate::session::{End, Session};
 use fuser_fork::frame::{error_reply, out_header};
 use ringfs_wire::abi::Opcode;
-use ringfs_wire::batch::{Cursor, Kind, RecordHeader};
+use ringfs_wire::batch::{Cursor, Kind, RecordHeader, notify};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::session::LinkError;
@@ -59,7 +59,11 @@ pub fn take_record(
             let heard = session.known.hear(&bytes[RECORD_HEADER_BYTES..]);
             heard.map_err(|_| End::Protocol("a NODE that cannot be"))
         }
-        // Reserved for host-change notifications; a daemon that sends one now knows more than we.
+        Some(Kind::Notify) if record.code == notify::GIVE_BACK => {
+            session.prune.ask(&lane.device, &bytes[RECORD_HEADER_BYTES..]);
+            Ok(())
+        }
+        // A daemon that sends another one knows more than we.
         Some(Kind::Notify) => {
             session.records_skipped.fetch_add(1, Ordering::Relaxed);
             Ok(())

@@ -20,8 +20,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Virtual bytes of one half; pages cost memory when they are first written.
 pub const HALF_BYTES: usize = 96 << 20;
-/// A half that is no longer is not worth to be written anew.
-const SMALL_BYTES: usize = 32 << 10;
+/// A half that is no longer is not worth to be written anew. Each of many logs may be so long.
+const SMALL_BYTES: usize = 8 << 10;
 const HALF_BIT: u64 = 1 << 63;
 
 #[repr(C)]

@@ -1,7 +1,8 @@
 //! The frames of the requests in flight, by slot, as they were sent: what a resume sends again.
 //!
-//! A small frame is copied into a buffer that stays with its slot. A large one is not: it is the
-//! last record of its batch, and the batch's buffer stays with the slot until the reply, while the
+//! A small frame is copied, into a buffer that stays with its slot if it is short: slots that are
+//! seldom used would else each hold what one write once took. A large one is not: it is the last
+//! record of its batch, and the batch's buffer stays with the slot until the reply, while the
 //! lane goes on with another one. Invariant: a slot in use has its frame here from when it is in a
 //! batch; what is kept is bounded. It must not do I/O; one thread owns it.
 
@@ -10,8 +11,10 @@ use std::ops::Range;
 
 /// Bytes of frames in flight; with more, requests wait in the park.
 pub const KEPT_BYTES_MAX: usize = 16 << 20;
-/// Bytes of copies' buffers that stay with slots that are free.
-const IDLE_BYTES_MAX: usize = 2 << 20;
+/// A copy's buffer that stays with its slot is no larger.
+const SLOT_BYTES_MAX: usize = 1 << 10;
+/// Larger ones that stay while no frame is in them.
+const SPARE_COPIES_MAX: usize = 8;
 /// What a batch's buffer has in memory at least: small frames up to the target, and one more.
 const TOUCHED_MIN: usize = 2 * BATCH_TARGET_BYTES;
 /// Batch buffers that stay while no frame is in them.
@@ -20,7 +23,7 @@ const SPARE_BUFFERS_MAX: usize = 4;
 #[derive(Debug)]
 enum Place {
     Nothing,
-    /// In the slot's own buffer.
+    /// In the slot's buffer.
     Copied,
     /// In the batch that is being made or sent, which has at most one such.
     InBatch(Range<usize>),
@@ -40,10 +43,10 @@ pub struct Kept {
     frames: Vec<Frame>,
     in_batch: Option<u16>,
     spare: Vec<Vec<u8>>,
+    /// Buffers of copies that are no slot's.
+    copies: Vec<Vec<u8>>,
     /// Of frames in flight.
     bytes: usize,
-    /// Of copies' buffers of free slots.
-    idle_bytes: usize,
     /// Of a new batch buffer: room for the largest frame so far, wherever it begins.
     touched: usize,
 }
@@ -71,8 +74,8 @@ impl Kept {
             frames: (0..slots).map(|_| frame()).collect(),
             in_batch: None,
             spare: Vec::new(),
+            copies: Vec::new(),
             bytes: 0,
-            idle_bytes: 0,
             touched: TOUCHED_MIN,
         }
     }
@@ -101,7 +104,11 @@ impl Kept {
             return;
         }
         self.bytes += span.len();
-        self.idle_bytes -= frame.copy.capacity();
+        if span.len() > SLOT_BYTES_MAX
+            && let Some(copy) = self.copies.pop()
+        {
+            frame.copy = copy;
+        }
         frame.copy.clear();
         frame.copy.extend_from_slice(&batch[span]);
         frame.place = Place::Copied;
@@ -137,9 +144,11 @@ impl Kept {
             Place::Nothing => {}
             Place::Copied => {
                 self.bytes -= frame.copy.len();
-                self.idle_bytes += frame.copy.capacity();
-                if self.idle_bytes > IDLE_BYTES_MAX {
-                    self.idle_bytes -= std::mem::take(&mut frame.copy).capacity();
+                if frame.copy.capacity() > SLOT_BYTES_MAX {
+                    let copy = std::mem::take(&mut frame.copy);
+                    if self.copies.len() < SPARE_COPIES_MAX {
+                        self.copies.push(copy);
+                    }
                 }
             }
             Place::InBatch(_) => {
@@ -168,6 +177,7 @@ impl Kept {
     /// The lane is idle: gives back what only work needs.
     pub fn shrink(&mut self) {
         self.spare = Vec::new();
+        self.copies = Vec::new();
     }
 }
 
@@ -232,13 +242,16 @@ mod tests {
     fn what_free_slots_hold_is_bounded() {
         let mut kept = Kept::new(1024);
         let mut buffer = batch_buffer(0);
-        for slot in 0..1024 {
-            keep(&mut kept, slot, &mut buffer, 32..32 + BATCH_TARGET_BYTES);
+        for bytes in [SLOT_BYTES_MAX, BATCH_TARGET_BYTES, SLOT_BYTES_MAX / 2] {
+            for slot in 0..1024 {
+                keep(&mut kept, slot, &mut buffer, 32..32 + bytes);
+            }
+            assert_eq!(kept.is_full(), bytes == BATCH_TARGET_BYTES);
+            (0..1024).for_each(|slot| kept.release(slot));
+            let held: usize = kept.frames.iter().map(|frame| frame.copy.capacity()).sum();
+            assert!(held <= 1024 * SLOT_BYTES_MAX && kept.bytes == 0, "{held}");
+            assert!(kept.copies.len() <= SPARE_COPIES_MAX);
         }
-        assert!(kept.is_full());
-        (0..1024).for_each(|slot| kept.release(slot));
-        let held: usize = kept.frames.iter().map(|frame| frame.copy.capacity()).sum();
-        assert!(held <= IDLE_BYTES_MAX && held == kept.idle_bytes && kept.bytes == 0, "{held}");
     }
 
     #[test]

@@ -29,6 +29,7 @@ mod lane;
 mod life;
 mod mount_cmd;
 mod options;
+mod prune;
 mod pump;
 mod rebuild;
 mod remount;

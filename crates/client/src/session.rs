@@ -9,6 +9,7 @@ use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
 use crate::known::Known;
 use crate::lane::{Lane, LaneCounters, lock};
+use crate::prune::Prune;
 use crate::resume::Resume;
 use fuser_fork::device::DeviceError;
 use fuser_fork::init::{self, InitError, Limits, Negotiated};
@@ -141,6 +142,8 @@ pub struct Session {
     pub known: Known,
     /// Optional records that this version does not know.
     pub records_skipped: AtomicU64,
+    /// Nodes that the daemon would like to have back.
+    pub prune: Prune,
     /// Requests whose tasks have signals.
     pub interrupts: Interrupts,
     limits: Limits,
@@ -170,6 +173,7 @@ impl Session {
             nodes_seen: AtomicU64::new(0),
             known,
             records_skipped: AtomicU64::new(0),
+            prune: Prune::default(),
             interrupts: Interrupts::default(),
             limits,
             append_groups: AtomicBool::new(false),

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLockReadGuard};
 
+use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
 use rustix::io::Errno;
 
 use crate::import::{self, ImportError, Recipe};
@@ -29,6 +30,8 @@ const DEPTH_MAX: usize = 65_536;
 /// After so many of them that are gone the node is looked for by itself: a guest may have made up
 /// a chain of directories each of which takes the host long to not find.
 const LOST_MAX: usize = 32;
+/// Nodes that a guest is asked to give back at once: as many as one FORGET can name.
+const WANTED_BACK_MAX: usize = FORGETS_PER_RECORD_MAX;
 /// After so many of them it is asked whether there are fds.
 const CHECK_EVERY: usize = 16;
 
@@ -73,6 +76,33 @@ impl Nodes {
             }
         }
         Some(before.saturating_sub(self.resident()))
+    }
+
+    /// Nodes that the guest's kernel had better give back, before there are so many that it may
+    /// know no more; none while there is room, or where it was asked a moment ago.
+    pub fn wanted_back(&self) -> Vec<u64> {
+        let (count, most) = (self.count(), self.most());
+        if count < most / 4 * 3 {
+            if self.asked_at.load(Ordering::Relaxed) > 0 {
+                self.asked_at.store(0, Ordering::Relaxed);
+            }
+            return Vec::new();
+        }
+        // Again when there are as many as then, give or take what may have come and gone since.
+        let asked_at = self.asked_at.load(Ordering::Relaxed);
+        if asked_at > 0 && count.abs_diff(asked_at) < most / 16 {
+            return Vec::new();
+        }
+        self.asked_at.store(count, Ordering::Relaxed);
+        let want = (count / 4).min(WANTED_BACK_MAX);
+        let mut ids = Vec::new();
+        for _ in 0..2 * SHARDS {
+            if ids.len() >= want {
+                break;
+            }
+            ids.extend(self.idle_nodes(want - ids.len()).iter().map(|node| node.id));
+        }
+        ids
     }
 
     /// Nodes of the next shard that nobody uses or has used since they were looked at last.

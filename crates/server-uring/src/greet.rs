@@ -46,14 +46,11 @@ pub struct Share {
 impl Share {
     /// For people; without its sessions.
     pub fn status(&self) -> ShareStatus {
-        let quota = &self.options.quota;
         ShareStatus {
             name: self.name.clone(),
             path: self.dir.clone(),
             read_only: self.options.read_only,
-            delayed: quota.delayed.load(Ordering::Relaxed),
-            delayed_us: quota.delayed_us.load(Ordering::Relaxed),
-            refused: quota.refused.load(Ordering::Relaxed),
+            limits: self.options.quota.status(),
             ..Default::default()
         }
     }

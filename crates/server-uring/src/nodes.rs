@@ -99,6 +99,8 @@ pub struct Nodes {
     names: RwLock<()>,
     /// Which shard by id evict.rs looks at next.
     pub(crate) hand: AtomicUsize,
+    /// How many nodes there were when the guest was asked to give some back.
+    pub(crate) asked_at: AtomicUsize,
 }
 
 impl Nodes {
@@ -125,6 +127,7 @@ impl Nodes {
             noted_life: AtomicU32::new(1),
             names: RwLock::new(()),
             hand: AtomicUsize::new(0),
+            asked_at: AtomicUsize::new(0),
         });
         let place = Place { parent: FUSE_ROOT_ID, name: c".".into() };
         let root = (ROOT_INODE, 0);
@@ -400,6 +403,11 @@ impl Nodes {
     /// Nodes known now, the root among them.
     pub fn count(&self) -> usize {
         self.resident() + self.cold.count()
+    }
+
+    /// How many there may be.
+    pub(crate) fn most(&self) -> usize {
+        self.bound.quota.nodes_max(self.bound.most)
     }
 
     /// Nodes with an fd behind them.

@@ -4,7 +4,7 @@
 //! session, a peer or a path. Who asks is bounded in bytes and time, as on the control socket.
 
 use crate::metrics::{ShareTotals, bound_ns};
-use crate::status::{OperationStatus, Status};
+use crate::status::{LimitStatus, OperationStatus, Status};
 use crate::worker::Counters;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -101,6 +101,7 @@ const NUMBERS: &[(&str, &str, &str)] = &[
     ("abandoned", "counter", "Requests whose reply nobody takes."),
     ("recovered", "counter", "Requests that a dead daemon had begun."),
     ("ambiguous", "counter", "Those of them of which nobody could tell what became."),
+    ("wanted_back", "counter", "Nodes that guests were asked to give back."),
     ("clones_refused", "counter", "Connections refused because the one that they name lives."),
 ];
 
@@ -150,6 +151,7 @@ fn shares(out: &mut Text, status: &Status, counters: &Counters) {
     counter("ringfsd_written_bytes_total", "Bytes that guests wrote.", |t| t.bytes_written);
     let name = "ringfsd_slow_operations_total";
     counter(name, "Requests that took longer than --slow-op.", |t| t.slow);
+    limits(out, status);
     out.family("ringfsd_errors_total", "counter", "Requests answered with an errno.");
     for (share, totals) in &shares {
         for (errno, times) in &totals.errors {
@@ -164,6 +166,26 @@ fn shares(out: &mut Text, status: &Status, counters: &Counters) {
             histogram(out, share, operation);
         }
     }
+}
+
+/// Of limits that are set or were met.
+fn limits(out: &mut Text, status: &Status) {
+    let mut family = |name: &str, kind: &str, help: &str, pick: fn(&LimitStatus) -> String| {
+        out.family(name, kind, help);
+        for share in &status.shares {
+            for limit in &share.limits {
+                out.line(name, &[("share", &*share.name), ("limit", &*limit.name)], pick(limit));
+            }
+        }
+    };
+    let help = "What the limit is (0: not set any more).";
+    family("ringfsd_limit", "gauge", help, |limit| limit.amount.to_string());
+    let name = "ringfsd_limit_delays_total";
+    family(name, "counter", "Requests that waited for it.", |limit| limit.delayed.to_string());
+    let name = "ringfsd_limit_delay_seconds_total";
+    family(name, "counter", "How long they waited.", |limit| seconds(limit.delayed_us * 1000));
+    let name = "ringfsd_limit_refusals_total";
+    family(name, "counter", "ENFILE for it.", |limit| limit.refused.to_string());
 }
 
 fn histogram(out: &mut Text, share: &str, operation: &OperationStatus) {

@@ -9,6 +9,7 @@
 //! A share's limits can change while it is served: all numbers are read where they are used. Where
 //! nothing is limited a request costs one load ([`Quota::is_limited`]).
 
+use crate::status::LimitStatus;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
@@ -133,6 +134,54 @@ impl Limits {
     }
 }
 
+/// Each limit, by its place in what is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Ops,
+    Bytes,
+    TotalOps,
+    TotalBytes,
+    InFlight,
+    OpenFiles,
+    Nodes,
+    TotalOpenFiles,
+}
+
+impl Kind {
+    const ALL: [Kind; 8] = [
+        Kind::Ops,
+        Kind::Bytes,
+        Kind::TotalOps,
+        Kind::TotalBytes,
+        Kind::InFlight,
+        Kind::OpenFiles,
+        Kind::Nodes,
+        Kind::TotalOpenFiles,
+    ];
+
+    /// As it is configured.
+    const fn name(self) -> &'static str {
+        match self {
+            Kind::Ops => "ops",
+            Kind::Bytes => "bytes",
+            Kind::TotalOps => "total-ops",
+            Kind::TotalBytes => "total-bytes",
+            Kind::InFlight => "in-flight",
+            Kind::OpenFiles => "open-files",
+            Kind::Nodes => "nodes",
+            Kind::TotalOpenFiles => "total-open-files",
+        }
+    }
+}
+
+/// What one limit did.
+#[derive(Debug, Default)]
+struct Account {
+    delayed: AtomicU64,
+    delayed_us: AtomicU64,
+    refused: AtomicU64,
+}
+
 /// A number a second. 0: as many as there are.
 #[derive(Debug, Default)]
 struct Rate(AtomicU64);
@@ -185,12 +234,7 @@ pub struct ShareQuota {
     /// How often the limits have changed: what was owed under others is forgiven.
     changes: AtomicU64,
     open: AtomicUsize,
-    /// Requests that waited for a rate.
-    pub delayed: AtomicU64,
-    /// How long, in microseconds.
-    pub delayed_us: AtomicU64,
-    /// Files that were not opened, or not made known, for a limit.
-    pub refused: AtomicU64,
+    accounts: [Account; Kind::ALL.len()],
 }
 
 impl ShareQuota {
@@ -221,6 +265,46 @@ impl ShareQuota {
         self.paid_ops.0.store(0, Relaxed);
         self.paid_bytes.0.store(0, Relaxed);
         self.changes.fetch_add(1, Relaxed);
+    }
+
+    /// What each limit is and did; those that are neither set nor were ever met are left out.
+    pub fn status(&self) -> Vec<LimitStatus> {
+        let amount = |kind: Kind| match kind {
+            Kind::Ops => self.ops.0.load(Relaxed),
+            Kind::Bytes => self.bytes.0.load(Relaxed),
+            Kind::TotalOps => self.total_ops.0.load(Relaxed),
+            Kind::TotalBytes => self.total_bytes.0.load(Relaxed),
+            Kind::InFlight => self.in_flight.load(Relaxed),
+            Kind::OpenFiles => self.open_files.load(Relaxed) as u64,
+            Kind::Nodes => self.nodes.load(Relaxed) as u64,
+            Kind::TotalOpenFiles => self.total_open_files.load(Relaxed) as u64,
+        };
+        let status = |kind: &Kind| LimitStatus {
+            name: kind.name().into(),
+            amount: amount(*kind),
+            delayed: self.account(*kind).delayed.load(Relaxed),
+            delayed_us: self.account(*kind).delayed_us.load(Relaxed),
+            refused: self.account(*kind).refused.load(Relaxed),
+        };
+        let all = Kind::ALL.iter().map(status);
+        all.filter(|one| one.amount + one.delayed + one.refused > 0).collect()
+    }
+
+    fn account(&self, kind: Kind) -> &Account {
+        &self.accounts[kind as usize]
+    }
+
+    fn delayed(&self, kind: Kind, by: Duration) {
+        self.account(kind).delayed.fetch_add(1, Relaxed);
+        self.account(kind).delayed_us.fetch_add(by.as_micros() as u64, Relaxed);
+    }
+
+    /// Whether there is room within a bound; 0: there is none.
+    fn is_within(&self, kind: Kind, used: usize, bound: &AtomicUsize) -> bool {
+        let bound = bound.load(Relaxed);
+        let is_within = bound == 0 || used < bound;
+        self.account(kind).refused.fetch_add(u64::from(!is_within), Relaxed);
+        is_within
     }
 
     /// These hold.
@@ -276,18 +360,24 @@ impl Quota {
         self.change();
         let (share, now) = (&*self.share, now_ns());
         let from = [
-            self.paid_ops.take(&share.ops, 1, now),
-            self.paid_bytes.take(&share.bytes, bytes, now),
-            share.paid_ops.take(&share.total_ops, 1, now),
-            share.paid_bytes.take(&share.total_bytes, bytes, now),
+            (self.paid_ops.take(&share.ops, 1, now), Kind::Ops),
+            (self.paid_bytes.take(&share.bytes, bytes, now), Kind::Bytes),
+            (share.paid_ops.take(&share.total_ops, 1, now), Kind::TotalOps),
+            (share.paid_bytes.take(&share.total_bytes, bytes, now), Kind::TotalBytes),
         ];
-        let from = from.into_iter().max().unwrap_or(now);
+        let (from, kind) = from.into_iter().max_by_key(|(from, _)| *from).unwrap_or((0, Kind::Ops));
         let wait = Duration::from_nanos(from.saturating_sub(now));
         if !wait.is_zero() {
-            share.delayed.fetch_add(1, Relaxed);
-            share.delayed_us.fetch_add(wait.as_micros() as u64, Relaxed);
+            share.delayed(kind, wait);
         }
         wait
+    }
+
+    /// A connection is read no further for its replies in flight.
+    pub fn is_full(&self) {
+        if self.share.in_flight.load(Relaxed) > 0 {
+            self.share.delayed(Kind::InFlight, Duration::ZERO);
+        }
     }
 
     /// How long nothing more of this session would run: what is large is not even received.
@@ -315,24 +405,26 @@ impl Quota {
     /// Whether a session that has so many files open may open another one; `most` without a limit.
     pub fn may_open(&self, open: usize, most: usize) -> bool {
         let share = &*self.share;
-        let within = |used: usize, bound: &AtomicUsize| match bound.load(Relaxed) {
-            0 => true,
-            bound => used < bound,
-        };
-        let mine = within(open, &share.open_files);
-        self.refusing(mine && within(share.open.load(Relaxed), &share.total_open_files))
+        share.is_within(Kind::OpenFiles, open, &share.open_files)
+            && share.is_within(
+                Kind::TotalOpenFiles,
+                share.open.load(Relaxed),
+                &share.total_open_files,
+            )
             && open < most
+    }
+
+    /// How many inodes a session may know; `most` without a limit.
+    pub fn nodes_max(&self, most: usize) -> usize {
+        match self.share.nodes.load(Relaxed) {
+            0 => most,
+            nodes => nodes.min(most),
+        }
     }
 
     /// Whether a session that knows so many inodes may learn of another one.
     pub fn may_know(&self, nodes: usize, most: usize) -> bool {
-        let bound = self.share.nodes.load(Relaxed);
-        self.refusing(bound == 0 || nodes < bound) && nodes < most
-    }
-
-    fn refusing(&self, may: bool) -> bool {
-        self.share.refused.fetch_add(u64::from(!may), Relaxed);
-        may
+        self.share.is_within(Kind::Nodes, nodes, &self.share.nodes) && nodes < most
     }
 
     /// So many files were opened.
@@ -404,7 +496,10 @@ mod tests {
         assert!(one.take(0) > Duration::from_millis(500));
         assert!(two.take(0).is_zero(), "the other's own");
         assert!(one.in_debt_for() > two.in_debt_for());
-        assert!(share.delayed.load(Relaxed) >= 1);
+        let status = share.status();
+        assert_eq!((&*status[0].name, status[0].amount, status[0].refused), ("ops", 1, 0));
+        assert!(status[0].delayed >= 1 && status[0].delayed_us > 500_000, "{status:?}");
+        assert_eq!((&*status[1].name, status[1].delayed, status.len()), ("total-ops", 0, 2));
         share.set(&Limits::default());
         assert!(!one.is_limited() && one.take(0).is_zero() && one.in_debt_for().is_zero());
         share.set(&limits(&[("total-bytes", "1M")]));
@@ -424,7 +519,9 @@ mod tests {
         one.closed(1);
         assert!(two.may_open(1, 100) && !two.may_open(1, 1));
         assert!(one.may_know(4, 100) && !one.may_know(5, 100) && !one.may_know(4, 4));
-        assert_eq!(share.refused.load(Relaxed), 3);
+        let refused = share.status().into_iter().map(|one| (one.name, one.refused));
+        let expected = [("open-files", 1), ("nodes", 1), ("total-open-files", 1)];
+        assert!(refused.eq(expected.map(|(name, n)| (name.to_owned(), n))));
         assert_eq!(one.in_flight(4, 8 << 20), 8 << 20);
         share.set(&limits(&[("in-flight", "4M")]));
         assert_eq!((one.in_flight(4, 8 << 20), one.in_flight(1, 1 << 20)), (1 << 20, 1 << 20));

@@ -8,6 +8,7 @@ use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
 use crate::intent;
 use ringfs_wire::abi::Opcode;
+use ringfs_wire::batch::notify;
 use ringfs_wire::limits::RECORD_ALIGN;
 use rustix::net::SendFlags;
 use std::os::fd::AsFd;
@@ -53,6 +54,7 @@ impl<R: Ring> Shard<R> {
             }
         }
         if !conn.reserve_within(reserved, most) {
+            fs.quota.is_full();
             own.into_iter().for_each(|buf| self.buffers.give(buf));
             return Ok(Step::PeerFull);
         }
@@ -458,6 +460,17 @@ impl<R: Ring> Shard<R> {
         }
         let out = result.map(|n| WriteOut { size: n as u32, padding: 0 });
         self.answer(tag, out.as_ref().map(WriteOut::as_bytes).map_err(|&errno| errno));
+    }
+
+    /// Asks the guest for nodes where it soon knows as many as it may.
+    pub(super) fn ask_back(&mut self, key: usize) {
+        let conn = &mut self.conns[key];
+        let ids = conn.session.fs.nodes.wanted_back();
+        if !ids.is_empty() {
+            add(&self.shared.stats.wanted_back, ids.len());
+            let body = ids.as_bytes();
+            conn.link.push(Kind::Notify, notify::GIVE_BACK, body, &mut self.buffers);
+        }
     }
 
     pub(super) fn forget(

@@ -396,6 +396,7 @@ impl<R: Ring> Shard<R> {
     /// Whether it has more to do.
     fn work_through(&mut self, key: usize, turn: Option<fair::Turn>) -> bool {
         self.hold_large(key);
+        self.ask_back(key);
         for _ in 0..RECORDS_A_TURN_MAX {
             if turn.is_some_and(|turn| turn.is_over()) {
                 break;

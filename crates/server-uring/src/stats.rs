@@ -38,6 +38,8 @@ pub struct ShardStats {
     pub abandoned: AtomicU64,
     /// Connections refused because the one that they name is alive.
     pub clones_refused: AtomicU64,
+    /// Nodes that guests were asked to give back.
+    pub wanted_back: AtomicU64,
     /// Gauge: connections.
     pub connections: AtomicU64,
     /// Gauge: requests being executed.
@@ -73,6 +75,7 @@ impl Default for ShardStats {
             reruns: AtomicU64::new(0),
             abandoned: AtomicU64::new(0),
             clones_refused: AtomicU64::new(0),
+            wanted_back: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             slots_in_use: AtomicU64::new(0),
             buffers_in_use: AtomicU64::new(0),
@@ -140,6 +143,7 @@ impl Totals {
             ("reruns", sum(|s| &s.reruns)),
             ("abandoned", sum(|s| &s.abandoned)),
             ("clones_refused", sum(|s| &s.clones_refused)),
+            ("wanted_back", sum(|s| &s.wanted_back)),
         ];
         let count = |index: usize| shards.clone().map(|s| s.ops[index].load(Relaxed)).sum::<u64>();
         let mut ops = vec![("UNKNOWN".to_owned(), count(0))];

@@ -76,12 +76,8 @@ pub struct ShareStatus {
     pub removed: bool,
     /// Sessions of it.
     pub sessions: u64,
-    /// Requests that waited for a limit.
-    pub delayed: u64,
-    /// How long, in microseconds.
-    pub delayed_us: u64,
-    /// Files that were refused for a limit.
-    pub refused: u64,
+    /// What its limits are and did.
+    pub limits: Vec<LimitStatus>,
     /// Payload bytes of READ replies.
     pub bytes_read: u64,
     /// Payload bytes that WRITEs stored.
@@ -92,6 +88,22 @@ pub struct ShareStatus {
     pub slow: u64,
     /// What was done, by kind.
     pub operations: Vec<OperationStatus>,
+}
+
+/// One limit of a share.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LimitStatus {
+    /// As it is configured.
+    pub name: String,
+    /// 0: it is not set any more.
+    pub amount: u64,
+    /// Requests that waited for it; of `in-flight` how often a connection was read no further.
+    pub delayed: u64,
+    /// How long, in microseconds; not known of `in-flight`.
+    pub delayed_us: u64,
+    /// Files that were not opened, or not made known, for it.
+    pub refused: u64,
 }
 
 /// How often a kind of request took how long.
@@ -229,13 +241,14 @@ impl ShareStatus {
         };
         let path = self.path.display().to_string();
         let mut marks = marks.to_owned();
-        if self.delayed + self.refused > 0 {
-            let waited = Duration::from_micros(self.delayed_us / self.delayed.max(1));
-            let _ = write!(
-                marks,
-                " limits: {} delayed (by {waited:.1?}), {} refused",
-                self.delayed, self.refused
-            );
+        for LimitStatus { name, delayed, delayed_us, refused, .. } in &self.limits {
+            if *delayed > 0 {
+                let by = Duration::from_micros(delayed_us / delayed);
+                let _ = write!(marks, " {name}: {delayed} delayed (by {by:.1?})");
+            }
+            if *refused > 0 {
+                let _ = write!(marks, " {name}: {refused} refused");
+            }
         }
         let marks = marks.trim_start().to_owned();
         let done: u64 = self.operations.iter().map(OperationStatus::count).sum();

@@ -82,7 +82,8 @@ fn operations_and_bytes_a_second_are_delayed_and_none_is_lost() {
     assert!(guest.read(node, fh, 0, 1 << 20) == Ok(data));
     let status = daemon.command(&["status"]);
     let status = String::from_utf8_lossy(&status.stdout).into_owned();
-    assert!(status.contains("delayed"), "{status}");
+    assert!(status.contains(" ops: ") && status.contains(" bytes: "), "{status}");
+    assert!(status.contains(" delayed (by ") && !status.contains("refused"), "{status}");
     drop((guest, second, other));
     daemon.stop_well();
 }
@@ -162,7 +163,10 @@ fn files_and_nodes_of_a_session_are_bounded() {
     assert_eq!(more, 2);
     assert!(guest.lookup(1, "file-19").is_ok());
     let status = daemon.command(&["status"]);
-    assert!(String::from_utf8_lossy(&status.stdout).contains("refused"));
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains(" nodes: 11 refused"), "{status}");
+    // Three of nine, one more, and two of nine.
+    assert!(status.contains(" open-files: 14 refused"), "{status}");
     drop((guest, other));
     daemon.stop_well();
 }

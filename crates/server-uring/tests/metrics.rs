@@ -113,6 +113,41 @@ fn metrics_are_prometheus_text_over_http() {
 }
 
 #[test]
+fn limits_tell_what_they_are_and_what_they_did() {
+    let daemon = Daemon::start_as("uring", |program, share| {
+        let mut command = Command::new(program);
+        let dir = share.parent().expect("a directory");
+        command.arg(format!("--metrics=unix:{}", dir.join("m").display()));
+        let limited = "ops=100,open-files=2,nodes=5";
+        command.arg(format!("--share=limited={},{limited}", share.display()));
+        command
+    });
+    let mut guest = Guest::greet(daemon.connect(), &hello("limited")).expect("welcome");
+    let made = (0..9).filter(|n| guest.create(&format!("file-{n}")).is_ok()).count();
+    assert_eq!(made, 2);
+    let (mut asked, begun) = (9, std::time::Instant::now());
+    while begun.elapsed().as_millis() < 200 {
+        (asked, _) = (asked + 1, guest.lookup(1, "none"));
+    }
+    let stream = UnixStream::connect(daemon.path("m")).expect("the metrics socket");
+    let values = parse(&http(stream, GET).1);
+    let of = |name: &str, share: &str, limit: &str| {
+        let line = format!("ringfsd_limit{name}{{share=\"{share}\",limit=\"{limit}\"}}");
+        values.get(&line).copied()
+    };
+    assert_eq!(of("", "limited", "ops"), Some(100.0));
+    assert_eq!(of("_refusals_total", "limited", "open-files"), Some(7.0));
+    assert_eq!(of("_refusals_total", "limited", "nodes"), Some(0.0));
+    assert_eq!(of("_refusals_total", "limited", "bytes"), None, "it is not set");
+    assert_eq!(of("", "share", "ops"), None, "no limits");
+    let delayed = of("_delays_total", "limited", "ops").expect("set");
+    assert!(delayed >= 1.0 && delayed <= f64::from(asked), "{delayed} of {asked}");
+    assert!(of("_delay_seconds_total", "limited", "ops").expect("set") > 0.0);
+    drop(guest);
+    daemon.stop_well();
+}
+
+#[test]
 fn whoever_scrapes_badly_is_answered_or_cut_off() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("a");
     let daemon = Daemon::start_as("uring", |program, _| {

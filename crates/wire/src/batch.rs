@@ -138,6 +138,13 @@ pub mod cancel {
     pub const ABANDON: u32 = 1;
 }
 
+/// The code of a NOTIFY. Others are skipped.
+pub mod notify {
+    /// GIVE_BACK: nodes, by their ids (u64), that nobody has used lately and the daemon would like
+    /// to have back, as FORGETs. A wish: lost with its connection, and answered by nothing else.
+    pub const GIVE_BACK: u32 = 1;
+}
+
 /// Why bytes are no batch. All of them end the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[allow(missing_docs, reason = "the messages say it")]
