@@ -245,8 +245,10 @@ impl<'a> Soak<'a> {
 
     fn sample(&mut self, part: f64) -> Result<()> {
         let daemon = self.daemon.process().pid().as_raw_pid() as u32;
-        let pids = [daemon].into_iter().chain(self.guests.iter().map(|guest| guest.pid));
-        let resident = pids.map(memory::resident).collect::<Result<Vec<_>>>()?;
+        let mut resident = vec![memory::resident_with_children(daemon)?];
+        for guest in &self.guests {
+            resident.push(memory::resident(guest.pid)?);
+        }
         self.samples.push(Sample { part, resident });
         Ok(())
     }

@@ -84,7 +84,9 @@ pub fn of_containerfile(sandbox: &Sandbox, out: &Path, helper: &Path) -> Result<
 
     let log = sandbox.path("podman.log");
     let command = podman.run().args(&volumes).args(["--name=daemon", "ringfsd"]).args(serve);
-    let mut daemon = command.arg("--sandbox=landlock").spawn(&log)?;
+    // Podman's list of system calls may have no io_uring.
+    let command = command.args(["--sandbox=landlock", "--engine=threads"]);
+    let mut daemon = command.spawn(&log)?;
     let socket = run.join("s.sock");
     let up =
         poll_until(PODMAN_LIMIT, || Ok(socket.exists() || daemon.wait(Duration::ZERO)?.is_some()))?;

@@ -202,7 +202,8 @@ fn away(args: &Args, bins: &Bins, sandbox: &Sandbox) -> Result<String> {
     let told = mount.told()?;
     let (lanes, slots) = (told.lanes.got, told.slots_per_lane);
     let before = memory::resident(told.pid)?;
-    let daemon_before = memory::resident(daemon.process().pid().as_raw_pid() as u32)?;
+    let daemon_pid = daemon.process().pid().as_raw_pid() as u32;
+    let daemon_before = memory::resident_with_children(daemon_pid)?;
     let known = told.nodes_known;
     daemon.kill()?;
     let seen = while_away(args, sandbox, &mount, told.pid)?;
@@ -212,7 +213,8 @@ fn away(args: &Args, bins: &Bins, sandbox: &Sandbox) -> Result<String> {
     daemon.wait_ready()?;
     worker.wait_for_steps(500)?;
     let after = memory::resident(told.pid)?;
-    let daemon_after = memory::resident(daemon.process().pid().as_raw_pid() as u32)?;
+    let daemon_pid = daemon.process().pid().as_raw_pid() as u32;
+    let daemon_after = memory::resident_with_children(daemon_pid)?;
     let state = worker.stop()?;
     mount.umount()?;
     daemon.assert_back_at(&start)?;

@@ -51,6 +51,14 @@ pub fn resident(pid: u32) -> Result<u64> {
     Ok(kib.with_context(|| format!("process {pid} has no VmRSS"))? << 10)
 }
 
+/// The same of a process and its children: a daemon's parent and its worker.
+pub fn resident_with_children(pid: u32) -> Result<u64> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let children = children.split_whitespace().filter_map(|child| child.parse().ok());
+    // One that has just ended has nothing.
+    Ok(resident(pid)? + children.map(|child| resident(child).unwrap_or(0)).sum::<u64>())
+}
+
 /// Files below a directory and their bytes.
 pub fn files_in(dir: &Path) -> Result<(u64, u64)> {
     let mut sum = (0, 0);

@@ -17,8 +17,12 @@ const SLOT_BYTES_MAX: usize = 1 << 10;
 const SPARE_COPIES_MAX: usize = 8;
 /// What a batch's buffer has in memory at least: small frames up to the target, and one more.
 const TOUCHED_MIN: usize = 2 * BATCH_TARGET_BYTES;
-/// Batch buffers that stay while no frame is in them.
-const SPARE_BUFFERS_MAX: usize = 4;
+/// Batch buffers that stay in any case while no frame is in them; as many as were needed at once
+/// lately, if those are more.
+const SPARE_BUFFERS_MIN: usize = 4;
+const SPARE_BUFFERS_MAX: usize = KEPT_BYTES_MAX / BATCH_BYTES_MAX;
+/// After so many large frames one buffer less is needed.
+const NEEDED_FOR: usize = 64;
 
 #[derive(Debug)]
 enum Place {
@@ -43,6 +47,12 @@ pub struct Kept {
     frames: Vec<Frame>,
     in_batch: Option<u16>,
     spare: Vec<Vec<u8>>,
+    /// Batch buffers that slots have.
+    large: usize,
+    /// How many there may be, in slots and to spare.
+    needed: usize,
+    /// Large frames since that became less.
+    since: usize,
     /// Buffers of copies that are no slot's.
     copies: Vec<Vec<u8>>,
     /// Of frames in flight.
@@ -74,6 +84,9 @@ impl Kept {
             frames: (0..slots).map(|_| frame()).collect(),
             in_batch: None,
             spare: Vec::new(),
+            large: 0,
+            needed: SPARE_BUFFERS_MIN,
+            since: 0,
             copies: Vec::new(),
             bytes: 0,
             touched: TOUCHED_MIN,
@@ -134,6 +147,13 @@ impl Kept {
             let span = span.clone();
             let next = self.spare.pop().unwrap_or_else(|| batch_buffer(self.touched));
             frame.place = Place::Large(std::mem::replace(buffer, next), span);
+            self.large += 1;
+            self.since += 1;
+            if self.since >= NEEDED_FOR {
+                (self.needed, self.since) = (self.needed - 1, 0);
+            }
+            let needed = self.needed.max(self.large);
+            self.needed = needed.clamp(SPARE_BUFFERS_MIN, SPARE_BUFFERS_MAX);
         }
     }
 
@@ -157,7 +177,8 @@ impl Kept {
             }
             Place::Large(buffer, _) => {
                 self.bytes -= BATCH_BYTES_MAX;
-                if self.spare.len() < SPARE_BUFFERS_MAX {
+                self.large -= 1;
+                if self.large + self.spare.len() < self.needed {
                     self.spare.push(buffer);
                 }
             }
@@ -225,6 +246,14 @@ mod tests {
         assert_eq!((kept.bytes, kept.spare.len()), (0, SPARE_BUFFERS_MAX));
         kept.shrink();
         assert_eq!(kept.spare.len(), 0);
+        // One at a time from now on: the others go one by one.
+        for _ in 0..SPARE_BUFFERS_MAX * NEEDED_FOR {
+            keep(&mut kept, 0, &mut buffer, 200..200 + (1 << 20));
+            kept.retire(&mut buffer);
+            kept.release(0);
+        }
+        assert_eq!((kept.needed, kept.large), (SPARE_BUFFERS_MIN, 0));
+        assert!(kept.spare.len() <= SPARE_BUFFERS_MIN);
     }
 
     #[test]

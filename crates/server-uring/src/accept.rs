@@ -3,6 +3,7 @@
 
 use crate::address::{Address, CID_ANY};
 use crate::config::{FileMode, ListenConfig};
+use crate::fdops;
 use crate::splice::SendBuffer;
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -198,13 +199,11 @@ impl Listener {
 
     fn look_at_process(&self, path: &Path, socket: OwnedFd) -> Result<Accepted, String> {
         let may = &self.config;
-        let cred = net::sockopt::socket_peercred(&socket).map_err(|error| error.to_string())?;
-        let (uid, gid) = (cred.uid.as_raw(), cred.gid.as_raw());
-        let pid = cred.pid.as_raw_pid();
+        let (uid, gid, pid) = fdops::peer_of(socket.as_fd()).map_err(|error| error.to_string())?;
         for (list, name, value) in [
             (&may.allow_uid, "uid", uid),
             (&may.allow_gid, "gid", gid),
-            (&may.allow_pid, "pid", pid as u32),
+            (&may.allow_pid, "pid", pid),
         ] {
             if !list.is_empty() && !list.contains(&value) {
                 return Err(format!("pid {pid}: its {name} {value} is not allowed"));

@@ -14,8 +14,9 @@
 //!
 //! Exception to the rule that raw libc stands in `ring.rs` alone: `mod sys` at the end calls
 //! `getdents64` into a lent byte buffer (rustix wants uninitialised memory and trusts the records),
-//! `close` with its error reported (rustix has it only as an unsafe call), SIOCOUTQ and ioprio_set.
-//! It is the only unsafe code of this file.
+//! `close` with its error reported (rustix has it only as an unsafe call), SIOCOUTQ, ioprio_set,
+//! and SO_PEERCRED of a peer without a number here (rustix has no such pid). It is the only unsafe
+//! code of this file.
 
 use std::ffi::CStr;
 use std::io::{IoSlice, IoSliceMut};
@@ -674,6 +675,15 @@ impl ProcPath {
     }
 }
 
+/// Who is at the other end of a Unix socket: user, group and process (SO_PEERCRED). The process is
+/// 0 where it has no number here: this daemon is in a pid namespace that the peer is not in.
+///
+/// # Errors
+/// What getsockopt(2) says.
+pub fn peer_of(socket: BorrowedFd<'_>) -> Result<(u32, u32, u32)> {
+    sys::peer_of(socket)
+}
+
 /// The priority of this thread's disk accesses, and of those of threads that it starts.
 ///
 /// # Errors
@@ -708,6 +718,27 @@ mod sys {
         // the fd is open (borrowed).
         let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
         if done == 0 { usize::try_from(bytes).map_err(|_| Errno::INVAL) } else { Err(last_errno()) }
+    }
+
+    pub(super) fn peer_of(socket: BorrowedFd<'_>) -> Result<(u32, u32, u32)> {
+        let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+        let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+        // SAFETY: the fd is open (borrowed); the kernel writes at most `len` bytes, which `peer`
+        // has, and the length; both outlive the call.
+        let done = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERCRED,
+                (&raw mut peer).cast(),
+                &raw mut len,
+            )
+        };
+        if done == 0 {
+            Ok((peer.uid, peer.gid, peer.pid.cast_unsigned()))
+        } else {
+            Err(last_errno())
+        }
     }
 
     pub(super) fn close(fd: OwnedFd) -> Result<()> {

@@ -6,7 +6,7 @@
 #![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
 
 use crate::channel::{Channel, ToParent, ToWorker};
-use crate::sandbox::root;
+use crate::sandbox::root::{self, Inside};
 use crate::sandbox::users::{self, Ids, Lent};
 use crate::share::ShareDir;
 use rustix::io::Errno;
@@ -94,8 +94,8 @@ impl Child {
     /// # Errors
     /// What the system calls say.
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
-        let (index, mounts) = (self.shares, self.namespace("mnt")?);
-        self.by_helper(|| root::attach_to(mounts.as_fd(), tree, index).map(|()| true))?;
+        let (index, inside) = (self.shares, Inside::of(self.pid.as_raw_pid())?);
+        self.by_helper(|| inside.attach(tree, index).map(|()| true))?;
         Ok(index)
     }
 
@@ -105,18 +105,16 @@ impl Child {
     /// # Errors
     /// What the system calls say.
     pub fn attach_in_own_users(&mut self, share: &ShareDir) -> io::Result<(usize, bool)> {
-        let (index, mounts, users) = (self.shares, self.namespace("mnt")?, self.namespace("user")?);
+        let pid = self.pid.as_raw_pid();
+        let (index, inside) = (self.shares, Inside::of(pid)?);
+        let users = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
         let hidden = self.by_helper(|| {
             root::enter_users(users.as_fd())?;
             let copy = share.copy_in_own_users()?;
-            root::attach_to(mounts.as_fd(), copy.as_fd(), index)?;
+            inside.attach(copy.as_fd(), index)?;
             Ok(copy.hidden())
         })?;
         Ok((index, hidden))
-    }
-
-    fn namespace(&self, name: &str) -> io::Result<std::fs::File> {
-        std::fs::File::open(format!("/proc/{}/ns/{name}", self.pid.as_raw_pid()))
     }
 
     /// A process of its own goes into the worker's namespaces and puts a share there.

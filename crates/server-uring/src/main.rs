@@ -5,10 +5,13 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
+use ringfs_server::fdops;
 use ringfs_server::status::{SessionStatus, Status};
 use ringfs_server::systemd;
 use ringfs_server::top;
+use rustix::process::{Pid, Signal, kill_process};
 use std::io::{ErrorKind, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -331,9 +334,11 @@ fn reload(of: &Of) -> Result<ExitCode> {
     let path = of.path()?;
     let before = ask(&path)?.config.reloads;
     let stream = UnixStream::connect(&path).with_context(|| format!("connect to {path:?}"))?;
-    let peer = rustix::net::sockopt::socket_peercred(&stream).context("whose socket is it?")?;
-    rustix::process::kill_process(peer.pid, rustix::process::Signal::HUP)
-        .with_context(|| format!("cannot send SIGHUP to {}", peer.pid.as_raw_pid()))?;
+    let (_, _, pid) = fdops::peer_of(stream.as_fd()).context("whose socket is it?")?;
+    let elsewhere =
+        "the daemon is in another pid namespace: send it SIGHUP there (podman kill -s HUP)";
+    let daemon = Pid::from_raw(pid.cast_signed()).context(elsewhere)?;
+    kill_process(daemon, Signal::HUP).with_context(|| format!("cannot send SIGHUP to {pid}"))?;
     let until = Instant::now() + RELOAD_LIMIT;
     loop {
         let config = ask(&path)?.config;

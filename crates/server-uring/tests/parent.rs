@@ -131,7 +131,8 @@ fn sockets_of_a_pattern_come_and_go_with_their_directories() {
     assert!(listeners().contains("vm/*/v.sock_5640"), "{}", listeners());
 
     // A VM is gone, and another one has its name.
-    std::fs::remove_dir_all(vm("1")).expect("rm -r");
+    // Between its two steps the socket may come again.
+    until("rm -r", || std::fs::remove_dir_all(vm("1")).ok());
     vanishes(&socket("1"));
     reads_its_file(&mut first, "a");
     std::fs::create_dir(vm("1")).expect("mkdir");
@@ -206,4 +207,61 @@ fn shares_and_patterns_come_and_go_by_sighup() {
     assert!(a.try_call(Opcode::Getattr, 1, &[0; 16]).is_err(), "it was cut off");
     daemon.signal_to_end();
     vanishes(&other);
+}
+
+/// Where the root is no mount, as in a chroot: the worker has one of its own all the same, and gets
+/// shares while it runs.
+#[test]
+fn a_daemon_in_a_chroot_shuts_its_worker_in_too() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (root, share) = (dir.path().join("root"), dir.path().join("new"));
+    for path in [&root, &share] {
+        std::fs::create_dir(path).expect("mkdir");
+    }
+    std::fs::write(share.join("of"), "new").expect("write");
+    let config = dir.path().join("ringfsd.toml");
+    std::fs::write(&config, "").expect("write");
+    let script = r#"
+        root=$1; shift
+        for dir in /*; do
+            if [ -L "$dir" ]; then cp -P "$dir" "$root/"
+            elif [ -d "$dir" ]; then mkdir "$root$dir"; mount --rbind "$dir" "$root$dir"
+            fi
+        done
+        exec chroot "$root" "$@""#;
+    let daemon = Daemon::start_as("uring", |program, _| {
+        let mut command = Command::new("unshare");
+        command.args(["-m", "sh", "-ec", script, "sh"]).arg(&root).arg(program);
+        command.arg("--config").arg(&config).arg("--state-dir=none");
+        command
+    });
+    let mut guest = daemon.guest();
+    guest.create("file").expect("create");
+    assert!(daemon.share().join("file").exists());
+    let mounts = format!("/proc/{}/mountinfo", daemon.worker_pid());
+    let mounts = std::fs::read_to_string(mounts).expect("mountinfo");
+    let shown: Vec<_> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+    assert!(shown.contains(&"/shares/0") && !shown.contains(&"/usr"), "{shown:?}");
+    let text = format!("[share.new]\npath = {share:?}\n");
+    std::fs::write(&config, text).expect("write");
+    let output = daemon.command(&["reload"]);
+    assert!(output.status.success(), "{output:?}");
+    reads_its_file(&mut mount(&daemon.path("s"), "new").expect("a new share"), "new");
+    drop(guest);
+    daemon.stop_well();
+}
+
+/// As in a container, to whose processes those of the host have no number.
+#[test]
+fn peers_outside_of_its_pid_namespace_are_served() {
+    let daemon = Daemon::start_as("uring", |program, _| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--mount-proc", "--fork", "--kill-child", program]);
+        command.args(["--state-dir=none", "--sandbox=landlock"]);
+        command
+    });
+    let mut guest = daemon.guest();
+    guest.create("file").expect("create");
+    let told = control::ask_status(&daemon.path("c")).expect("a status");
+    assert!(told.sessions[0].peer.ends_with(" pid 0"), "{}", told.sessions[0].peer);
 }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The shares stand below one directory so that landlock's rule for it holds for those too that
-//! the parent adds later ([`attach_to`]).
+//! the parent adds later ([`Inside`]).
 
 #![allow(unsafe_code, reason = "mount_setattr, which rustix lacks; unshare")]
 
@@ -39,8 +39,13 @@ fn share_path(index: usize) -> String {
 /// # Errors
 /// What the system calls say.
 pub fn build(shares: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-    // Nothing that happens from here on is seen outside.
-    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+    // Nothing that happens from here on is seen outside. In a chroot the root is no mount: then it
+    // is enough that what is mounted below is on one that is private.
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    let in_chroot = match mount_change("/", private) {
+        Err(Errno::INVAL) => mount_change("/proc", private).map(|()| true)?,
+        other => other.map(|()| false)?,
+    };
     let root = fresh("tmpfs", &[("mode", "0555"), ("nr_inodes", ROOT_INODES), ("size", "64k")])?;
     // While the old one is in sight: a user namespace gets no other than it had.
     let proc = own_proc()?;
@@ -51,21 +56,28 @@ pub fn build(shares: &[BorrowedFd<'_>]) -> Result<(), Errno> {
     put(root.as_fd(), CWD, "/proc")?;
     put(proc.as_fd(), root.as_fd(), "proc")?;
     rustix::process::fchdir(&root)?;
-    rustix::process::pivot_root(".", ".")?;
-    unmount(".", UnmountFlags::DETACH)?;
+    if in_chroot {
+        // There is nothing to take the place of. The old root is there still, and no way leads to
+        // it for who has no fd of it and no right to change his root.
+        rustix::process::chroot(".")?;
+    } else {
+        rustix::process::pivot_root(".", ".")?;
+        unmount(".", UnmountFlags::DETACH)?;
+    }
     rustix::process::chdir("/")?;
-    shares.iter().enumerate().try_for_each(|(index, tree)| attach(*tree, index))?;
+    shares.iter().enumerate().try_for_each(|(index, tree)| attach(root.as_fd(), *tree, index))?;
     change(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty(), None)
 }
 
 /// Puts a share's tree into the root that the calling process is in.
-fn attach(tree: BorrowedFd<'_>, index: usize) -> Result<(), Errno> {
+fn attach(root: BorrowedFd<'_>, tree: BorrowedFd<'_>, index: usize) -> Result<(), Errno> {
     let path = share_path(index);
-    match rustix::fs::mkdir(&path, Mode::from_raw_mode(0o555)) {
+    let path = path.trim_start_matches('/');
+    match rustix::fs::mkdirat(root, path, Mode::from_raw_mode(0o555)) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(errno) => return Err(errno),
     }
-    put(tree, CWD, &path)
+    put(tree, root, path)
 }
 
 /// In a process that ends then: enters the user namespace of a worker and a copy of this process's
@@ -79,18 +91,39 @@ pub fn enter_users(users: BorrowedFd<'_>) -> Result<(), Errno> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
-/// The same as [`build`] does with each share, in the mount namespace of a worker, in a process
-/// that ends then.
-///
-/// # Errors
-/// What the system calls say.
-pub fn attach_to(mounts: BorrowedFd<'_>, tree: BorrowedFd<'_>, index: usize) -> Result<(), Errno> {
-    let (ro, none) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
-    move_into_link_name_space(mounts, Some(LinkNameSpaceType::Mount))?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open("/", flags, Mode::empty())?;
-    change(root.as_fd(), none, ro, None)?;
-    attach(tree, index).and(change(root.as_fd(), ro, none, None))
+/// Where a worker is, as its parent gets at it.
+#[derive(Debug)]
+pub struct Inside {
+    /// Its mount namespace.
+    pub mounts: OwnedFd,
+    /// Its root in there.
+    pub root: OwnedFd,
+}
+
+impl Inside {
+    /// Of a process.
+    ///
+    /// # Errors
+    /// What open says.
+    pub fn of(pid: i32) -> Result<Inside, Errno> {
+        let open = |name: &str, flags| {
+            rustix::fs::open(format!("/proc/{pid}/{name}"), flags | OFlags::CLOEXEC, Mode::empty())
+        };
+        let root = open("root", OFlags::PATH | OFlags::DIRECTORY)?;
+        Ok(Inside { mounts: open("ns/mnt", OFlags::RDONLY)?, root })
+    }
+
+    /// The same as [`build`] does with each share, in a process that ends then.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn attach(&self, tree: BorrowedFd<'_>, index: usize) -> Result<(), Errno> {
+        let (ro, none) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
+        move_into_link_name_space(self.mounts.as_fd(), Some(LinkNameSpaceType::Mount))?;
+        let root = self.root.as_fd();
+        change(root, none, ro, None)?;
+        attach(root, tree, index).and(change(root, ro, none, None))
+    }
 }
 
 /// A share's directory in this root.
