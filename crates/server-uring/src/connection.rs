@@ -274,6 +274,11 @@ impl Connection {
         }
     }
 
+    /// Whether what it has sent is not read on, for want of a buffer or by a rate.
+    pub fn is_kept_waiting(&self) -> bool {
+        (self.link.starving || self.delayed) && self.link.has_input()
+    }
+
     /// How long the peer may take to answer whether it lives; `None`: no longer.
     pub fn lives_until(&mut self, now: Instant) -> Option<Instant> {
         let link = &mut self.link;
@@ -281,10 +286,9 @@ impl Connection {
         if asked.until > now {
             return Some(asked.until);
         }
-        // While it is not read, not its fault.
-        let is_unread = link.starving || self.delayed;
         let is_busy = std::mem::take(&mut asked.heard) && asked.last > now;
-        if is_unread {
+        // While it is not read, not its fault.
+        if link.starving || self.delayed {
             *asked = Asked::at(now);
         } else if is_busy && link.closing.is_none() {
             asked.until = now + PROBE;

@@ -201,6 +201,7 @@ impl<R: Ring> Shard<R> {
         self.delayed_until = Some(self.delayed_until.map_or(until, |at| at.min(until)));
         if !std::mem::replace(&mut conn.delayed, true) {
             self.delayed.push(key);
+            self.plan_sweep();
         }
     }
 

@@ -399,7 +399,7 @@ impl<R: Ring> Shard<R> {
         self.sweep_at = None;
         let limit = Duration::from_millis(STALL_LIMIT_MS);
         let pressed = !self.starved.is_empty();
-        let mut stalled = Vec::new();
+        let (mut stalled, mut kept_waiting) = (Vec::new(), Vec::new());
         let mut next = pressed.then(|| now + Duration::from_millis(SWEEP_INTERVAL_MS));
         let mut again = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
         for (key, conn) in self.conns.iter_mut().filter(|(_, conn)| conn.is_attached()) {
@@ -413,6 +413,10 @@ impl<R: Ring> Shard<R> {
                 continue;
             }
             conn.leave_by.into_iter().for_each(&mut again);
+            if conn.is_kept_waiting() && !closing {
+                again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
+                kept_waiting.push(key);
+            }
             if conn.waiting.newcomers.is_empty() {
                 continue;
             }
@@ -424,6 +428,13 @@ impl<R: Ring> Shard<R> {
             }
         }
         next.into_iter().for_each(|next| self.plan_sweep_at(next));
+        // It cannot ask behind what we do not read, and would take us for dead.
+        for key in kept_waiting {
+            if !self.conns[key].link.has_output() {
+                self.conns[key].link.push(Kind::Pong, 0, &[], &mut self.buffers);
+                self.flush(key);
+            }
+        }
         for (key, why) in stalled {
             tracing::warn!(session = self.conns[key].session.id, "{why}");
             self.hang_up(key, Reason::Timeout);

@@ -5,6 +5,7 @@ mod common;
 
 use common::*;
 use ringfs_wire::abi::Opcode;
+use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::Hello;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -84,6 +85,25 @@ fn operations_and_bytes_a_second_are_delayed_and_none_is_lost() {
     assert!(status.contains(" ops: ") && status.contains(" bytes: "), "{status}");
     assert!(status.contains(" delayed (by ") && !status.contains("refused"), "{status}");
     drop((guest, second, other));
+    daemon.stop_well();
+}
+
+/// A guest whose write is not read cannot ask behind it, and would take the daemon for dead.
+#[test]
+fn who_is_kept_waiting_is_told_that_somebody_is_there() {
+    let daemon = daemon("[limits]\nbytes = '64K'\n");
+    let mut guest = daemon.guest();
+    let (node, fh) = guest.create("file").expect("create");
+    for _ in 0..2 {
+        guest.start(Opcode::Write, node, &write_args(fh, 0, &[0; 1 << 20]));
+    }
+    guest.flush();
+    for told in 0..3 {
+        let is_word =
+            |guest: &mut Guest| guest.receive().expect("a record").0.kind == Kind::Pong as u8;
+        assert!((0..2).any(|_| is_word(&mut guest)), "told {told} times");
+    }
+    drop(guest);
     daemon.stop_well();
 }
 

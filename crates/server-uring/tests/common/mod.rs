@@ -506,7 +506,13 @@ impl Guest {
 
     /// The next reply: whose, and errno or body.
     pub fn reply(&mut self) -> Result<(SlotUse, Result<Vec<u8>, u32>), End> {
-        let (record, body) = self.receive()?;
+        let (record, body) = loop {
+            let (record, body) = self.receive()?;
+            // A daemon that keeps us waiting says that it is there.
+            if record.kind != Kind::Pong as u8 {
+                break (record, body);
+            }
+        };
         assert_eq!((record.kind, record.lane), (Kind::Reply as u8, self.lane));
         let at = SlotUse { slot: record.slot, seq: record.slot_seq };
         self.slots.complete(at).expect("a reply to a request in flight");
