@@ -19,7 +19,7 @@ const SPARE_COPIES_MAX: usize = 8;
 const TOUCHED_MIN: usize = 2 * BATCH_TARGET_BYTES;
 /// Batch buffers that stay in any case while no frame is in them; as many as were needed at once
 /// lately, if those are more.
-const SPARE_BUFFERS_MIN: usize = 4;
+const SPARE_BUFFERS_MIN: usize = 1;
 const SPARE_BUFFERS_MAX: usize = KEPT_BYTES_MAX / BATCH_BYTES_MAX;
 /// After so many large frames one buffer less is needed.
 const NEEDED_FOR: usize = 64;
