@@ -265,7 +265,8 @@ impl Greeter {
             conns: hello.conns,
             features: hello.features & feature::KNOWN,
             ticket: hello.ticket,
-            epoch: self.registry.epoch,
+            // The ticket is not ours: who had it from this daemon would be a clone.
+            epoch: hello.epoch_seen,
             grace_s: 0,
             flags: welcome_flag::REBUILD,
         };

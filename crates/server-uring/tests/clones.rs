@@ -209,6 +209,16 @@ fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
         };
         let path = |name: &str| daemon.share().join(name);
         let file = memory.files[0];
+        let second = Hello {
+            lanes: 2,
+            conns: 2,
+            conn: 1,
+            epoch_seen: epoch ^ 1,
+            ticket,
+            ..memory.hello.clone()
+        };
+        let sent_back = Guest::greet(daemon.connect(), &second).expect("welcome").welcome;
+        assert_eq!((sent_back.flags, sent_back.epoch), (welcome_flag::REBUILD, epoch ^ 1));
         let mut heir = comes(epoch ^ 1, ticket);
         assert_eq!(ask(&mut heir, Opcode::Mkdir, 1, &mkdir("made")), Err(libc::EIO as u32));
         assert!(!path("made").exists());
