@@ -91,8 +91,11 @@ pub fn take(file: OwnedFd, devices: &[Arc<Device>]) -> Result<Taken, TakeoverErr
     for (lane, place) in places.iter().enumerate() {
         for slot in 0..slots {
             let (state, _, _, unique) = place.cell(slot).load();
-            if matches!(state, State::Request | State::Delivering | State::Abandoned) {
-                busy.insert(unique & !UNIQUE_RESEND, (lane, slot));
+            match state {
+                State::Request | State::Unsure | State::Delivering | State::Abandoned => {
+                    busy.insert(unique & !UNIQUE_RESEND, (lane, slot));
+                }
+                State::Free | State::Forget => {}
             }
         }
     }

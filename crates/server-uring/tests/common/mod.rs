@@ -508,9 +508,11 @@ impl Guest {
     pub fn reply(&mut self) -> Result<(SlotUse, Result<Vec<u8>, u32>), End> {
         let (record, body) = loop {
             let (record, body) = self.receive()?;
-            // A daemon that keeps us waiting says that it is there.
-            if record.kind != Kind::Pong as u8 {
-                break (record, body);
+            match Kind::from_u8(record.kind) {
+                // A daemon that keeps us waiting says that it is there; one that has to keep many
+                // nodes asks for some.
+                Some(Kind::Pong | Kind::Notify) => {}
+                _ => break (record, body),
             }
         };
         assert_eq!((record.kind, record.lane), (Kind::Reply as u8, self.lane));
