@@ -232,6 +232,7 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
         resume.end_try(port, None);
         return Err(error);
     }
+    terms.is_untold = false;
     terms.joined |= 1 << port;
     match resume.end_try(port, Some(joined)) {
         true => {
@@ -286,7 +287,10 @@ fn check_terms(terms: &Terms, port: u16, used: Used, now: &Welcome) -> Result<bo
         return Err(ResumeError::NoRestore);
     }
     // Who was not told all does not go on as if.
-    if !is_rebuild && (terms.is_untold || !is_resumed && !is_first_join) {
+    // A daemon that was not told all does not resume by the first connection: the client before us
+    // had no time to put down that it had told it.
+    let is_untold = terms.is_untold && !(is_resumed && port == 0);
+    if !is_rebuild && (is_untold || !is_resumed && !is_first_join) {
         return Err(ResumeError::NotResumed);
     }
     let same = |is_same: bool, what| if is_same { Ok(()) } else { Err(ResumeError::Changed(what)) };

@@ -32,7 +32,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Names this layout, and this version of the program: what another one has left cannot be taken
 /// over, as the service manager may start one that was installed meanwhile.
 const READY: u64 = {
-    let sizes = [size_of::<Terms>() as u64, size_of::<Cell>() as u64, FILE_BYTES as u64];
+    let sizes = [LAYOUT, size_of::<Terms>() as u64, size_of::<Cell>() as u64, FILE_BYTES as u64];
     let (mut hash, mut at) = (hash_of(b"ringfs", FNV_START), 0);
     while at < sizes.len() {
         hash = hash_of(&sizes[at].to_le_bytes(), hash);
@@ -40,6 +40,8 @@ const READY: u64 = {
     }
     hash_of(env!("CARGO_PKG_VERSION").as_bytes(), hash)
 };
+/// One more with each change of what a word means.
+const LAYOUT: u64 = 2;
 /// FNV-1a of 64 bits.
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;
@@ -173,9 +175,14 @@ impl LaneKeep {
 
     /// A request has the slot.
     pub fn claimed(&self, at: SlotUse, unique: u64, opcode: u32) {
+        self.claimed_as(State::Request, at, unique, opcode);
+    }
+
+    /// The same, of one that a client before has left.
+    pub fn claimed_as(&self, state: State, at: SlotUse, unique: u64, opcode: u32) {
         let cell = self.cell(at.slot);
         cell.other.store(unique, Ordering::Release);
-        cell.store(State::Request, at.seq, opcode);
+        cell.store(state, at.seq, opcode);
     }
 
     /// The session is rebuilt, and the request is from before.

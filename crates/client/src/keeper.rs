@@ -264,7 +264,11 @@ pub fn run(orders: Orders<'_>) -> Result<i32, KeeperError> {
         has_left: false,
     };
     let ended = keeper.serve();
-    if let Some(store) = &mut keeper.store {
+    // With an error of our own the mount is still there: the manager's next keeper takes it.
+    let is_for_the_next = ended.is_err() && keeper.held.is_stored;
+    if let Some(store) = &mut keeper.store
+        && !is_for_the_next
+    {
         store.forget();
     }
     ended

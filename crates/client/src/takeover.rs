@@ -206,10 +206,8 @@ fn settle(
             // A reply that has come did not get through, and will come again.
             known.undo(tag);
             let unsure = state == State::Unsure;
-            place.claimed(at, unique, opcode);
-            if unsure {
-                place.doubted(at, opcode);
-            }
+            let state = if unsure { State::Unsure } else { State::Request };
+            place.claimed_as(state, at, unique, opcode);
             record(Kind::Request, opcode, &frame[RECORD_HEADER_BYTES..]);
             let cancelled = false;
             (seq, Some(InFlight::Request { unique, opcode, pid, cancelled, unsure }))

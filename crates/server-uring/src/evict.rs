@@ -82,15 +82,17 @@ impl Nodes {
     /// know no more; none while there is room, or where it was asked a moment ago.
     pub fn wanted_back(&self) -> Vec<u64> {
         let (count, most) = (self.count(), self.most());
+        let step = (most / 16).max(1);
         if count < most / 4 * 3 {
-            if self.asked_at.load(Ordering::Relaxed) > 0 {
+            // One node less is no room: who gives back one and takes it again is not asked each time.
+            if count + step < most / 4 * 3 && self.asked_at.load(Ordering::Relaxed) > 0 {
                 self.asked_at.store(0, Ordering::Relaxed);
             }
             return Vec::new();
         }
         // Again when there are as many as then, give or take what may have come and gone since.
         let asked_at = self.asked_at.load(Ordering::Relaxed);
-        if asked_at > 0 && count.abs_diff(asked_at) < most / 16 {
+        if asked_at > 0 && count.abs_diff(asked_at) < step {
             return Vec::new();
         }
         self.asked_at.store(count, Ordering::Relaxed);

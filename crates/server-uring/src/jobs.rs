@@ -153,11 +153,11 @@ impl<T> Jobs<T> {
     }
 
     /// Takes a job out that has not begun.
-    pub fn remove(&mut self, owner: u64, is_it: impl Fn(&T) -> bool) -> Option<T> {
+    pub fn remove(&mut self, owner: u64, now: u64, is_it: impl Fn(&T) -> bool) -> Option<T> {
         let at = self.turns.iter().position(|turn| turn.owner == owner)?;
         let index = self.turns[at].waiting.iter().position(is_it)?;
         let task = self.turns[at].waiting.remove(index);
-        if self.turns[at].is_over(u64::MAX) {
+        if self.turns[at].is_over(now) {
             self.turns.remove(at);
         }
         task
@@ -201,7 +201,8 @@ mod tests {
         jobs.ended(bill, 1_000_000, START, ALONE);
         assert_eq!(task(jobs.next(START, ALONE)).0, 2);
         assert_eq!(jobs.load(), (3, 2));
-        assert_eq!((jobs.remove(1, |&n| n == 4), jobs.remove(1, |&n| n == 4)), (Some(4), None));
+        let mut remove = || jobs.remove(1, START, |&n| n == 4);
+        assert_eq!((remove(), remove()), (Some(4), None));
     }
 
     /// One peer's jobs of that CPU time, on threads that do them one after the other: the part of
@@ -270,6 +271,10 @@ mod tests {
             jobs.push(1, 1);
             let (_, bill) = task(jobs.next(START, ALONE));
             jobs.ended(bill, 1_000_000, START, pace);
+            assert_eq!(jobs.turns.len(), left, "{pace:?}");
+            // To take back what has not begun pays for nothing.
+            jobs.push(1, 2);
+            assert_eq!(jobs.remove(1, START, |_| true), Some(2));
             assert_eq!(jobs.turns.len(), left, "{pace:?}");
             jobs.turns.clear();
         }

@@ -129,8 +129,9 @@ enum Task {
 
 struct Queue {
     jobs: Jobs<Task>,
-    /// A thread sleeps until a job may begin that is not paid for yet.
-    is_timed: bool,
+    /// When the first one wakes of the threads that sleep until a job may begin which is not paid
+    /// for yet.
+    timed_at: Option<u64>,
     closed: bool,
 }
 
@@ -157,7 +158,7 @@ impl Pool {
         Arc::new(Pool {
             queue: Mutex::new(Queue {
                 jobs: Jobs::new(threads.div_ceil(2)),
-                is_timed: false,
+                timed_at: None,
                 closed: false,
             }),
             work: Condvar::new(),
@@ -250,7 +251,7 @@ impl Pool {
             }
             Task::Release(..) | Task::Warm(..) => false,
         };
-        match self.lock().jobs.remove(owner, is_it) {
+        match self.lock().jobs.remove(owner, now_ns(), is_it) {
             Some(Task::Request(job)) => Some(*job),
             Some(Task::Release(..) | Task::Warm(..)) | None => None,
         }
@@ -317,13 +318,13 @@ impl Pool {
                     }
                     return Some(begun);
                 }
-                // One thread is enough to wait for that.
-                Next::At(at) if !queue.is_timed => {
-                    queue.is_timed = true;
-                    let time = Duration::from_nanos(at - now);
-                    let waited = self.work.wait_timeout(queue, time);
+                // One thread is enough to wait for that, and for the end of the competition.
+                Next::At(at) if queue.timed_at.is_none_or(|timed_at| at < timed_at) => {
+                    let at = at.min(self.rivals_until.load(Relaxed)).max(now);
+                    queue.timed_at = Some(at);
+                    let waited = self.work.wait_timeout(queue, Duration::from_nanos(at - now));
                     queue = waited.unwrap_or_else(PoisonError::into_inner).0;
-                    queue.is_timed = false;
+                    queue.timed_at = queue.timed_at.filter(|&timed_at| timed_at != at);
                 }
                 Next::Nothing if queue.closed => return None,
                 Next::At(_) | Next::Nothing => {

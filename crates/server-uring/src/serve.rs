@@ -465,6 +465,10 @@ impl<R: Ring> Shard<R> {
     /// Asks the guest for nodes where it soon knows as many as it may.
     pub(super) fn ask_back(&mut self, key: usize) {
         let conn = &mut self.conns[key];
+        // Who does not take what there is gets no more of it.
+        if conn.link.closing.is_some() || conn.link.bytes() > REPLY_INLINE_BYTES_MAX {
+            return;
+        }
         let ids = conn.session.fs.nodes.wanted_back();
         if !ids.is_empty() {
             add(&self.shared.stats.wanted_back, ids.len());
