@@ -84,7 +84,7 @@ impl Nodes {
         let (count, most) = (self.count(), self.most());
         let step = (most / 16).max(1);
         if count < most / 4 * 3 {
-            // One node less is no room: who gives back one and takes it again is not asked each time.
+            // One node less is no room, or who gives it back and takes it is asked each time.
             if count + step < most / 4 * 3 && self.asked_at.load(Ordering::Relaxed) > 0 {
                 self.asked_at.store(0, Ordering::Relaxed);
             }
