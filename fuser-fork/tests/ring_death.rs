@@ -12,7 +12,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use common::*;
@@ -24,39 +24,10 @@ use fuser_fork::uring::{Event, Plan, Ring, available};
 use ringfs_wire::abi::Opcode;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 const SERVER: &str = "RINGFS_TEST_RING_SERVER";
 /// Tasks that ask all the time, and how long none of them needs for one answer.
 const TASKS: usize = 4;
 const LONG: Duration = Duration::from_millis(400);
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-struct SwitchedOn {
-    before: String,
-    _alone: MutexGuard<'static, ()>,
-}
-
-impl SwitchedOn {
-    fn new(test: &str) -> Option<SwitchedOn> {
-        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let skipped = |why: &dyn std::fmt::Display| {
-            println!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
-            eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
-        };
-        let switched =
-            fs::read_to_string(SWITCH).and_then(|before| fs::write(SWITCH, "Y").map(|()| before));
-        let before = switched.map_err(|error| skipped(&error)).ok()?;
-        let switched = SwitchedOn { before, _alone: alone };
-        available().map_err(|error| skipped(&error)).ok()?;
-        Some(switched)
-    }
-}
-
-impl Drop for SwitchedOn {
-    fn drop(&mut self) {
-        let _ = fs::write(SWITCH, self.before.trim());
-    }
-}
 
 fn plan() -> Plan {
     Plan::new(available().expect("available"), 1, MAX_WRITE, (MAX_WRITE / 4096) as u16, 4096)

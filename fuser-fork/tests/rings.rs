@@ -8,8 +8,8 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,39 +20,6 @@ use fuser_fork::mount::{Mount, Unmounted, mount};
 use fuser_fork::notify::{Notice, NotifyOutcome};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, UringError, available};
 use ringfs_wire::abi::Opcode;
-
-const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-/// Rings are switched on while this lives; then the switch is as it was.
-struct SwitchedOn {
-    before: String,
-    _alone: MutexGuard<'static, ()>,
-}
-
-impl SwitchedOn {
-    fn new(test: &str) -> Option<SwitchedOn> {
-        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let skipped = |why: &dyn std::fmt::Display| {
-            println!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
-            eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
-        };
-        let switched =
-            fs::read_to_string(SWITCH).and_then(|before| fs::write(SWITCH, "Y").map(|()| before));
-        let switched = switched
-            .map(|before| SwitchedOn { before, _alone: alone })
-            .map_err(|error| skipped(&error))
-            .ok()?;
-        available().map_err(|error| skipped(&error)).ok()?;
-        Some(switched)
-    }
-}
-
-impl Drop for SwitchedOn {
-    fn drop(&mut self) {
-        let _ = fs::write(SWITCH, self.before.trim());
-    }
-}
 
 /// A mount whose INIT has agreed on rings.
 fn mounted_for_rings(dir: &Dir) -> (Arc<Device>, Mount, Plan) {

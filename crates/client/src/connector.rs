@@ -262,7 +262,6 @@ fn rebuild(
     let restored = rebuild::tell(joined, &session.known)?;
     let took_us = begun.elapsed().as_micros() as u64;
     let restored = Restored { took_us, ..restored };
-    terms.is_untold = false;
     session.resume.has_told(restored);
     Ok(())
 }
@@ -385,6 +384,9 @@ mod tests {
         for flags in [0, welcome_flag::RESUMED] {
             check(&untold(), Welcome { flags, ..before }, Err("update ringfsd"));
         }
+        // The client before this one was killed when it had told all.
+        let used = Used { lanes: 2, slots: 8 };
+        assert!(matches!(check_terms(&untold(), 0, used, &before), Ok(false)));
     }
 
     #[test]

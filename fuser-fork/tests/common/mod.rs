@@ -6,11 +6,11 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,12 +20,45 @@ use fuser_fork::init::{self, Limits, Negotiated};
 use fuser_fork::mount::{Mount, MountOptions, mount};
 use fuser_fork::mountinfo::find_mounts;
 use fuser_fork::reader::Owed;
+use fuser_fork::uring::available;
 use ringfs_wire::abi::{
     Attr, AttrOut, Dirent, EntryOut, InitOut, Opcode, OpenOut, ReadIn, StatfsOut, init as flag,
 };
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 use zerocopy::{FromBytes, IntoBytes};
+
+const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Rings are switched on while this lives; then the switch is as it was.
+pub struct SwitchedOn {
+    before: String,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl SwitchedOn {
+    /// `None`, said aloud: rings cannot be had here.
+    pub fn new(test: &str) -> Option<SwitchedOn> {
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let skipped = |why: &dyn std::fmt::Display| {
+            println!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
+            eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
+        };
+        let switched =
+            fs::read_to_string(SWITCH).and_then(|before| fs::write(SWITCH, "Y").map(|()| before));
+        let before = switched.map_err(|error| skipped(&error)).ok()?;
+        let switched = SwitchedOn { before, _alone: alone };
+        available().map_err(|error| skipped(&error)).ok()?;
+        Some(switched)
+    }
+}
+
+impl Drop for SwitchedOn {
+    fn drop(&mut self) {
+        let _ = fs::write(SWITCH, self.before.trim());
+    }
+}
 
 /// The time that a test may take.
 const LIMIT: Duration = Duration::from_secs(60);
