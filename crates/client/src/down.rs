@@ -116,6 +116,7 @@ fn take_reply(
         }
         InFlight::Forget => {
             session.known.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
+            session.turn();
         }
         // What it gave the daemon takes back.
         InFlight::Abandoned => {}

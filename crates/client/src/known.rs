@@ -20,6 +20,7 @@ use rustix::fs::{FileType, OFlags};
 use std::collections::hash_map::{Entry, RandomState};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use zerocopy::FromBytes;
 
@@ -31,6 +32,10 @@ const NODES_PER_SHARD_MAX: usize = 1 << 16;
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
 /// Recipes of one shard whose nodes do not count: a reply that gives them may come.
 const EARLY_PER_SHARD_MAX: usize = 256;
+/// A recipe whose node does not count is of no use so many turns later: by the second one all
+/// requests are over that were in flight; another one for those that came while a request was
+/// that nobody waits for any more, and were given the node because of it.
+const EARLY_TURNS: u64 = 3;
 /// A table with room for so many stays as large as it is.
 const SMALL_TABLE: usize = 1024;
 /// The kernel takes no longer names in listings.
@@ -161,9 +166,11 @@ struct Shard {
     journal: Option<Box<Journal>>,
     nodes: HashMap<u64, Node, Keyed>,
     handles: HashMap<u64, Handle, Keyed>,
-    /// Nodes whose recipe came before they counted, or is left, the oldest first; some of them
-    /// count by now.
-    early: VecDeque<u64>,
+    /// Nodes whose recipe came before they counted, or is left, the oldest first, and in which
+    /// turn; some of them count by now.
+    early: VecDeque<(u64, u64)>,
+    /// As the one who holds the lock has seen it.
+    turn: u64,
     node_id_max: u64,
     fh_max: u64,
 }
@@ -179,6 +186,7 @@ pub struct Known {
     /// Empty: nobody wants to know.
     shards: Vec<Apart>,
     key: Keyed,
+    turn: AtomicU64,
 }
 
 /// How much was told to a daemon.
@@ -202,14 +210,15 @@ impl Known {
         let key = Keyed::new();
         let shards = if is_on { SHARDS } else { 0 };
         let shard = |_| Apart(Mutex::new(Shard::new(key, None)));
-        Known { shards: (0..shards).map(shard).collect(), key }
+        Known { shards: (0..shards).map(shard).collect(), key, turn: AtomicU64::new(0) }
     }
 
     /// Nothing yet, and changes go into these logs; and the key that finds them again.
     pub fn kept(logs: Vec<Log>) -> (Known, [u64; 2]) {
         let key = Keyed::new();
         let shards = logs.into_iter().map(|log| Apart(Mutex::new(Shard::new(key, Some(log)))));
-        (Known { shards: shards.collect(), key }, [key.start, key.factor])
+        let known = Known { shards: shards.collect(), key, turn: AtomicU64::new(0) };
+        (known, [key.start, key.factor])
     }
 
     /// What the logs of another client tell; `None`: they are damaged.
@@ -219,7 +228,12 @@ impl Known {
             let mut shard = Shard::new(key, Some(log));
             shard.replay().then_some(Apart(Mutex::new(shard)))
         });
-        Some(Known { shards: shards.collect::<Option<_>>()?, key })
+        Some(Known { shards: shards.collect::<Option<_>>()?, key, turn: AtomicU64::new(0) })
+    }
+
+    /// A turn begins: to be called when all is over that was in flight when the one before began.
+    pub fn next_turn(&self) {
+        self.turn.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Nobody will take over.
@@ -389,7 +403,9 @@ impl Known {
     fn shard(&self, number: u64) -> MutexGuard<'_, Shard> {
         let hash = self.key.hash_one(number);
         // The table in it goes by the lowest bits and the seven highest.
-        lock(&self.shards[(hash >> 40) as usize % SHARDS].0)
+        let mut shard = lock(&self.shards[(hash >> 40) as usize % SHARDS].0);
+        shard.turn = self.turn.load(Ordering::Acquire);
+        shard
     }
 }
 
@@ -401,6 +417,7 @@ impl Shard {
             nodes: HashMap::with_hasher(key),
             handles: HashMap::with_hasher(key),
             early: VecDeque::new(),
+            turn: 0,
             node_id_max: 0,
             fh_max: 0,
         }
@@ -434,7 +451,7 @@ impl Shard {
             let undecided = if has_recent { undecided(id) } else { 0 };
             Change::Node { id, count: node.count.saturating_sub(undecided), recipe: &node.recipe }
         });
-        let early = self.early.iter().filter_map(|id| {
+        let early = self.early.iter().filter_map(|(id, _)| {
             let node = self.nodes.get(id).filter(|node| node.count == 0)?;
             Some(Change::Heard { id: *id, recipe: &node.recipe })
         });
@@ -585,18 +602,21 @@ impl Shard {
     /// Nodes that do not count.
     fn early(&self) -> HashSet<u64> {
         let counts = |id: &u64| self.nodes.get(id).is_none_or(|node| node.count > 0);
-        self.early.iter().copied().filter(|id| !counts(id)).collect()
+        self.early.iter().map(|(id, _)| *id).filter(|id| !counts(id)).collect()
     }
 
-    /// Keeps a node that does not count, for a while.
+    /// Keeps a node that does not count, as long as a reply may give it that is on its way.
     fn keep_early(&mut self, id: u64) {
-        self.early.push_back(id);
-        if self.early.len() > EARLY_PER_SHARD_MAX
-            && let Some(oldest) = self.early.pop_front()
-            && self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
-            && !self.early.contains(&oldest)
+        self.early.push_back((id, self.turn));
+        while let Some(&(oldest, turn)) = self.early.front()
+            && (self.turn >= turn + EARLY_TURNS || self.early.len() > EARLY_PER_SHARD_MAX)
         {
-            self.drop_node(oldest);
+            self.early.pop_front();
+            if self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
+                && !self.early.iter().any(|(id, _)| *id == oldest)
+            {
+                self.drop_node(oldest);
+            }
         }
     }
 
@@ -1017,6 +1037,45 @@ mod tests {
             assert_eq!(told(&known).0[&5], (1, b"first".to_vec()), "{round}");
             forget(&known, &[(5, 1)]);
         }
+    }
+
+    /// As the kernel forgets one file after the other for long.
+    #[test]
+    fn recipes_go_when_all_is_over_that_was_in_flight() {
+        let known = Known::new(true);
+        let looked_up = |id| answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
+        let held = || {
+            let shards = known.shards.iter().map(|shard| lock(&shard.0));
+            shards
+                .map(|shard| (shard.nodes.len(), shard.early.len()))
+                .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+        };
+        for id in 2..20_000 {
+            known.hear(&node(id, b"passing")).expect("well formed");
+            looked_up(id);
+            forget(&known, &[(id, 1)]);
+            if id % 64 == 0 {
+                known.next_turn();
+            }
+        }
+        let (nodes, early) = held();
+        let most = SHARDS * 2 * (EARLY_TURNS as usize + 1) * 4;
+        assert!(nodes <= early && early < most, "{nodes} {early}");
+        // What was heard or given back in this turn or the two before is there.
+        for turn in 0..EARLY_TURNS {
+            known.hear(&node(30_000 + turn, b"late")).expect("well formed");
+            known.hear(&node(40_000 + turn, b"back")).expect("well formed");
+            looked_up(40_000 + turn);
+            forget(&known, &[(40_000 + turn, 1)]);
+            (50_000..50_500).for_each(|id| known.hear(&node(id, b"other")).expect("well formed"));
+            if turn + 1 < EARLY_TURNS {
+                known.next_turn();
+            }
+        }
+        (0..EARLY_TURNS).for_each(|turn| looked_up(30_000 + turn));
+        (0..EARLY_TURNS).for_each(|turn| looked_up(40_000 + turn));
+        let (nodes, ..) = told(&known);
+        assert!((nodes.len(), nodes.values().all(|(_, recipe)| recipe.len() == 4)) == (6, true));
     }
 
     #[test]

@@ -140,6 +140,8 @@ pub struct Session {
     pub nodes_seen: AtomicU64,
     /// What a daemon that does not know the session has to be told.
     pub known: Known,
+    /// Held by who sees whether a turn is over.
+    turning: Mutex<()>,
     /// Optional records that this version does not know.
     pub records_skipped: AtomicU64,
     /// Nodes that the daemon would like to have back.
@@ -172,6 +174,7 @@ impl Session {
             watch: Watch::default(),
             nodes_seen: AtomicU64::new(0),
             known,
+            turning: Mutex::default(),
             records_skipped: AtomicU64::new(0),
             prune: Prune::default(),
             interrupts: Interrupts::default(),
@@ -221,6 +224,17 @@ impl Session {
         // It may have come before the old one was seen to be gone.
         lane.kick();
         self.notify();
+    }
+
+    /// Another turn begins if all is over that was in flight when this one began: what is known
+    /// only for the sake of those can go. To be called now and then, where things become that.
+    pub fn turn(&self) {
+        let Ok(_turning) = self.turning.try_lock() else { return };
+        if self.lanes.iter().all(Lane::has_ended_turn) {
+            // First, so that nothing of this turn on is taken for older than what is in flight.
+            self.known.next_turn();
+            self.lanes.iter().for_each(Lane::begin_turn);
+        }
     }
 
     /// Has all threads end, after the mount is gone.

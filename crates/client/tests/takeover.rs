@@ -13,7 +13,9 @@ use host::{HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
 use rustix::process::{Signal, kill_process};
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -126,6 +128,42 @@ fn replies_and_forgets_that_were_on_their_way_count_once() {
         wait_until("their end", || known(&bench) == (0, 0));
         umount(&bench, client);
     }
+}
+
+/// Bytes of the file that a client leaves to the next one.
+fn kept_bytes(bench: &Bench) -> u64 {
+    let fds = format!("/proc/{}/fd", worker(bench).as_raw_pid());
+    let is_it = |fd: &PathBuf| {
+        std::fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:ringfs"))
+    };
+    let mut fds = std::fs::read_dir(fds).expect("its fds").map(|fd| fd.expect("an fd").path());
+    std::fs::metadata(fds.find(is_it).expect("the file")).expect("stat").blocks() * 512
+}
+
+#[test]
+fn nodes_that_were_given_back_are_not_kept_for_ever() {
+    if !kernel_resends("nodes_that_were_given_back_are_not_kept_for_ever") {
+        return;
+    }
+    const NODES: u64 = 2000;
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let pass = |round: u64| {
+        let root = bench.mountpoint.clone();
+        within("lookups", move || {
+            for n in round * NODES..(round + 1) * NODES {
+                std::fs::metadata(root.join(format!("n{n}"))).expect("stat");
+            }
+        });
+        forget_until("the forgets", || lookups(&bench).is_empty());
+        wait_until("their end", || known(&bench) == (0, 0));
+    };
+    (0..2).for_each(pass);
+    let before = kept_bytes(&bench);
+    (2..7).for_each(pass);
+    let after = kept_bytes(&bench);
+    assert!(after < before + (384 << 10), "{before} -> {after}");
+    umount(&bench, client);
 }
 
 #[test]

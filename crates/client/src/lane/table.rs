@@ -36,6 +36,9 @@ pub(super) struct Table {
     /// What waits for a connection any longer fails with this.
     overdue: Option<Errno>,
     slots: ClientSlots<InFlight>,
+    /// Which slots were in use when the turn began and are still, by the same request; how many.
+    before: Vec<bool>,
+    before_left: usize,
     park: VecDeque<Parked>,
     park_bytes: usize,
     controls: VecDeque<Control>,
@@ -50,6 +53,8 @@ impl Table {
             phase: Phase::Open,
             overdue: None,
             slots: ClientSlots::new(slots),
+            before: vec![false; slots.into()],
+            before_left: 0,
             park: VecDeque::new(),
             park_bytes: 0,
             controls: VecDeque::new(),
@@ -65,6 +70,14 @@ impl Table {
             InFlight::Forget | InFlight::Abandoned => None,
         });
         parked.chain(in_flight)
+    }
+
+    /// Frees a slot, whose next use is the same one if its request was not sent.
+    fn end(&mut self, at: SlotUse, is_sent: bool) -> Result<InFlight, SlotError> {
+        let request = if is_sent { self.slots.complete(at) } else { self.slots.unclaim(at) }?;
+        let was_before = self.before.get_mut(usize::from(at.slot)).map(std::mem::take);
+        self.before_left -= usize::from(was_before == Some(true));
+        Ok(request)
     }
 
     /// Has the requests that `choose` means answered here: their ids.
@@ -202,6 +215,18 @@ impl Lane {
         lock(&self.table).slots.in_use()
     }
 
+    /// Whether all is over that was in flight at the last [`Lane::begin_turn`].
+    pub fn has_ended_turn(&self) -> bool {
+        lock(&self.table).before_left == 0
+    }
+
+    /// A turn begins; the one before has ended.
+    pub fn begin_turn(&self) {
+        let Table { slots, before, before_left, .. } = &mut *lock(&self.table);
+        slots.in_flight().for_each(|(at, _)| before[usize::from(at.slot)] = true);
+        *before_left = slots.in_use();
+    }
+
     /// Those of them that were answered here.
     pub fn abandoned(&self) -> usize {
         let table = lock(&self.table);
@@ -283,7 +308,7 @@ impl Lane {
     /// The reply to a request is here, as the lane's own thread finds.
     pub fn complete(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
-        let request = table.slots.complete(at)?;
+        let request = table.end(at, true)?;
         self.slot_is_free(table);
         self.trace(at, request, "answered");
         Ok(request)
@@ -294,7 +319,7 @@ impl Lane {
     /// has ended meanwhile, and the request with it.
     pub fn unclaim(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
-        let request = table.slots.unclaim(at)?;
+        let request = table.end(at, false)?;
         if let Some(keep) = &self.keep {
             keep.freed(at, false);
         }
@@ -395,7 +420,7 @@ impl Lane {
         let mut waiting: Vec<u64> = table.park.drain(..).map(|parked| parked.unique).collect();
         let in_flight: Vec<_> = table.slots.in_flight().map(|(at, _)| at).collect();
         for at in in_flight {
-            if let Ok(InFlight::Request { unique, .. }) = table.slots.complete(at) {
+            if let Ok(InFlight::Request { unique, .. }) = table.end(at, true) {
                 waiting.push(unique);
             }
         }
@@ -500,6 +525,34 @@ mod tests {
         // The cancel named this use of the slot, and meant another request.
         assert_eq!(lane.next_control().map(|record| record.kind), Some(Kind::Pong as u8));
         assert_eq!(lane.next_control(), None);
+    }
+
+    #[test]
+    fn a_turn_ends_with_the_last_request_from_before() {
+        let lane = lane(4);
+        let claimed = |unique| match lane.claim(request(unique)) {
+            Claim::Slot(at) => at,
+            claim => panic!("{claim:?}"),
+        };
+        let (first, second, third) = (claimed(2), claimed(4), claimed(6));
+        assert!(lane.has_ended_turn(), "none has begun");
+        lane.begin_turn();
+        let later = claimed(8);
+        lane.complete(first).expect("in flight");
+        lane.complete(later).expect("in flight");
+        assert_eq!(claimed(10).slot, later.slot);
+        assert!(!lane.has_ended_turn());
+        // Answered here it may still have given something.
+        lane.cut();
+        assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
+        lane.complete(third).expect("in flight");
+        assert!(!lane.has_ended_turn());
+        lane.unclaim(second).expect("in flight");
+        assert!(lane.has_ended_turn(), "the newcomer does not count");
+        lane.begin_turn();
+        assert!(!lane.has_ended_turn());
+        lane.close(Errno::IO);
+        assert!(lane.has_ended_turn());
     }
 
     #[test]
