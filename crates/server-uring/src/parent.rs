@@ -132,7 +132,8 @@ impl Parent {
         let roots = shares.map(|share| root_for(share, walls));
         let roots = roots.collect::<std::io::Result<Vec<_>>>()?;
         let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
-        keep.extend(self.plan.state.as_ref().map(AsFd::as_fd));
+        let state = self.plan.state.as_ref().filter(|_| own_users.is_none());
+        keep.extend(state.map(AsFd::as_fd));
         let spaces = walls.has_root().then_some(Spaces { own_users });
         let state = self.in_force.state(&self.entrances);
         Child::start(&keep, self.plan.shares.len(), spaces, |channel| {

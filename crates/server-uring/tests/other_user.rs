@@ -35,7 +35,10 @@ fn daemon_of_user(engine: &str, script: &str, options: &[&str]) -> Daemon {
         let script = format!("{script}\nshift; exec \"$@\"");
         command.args(["-m", "sh", "-ec", &script, "sh"]).arg(share);
         command.args(["setpriv", &format!("--reuid={UID}"), &format!("--regid={GID}")]);
-        command.args(["--clear-groups", "--", program, "--state-dir=none"]).args(options);
+        command.args(["--clear-groups", "--", program]).args(options);
+        if !options.iter().any(|option| option.starts_with("--state-dir")) {
+            command.arg("--state-dir=none");
+        }
         command
     })
 }
@@ -80,6 +83,39 @@ fn its_worker_is_shut_in_and_serves() {
     }
 }
 
+/// It has a copy of its own, which is locked with its parent's against other daemons.
+#[test]
+fn its_state_directory_leads_nowhere() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    chown(dir.path(), Some(UID), Some(GID)).expect("chown");
+    let state = dir.path().join("state");
+    let option = format!("--state-dir={}", state.display());
+    let daemon = daemon_of_user("uring", "", &[&option, "--grace=60"]);
+    let files = || std::fs::read_dir(&state).expect("the state directory").count();
+    for sessions in 1..=2 {
+        daemon.guest().create(&format!("file{sessions}")).expect("create");
+        assert_eq!(files(), sessions, "a file a session");
+        no_directory_is_from_outside(&daemon);
+        let worker = daemon.worker_pid();
+        let pid = rustix::process::Pid::from_raw(worker as i32).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+        until("another worker", || {
+            control::ask_status(&daemon.path("c")).ok()?;
+            (daemon.worker_pid() != worker).then_some(())
+        });
+    }
+    // Somebody has moved it: guests are served all the same.
+    std::fs::rename(&state, dir.path().join("moved")).expect("rename");
+    let pid = rustix::process::Pid::from_raw(daemon.worker_pid() as i32).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    until("another worker", || control::ask_status(&daemon.path("c")).ok());
+    daemon.guest().create("file").expect("create");
+    daemon.stop_well();
+}
+
 /// As without a namespace of users: who copies owners too goes on.
 fn gives_nothing_away(daemon: &Daemon) {
     let mut guest = daemon.guest();
@@ -102,7 +138,11 @@ fn no_directory_is_from_outside(daemon: &Daemon) {
         let info = format!("{worker}/fdinfo/{}", fd.file_name().display());
         let info = std::fs::read_to_string(info).expect("fdinfo");
         let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:\t")).expect("mnt_id");
-        assert!(mounts.contains(&mount), "{:?}", std::fs::read_link(fd.path()));
+        // Of its root, or of a mount that is nowhere, where the way up ends.
+        let ino = |path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        let leads_up = ino(fd.path()) != ino(fd.path().join(".."));
+        let there = std::fs::read_link(fd.path());
+        assert!(mounts.contains(&mount) || !leads_up, "{there:?}");
         directories += 1;
     }
     assert!(directories > 0, "the share");
