@@ -8,7 +8,7 @@ use crate::fds::Fds;
 use crate::fs::FsError;
 use crate::greet::Share;
 use crate::parent::Plan;
-use crate::sandbox::{self, Needs, Walls};
+use crate::sandbox::{self, Needs, Offered, Walls};
 use crate::share::ShareRoot;
 use crate::state_dir::{Held, StateDir};
 use crate::status::ConfigState;
@@ -88,7 +88,10 @@ fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<(Vec<Share>, Option<Held>
             (roots, plan.state.as_ref().map(Held::lend).transpose()?)
         }
     };
-    let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
+    let shares = plan.shares.iter().zip(roots);
+    let shares: Vec<_> = shares
+        .map(|(share, root)| Offered { dir: root.as_fd(), read_only: share.config.ro })
+        .collect();
     let state = held.as_ref().map(AsFd::as_fd);
     let device_nodes = plan.shares.iter().any(|share| share.config.dev);
     let (walls, file_handles) = (plan.walls, plan.file_handles);
