@@ -50,9 +50,9 @@ impl ShareDir {
         Ok(ShareDir { path: dir.to_owned(), plain, identity, merged, read_only })
     }
 
-    /// Whether both are one directory.
-    pub fn is_same(&self, other: &ShareDir) -> bool {
-        self.identity == other.identity
+    /// What whoever is given it has.
+    pub fn given(&self) -> Given {
+        Given { identity: self.identity, read_only: self.read_only }
     }
 
     /// For this process: the directory itself where mounts below are to be seen, else a copy. That
@@ -144,6 +144,20 @@ impl ShareRoot {
         let path = if path.is_empty() { b".".as_slice() } else { path };
         let fd = rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve)?;
         Ok(ShareRoot { fd, hidden: self.hidden })
+    }
+}
+
+/// A directory, and whether it may be written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Given {
+    identity: Identity,
+    read_only: bool,
+}
+
+impl Given {
+    /// Whether who has this one has the other one, too.
+    pub fn covers(self, other: Given) -> bool {
+        self.identity == other.identity && (other.read_only || !self.read_only)
     }
 }
 
