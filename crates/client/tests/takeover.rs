@@ -11,8 +11,9 @@ use bench::uses::*;
 use bench::*;
 use host::{HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
-use rustix::process::{Pid, Signal, kill_process};
-use std::collections::BTreeMap;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -258,6 +259,58 @@ fn who_is_killed_before_the_mount_is_ready_ends_and_is_cleaned_up() {
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("(it was not ready yet): it is unmounted"), "{stderr}");
     assert!(!bench.is_mounted());
+}
+
+/// No fd can be had: all numbers below the limit are taken.
+fn without_fds(pid: Pid) -> Rlimit {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).expect("/proc");
+    let fds =
+        fds.map(|fd| fd.expect("fd").file_name().to_string_lossy().parse().expect("a number"));
+    let fds: BTreeSet<u64> = fds.collect();
+    let free = (0..).find(|number| !fds.contains(number));
+    let limit = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
+    prlimit(Some(pid), Resource::Nofile, limit).expect("the keeper is ours")
+}
+
+#[test]
+fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
+    if !kernel_resends("a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up") {
+        return;
+    }
+    for passes in [true, false] {
+        let bench = Bench::new(Terms::default());
+        let mut client = bench.mount("lanes=2");
+        let reader = hanging(&bench);
+        let before = without_fds(client.pid());
+        kill_process(worker(&bench), Signal::KILL).expect("kill");
+        let stderr = client.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
+        let mut stderr = within("the keeper's words", move || {
+            let (mut stderr, mut line) = (BufReader::new(stderr), String::new());
+            while !line.contains("cannot start the next client: trying again") {
+                line.clear();
+                assert!(stderr.read_line(&mut line).expect("utf-8") > 0, "it has ended");
+            }
+            stderr
+        });
+        assert!(bench.is_mounted());
+        if passes {
+            let back = prlimit(Some(client.pid()), Resource::Nofile, before);
+            back.expect("the keeper is ours");
+            use_mount(&bench);
+            reader.kill();
+            reader.wait();
+            umount(&bench, client);
+            continue;
+        }
+        client.signal(Signal::TERM);
+        assert!(!reader.wait().status.success());
+        let (status, _) = client.wait();
+        let mut rest = String::new();
+        stderr.read_to_string(&mut rest).expect("utf-8");
+        assert_eq!(status.code(), Some(3), "{rest}");
+        assert!(rest.contains("gives up: it is unmounted, and what was in flight"), "{rest}");
+        assert!(!bench.is_mounted());
+    }
 }
 
 #[test]
