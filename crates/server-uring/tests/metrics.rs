@@ -204,7 +204,7 @@ fn a_slow_operation_is_told_with_where_it_was() {
     guest.flush();
     assert_eq!(guest.reply().expect("a reply"), (at, Ok(Vec::new())));
     // What the guest calls it.
-    let name = format!("0.{}.{}", at.slot, at.seq);
+    let name = format!("1.0.{}.{}", at.slot, at.seq);
     let told = control::ask_status(&control).expect("a status");
     let slow = told.slow.iter().find(|slow| slow.op == name).expect("it is told");
     assert_eq!((&*slow.opcode, &*slow.share, slow.session), ("FALLOCATE", "share", 1));
