@@ -157,7 +157,8 @@ fn whoever_scrapes_badly_is_answered_or_cut_off() {
         command.arg(format!("--metrics=tcp:{port}"));
         command
     });
-    let connect = || TcpStream::connect(port).expect("the metrics port");
+    // It listens a moment after the control socket does.
+    let connect = || until("the metrics port", || TcpStream::connect(port).ok());
     assert_eq!(http(connect(), GET).0, "HTTP/1.1 200 OK");
     let (line, _) = http(connect(), "GET /x HTTP/1.1\r\n\r\n");
     assert_eq!(line, "HTTP/1.1 404 Not Found");
