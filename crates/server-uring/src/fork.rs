@@ -6,7 +6,7 @@
 #![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
 
 use crate::channel::{Channel, ToParent, ToWorker};
-use crate::sandbox::root::{self, Inside};
+use crate::sandbox::root::Inside;
 use crate::sandbox::users::{self, Ids, Lent};
 use crate::share::ShareDir;
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use rustix::process::{
 };
 use rustix::thread::{UnshareFlags, set_thread_groups, unshare_unsafe};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The exit code of a worker that could not go on.
@@ -32,7 +32,7 @@ pub struct Child {
     /// Shares that it has been given.
     shares: usize,
     /// Where it is; see [`Child::serves`].
-    inside: Option<(Inside, OwnedFd)>,
+    inside: Option<Inside>,
     /// To the worker; hung up when it has ended.
     pub channel: Channel,
 }
@@ -96,10 +96,8 @@ impl Child {
     ///
     /// # Errors
     /// What the system calls say.
-    pub fn serves(&mut self) -> io::Result<()> {
-        let pid = self.pid.as_raw_pid();
-        let users = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
-        self.inside = Some((Inside::of(pid)?, users.into()));
+    pub fn serves(&mut self, own_users: bool) -> io::Result<()> {
+        self.inside = Some(Inside::of(self.pid.as_raw_pid(), own_users)?);
         Ok(())
     }
 
@@ -109,7 +107,7 @@ impl Child {
     /// What the system calls say.
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
         let index = self.shares;
-        self.by_helper(|inside, _| inside.attach(tree, index).map(|()| true))?;
+        self.by_helper(|inside| inside.attach(tree, index).map(|()| true))?;
         Ok(index)
     }
 
@@ -120,8 +118,8 @@ impl Child {
     /// What the system calls say.
     pub fn attach_in_own_users(&mut self, share: &ShareDir) -> io::Result<(usize, bool)> {
         let index = self.shares;
-        let hidden = self.by_helper(|inside, users| {
-            root::enter_users(users)?;
+        let hidden = self.by_helper(|inside| {
+            inside.enter_users()?;
             let copy = share.copy_in_own_users()?;
             inside.attach(copy.as_fd(), index)?;
             Ok(copy.hidden())
@@ -130,16 +128,13 @@ impl Child {
     }
 
     /// A process of its own goes into the worker's namespaces and puts a share there.
-    fn by_helper(
-        &mut self,
-        work: impl FnOnce(&Inside, BorrowedFd<'_>) -> Result<bool, Errno>,
-    ) -> io::Result<bool> {
-        let Some((inside, users)) = &self.inside else {
+    fn by_helper(&mut self, work: impl FnOnce(&Inside) -> Result<bool, Errno>) -> io::Result<bool> {
+        let Some(inside) = &self.inside else {
             return Err(io::Error::other("the worker's namespaces could not be had"));
         };
         wait_for_one_thread();
         let Some(pid) = fork()? else {
-            exit_now(match work(inside, users.as_fd()) {
+            exit_now(match work(inside) {
                 Ok(true) => 0,
                 Ok(false) => DONE_OTHERWISE,
                 Err(errno) => errno.raw_os_error(),

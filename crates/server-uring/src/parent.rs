@@ -196,17 +196,14 @@ impl Parent {
             exhausted = false;
             if !heard.is_empty() {
                 match child.channel.receive::<ToParent>() {
-                    Ok(Some((ToParent::Ready, _))) => {
+                    // It has had no guest yet, and is believed; later it is not.
+                    Ok(Some((ToParent::Ready, _))) if !served => {
                         served = true;
-                        if self.plan.walls.has_root()
-                            && let Err(error) = child.serves()
-                        {
-                            tracing::warn!(%error, "no share can be added while this worker runs");
-                        }
+                        self.is_ready(child);
                         self.say_listening(has_served);
                     }
                     Ok(Some((ToParent::Failed(text), _))) => failed = Some(text),
-                    Ok(Some((ToParent::Pid(_), _))) => {}
+                    Ok(Some((ToParent::Ready | ToParent::Pid(_), _))) => {}
                     Ok(None) | Err(_) if stopping => return Ok(End::Stopped),
                     Ok(None) | Err(_) => return Ok(End::Died { served, failed }),
                 }
@@ -240,6 +237,16 @@ impl Parent {
 
     fn listeners(&self) -> impl Iterator<Item = (Door, &Listener)> {
         self.entrances.iter().flat_map(|one| one.listeners().map(|socket| (one.door(), socket)))
+    }
+
+    /// The worker's root stands as it will.
+    fn is_ready(&self, child: &mut Child) {
+        let walls = self.plan.walls;
+        if walls.has_root()
+            && let Err(error) = child.serves(walls.ids().is_some())
+        {
+            tracing::warn!(%error, "no share can be added while this worker runs");
+        }
     }
 
     fn say_listening(&self, has_served: &mut bool) {
