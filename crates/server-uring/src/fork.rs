@@ -116,10 +116,12 @@ impl Child {
     ///
     /// # Errors
     /// What the system calls say.
-    pub fn attach_in_own_users(&mut self, share: &ShareDir) -> io::Result<(usize, bool)> {
+    pub fn attach_in_own_users(&mut self, share: &ShareDir, ids: Ids) -> io::Result<(usize, bool)> {
         let index = self.shares;
         let hidden = self.by_helper(|inside| {
             inside.enter_users()?;
+            // What the worker could not open, its successor could not.
+            drop_other_groups(ids)?;
             let copy = share.copy_in_own_users()?;
             inside.attach(copy.as_fd(), index)?;
             Ok(copy.hidden())
@@ -219,13 +221,11 @@ impl Spaces {
         self.unshare().map_err(failed)?;
         match (self.own_users, mapper) {
             (Some(Ids::Own), _) => users::map_own(uid, gid).map_err(failed)?,
-            (_, Some(mapper)) => {
+            (Some(ids), Some(mapper)) => {
                 mapper.map().map_err(not_lent)?;
-                // The user's other groups have no id in there, so a thread that takes on a guest's
-                // could not go back to them.
-                set_thread_groups(&[]).map_err(|errno| not_lent(errno.into()))?;
+                drop_other_groups(ids).map_err(|errno| not_lent(errno.into()))?;
             }
-            (_, None) => {}
+            (Some(Ids::Lent(_)) | None, _) => {}
         }
         let Some(worker) = fork().map_err(failed)? else { return Ok(Side::Inside) };
         let pid = ToParent::Pid(worker.as_raw_nonzero().get());
@@ -272,6 +272,15 @@ impl Mapper {
             (_, Ok(Some((ToParent::Failed(text), _)))) => Err(io::Error::other(text)),
             (how, _) => Err(io::Error::other(format!("the ids were not mapped ({how})"))),
         }
+    }
+}
+
+/// With lent ids the user's other groups have no id in there, so a thread that takes on a guest's
+/// could not go back to them.
+fn drop_other_groups(ids: Ids) -> Result<(), Errno> {
+    match ids {
+        Ids::Own => Ok(()),
+        Ids::Lent(_) => set_thread_groups(&[]),
     }
 }
 
@@ -335,14 +344,20 @@ fn close_all_but(mut kept: Vec<RawFd>) {
     }
 }
 
-/// Tells the parent why there will be no worker.
-pub fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> i32 {
+/// What it says, and what its causes do.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
         text = format!("{text}: {error}");
         source = error.source();
     }
+    text
+}
+
+/// Tells the parent why there will be no worker.
+pub fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> i32 {
+    let text = with_causes(error);
     if channel.send(&ToParent::Failed(text.clone()), None).is_err() {
         tracing::error!("the worker has failed: {text}");
     }
