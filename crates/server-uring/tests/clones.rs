@@ -89,6 +89,16 @@ impl Memory {
         assert!(guest.flush());
     }
 
+    /// Comes to a daemon that does not have the session any more.
+    fn come_rebuilt(&self, daemon: &Daemon, epoch_seen: u64, ticket: Ticket) -> Guest {
+        let hello = Hello { epoch_seen, ticket, ..self.hello.clone() };
+        let mut guest = Guest::greet(daemon.connect(), &hello).expect("welcome");
+        assert_eq!(guest.welcome.flags, welcome_flag::REBUILD);
+        (guest.slots, guest.recipes) = (self.slots.clone(), Some(self.recipes.clone()));
+        self.tell(&mut guest);
+        guest
+    }
+
     /// Comes as a guest does that has lost its connection; whether it has the session itself.
     fn come(&self, daemon: &Daemon, n: u64) -> (Guest, bool) {
         let mut hello = self.hello.clone();
@@ -133,6 +143,21 @@ impl Memory {
         assert_eq!((entry.nodeid, entry.attr.size), (node, FILE_BYTES as u64));
         guest.release(node, fh).expect("release");
     }
+}
+
+fn mkdir(name: &str) -> Vec<u8> {
+    [&[0xED, 1, 0, 0, 0, 0, 0, 0][..], name.as_bytes(), &[0]].concat()
+}
+
+/// Asks what another session of that guest may have been asked.
+fn ask_again(guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
+    let at = guest.claim();
+    guest.add(Kind::Unsure as u8, at, 0, &[]);
+    guest.again(at, opcode, node, args);
+    guest.flush();
+    let (answered, result) = guest.reply().expect("an answer");
+    assert_eq!(answered, at);
+    result
 }
 
 fn goodbye(mut guest: Guest) {
@@ -184,29 +209,11 @@ impl Drop for Over<'_> {
 /// that is a clone.
 #[test]
 fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
-    let mkdir = |name: &str| [&[0xED, 1, 0, 0, 0, 0, 0, 0][..], name.as_bytes(), &[0]].concat();
     for engine in ["uring", "threads"] {
         let daemon = Daemon::start_with_grace(engine, 600);
         let (original, memory) = open_for_clones(&daemon);
         let (epoch, ticket) = (original.welcome.epoch, Ticket([7; 16]));
         goodbye(original);
-        let comes = |epoch_seen, ticket| {
-            let hello = Hello { epoch_seen, ticket, ..memory.hello.clone() };
-            let mut guest = Guest::greet(daemon.connect(), &hello).expect("welcome");
-            assert_eq!(guest.welcome.flags, welcome_flag::REBUILD);
-            (guest.slots, guest.recipes) = (memory.slots.clone(), Some(memory.recipes.clone()));
-            memory.tell(&mut guest);
-            guest
-        };
-        let ask = |guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]| {
-            let at = guest.claim();
-            guest.add(Kind::Unsure as u8, at, 0, &[]);
-            guest.again(at, opcode, node, args);
-            guest.flush();
-            let (answered, result) = guest.reply().expect("an answer");
-            assert_eq!(answered, at);
-            result
-        };
         let path = |name: &str| daemon.share().join(name);
         let file = memory.files[0];
         let second = Hello {
@@ -219,23 +226,48 @@ fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
         };
         let sent_back = Guest::greet(daemon.connect(), &second).expect("welcome").welcome;
         assert_eq!((sent_back.flags, sent_back.epoch), (welcome_flag::REBUILD, epoch ^ 1));
-        let mut heir = comes(epoch ^ 1, ticket);
-        assert_eq!(ask(&mut heir, Opcode::Mkdir, 1, &mkdir("made")), Err(libc::EIO as u32));
+        let mut heir = memory.come_rebuilt(&daemon, epoch ^ 1, ticket);
+        assert_eq!(ask_again(&mut heir, Opcode::Mkdir, 1, &mkdir("made")), Err(libc::EIO as u32));
         assert!(!path("made").exists());
         // What may run twice does, and what was sent to this daemon first.
-        assert!(ask(&mut heir, Opcode::Lookup, 1, &name("file-1")).is_ok());
-        assert!(ask(&mut heir, Opcode::Write, file.0, &write_args(file.1, 0, b"again")).is_ok());
+        assert!(ask_again(&mut heir, Opcode::Lookup, 1, &name("file-1")).is_ok());
+        assert!(
+            ask_again(&mut heir, Opcode::Write, file.0, &write_args(file.1, 0, b"again")).is_ok()
+        );
         assert!(heir.call(Opcode::Mkdir, 1, &mkdir("new")).is_ok() && path("new").exists());
         assert_eq!(daemon.counters()["ambiguous"], 1);
         goodbye(heir);
         for (n, ticket) in [ticket, Ticket::NONE].into_iter().enumerate() {
-            let mut clone = comes(epoch, ticket);
+            let mut clone = memory.come_rebuilt(&daemon, epoch, ticket);
             let name = format!("clone-{n}");
-            assert!(ask(&mut clone, Opcode::Mkdir, 1, &mkdir(&name)).is_ok());
+            assert!(ask_again(&mut clone, Opcode::Mkdir, 1, &mkdir(&name)).is_ok());
             assert!(path(&name).exists());
             goodbye(clone);
         }
         assert_eq!(daemon.counters()["ambiguous"], 1);
+        daemon.stop_well();
+    }
+}
+
+/// The session is over with its connection, but the guest that comes again is no clone.
+#[test]
+fn what_ran_for_a_session_without_a_grace_time_is_not_done_again() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 0);
+        let (mut original, memory) = open_for_clones(&daemon);
+        let epoch = original.welcome.epoch;
+        original.start(Opcode::Mkdir, 1, &mkdir("made"));
+        original.flush();
+        let made = daemon.share().join("made");
+        until("the directory", || made.exists().then_some(()));
+        drop(original);
+        until("the session's end", || (daemon.counters()["sessions"] == 0).then_some(()));
+        std::fs::remove_dir(&made).expect("remove");
+        let mut heir = memory.come_rebuilt(&daemon, epoch, memory.hello.ticket);
+        let again = ask_again(&mut heir, Opcode::Mkdir, 1, &mkdir("made"));
+        assert_eq!((again, made.exists()), (Err(libc::EIO as u32), false));
+        assert_eq!(daemon.counters()["ambiguous"], 1);
+        goodbye(heir);
         daemon.stop_well();
     }
 }
