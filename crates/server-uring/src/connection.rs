@@ -165,6 +165,7 @@ impl Connection {
     pub fn begin_unsure(
         &mut self,
         record: &RecordHeader,
+        opcode: u32,
         runs_once: bool,
     ) -> Result<Begin, SlotError> {
         let (slots, at) = self.place(record)?;
@@ -173,7 +174,7 @@ impl Connection {
             return Ok(Begin::Replay);
         }
         slots.trust(at)?;
-        slots.begin(at, record.code)
+        slots.begin(at, opcode)
     }
 
     /// Nobody will take the reply to the request that a record names.

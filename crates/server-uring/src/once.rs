@@ -10,7 +10,8 @@ use ringfs_wire::slot::SlotError;
 use ringfs_wire::table::Given;
 
 impl<R: Ring> Shard<R> {
-    /// A request that came before, or cannot be; whether it is to be executed.
+    /// A request that came before, or cannot be; whether it is to be executed. A FORGET has no
+    /// `request`.
     pub(super) fn come_again(
         &mut self,
         key: usize,
@@ -48,8 +49,9 @@ impl<R: Ring> Shard<R> {
     ) -> Result<bool, Reason> {
         let conn = &mut self.conns[key];
         let runs_once = request.is_some_and(|request| conn.session.fs.runs_once(request));
+        let opcode = if request.is_some() { header.code } else { Opcode::Forget as u32 };
         if runs_once {
-            let opcode = Opcode::from_u32(header.code);
+            let opcode = Opcode::from_u32(opcode);
             let (session, node) = (conn.session.id, request.map(|request| request.nodeid));
             add(&self.shared.stats.ambiguous, 1);
             tracing::warn!(
@@ -59,7 +61,7 @@ impl<R: Ring> Shard<R> {
                 "nobody can tell whether a daemon that is gone had done this: answered EIO"
             );
         }
-        let begun = conn.begin_unsure(header, runs_once);
+        let begun = conn.begin_unsure(header, opcode, runs_once);
         self.come_again(key, header, request, begun)
     }
 

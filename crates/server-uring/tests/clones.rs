@@ -5,13 +5,15 @@
 mod common;
 
 use common::*;
-use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::abi::{self, ForgetOne, Opcode};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Hello, Reason, Ticket, feature, welcome_flag};
 use ringfs_wire::limits::RESTORE_BODY_BYTES_MAX;
 use ringfs_wire::restore::{End as Totals, Restore, push_restore};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
+use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -267,6 +269,43 @@ fn what_ran_for_a_session_without_a_grace_time_is_not_done_again() {
         let again = ask_again(&mut heir, Opcode::Mkdir, 1, &mkdir("made"));
         assert_eq!((again, made.exists()), (Err(libc::EIO as u32), false));
         assert_eq!(daemon.counters()["ambiguous"], 1);
+        goodbye(heir);
+        daemon.stop_well();
+    }
+}
+
+/// What it gave back is told again, as not given back: its FORGET has to run for each daemon.
+#[test]
+fn a_forget_from_before_a_rebuild_runs_for_the_daemon_after_the_next_one_too() {
+    for engine in ["uring", "threads"] {
+        let state = tempfile::tempdir().expect("a temporary directory");
+        let daemon = Daemon::start_as(engine, |program, _| {
+            let mut command = Command::new(program);
+            command.arg("--grace=600").arg("--state-dir").arg(state.path().join("state"));
+            command
+        });
+        let (original, memory) = open_for_clones(&daemon);
+        let epoch = original.welcome.epoch;
+        goodbye(original);
+        let mut heir = memory.come_rebuilt(&daemon, epoch ^ 1, Ticket([7; 16]));
+        let one = ForgetOne { nodeid: memory.files[0].0, nlookup: 1 };
+        let give_back = |heir: &mut Guest| {
+            let at = heir.claim();
+            heir.release(memory.files[0].0, memory.files[0].1).expect("release");
+            let nodes = daemon.counters()["nodes"];
+            heir.add(Kind::Unsure as u8, at, 0, &[]);
+            heir.add(Kind::Forget as u8, at, 0, one.as_bytes());
+            heir.flush();
+            assert_eq!(heir.reply().expect("an answer"), (at, Ok(Vec::new())));
+            until("its end", || (daemon.counters()["nodes"] == nodes - 1).then_some(()));
+        };
+        give_back(&mut heir);
+        let (epoch, ticket) = (heir.welcome.epoch, heir.welcome.ticket);
+        let worker = Pid::from_raw(daemon.worker_pid() as i32).expect("a pid");
+        kill_process(worker, Signal::KILL).expect("kill");
+        assert_eq!(heir.ending(), End::Closed);
+        let mut heir = memory.come_rebuilt(&daemon, epoch, ticket);
+        give_back(&mut heir);
         goodbye(heir);
         daemon.stop_well();
     }
