@@ -36,6 +36,10 @@ pub const MOUNTS_MAX: usize = 256;
 /// RESOLVE_BENEATH answers EAGAIN when a rename anywhere may have disturbed it (openat2(2)).
 const WALK_TRIES_MAX: usize = 16;
 
+/// Tries of a handle that the host has no memory for. Linux says so too (iget_locked) of an inode
+/// whose number is being given to a new file, and a moment later that the handle is stale.
+const HANDLE_TRIES_MAX: usize = 64;
+
 /// `handle_type` of overlayfs (`OVL_FILEID_V1`, fs/overlayfs/overlayfs.h): the file system and
 /// handle of the layer that the file first came from.
 const OVERLAY_HANDLE: i32 = 0xf8;
@@ -602,7 +606,15 @@ impl Root {
         }
         let mount = self.mount_of(&recipe.mount).ok_or(ImportError::Stale)?;
         let flags = (libc::O_PATH | libc::O_NOFOLLOW) | libc::O_CLOEXEC;
-        let opened = sys::open_by_handle(mount.dir.as_fd(), handle.raw_type, &handle.bytes, flags);
+        let open = || sys::open_by_handle(mount.dir.as_fd(), handle.raw_type, &handle.bytes, flags);
+        let mut opened = open();
+        for _ in 1..HANDLE_TRIES_MAX {
+            if !matches!(opened, Err(Errno::NOMEM)) {
+                break;
+            }
+            rustix::thread::sched_yield();
+            opened = open();
+        }
         let opened = opened.map_err(|errno| match errno {
             Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::IO | Errno::INTR => {
                 ImportError::Host(errno)
@@ -795,5 +807,35 @@ mod sys {
         let rc =
             unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_GETVERSION as _, &raw mut version) };
         if rc == 0 { Ok(version as u32) } else { Err(last_errno()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    #[test]
+    fn a_file_that_is_gone_is_stale_also_while_a_new_one_gets_its_number() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = |name: &str| dir.path().join(name);
+        let opened = std::fs::File::open(dir.path()).expect("open");
+        let root = Root::new(opened.as_fd(), false).expect("a root");
+        std::fs::write(path("gone"), "").expect("write");
+        let recipe = Recipe::of(opened.as_fd(), c"gone", 1).expect("a recipe");
+        std::fs::remove_file(path("gone")).expect("remove");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Relaxed) {
+                    std::fs::write(path("new"), "").expect("write");
+                    std::fs::remove_file(path("new")).expect("remove");
+                }
+            });
+            let found = (0..20_000).map(|_| root.open_handle(&recipe).err());
+            let wrong = found.filter(|found| !matches!(found, Some(ImportError::Stale))).count();
+            over.store(true, Relaxed);
+            assert_eq!(wrong, 0);
+        });
     }
 }
