@@ -171,6 +171,9 @@ impl Args {
         if !self.options.is_empty() {
             line += &format!(" --options {}", self.options);
         }
+        if !self.daemon_args.is_empty() {
+            line += &format!(" --daemon-args='{}'", self.daemon_args);
+        }
         line
     }
 }

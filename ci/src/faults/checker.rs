@@ -95,7 +95,7 @@ struct Worker<'a> {
     account: &'a Account,
 }
 
-/// Prepares the directory `name` of a mount for `threads`.
+/// Prepares a directory for `threads`.
 fn prepare(root: &Path, threads: u64) -> Result<()> {
     fs::create_dir(root).with_context(|| format!("create {}", root.display()))?;
     fs::create_dir(root.join("shared"))?;
@@ -288,7 +288,8 @@ pub fn run(
 ) -> Result<()> {
     let (mount, behind, name) = place;
     let root = mount.join(name);
-    prepare(&root, threads)?;
+    // Not by the mount: what a kill fails there is nobody's to settle.
+    prepare(&behind.join(name), threads)?;
     let workers = (0..threads).map(|thread| Worker::new(&root, seed, thread, threads, account));
     let mut workers = workers.collect::<Result<Vec<_>>>()?;
     let stop = AtomicBool::new(false);
