@@ -7,10 +7,10 @@
 //! Invariant: a notification goes to any fd of the session, whole, in one write. What the kernel
 //! says about its own cache (nothing cached, still in use) is an outcome.
 //!
-//! **Trap**: the kernel takes the parent's inode lock for names, waits for locked pages for inodes,
-//! and may write pages back to forget a node. A thread that serves requests of the same mount must
-//! never send these, or it waits for a task which waits for it. Only [`Notice::resend`] and
-//! [`Notice::inc_epoch`] wait for nothing.
+//! **Trap**: the kernel takes the parent's inode lock for names, and waits for locked pages for
+//! inodes. A thread that serves requests of the same mount must never send these, or it waits for a
+//! task which waits for it; and a process whose thread waits so does not end when it is killed.
+//! [`Notice::resend`] and [`Notice::inc_epoch`] wait for nothing, [`Notice::prune`] for no request.
 
 use ringfs_wire::abi::{
     NotifyDeleteOut, NotifyInvalEntryOut, NotifyInvalInodeOut, NotifyPruneOut, OutHeader,

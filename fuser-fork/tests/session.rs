@@ -17,6 +17,7 @@ use fuser_fork::mount::{AbortOutcome, Unmounted, abort_at, unmount_path};
 use fuser_fork::notify::{Notice, NotifyOutcome};
 use fuser_fork::reader::{Clones, Owed};
 use ringfs_wire::abi::{FUSE_ROOT_ID, Opcode};
+use rustix::fs::Advice;
 use rustix::mount::{MountFlags, UnmountFlags};
 use zerocopy::IntoBytes;
 
@@ -204,6 +205,48 @@ fn notifications() {
         lane.join().expect("lane");
         let outcome = Notice::inval_inode(HELLO_NODE, 0, 0).send(&device).expect("notify");
         assert!(matches!(outcome, NotifyOutcome::Unmounted | NotifyOutcome::NotCached));
+    });
+}
+
+/// A task in the kernel cannot be killed while it waits for a page: whether a client that is killed
+/// meanwhile ends, and can be followed by another one, hangs on which notices wait.
+#[test]
+fn a_page_in_flight_is_waited_for_by_inval_inode_and_not_by_prune() {
+    bounded("a_page_in_flight_is_waited_for_by_inval_inode_and_not_by_prune", |dir| {
+        let (device, guard) = mounted(dir);
+        let device = Arc::new(device);
+        let hello = dir.mnt().join("hello");
+        let reader = std::thread::spawn(move || {
+            let file = std::fs::File::open(hello).expect("open");
+            rustix::fs::fadvise(&file, 0, None, Advice::WillNeed).expect("read ahead");
+        });
+        let read = serve_until(&device, Opcode::Read);
+        let flush = serve_until(&device, Opcode::Flush);
+        assert!(serve_one(&device, &Frame::parse(&flush).expect("frame")).is_some());
+        reader.join().expect("reader");
+        // The page is locked, and nobody has the file open.
+        let send = |notice: Notice| {
+            let (device, (tell, hear)) = (Arc::clone(&device), channel());
+            std::thread::spawn(move || {
+                tell.send(Err(rustix::thread::gettid())).expect("send");
+                tell.send(Ok(notice.send(&device).expect("notify"))).expect("send");
+            });
+            (hear.recv().expect("a thread").expect_err("its id"), hear)
+        };
+        let soon = Duration::from_secs(30);
+        let (_, pruned) = send(Notice::prune(&[HELLO_NODE]));
+        let outcome = pruned.recv_timeout(soon).expect("PRUNE waits for no page");
+        println!("prune: {outcome:?}");
+        assert!(matches!(outcome, Ok(NotifyOutcome::Done | NotifyOutcome::Unsupported)));
+        let (waiter, invalidated) = send(Notice::inval_inode(HELLO_NODE, 0, 0));
+        let stat = format!("/proc/self/task/{waiter}/stat");
+        while !std::fs::read_to_string(&stat).expect("it waits").contains(") D ") {
+            std::thread::yield_now();
+        }
+        assert!(serve_one(&device, &Frame::parse(&read).expect("frame")).is_some());
+        let outcome = invalidated.recv_timeout(soon).expect("the page is there");
+        assert_eq!(outcome, Ok(NotifyOutcome::Done));
+        drop(guard);
     });
 }
 

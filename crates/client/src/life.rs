@@ -11,7 +11,7 @@ use crate::rings::{Rings, place_of};
 use crate::service::Service;
 use crate::session::{End, Session};
 use crate::status::{Ask, Facts, Publisher, Report, own_dir};
-use crate::{interrupts, pump, takeover, uring_lane};
+use crate::{interrupts, probe, pump, takeover, uring_lane};
 use fuser_fork::mount::{Mount, MountError, Unmounted, unmount_path};
 use ringfs_wire::hello::Reason;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -209,9 +209,8 @@ impl Life {
         }
         let (sender, answers) = channel();
         let path = self.mountpoint.clone();
-        // It may hang with the daemon; the end of the session lets it go.
         self.spawn("probe".to_owned(), move |session| {
-            let _ = sender.send(rustix::fs::stat(&path).map(drop));
+            let _ = sender.send(probe::ask(&path));
             session.notify();
         })?;
         let answered =

@@ -29,6 +29,7 @@ mod lane;
 mod life;
 mod mount_cmd;
 mod options;
+mod probe;
 mod prune;
 mod pump;
 mod rebuild;
@@ -200,6 +201,9 @@ enum Cmd {
     },
     /// Print the completions of a shell, to be put where it looks for them
     Completions { shell: clap_complete::Shell },
+    /// Internal: whether the root of a mount answers
+    #[command(hide = true)]
+    Answers { dir: PathBuf },
     /// Write the man pages into a directory
     #[command(hide = true)]
     ManPages { dir: PathBuf },
@@ -272,6 +276,7 @@ fn main() -> ExitCode {
                 Err(error) => Err(error),
             }
         }
+        Cmd::Answers { dir } => return probe::look(&dir),
         Cmd::Completions { shell } => {
             let mut out = std::io::stdout();
             clap_complete::generate(shell, &mut Cli::command(), "ringfs", &mut out);

@@ -1,8 +1,8 @@
 //! Nodes that the daemon would like to have back: the kernel is asked to forget them (Linux 6.18).
 //!
-//! Invariant: no lane waits for it. To forget a node the kernel may have to write its pages back,
-//! which takes a lane: so a thread of its own asks, one at a time, and what comes meanwhile is
-//! dropped, since the daemon asks again. A kernel that cannot is asked once.
+//! Invariant: no lane waits for it. The kernel drops thousands of nodes and their pages at once: so
+//! a thread of its own asks, one at a time, and what comes meanwhile is dropped, since the daemon
+//! asks again. A kernel that cannot is asked once. (It waits for no request: see probe.rs.)
 
 use fuser_fork::device::Device;
 use fuser_fork::notify::{Notice, NotifyOutcome};

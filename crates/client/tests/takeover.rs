@@ -11,9 +11,10 @@ use bench::uses::*;
 use bench::*;
 use host::{HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -202,6 +203,23 @@ fn a_mount_that_nobody_takes_over_is_cleaned_up_and_says_so() {
     assert_eq!(status.code(), Some(3), "{stderr}");
     assert!(stderr.contains("nobody can take over (nokeep): it is unmounted"), "{stderr}");
     assert!(!bench.is_mounted() && begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn who_is_killed_before_the_mount_is_ready_ends_and_is_cleaned_up() {
+    let bench = Bench::new(Terms { answers_root: false, ..Terms::default() });
+    let mut command = bench.command(&["mount", "-f", &bench.source("data")]);
+    command.arg(&bench.mountpoint).stdout(Stdio::null()).stderr(Stdio::piped());
+    let client = Client { child: Some(command.spawn().expect("spawn")) };
+    bench.host.wait_for("the first GETATTR", |seen| seen.hanging.first().copied());
+    let pid = client.pid().as_raw_pid();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let worker = children.expect("/proc").trim().parse().expect("one child");
+    kill_process(Pid::from_raw(worker).expect("a pid"), Signal::KILL).expect("kill");
+    let (status, stderr) = client.wait();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("(it was not ready yet): it is unmounted"), "{stderr}");
+    assert!(!bench.is_mounted());
 }
 
 #[test]

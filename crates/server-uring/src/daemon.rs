@@ -191,5 +191,6 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
         fds: fds.clone(),
     };
     let in_force = InForce::new(source, config, fds);
-    Parent { entrances, stop, hangup, notify, plan, in_force }.run()
+    let begun_with = Vec::new();
+    Parent { entrances, stop, hangup, notify, plan, in_force, begun_with }.run()
 }

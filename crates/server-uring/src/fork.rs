@@ -13,9 +13,9 @@ use rustix::io::Errno;
 use rustix::process::{
     Pid, Signal, WaitOptions, WaitStatus, getegid, geteuid, kill_process, waitpid,
 };
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{UnshareFlags, set_thread_groups, unshare_unsafe};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The exit code of a worker that could not go on.
@@ -31,6 +31,8 @@ pub struct Child {
     ended: Option<WaitStatus>,
     /// Shares that it has been given.
     shares: usize,
+    /// Where it is; see [`Child::serves`].
+    inside: Option<(Inside, OwnedFd)>,
     /// To the worker; hung up when it has ended.
     pub channel: Channel,
 }
@@ -72,7 +74,7 @@ impl Child {
             }));
             std::process::exit(code.unwrap_or(FAILED));
         };
-        let mut child = Child { pid, ended: None, shares, channel: ours };
+        let mut child = Child { pid, ended: None, shares, inside: None, channel: ours };
         drop(theirs);
         if spaces.is_some() {
             let how = child.wait();
@@ -89,13 +91,25 @@ impl Child {
         Ok(child)
     }
 
+    /// The worker's root stands, and it has had no guest yet. Its namespaces can be had now: once
+    /// it has taken on a guest's user for a moment, it is a stranger to who is not root.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn serves(&mut self) -> io::Result<()> {
+        let pid = self.pid.as_raw_pid();
+        let users = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
+        self.inside = Some((Inside::of(pid)?, users.into()));
+        Ok(())
+    }
+
     /// Puts a further share's tree into the worker's root; which directory that is.
     ///
     /// # Errors
     /// What the system calls say.
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
-        let (index, inside) = (self.shares, Inside::of(self.pid.as_raw_pid())?);
-        self.by_helper(|| inside.attach(tree, index).map(|()| true))?;
+        let index = self.shares;
+        self.by_helper(|inside, _| inside.attach(tree, index).map(|()| true))?;
         Ok(index)
     }
 
@@ -105,11 +119,9 @@ impl Child {
     /// # Errors
     /// What the system calls say.
     pub fn attach_in_own_users(&mut self, share: &ShareDir) -> io::Result<(usize, bool)> {
-        let pid = self.pid.as_raw_pid();
-        let (index, inside) = (self.shares, Inside::of(pid)?);
-        let users = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
-        let hidden = self.by_helper(|| {
-            root::enter_users(users.as_fd())?;
+        let index = self.shares;
+        let hidden = self.by_helper(|inside, users| {
+            root::enter_users(users)?;
             let copy = share.copy_in_own_users()?;
             inside.attach(copy.as_fd(), index)?;
             Ok(copy.hidden())
@@ -118,16 +130,23 @@ impl Child {
     }
 
     /// A process of its own goes into the worker's namespaces and puts a share there.
-    fn by_helper(&mut self, work: impl FnOnce() -> Result<bool, Errno>) -> io::Result<bool> {
+    fn by_helper(
+        &mut self,
+        work: impl FnOnce(&Inside, BorrowedFd<'_>) -> Result<bool, Errno>,
+    ) -> io::Result<bool> {
+        let Some((inside, users)) = &self.inside else {
+            return Err(io::Error::other("the worker's namespaces could not be had"));
+        };
         wait_for_one_thread();
         let Some(pid) = fork()? else {
-            exit_now(match work() {
+            exit_now(match work(inside, users.as_fd()) {
                 Ok(true) => 0,
                 Ok(false) => DONE_OTHERWISE,
                 Err(errno) => errno.raw_os_error(),
             })
         };
-        let mut helper = Child { pid, ended: None, shares: 0, channel: Channel::pair()?.0 };
+        let mut helper =
+            Child { pid, ended: None, shares: 0, inside: None, channel: Channel::pair()?.0 };
         helper.wait();
         let code = helper.ended.and_then(WaitStatus::exit_status);
         if code == Some(0) || code == Some(DONE_OTHERWISE) {
@@ -205,7 +224,12 @@ impl Spaces {
         self.unshare().map_err(failed)?;
         match (self.own_users, mapper) {
             (Some(Ids::Own), _) => users::map_own(uid, gid).map_err(failed)?,
-            (_, Some(mapper)) => mapper.map().map_err(not_lent)?,
+            (_, Some(mapper)) => {
+                mapper.map().map_err(not_lent)?;
+                // The user's other groups have no id in there, so a thread that takes on a guest's
+                // could not go back to them.
+                set_thread_groups(&[]).map_err(|errno| not_lent(errno.into()))?;
+            }
             (_, None) => {}
         }
         let Some(worker) = fork().map_err(failed)? else { return Ok(Side::Inside) };
@@ -243,7 +267,7 @@ impl Mapper {
                 Err(error) => fail(&theirs, &error),
             })
         };
-        Ok(Mapper(Child { pid, ended: None, shares: 0, channel: ours }))
+        Ok(Mapper(Child { pid, ended: None, shares: 0, inside: None, channel: ours }))
     }
 
     fn map(mut self) -> io::Result<()> {

@@ -8,7 +8,7 @@ use crate::fds::Fds;
 use crate::fs::FsError;
 use crate::greet::Share;
 use crate::parent::Plan;
-use crate::sandbox::{self, Needs, Walls};
+use crate::sandbox::{self, Needs, Offered, Walls};
 use crate::share::ShareRoot;
 use crate::state_dir::{Held, StateDir};
 use crate::status::ConfigState;
@@ -26,8 +26,7 @@ pub fn work(
     config: ConfigState,
     channel: &Channel,
 ) -> Result<(), DaemonError> {
-    let shares = shut_in(plan, roots)?;
-    let state = plan.state.as_ref().map(Held::lend).transpose()?;
+    let (shares, state) = shut_in(plan, roots)?;
     let state = state.map(|held| StateDir::on(held, plan.grace)).transpose()?;
     let Plan { engine, spin, grace, .. } = *plan;
     let worker = Worker::start(shares, plan.placement.clone(), engine, spin, grace, state)?;
@@ -78,17 +77,22 @@ pub fn work(
 }
 
 /// Takes from this process what it will not need; the shares as they are then.
-fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> {
+fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<(Vec<Share>, Option<Held>), DaemonError> {
     let own;
-    let roots = match plan.walls {
+    let (roots, held) = match plan.walls {
         Walls::OwnUsers(_) => {
             own = copies_in_own_users(plan)?;
-            &own
+            (&own[..], plan.state.as_ref().and_then(state_in_own_users))
         }
-        Walls::Namespaces | Walls::Landlock | Walls::None => roots,
+        Walls::Namespaces | Walls::Landlock | Walls::None => {
+            (roots, plan.state.as_ref().map(Held::lend).transpose()?)
+        }
     };
-    let shares: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
-    let state = plan.state.as_ref().map(AsFd::as_fd);
+    let shares = plan.shares.iter().zip(roots);
+    let shares: Vec<_> = shares
+        .map(|(share, root)| Offered { dir: root.as_fd(), read_only: share.config.ro })
+        .collect();
+    let state = held.as_ref().map(AsFd::as_fd);
     let device_nodes = plan.shares.iter().any(|share| share.config.dev);
     let (walls, file_handles) = (plan.walls, plan.file_handles);
     sandbox::enter(&Needs { walls, shares: &shares, state, device_nodes, file_handles })?;
@@ -99,7 +103,20 @@ fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<Vec<Share>, DaemonError> 
         };
         Ok(share_of(&share.config, root, &plan.fds))
     });
-    shares.collect()
+    let shares: Result<_, DaemonError> = shares.collect();
+    Ok((shares?, held))
+}
+
+/// A directory that somebody has moved since is no reason not to serve.
+fn state_in_own_users(held: &Held) -> Option<Held> {
+    match held.copy_in_own_users() {
+        Ok(copy) => Some(copy),
+        Err(error) => {
+            let why = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::warn!(%error, why, "no state directory for this worker");
+            None
+        }
+    }
 }
 
 /// The parent has no right to make them.

@@ -5,6 +5,8 @@
 //! CPU time of its jobs, times its rivals, and has no further one begun before that is paid for.
 //! What a job is likely to cost is paid when it begins, or many would begin at once; what it did
 //! cost, when it ends. Jobs that wait for a disk cost little, and as many begin as threads allow.
+//! What gives something back begins before the others and whatever is owed, and is paid for later:
+//! as long as it waits, what it gives back is missing to all.
 //!
 //! Pure: times are given, in nanoseconds of one clock.
 
@@ -38,6 +40,8 @@ impl Pace {
 struct Turn<T> {
     owner: u64,
     running: usize,
+    /// Begins unpaid.
+    returns: VecDeque<T>,
     waiting: VecDeque<T>,
     /// When all that has begun is paid for.
     paid_at: u64,
@@ -47,7 +51,11 @@ struct Turn<T> {
 
 impl<T> Turn<T> {
     fn is_over(&self, now: u64) -> bool {
-        self.running == 0 && self.waiting.is_empty() && self.paid_at <= now
+        self.running == 0 && self.waits() == 0 && self.paid_at <= now
+    }
+
+    fn waits(&self) -> usize {
+        self.returns.len() + self.waiting.len()
     }
 }
 
@@ -105,17 +113,29 @@ impl<T> Jobs<T> {
 
     /// Queues a job; whether its peer may have another thread.
     pub fn push(&mut self, owner: u64, task: T) -> bool {
-        match self.turns.iter_mut().find(|turn| turn.owner == owner) {
-            Some(turn) => {
-                turn.waiting.push_back(task);
-                turn.running < self.share
-            }
-            None => {
-                let waiting = VecDeque::from([task]);
-                self.turns.push_back(Turn { owner, running: 0, waiting, paid_at: 0, cost_ns: 0 });
-                true
-            }
-        }
+        let share = self.share;
+        let turn = self.turn_of(owner);
+        turn.waiting.push_back(task);
+        turn.running < share
+    }
+
+    /// The same with one that gives something back.
+    pub fn push_return(&mut self, owner: u64, task: T) -> bool {
+        let share = self.share;
+        let turn = self.turn_of(owner);
+        turn.returns.push_back(task);
+        turn.running < share
+    }
+
+    fn turn_of(&mut self, owner: u64) -> &mut Turn<T> {
+        let known = self.turns.iter().position(|turn| turn.owner == owner);
+        let at = known.unwrap_or_else(|| {
+            let (returns, waiting) = (VecDeque::new(), VecDeque::new());
+            let turn = Turn { owner, running: 0, returns, waiting, paid_at: 0, cost_ns: 0 };
+            self.turns.push_back(turn);
+            self.turns.len() - 1
+        });
+        &mut self.turns[at]
     }
 
     /// Whose turn it is, and what.
@@ -123,16 +143,19 @@ impl<T> Jobs<T> {
         let mut at = None;
         for index in 0..self.turns.len() {
             let turn = &self.turns[index];
-            if turn.running >= self.share || turn.waiting.is_empty() {
+            if turn.running >= self.share || turn.waits() == 0 {
                 continue;
             }
-            if pace.peers > 1 && turn.paid_at > now {
+            if pace.peers > 1 && turn.paid_at > now && turn.returns.is_empty() {
                 at = Some(at.unwrap_or(u64::MAX).min(turn.paid_at));
                 continue;
             }
             let Some(mut turn) = self.turns.remove(index) else { break };
-            let Some(task) = turn.waiting.pop_front() else { break };
-            let price = pace.price(turn.cost_ns);
+            let (task, price) = match turn.returns.pop_front() {
+                Some(task) => (Some(task), 0),
+                None => (turn.waiting.pop_front(), pace.price(turn.cost_ns)),
+            };
+            let Some(task) = task else { break };
             turn.running += 1;
             turn.paid_at = turn.paid_at.max(now.saturating_sub(BURST_NS)).saturating_add(price);
             let owner = turn.owner;
@@ -152,7 +175,7 @@ impl<T> Jobs<T> {
         self.turns.retain(|turn| !turn.is_over(now));
     }
 
-    /// Takes a job out that has not begun.
+    /// Takes a job out that has not begun, and gives nothing back.
     pub fn remove(&mut self, owner: u64, now: u64, is_it: impl Fn(&T) -> bool) -> Option<T> {
         let at = self.turns.iter().position(|turn| turn.owner == owner)?;
         let index = self.turns[at].waiting.iter().position(is_it)?;
@@ -166,7 +189,7 @@ impl<T> Jobs<T> {
     /// Jobs that run, and jobs that wait.
     pub fn load(&self) -> (usize, usize) {
         let sum = |pick: fn(&Turn<T>) -> usize| self.turns.iter().map(pick).sum();
-        (sum(|turn| turn.running), sum(|turn| turn.waiting.len()))
+        (sum(|turn| turn.running), sum(Turn::waits))
     }
 }
 
@@ -262,6 +285,29 @@ mod tests {
         assert!(at - START <= 80_000, "{}", at - START);
         let later = (1..10).filter(|n| matches!(jobs.next(START + n * 80_000, TWO), Next::Task(_)));
         assert_eq!(later.count(), 7, "eight threads are busy");
+    }
+
+    #[test]
+    fn what_gives_back_begins_unpaid_and_is_paid_for() {
+        let mut jobs = Jobs::new(2);
+        jobs.push(1, 1);
+        let (_, bill) = task(jobs.next(START, TWO));
+        jobs.ended(bill, 1_000_000, START, TWO);
+        let Next::Nothing = jobs.next(START, TWO) else { panic!("nothing waits") };
+        jobs.push(1, 2);
+        jobs.push_return(1, 10);
+        jobs.push_return(1, 11);
+        let Next::Task(begun) = jobs.next(START, TWO) else { panic!("it begins at once") };
+        let (first, bill) = begun.into_parts();
+        assert_eq!((first, task(jobs.next(START, TWO)).0), (10, 11));
+        assert!(matches!(jobs.next(START, TWO), Next::Nothing), "two of two");
+        jobs.ended(bill, 0, START, TWO);
+        let Next::At(before) = jobs.next(START, TWO) else { panic!("the debt is as it was") };
+        jobs.push_return(1, 12);
+        let (_, bill) = task(jobs.next(START, TWO));
+        jobs.ended(bill, 1_000_000, START, TWO);
+        let Next::At(at) = jobs.next(START, TWO) else { panic!("it owes more") };
+        assert_eq!(at - before, TWO.price(1_000_000));
     }
 
     #[test]

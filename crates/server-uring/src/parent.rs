@@ -17,7 +17,7 @@ use crate::fork::{self, Child, Spaces};
 use crate::inside;
 use crate::reload::{Change, InForce, Shared};
 use crate::sandbox::Walls;
-use crate::share::ShareRoot;
+use crate::share::{Given, ShareRoot};
 use crate::state_dir::Held;
 use crate::systemd::Notify;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -77,6 +77,8 @@ pub struct Parent {
     pub plan: Plan,
     /// The configuration.
     pub in_force: InForce,
+    /// Directories that the worker began with.
+    pub begun_with: Vec<Given>,
 }
 
 enum End {
@@ -124,15 +126,17 @@ impl Parent {
         }
     }
 
-    fn start(&self) -> std::io::Result<Child> {
+    fn start(&mut self) -> std::io::Result<Child> {
         let walls = self.plan.walls;
+        self.begun_with = self.plan.shares.iter().map(|share| share.dir.given()).collect();
         let own_users = walls.ids();
         // There the worker makes its own.
         let shares = self.plan.shares.iter().filter(|_| own_users.is_none());
         let roots = shares.map(|share| root_for(share, walls));
         let roots = roots.collect::<std::io::Result<Vec<_>>>()?;
         let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
-        keep.extend(self.plan.state.as_ref().map(AsFd::as_fd));
+        let state = self.plan.state.as_ref().filter(|_| own_users.is_none());
+        keep.extend(state.map(AsFd::as_fd));
         let spaces = walls.has_root().then_some(Spaces { own_users });
         let state = self.in_force.state(&self.entrances);
         Child::start(&keep, self.plan.shares.len(), spaces, |channel| {
@@ -162,9 +166,8 @@ impl Parent {
         let mut unsent = Unsent::new();
         let mut exhausted = false;
         loop {
-            let worker = &child.channel;
             let to_worker = if unsent.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
-            let mut fds = vec![PollFd::new(worker, PollFlags::IN | to_worker)];
+            let mut fds = vec![PollFd::new(&child.channel, PollFlags::IN | to_worker)];
             if !stopping {
                 fds.push(PollFd::new(&self.stop, PollFlags::IN));
             }
@@ -192,9 +195,14 @@ impl Parent {
             drop(fds);
             exhausted = false;
             if !heard.is_empty() {
-                match worker.receive::<ToParent>() {
+                match child.channel.receive::<ToParent>() {
                     Ok(Some((ToParent::Ready, _))) => {
                         served = true;
+                        if self.plan.walls.has_root()
+                            && let Err(error) = child.serves()
+                        {
+                            tracing::warn!(%error, "no share can be added while this worker runs");
+                        }
                         self.say_listening(has_served);
                     }
                     Ok(Some((ToParent::Failed(text), _))) => failed = Some(text),
@@ -253,8 +261,9 @@ impl Parent {
             match change {
                 Change::Share(share) => {
                     let name = share.config.name.clone();
-                    let known = self.plan.shares.iter().any(|old| old.dir.is_same(&share.dir));
-                    match hand_over(&share, child, self.plan.walls, known) {
+                    let given = share.dir.given();
+                    let may = self.begun_with.iter().any(|begun| begun.covers(given));
+                    match hand_over(&share, child, self.plan.walls, may) {
                         Ok(message) => unsent.push_back(message),
                         Err(error) => {
                             tracing::error!(share = name, %error, "not before the next start");
@@ -295,7 +304,7 @@ fn hand_over(
     share: &Shared,
     child: &mut Child,
     walls: Walls,
-    known: bool,
+    may: bool,
 ) -> std::io::Result<(ToWorker, Option<OwnedFd>)> {
     let (index, hidden, fd) = match walls {
         Walls::Namespaces => {
@@ -306,8 +315,8 @@ fn hand_over(
             let (index, hidden) = child.attach_in_own_users(&share.dir)?;
             (Some(index), hidden, None)
         }
-        // Which directories it may open is settled when it begins.
-        Walls::Landlock if !known => {
+        // Which directories it may open, and write to, is settled when it begins.
+        Walls::Landlock if !may => {
             let text = "by --sandbox=landlock it has the directories that it began with";
             return Err(std::io::Error::other(text));
         }

@@ -186,7 +186,8 @@ impl Pool {
         self.queue(job.owner, Task::Request(Box::new(job)));
     }
 
-    /// Closes files that a peer has given back. Bounded by the nodes that it may know.
+    /// Closes files that a peer has given back: before its other jobs, and whatever it owes, since
+    /// their fds are missing to all.
     pub fn release(self: &Arc<Self>, owner: u64, released: Released) {
         self.queue(owner, Task::Release(released, None));
     }
@@ -209,7 +210,10 @@ impl Pool {
 
     fn queue(self: &Arc<Self>, owner: u64, task: Task) {
         let mut queue = self.lock();
-        let may_begin = queue.jobs.push(owner, task);
+        let may_begin = match task {
+            Task::Release(..) => queue.jobs.push_return(owner, task),
+            Task::Request(_) | Task::Warm(..) => queue.jobs.push(owner, task),
+        };
         let (running, waiting) = queue.jobs.load();
         drop(queue);
         if may_begin {
@@ -465,5 +469,48 @@ fn yield_to_shards() {
     // Where it is forbidden, all have the same.
     if let Err(error) = nice.and_then(|nice| rustix::process::setpriority_process(None, nice)) {
         tracing::debug!(%error, "pool threads are as important as shards");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fds::Fds;
+    use crate::fs::FsOptions;
+    use ringfs_wire::abi::{EntryOut, Opcode};
+    use zerocopy::FromBytes;
+
+    /// As a guest has them that spoils its pool time with dear calls.
+    #[test]
+    fn what_a_debtor_gives_back_is_closed_at_once() {
+        const MINUTES: u64 = 600_000_000_000;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        std::fs::write(dir.path().join("file"), "x").expect("a file");
+        let fds = Fds::new(64);
+        let options = FsOptions { fds: Arc::clone(&fds), ..FsOptions::default() };
+        let fs = Arc::new(Fs::new(dir.path(), options).expect("a session"));
+        let root = fds.used();
+        let lookup = [&1u64.to_le_bytes()[..], &[0; 16], b"file\0"].concat();
+        let request = Request::parse(Opcode::Lookup as u32, &lookup).expect("a request");
+        let mut reply = [0; 256];
+        fs.execute(&request, &mut reply).expect("a reply");
+        let entry = EntryOut::read_from_prefix(&reply).expect("an entry").0;
+
+        let pool = Pool::new(2, rustix::thread::sched_getaffinity(None).expect("CPUs"));
+        pool.shared_by(2, Duration::from_nanos(MINUTES));
+        let mut queue = pool.lock();
+        queue.jobs.push(1, Task::Warm(Arc::clone(&fs), Vec::new()));
+        let Next::Task(begun) = queue.jobs.next(now_ns(), pool.pace()) else { panic!("a job") };
+        queue.jobs.ended(begun.into_parts().1, MINUTES, now_ns(), pool.pace());
+        drop(queue);
+
+        assert_eq!(fds.used(), root + 1);
+        pool.release(1, fs.forget_later([(entry.nodeid, 1)].into_iter()));
+        let start = Instant::now();
+        while fds.used() > root {
+            assert!(start.elapsed() < Duration::from_secs(20), "it waits until all is paid for");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        pool.close();
     }
 }

@@ -31,8 +31,7 @@ pub struct ShareRoot {
 pub struct ShareDir {
     path: PathBuf,
     plain: OwnedFd,
-    /// Device and inode number.
-    identity: (u64, u64),
+    identity: Identity,
     merged: bool,
     read_only: bool,
 }
@@ -46,14 +45,14 @@ impl ShareDir {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let plain = rustix::fs::openat(CWD, dir, flags, Mode::empty());
         let plain = plain.map_err(|source| FsError::Open { path: dir.to_owned(), source })?;
-        let identity = identity(&plain).map_err(FsError::Root)?;
+        let identity = Identity::of(&plain).map_err(FsError::Root)?;
         let merged = submounts == Submounts::Merge;
         Ok(ShareDir { path: dir.to_owned(), plain, identity, merged, read_only })
     }
 
-    /// Whether both are one directory.
-    pub fn is_same(&self, other: &ShareDir) -> bool {
-        self.identity == other.identity
+    /// What whoever is given it has.
+    pub fn given(&self) -> Given {
+        Given { identity: self.identity, read_only: self.read_only }
     }
 
     /// For this process: the directory itself where mounts below are to be seen, else a copy. That
@@ -89,11 +88,7 @@ impl ShareDir {
     /// # Errors
     /// What the system calls say; `STALE`: the path leads elsewhere by now.
     pub fn copy_in_own_users(&self) -> Result<ShareRoot, Errno> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let here = rustix::fs::openat(CWD, &self.path, flags, Mode::empty())?;
-        if identity(&here)? != self.identity {
-            return Err(Errno::STALE);
-        }
+        let here = self.identity.find(&self.path)?;
         match self.copy_of(here.as_fd(), self.merged) {
             Err(Errno::INVAL) if !self.merged => {
                 let fd = self.copy_of(here.as_fd(), true)?;
@@ -152,9 +147,46 @@ impl ShareRoot {
     }
 }
 
-fn identity(dir: &OwnedFd) -> Result<(u64, u64), Errno> {
-    let stat = Stat::of(dir)?;
-    Ok((stat.dev, stat.ino))
+/// A directory, and whether it may be written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Given {
+    identity: Identity,
+    read_only: bool,
+}
+
+impl Given {
+    /// Whether who has this one has the other one, too.
+    pub fn covers(self, other: Given) -> bool {
+        self.identity == other.identity && (other.read_only || !self.read_only)
+    }
+}
+
+/// Which directory it is, wherever its file system is mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    dev: u64,
+    ino: u64,
+}
+
+impl Identity {
+    /// Of an fd.
+    ///
+    /// # Errors
+    /// What statx says.
+    pub fn of(dir: &OwnedFd) -> Result<Identity, Errno> {
+        let Stat { dev, ino, .. } = Stat::of(dir)?;
+        Ok(Identity { dev, ino })
+    }
+
+    /// The directory in the mounts that this process sees, where it was before.
+    ///
+    /// # Errors
+    /// What the system calls say; `STALE`: the path leads elsewhere by now.
+    pub fn find(self, path: &Path) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let here = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+        if Identity::of(&here)? == self { Ok(here) } else { Err(Errno::STALE) }
+    }
 }
 
 impl From<ShareRoot> for OwnedFd {

@@ -25,6 +25,7 @@ use crate::fdops::{self, FsKind, LocalFs};
 use crate::limits::SESSIONS_MAX;
 use crate::sandbox::root;
 use crate::sha256::sha256;
+use crate::share::Identity;
 pub use crate::state_file::{Cells, IntentPlace, StateFile, StateTerms};
 use crate::state_file::{HEADER_BYTES, Header, Opened, TicketHash, hash_of};
 
@@ -130,7 +131,7 @@ fn hold_default(above: &Path, listen: &[Address], grace: Duration) -> Result<Hel
     });
     for other in others.take(SWEPT_MAX) {
         if let Ok(Some(dir)) = take(&other) {
-            let held = Held { dir, path: other, passing: true };
+            let held = Held::of(dir, other, true)?;
             let _ = StateDir::of(held, grace).look();
         }
     }
@@ -157,10 +158,11 @@ struct Left {
 /// A state directory that this daemon has taken, and has not looked into.
 #[derive(Debug)]
 pub struct Held {
-    /// Locked against other daemons as long as anything of this one may write: the parent's and
-    /// the worker's fds are of one lock.
+    /// Locked against other daemons as long as anything of this one may write: whoever of it has
+    /// an fd shares in the lock.
     dir: OwnedFd,
     path: PathBuf,
+    identity: Identity,
     /// Removed at the end, if nothing is in it.
     passing: bool,
 }
@@ -170,7 +172,14 @@ impl Held {
         // Somebody who takes his empty directory away does it with the lock in his hand.
         let taken = (0..TRIES_MAX).find_map(|_| take(path).transpose());
         let dir = taken.unwrap_or(Err(StateError::InUse { path: path.to_owned() }))?;
-        Ok(Held { dir, path: path.to_owned(), passing })
+        Held::of(dir, path.to_owned(), passing)
+    }
+
+    fn of(dir: OwnedFd, path: PathBuf, passing: bool) -> Result<Held, StateError> {
+        match Identity::of(&dir) {
+            Ok(identity) => Ok(Held { dir, path, identity, passing }),
+            Err(source) => Err(StateError::Open { path, source }),
+        }
     }
 
     /// For the worker; the directory stays when that one ends.
@@ -178,7 +187,23 @@ impl Held {
     /// # Errors
     /// No fd is left.
     pub fn lend(&self) -> std::io::Result<Held> {
-        Ok(Held { dir: self.dir.try_clone()?, path: self.path.clone(), passing: false })
+        let (dir, path) = (self.dir.try_clone()?, self.path.clone());
+        Ok(Held { dir, path, identity: self.identity, passing: false })
+    }
+
+    /// For a worker in a user namespace of its own, which must not have the parent's fd: that one
+    /// is of the host's mounts, and leads up from there. As
+    /// [`ShareDir::copy_in_own_users`](crate::share::ShareDir::copy_in_own_users).
+    ///
+    /// # Errors
+    /// What the system calls say; `STALE`: the path leads elsewhere by now.
+    pub fn copy_in_own_users(&self) -> Result<Held, StateError> {
+        let failed = |source| StateError::Open { path: self.path.clone(), source };
+        let dir = self.identity.find(&self.path).and_then(|dir| root::copy_of(dir.as_fd()));
+        let dir = dir.map_err(failed)?;
+        share_lock(&dir).map_err(failed)?;
+        let path = self.path.clone();
+        Ok(Held { dir, path, identity: self.identity, passing: false })
     }
 }
 
@@ -458,13 +483,19 @@ fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
     let Some(dir) = open_ours(path, Mode::RWXG | Mode::RWXO)? else { return Ok(None) };
     // A mount of its own, which no path leads out of: a worker gets this fd.
     let dir = root::copy_of(dir.as_fd()).unwrap_or(dir);
-    match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+    // Taken by one alone, and then shared with its own worker: whoever comes in between has it.
+    let lock = rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive);
+    match lock.and_then(|()| share_lock(&dir)) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
         Err(errno) => return Err(failed(errno)),
     }
     let is_there = rustix::fs::fstat(&dir).map_err(failed)?.st_nlink > 0;
     Ok(is_there.then_some(dir))
+}
+
+fn share_lock(dir: &OwnedFd) -> Result<(), Errno> {
+    rustix::fs::flock(dir, FlockOperation::NonBlockingLockShared)
 }
 
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -681,6 +712,20 @@ mod tests {
         drop((third, running));
         let left = std::fs::read_dir(&path).expect("list").count();
         assert_eq!(left, 1, "another's");
+    }
+
+    #[test]
+    fn a_workers_copy_keeps_other_daemons_out() {
+        let (_dir, path) = place();
+        let held = Held::take(&path, false).expect("taken");
+        // In whoever may not copy mounts this is tried by tests/other_user.rs.
+        let Ok(copy) = held.copy_in_own_users() else { return };
+        let in_use = || matches!(Held::take(&path, false), Err(StateError::InUse { .. }));
+        assert!(in_use());
+        drop(held);
+        assert!(in_use(), "the parent has gone first");
+        drop(copy);
+        assert!(!in_use());
     }
 
     #[test]

@@ -14,6 +14,8 @@ use zerocopy::IntoBytes;
 
 const UID: u32 = 4711;
 const GID: u32 = 4712;
+/// That user is in this group, too.
+const OTHER_GID: u32 = 4713;
 
 /// To run as that user; false, and said, where we cannot.
 fn is_root() -> bool {
@@ -35,7 +37,10 @@ fn daemon_of_user(engine: &str, script: &str, options: &[&str]) -> Daemon {
         let script = format!("{script}\nshift; exec \"$@\"");
         command.args(["-m", "sh", "-ec", &script, "sh"]).arg(share);
         command.args(["setpriv", &format!("--reuid={UID}"), &format!("--regid={GID}")]);
-        command.args(["--clear-groups", "--", program, "--state-dir=none"]).args(options);
+        command.args([&format!("--groups={OTHER_GID}"), "--", program]).args(options);
+        if !options.iter().any(|option| option.starts_with("--state-dir")) {
+            command.arg("--state-dir=none");
+        }
         command
     })
 }
@@ -80,6 +85,31 @@ fn its_worker_is_shut_in_and_serves() {
     }
 }
 
+/// It has a copy of its own, which is locked with its parent's against other daemons.
+#[test]
+fn its_state_directory_leads_nowhere() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    chown(dir.path(), Some(UID), Some(GID)).expect("chown");
+    let state = dir.path().join("state");
+    let option = format!("--state-dir={}", state.display());
+    let daemon = daemon_of_user("uring", "", &[&option, "--grace=60"]);
+    let files = || std::fs::read_dir(&state).expect("the state directory").count();
+    for sessions in 1..=2 {
+        daemon.guest().create(&format!("file{sessions}")).expect("create");
+        assert_eq!(files(), sessions, "a file a session");
+        no_directory_is_from_outside(&daemon);
+        kill_worker(&daemon, daemon.worker_pid());
+    }
+    // Somebody has moved it: guests are served all the same.
+    std::fs::rename(&state, dir.path().join("moved")).expect("rename");
+    kill_worker(&daemon, daemon.worker_pid());
+    daemon.guest().create("file").expect("create");
+    daemon.stop_well();
+}
+
 /// As without a namespace of users: who copies owners too goes on.
 fn gives_nothing_away(daemon: &Daemon) {
     let mut guest = daemon.guest();
@@ -100,9 +130,14 @@ fn no_directory_is_from_outside(daemon: &Daemon) {
             continue;
         }
         let info = format!("{worker}/fdinfo/{}", fd.file_name().display());
-        let info = std::fs::read_to_string(info).expect("fdinfo");
+        // Closed meanwhile, or the descriptor of a call.
+        let Ok(info) = std::fs::read_to_string(info) else { continue };
         let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:\t")).expect("mnt_id");
-        assert!(mounts.contains(&mount), "{:?}", std::fs::read_link(fd.path()));
+        // Of its root, or of a mount that is nowhere, where the way up ends.
+        let ino = |path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        let leads_up = ino(fd.path()) != ino(fd.path().join(".."));
+        let there = std::fs::read_link(fd.path());
+        assert!(mounts.contains(&mount) || !leads_up, "{there:?}");
         directories += 1;
     }
     assert!(directories > 0, "the share");
@@ -163,6 +198,62 @@ fn shares_come_and_go_while_it_serves() {
         drop(one);
         daemon.stop_well();
     }
+}
+
+/// Which directories landlock lets a worker open, and write to, is settled when it begins: what was
+/// refused once is refused again, and the next worker has it.
+#[test]
+fn landlock_keeps_a_worker_to_what_it_began_with() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    for path in ["", "looked-at", "later"] {
+        let _ = std::fs::create_dir(dir.path().join(path));
+        chown(dir.path().join(path), Some(UID), Some(GID)).expect("chown");
+    }
+    let file = dir.path().join("ringfsd.toml");
+    let share = |name: &str, more: &str| {
+        format!("[share.{name}]\npath = {:?}\n{more}\n", dir.path().join(name))
+    };
+    let config = format!("--config={}", file.display());
+    std::fs::write(&file, share("looked-at", "ro = true")).expect("write");
+    let daemon = daemon_of_user("uring", "", &[&config, "--sandbox=landlock"]);
+    let waits = |text: String, expected: &[&str]| {
+        std::fs::write(&file, text).expect("write");
+        let output = daemon.command(&["reload"]);
+        assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8(output.stdout).expect("text");
+        let has = |name: &&str| said.contains(&format!("share {name} (by --sandbox"));
+        let waiting: Vec<_> = ["looked-at", "later"].into_iter().filter(has).collect();
+        assert_eq!(waiting, expected, "{said}");
+    };
+    waits(share("looked-at", "ro = true\nnosuid = true"), &[]);
+    waits(share("looked-at", "") + &share("later", ""), &["looked-at", "later"]);
+    waits(
+        share("looked-at", "nosuid = true") + &share("later", "nosuid = true"),
+        &["looked-at", "later"],
+    );
+    let greet = |name| Guest::greet(daemon.connect(), &hello(name));
+    let mut guest = greet("looked-at").expect("as it was");
+    assert_eq!(guest.create("file").err(), Some(libc::EROFS as u32));
+    drop(guest);
+    assert!(greet("later").is_err());
+    let worker = daemon.worker_pid();
+    kill_worker(&daemon, worker);
+    greet("looked-at").expect("of the next worker").create("file").expect("create");
+    greet("later").expect("of the next worker").create("file").expect("create");
+    daemon.stop_well();
+}
+
+fn kill_worker(daemon: &Daemon, worker: u32) {
+    let pid = rustix::process::Pid::from_raw(worker as i32).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    until("another worker", || {
+        // While there is none nobody answers.
+        control::ask_status(&daemon.path("c")).ok()?;
+        (daemon.worker_pid() != worker).then_some(())
+    });
 }
 
 /// Another daemon, which knows nothing of the session and may open no handle.
@@ -238,7 +329,13 @@ fn a_container_that_hides_parts_of_its_proc_lends_it() {
     if !is_root() {
         return;
     }
-    let daemon = daemon_of_user("uring", "mount -t tmpfs none /proc/fs", &[]);
+    // Another /proc that is whole, as in a chroot on this machine, would do for the kernel.
+    let script = r#"
+        while read -r _ at kind _; do
+            case $kind:$at in proc:/proc) ;; proc:*) umount -l "$at" ;; esac
+        done < /proc/mounts
+        mount -t tmpfs none /proc/fs"#;
+    let daemon = daemon_of_user("uring", script, &[]);
     serves(&daemon);
     assert!(proc_of_worker(&daemon, "mountinfo").contains(" /proc/fs "), "it is the container's");
     daemon.stop_well();
@@ -266,7 +363,10 @@ fn guests_users_are_those_that_are_lent_to_it() {
         let file = file.display();
         script += &format!("[ -e /etc/{of} ] || touch /etc/{of}; mount --bind {file} /etc/{of}\n");
     }
-    let daemon = daemon_of_user("uring", &script, &["--subordinate-ids"]);
+    let config = dir.path().join("ringfsd.toml");
+    std::fs::write(&config, "").expect("write");
+    let option = format!("--config={}", config.display());
+    let daemon = daemon_of_user("uring", &script, &["--subordinate-ids", &option]);
     let uid_of = |file: &str| {
         let meta = std::fs::metadata(daemon.share().join(file)).expect("a file");
         (meta.uid(), meta.gid())
@@ -288,6 +388,14 @@ fn guests_users_are_those_that_are_lent_to_it() {
     guest.uid = 1001;
     assert!(guest.create("of-nobody").is_err());
     assert!(proc_of_worker(&daemon, "uid_map").contains("500000"));
+    // It has had ids that are not its parent's.
+    let more = format!("[share.more]\npath = {:?}\n", daemon.share());
+    std::fs::write(&config, more).expect("write");
+    let output = daemon.command(&["reload"]);
+    assert!(output.status.success(), "{output:?}");
+    let mut more = Guest::greet(daemon.connect(), &hello("more")).expect("a new share");
+    more.lookup(1, "of-seven").expect("its file");
+    drop(more);
     no_directory_is_from_outside(&daemon);
     drop(guest);
     daemon.stop_well();

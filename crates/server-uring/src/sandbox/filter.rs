@@ -83,26 +83,15 @@ const ALLOWED: &[&[i64]] = &[
         libc::SYS_renameat2,
         libc::SYS_faccessat,
         libc::SYS_faccessat2,
-        libc::SYS_fchmod,
-        libc::SYS_fchmodat,
-        libc::SYS_fchown,
-        libc::SYS_fchownat,
-        libc::SYS_utimensat,
         libc::SYS_umask,
         libc::SYS_name_to_handle_at,
         libc::SYS_open_by_handle_at,
         libc::SYS_fgetxattr,
-        libc::SYS_fsetxattr,
         libc::SYS_flistxattr,
-        libc::SYS_fremovexattr,
         libc::SYS_getxattr,
-        libc::SYS_setxattr,
         libc::SYS_listxattr,
-        libc::SYS_removexattr,
         libc::SYS_lgetxattr,
-        libc::SYS_lsetxattr,
         libc::SYS_llistxattr,
-        libc::SYS_lremovexattr,
     ],
     // Whose files: the ids of one thread.
     &[
@@ -152,6 +141,28 @@ const ALLOWED: &[&[i64]] = &[
     ],
 ];
 
+/// Attributes of files, which are changed by names and fds that landlock knows nothing of. Who has
+/// nothing to write makes none of them.
+const ATTRIBUTES: &[i64] = &[
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_fsetxattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_setxattr,
+    libc::SYS_removexattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_lremovexattr,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chown,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_lchown,
+];
+
 /// The older names of some of them, which libraries still use where they can.
 #[cfg(target_arch = "x86_64")]
 const OLDER: &[i64] = &[
@@ -167,9 +178,6 @@ const OLDER: &[i64] = &[
     libc::SYS_unlink,
     libc::SYS_readlink,
     libc::SYS_mknod,
-    libc::SYS_chmod,
-    libc::SYS_chown,
-    libc::SYS_lchown,
     libc::SYS_poll,
     libc::SYS_pipe,
     libc::SYS_dup2,
@@ -250,14 +258,16 @@ const DEADLY: &[i64] = &[
 /// Of a thread's flags: what makes it one, and no process.
 const THREAD: u64 = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
 
-/// Lays the filter on the calling thread and those that it makes; for good.
+/// Lays the filter on the calling thread and those that it makes; for good. `looks_only`: there is
+/// no file whose attributes it is to change.
 ///
 /// # Errors
 /// What seccomp says.
-pub fn install() -> io::Result<()> {
+pub fn install(looks_only: bool) -> io::Result<()> {
+    let attributes = if looks_only { &[] } else { ATTRIBUTES };
     let mut allowed: Rules = ALLOWED
         .iter()
-        .chain(&[OLDER])
+        .chain(&[OLDER, attributes])
         .flat_map(|group| group.iter())
         .map(|&n| (n, vec![]))
         .collect();

@@ -2,6 +2,7 @@
 //! whatever fd or path leads to them; no socket is connected, and no process outside is sent a
 //! signal.
 
+use super::Offered;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
     Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
@@ -20,7 +21,7 @@ const NEWEST: ABI = ABI::V6;
 /// What landlock says.
 pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let shares = PathFd::new(shares).map_err(io::Error::other)?;
-    if !lay(&[shares.as_fd()], state)? {
+    if !lay(&[Offered { dir: shares.as_fd(), read_only: false }], state)? {
         tracing::warn!(
             "this kernel has no landlock: the sandbox stands without it (docs/security.md)"
         );
@@ -28,11 +29,12 @@ pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> 
     Ok(())
 }
 
-/// The same to these directories, where nothing else stands before the host's files.
+/// The same to these directories, where nothing else stands before the host's files. Of two that
+/// are one, or that lie in each other, a file has the rights of both.
 ///
 /// # Errors
 /// What landlock says; `Unsupported` where the kernel has none.
-pub fn restrict_to(shares: &[BorrowedFd<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub fn restrict_to(shares: &[Offered<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let none = "this kernel has no landlock (Linux 5.13, and lsm=..,landlock at its start)";
     match lay(shares, state)? {
         true => Ok(()),
@@ -41,7 +43,7 @@ pub fn restrict_to(shares: &[BorrowedFd<'_>], state: Option<BorrowedFd<'_>>) -> 
 }
 
 /// Whether the kernel has it.
-fn lay(shares: &[BorrowedFd<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<bool> {
+fn lay(shares: &[Offered<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<bool> {
     let all = AccessFs::from_all(NEWEST);
     let proc = PathFd::new("/proc").map_err(io::Error::other)?;
     // Nothing is run, and no device driven.
@@ -55,8 +57,12 @@ fn lay(shares: &[BorrowedFd<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<b
             .scope(Scope::from_all(NEWEST))?
             .create()?
             .add_rule(PathBeneath::new(proc, looks))?;
-        let dirs = shares.iter().chain(state.as_ref());
-        let rules = dirs.map(|dir| Ok::<_, RulesetError>(PathBeneath::new(dir, files)));
+        let dirs = shares.iter().map(|share| (share.dir, share.read_only));
+        let dirs = dirs.chain(state.map(|dir| (dir, false)));
+        let rules = dirs.map(|(dir, read_only)| {
+            let rights = if read_only { looks } else { files };
+            Ok::<_, RulesetError>(PathBeneath::new(dir, rights))
+        });
         created.add_rules(rules)?.restrict_self()
     };
     let status: Result<_, RulesetError> = ruleset();

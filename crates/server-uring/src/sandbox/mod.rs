@@ -123,14 +123,23 @@ impl SandboxError {
     }
 }
 
+/// A share's directory, and what a worker may do there.
+#[derive(Clone, Copy, Debug)]
+pub struct Offered<'a> {
+    /// A detached tree of mounts: `shares/0` and so on, below the new root; without one the
+    /// directory itself.
+    pub dir: BorrowedFd<'a>,
+    /// Nothing in it is to be changed.
+    pub read_only: bool,
+}
+
 /// What a worker goes on to need.
 #[derive(Debug)]
 pub struct Needs<'a> {
     /// What it is shut in by.
     pub walls: Walls,
-    /// Detached trees of mounts: `shares/0` and so on, below the new root; without one the shares'
-    /// directories.
-    pub shares: &'a [BorrowedFd<'a>],
+    /// What it serves.
+    pub shares: &'a [Offered<'a>],
     /// The state directory.
     pub state: Option<BorrowedFd<'a>>,
     /// A share where guests may make device nodes.
@@ -150,7 +159,8 @@ pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
         return Ok(());
     }
     if walls.has_root() {
-        root::build(shares).map_err(|errno| SandboxError {
+        let trees: Vec<_> = shares.iter().map(|share| share.dir).collect();
+        root::build(&trees).map_err(|errno| SandboxError {
             cure: match walls {
                 Walls::OwnUsers(_) => users::why_not().into(),
                 _ => "--sandbox=landlock does without".into(),
@@ -170,7 +180,9 @@ pub fn enter(needs: &Needs<'_>) -> Result<(), SandboxError> {
         false => landlock::restrict_to(shares, state),
     };
     landlock.map_err(SandboxError::of("landlock"))?;
-    filter::install().map_err(SandboxError::of("seccomp"))
+    // In a root of its own the mounts see to that, and the next share may be another.
+    let looks_only = !walls.has_root() && shares.iter().all(|share| share.read_only);
+    filter::install(looks_only).map_err(SandboxError::of("seccomp"))
 }
 
 /// The last word, when all threads run.

@@ -21,6 +21,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+/// What is tried on a share.
+type Try<'a> = &'a dyn Fn(&Path) -> Result<(), Errno>;
+
 const KILLED: Came = Came::Killed;
 
 fn no(errno: Errno) -> Came {
@@ -44,7 +47,7 @@ fn open(path: &Path) -> Result<(), Errno> {
 }
 
 fn main() {
-    let of_root: [(&str, fn()); 6] = [
+    let of_root: [(&str, fn()); 7] = [
         ("files_of_the_host", files_of_the_host),
         ("a_handle_of_a_file_outside_of_the_share", a_handle_of_a_file_outside_of_the_share),
         ("other_processes", other_processes),
@@ -54,13 +57,15 @@ fn main() {
             "a_read_only_share_is_one_for_the_kernel_too",
             a_read_only_share_is_one_for_the_kernel_too,
         ),
+        ("a_read_only_share_by_landlock", a_read_only_share_by_landlock),
     ];
-    let of_a_user: [(&str, fn()); 5] = [
+    let of_a_user: [(&str, fn()); 6] = [
         ("files_of_the_host", files_of_the_host),
         ("a_users_handles", a_users_handles),
         ("other_processes", other_processes),
         ("sockets", sockets),
         ("what_a_user_may_in_a_namespace_of_users", what_a_user_may_in_a_namespace_of_users),
+        ("a_read_only_share_by_landlock", a_read_only_share_by_landlock),
     ];
     let tests = if is_root() { &of_root[..] } else { &of_a_user };
     for (name, test) in tests {
@@ -412,4 +417,66 @@ fn a_read_only_share_is_one_for_the_kernel_too() {
     let write = OFlags::WRONLY;
     let opened = rustix::fs::openat(&copy, "file", write, Mode::empty());
     assert_eq!(opened.err(), Some(Errno::ROFS));
+}
+
+/// Where no mount is read-only: writing is landlock's to refuse, and what it knows nothing of does
+/// not exist.
+fn a_read_only_share_by_landlock() {
+    let place = Place::new();
+    let file = |share: &Path| share.join("inside");
+    let writes: [(&str, Try<'_>); 6] = [
+        ("open", &|share| rustix::fs::open(file(share), OFlags::WRONLY, Mode::empty()).map(drop)),
+        ("truncate", &|share| {
+            let flags = OFlags::RDONLY | OFlags::TRUNC;
+            rustix::fs::open(file(share), flags, Mode::empty()).map(drop)
+        }),
+        ("mkdir", &|share| {
+            mkdirat(CWD, share.join("dir"), Mode::RWXU)?;
+            unlinkat(CWD, share.join("dir"), AtFlags::REMOVEDIR)
+        }),
+        ("symlink", &|share| {
+            symlinkat("inside", CWD, share.join("link"))?;
+            unlinkat(CWD, share.join("link"), AtFlags::empty())
+        }),
+        ("rename", &|share| {
+            renameat(CWD, file(share), CWD, share.join("other"))?;
+            renameat(CWD, share.join("other"), CWD, file(share))
+        }),
+        ("link", &|share| {
+            rustix::fs::linkat(CWD, file(share), CWD, share.join("other"), AtFlags::empty())?;
+            unlinkat(CWD, share.join("other"), AtFlags::empty())
+        }),
+    ];
+    for (what, write) in writes {
+        println!("  {what}");
+        place.check(write, &[(AllButNamespaces, Came::Done), (LooksOnly, no(Errno::ACCESS))]);
+    }
+    let (owner, mode) = (rustix::process::geteuid(), Mode::from_raw_mode(0o644));
+    let now = rustix::fs::Timestamps {
+        last_access: rustix::fs::Timespec { tv_sec: 1, tv_nsec: 0 },
+        last_modification: rustix::fs::Timespec { tv_sec: 1, tv_nsec: 0 },
+    };
+    let attributes: [(&str, Try<'_>); 6] = [
+        ("chmod", &|share| rustix::fs::chmod(file(share), mode)),
+        ("fchmod", &|share| {
+            let fd = rustix::fs::open(file(share), OFlags::RDONLY, Mode::empty())?;
+            rustix::fs::fchmod(&fd, mode)
+        }),
+        ("chown", &|share| rustix::fs::chown(file(share), Some(owner), None)),
+        ("utimens", &|share| rustix::fs::utimensat(CWD, file(share), &now, AtFlags::empty())),
+        ("setxattr", &|share| {
+            let flags = rustix::fs::XattrFlags::empty();
+            rustix::fs::setxattr(file(share), c"user.x", b"x", flags)
+        }),
+        ("removexattr", &|share| match rustix::fs::removexattr(file(share), c"user.x") {
+            Err(Errno::NODATA) => Ok(()),
+            other => other,
+        }),
+    ];
+    for (what, change) in attributes {
+        println!("  {what}");
+        place.check(change, &[(AllButNamespaces, Came::Done), (LooksOnly, no(Errno::NOSYS))]);
+    }
+    let read = |share: &Path| open(&file(share));
+    place.check(&read, &[(LooksOnly, Came::Done)]);
 }

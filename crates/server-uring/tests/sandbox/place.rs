@@ -4,7 +4,7 @@ use ringfs_server::channel::ToParent;
 use ringfs_server::fork::{Child, Spaces};
 use ringfs_server::fs::Submounts;
 use ringfs_server::sandbox::users::Ids;
-use ringfs_server::sandbox::{self, Needs, Walls, caps, filter, landlock, root};
+use ringfs_server::sandbox::{self, Needs, Offered, Walls, caps, filter, landlock, root};
 use ringfs_server::share::ShareDir;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,8 +23,9 @@ pub enum With {
     /// Those two with `--file-handles=false`.
     CapsWithoutHandles,
     AllWithoutHandles,
-    /// `--sandbox=landlock`.
+    /// `--sandbox=landlock`, and where the share is read-only.
     AllButNamespaces,
+    LooksOnly,
 }
 
 use With::*;
@@ -34,7 +35,7 @@ impl With {
         match self {
             Root | All | AllWithoutHandles if is_root() => Walls::Namespaces,
             Root | All | AllWithoutHandles => Walls::OwnUsers(Ids::Own),
-            AllButNamespaces => Walls::Landlock,
+            AllButNamespaces | LooksOnly => Walls::Landlock,
             Nothing | Caps | Landlock | Seccomp | CapsWithoutHandles => Walls::None,
         }
     }
@@ -80,7 +81,8 @@ impl Place {
         let keep = [outside.as_fd(), self.fd.as_fd()];
         let child = Child::start(&keep, 1, spaces, |channel| {
             let copied = own_users.map(|_| self.share.copy_in_own_users().expect("a copy"));
-            let shares = [copied.as_ref().unwrap_or(&outside).as_fd()];
+            let dir = copied.as_ref().unwrap_or(&outside).as_fd();
+            let shares = [Offered { dir, read_only: with == LooksOnly }];
             let file_handles = with != AllWithoutHandles;
             let needs =
                 Needs { walls, shares: &shares, state: None, device_nodes: false, file_handles };
@@ -88,12 +90,12 @@ impl Place {
             let path = if walls.has_root() { Path::new("/shares/0") } else { &outside };
             match with {
                 Nothing => {}
-                Root => root::build(&shares).expect("a root"),
+                Root => root::build(&[dir]).expect("a root"),
                 Caps => caps::cut(caps::kept(false, true)).expect("capabilities"),
                 CapsWithoutHandles => caps::cut(caps::kept(false, false)).expect("capabilities"),
                 Landlock => landlock::restrict(path, None).expect("landlock"),
-                Seccomp => filter::install().expect("a filter"),
-                All | AllWithoutHandles | AllButNamespaces => {
+                Seccomp => filter::install(false).expect("a filter"),
+                All | AllWithoutHandles | AllButNamespaces | LooksOnly => {
                     sandbox::enter(&needs).expect("the sandbox");
                 }
             }
