@@ -115,7 +115,7 @@ fn take_reply(
             session.known.answered(tag, opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
         }
         InFlight::Forget => {
-            session.known.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
+            session.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
         }
         // What it gave the daemon takes back.
         InFlight::Abandoned => {}

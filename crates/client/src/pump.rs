@@ -392,6 +392,7 @@ impl<'s> Pump<'s> {
             Beat::Ping => {
                 if !is_expected {
                     self.intake.kept.shrink();
+                    self.session.tidy();
                 }
                 self.lane.queue(Control::Ping);
                 Rest::None

@@ -499,6 +499,7 @@ mod tests {
             opcode: 1,
             pid: 0,
             cancelled: false,
+            since: 0,
             sent: true,
             unsure: true,
         };

@@ -223,6 +223,20 @@ impl Session {
         self.notify();
     }
 
+    /// The daemon has taken node ids back: the body of a FORGET record.
+    pub fn forgotten(&self, tag: u64, body: &[u8]) {
+        self.known.forgotten(tag, body, |forgets| self.turn(forgets));
+    }
+
+    /// Gives back what only work needs, of what is known.
+    pub fn tidy(&self) {
+        self.known.tidy(|forgets| self.turn(forgets));
+    }
+
+    fn turn(&self, forgets: u64) -> u64 {
+        self.lanes.iter().map(|lane| lane.turn(forgets)).min().unwrap_or(u64::MAX)
+    }
+
     /// Has all threads end, after the mount is gone.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);

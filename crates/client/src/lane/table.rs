@@ -9,6 +9,7 @@ use super::{
     lock,
 };
 use crate::keep::LaneKeep;
+use crate::known::gives;
 use crate::resume::{Resend, resends};
 use fuser_fork::device::Device;
 use ringfs_wire::abi::{ForgetOne, Opcode};
@@ -39,6 +40,8 @@ pub(super) struct Table {
     park: VecDeque<Parked>,
     park_bytes: usize,
     controls: VecDeque<Control>,
+    /// FORGETs that were answered, on any lane.
+    forgets: u64,
     /// Somebody waits for a slot.
     starved: bool,
     closed: bool,
@@ -53,9 +56,17 @@ impl Table {
             park: VecDeque::new(),
             park_bytes: 0,
             controls: VecDeque::new(),
+            forgets: 0,
             starved: false,
             closed: false,
         }
+    }
+
+    fn claim(&mut self, mut request: InFlight) -> Result<SlotUse, InFlight> {
+        if let InFlight::Request { since, .. } = &mut request {
+            *since = self.forgets;
+        }
+        self.slots.claim(request)
     }
 
     fn waiting(&self) -> impl Iterator<Item = (u64, u32)> {
@@ -139,7 +150,7 @@ impl Lane {
         }
         if table.park.is_empty()
             && table.phase == Phase::Open
-            && let Ok(at) = table.slots.claim(request)
+            && let Ok(at) = table.claim(request)
         {
             self.put_down(at, request);
             self.trace(at, request, "asked");
@@ -172,7 +183,7 @@ impl Lane {
         let mut table = lock(&self.table);
         let front = table.park.front()?;
         let request = InFlight::request(front.unique, front.opcode, front.pid);
-        let at = (table.phase == Phase::Open).then(|| table.slots.claim(request).ok()).flatten();
+        let at = (table.phase == Phase::Open).then(|| table.claim(request).ok()).flatten();
         let Some(at) = at else {
             table.starved = true;
             return None;
@@ -188,6 +199,18 @@ impl Lane {
     fn trace(&self, at: SlotUse, request: InFlight, what: &str) {
         let op = format_args!("{}.{}.{}", self.index, at.slot, at.seq);
         tracing::trace!(%op, ?request, "{what}");
+    }
+
+    /// So many FORGETs have been answered; how many had been when the oldest request in flight here
+    /// was asked that may give nodes.
+    pub fn turn(&self, forgets: u64) -> u64 {
+        let mut table = lock(&self.table);
+        table.forgets = table.forgets.max(forgets);
+        let since = table.slots.in_flight().filter_map(|(_, request)| match request {
+            InFlight::Request { opcode, since, .. } if gives(*opcode) => Some(*since),
+            InFlight::Request { .. } | InFlight::Forget | InFlight::Abandoned => None,
+        });
+        since.min().unwrap_or(u64::MAX)
     }
 
     /// What is parked waits for something else than a slot, which the next reply may bring.
@@ -573,6 +596,24 @@ mod tests {
         lane.cut(&[]);
         assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
         assert_eq!(lane.abandoned(), 1);
+    }
+
+    #[test]
+    fn a_lane_tells_since_when_a_reply_may_give_nodes() {
+        let lane = lane(4);
+        let claim = |unique, opcode| match lane.claim(InFlight::request(unique, opcode, 0)) {
+            Claim::Slot(at) => at,
+            full => panic!("{full:?}"),
+        };
+        assert_eq!(lane.turn(3), u64::MAX, "none is in flight");
+        claim(2, Opcode::Read as u32);
+        let lookup = claim(4, Opcode::Lookup as u32);
+        assert_eq!([5, 7].map(|forgets| lane.turn(forgets)), [3, 3]);
+        // Another lane was faster.
+        assert_eq!(lane.turn(6), 3);
+        claim(6, Opcode::Readdirplus as u32);
+        assert!(lane.complete(lookup).is_ok());
+        assert_eq!(lane.turn(8), 7);
     }
 
     #[test]
