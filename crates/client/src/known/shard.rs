@@ -20,7 +20,7 @@ const NODES_PER_SHARD_MAX: usize = 1 << 16;
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
 /// Recipes of one shard whose reply is yet to come.
 pub(super) const EARLY_PER_SHARD_MAX: usize = 256;
-/// Nodes of one shard that were given back and stay in any case.
+/// Nodes of one shard that were given back and stay in any case: a lane may be at a late reply.
 pub(super) const LATE_PER_SHARD_MIN: usize = 256;
 /// The same while a request is in flight from before: a million in all.
 pub(super) const LATE_PER_SHARD_MAX: usize = 1 << 14;
