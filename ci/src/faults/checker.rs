@@ -50,6 +50,7 @@ pub struct Account {
     /// Problems found.
     pub count: AtomicU64,
     problems: Mutex<Vec<String>>,
+    quiet: Mutex<()>,
 }
 
 impl Account {
@@ -61,6 +62,11 @@ impl Account {
             println!("faults: PROBLEM {what}");
             problems.push(what);
         }
+    }
+
+    /// Keeps the daemon alive meanwhile: what a kill would fail is nobody's to settle.
+    pub fn quiet(&self) -> MutexGuard<'_, ()> {
+        lock(&self.quiet)
     }
 
     /// The problems found so far, the first of them.
@@ -95,7 +101,7 @@ struct Worker<'a> {
     account: &'a Account,
 }
 
-/// Prepares a directory for `threads`.
+/// Prepares the directory `name` of a mount for `threads`.
 fn prepare(root: &Path, threads: u64) -> Result<()> {
     fs::create_dir(root).with_context(|| format!("create {}", root.display()))?;
     fs::create_dir(root.join("shared"))?;
@@ -288,10 +294,11 @@ pub fn run(
 ) -> Result<()> {
     let (mount, behind, name) = place;
     let root = mount.join(name);
-    // Not by the mount: what a kill fails there is nobody's to settle.
-    prepare(&behind.join(name), threads)?;
+    let quiet = account.quiet();
+    prepare(&root, threads)?;
     let workers = (0..threads).map(|thread| Worker::new(&root, seed, thread, threads, account));
     let mut workers = workers.collect::<Result<Vec<_>>>()?;
+    drop(quiet);
     let stop = AtomicBool::new(false);
     account.working.store(threads, Relaxed);
     thread::scope(|scope| {

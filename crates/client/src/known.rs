@@ -4,9 +4,9 @@
 //! A reply counts before the kernel gets it; a FORGET or a RELEASE when the daemon has answered
 //! it. So at a cut this is what the daemon has to start from for all that is in flight to come
 //! out right. Invariant: a node counts exactly while lookups of it were given and not given back,
-//! and what the kernel would refuse gives nothing. Recipes alone are here besides: those whose reply
-//! may be yet to come (shard.rs). All of it is bounded. It must not do I/O. Where the client is to be taken over (takeover.rs), each change is in a log first, with the
-//! request that made it.
+//! and what the kernel would refuse gives nothing. Recipes alone are here besides: those whose
+//! reply may be yet to come (shard.rs). All of it is bounded. It must not do I/O. Where the client
+//! is to be taken over (takeover.rs), each change is in a log first, with the request that made it.
 
 use crate::journal::Log;
 use crate::lane::lock;
@@ -189,8 +189,8 @@ impl Known {
     }
 
     /// The daemon has taken node ids back: the body of a FORGET record. `oldest` is told how many
-    /// FORGETs have been answered with this one, and tells how many had been when the oldest request
-    /// in flight was asked that may give nodes ([`gives`]).
+    /// FORGETs have been answered with this one, and tells how many had been when the oldest
+    /// request in flight was asked that may give nodes ([`gives`]).
     pub fn forgotten(&self, tag: u64, body: &[u8], oldest: impl FnOnce(u64) -> u64) {
         if self.shards.is_empty() {
             return;

@@ -36,10 +36,6 @@ pub const MOUNTS_MAX: usize = 256;
 /// RESOLVE_BENEATH answers EAGAIN when a rename anywhere may have disturbed it (openat2(2)).
 const WALK_TRIES_MAX: usize = 16;
 
-/// Tries of a handle that the host has no memory for. Linux says so too (iget_locked) of an inode
-/// whose number is being given to a new file, and a moment later that the handle is stale.
-const HANDLE_TRIES_MAX: usize = 64;
-
 /// `handle_type` of overlayfs (`OVL_FILEID_V1`, fs/overlayfs/overlayfs.h): the file system and
 /// handle of the layer that the file first came from.
 const OVERLAY_HANDLE: i32 = 0xf8;
@@ -607,15 +603,7 @@ impl Root {
         let mount = self.mount_of(&recipe.mount).ok_or(ImportError::Stale)?;
         let flags = (libc::O_PATH | libc::O_NOFOLLOW) | libc::O_CLOEXEC;
         let open = || sys::open_by_handle(mount.dir.as_fd(), handle.raw_type, &handle.bytes, flags);
-        let mut opened = open();
-        for _ in 1..HANDLE_TRIES_MAX {
-            if !matches!(opened, Err(Errno::NOMEM)) {
-                break;
-            }
-            rustix::thread::sched_yield();
-            opened = open();
-        }
-        let opened = opened.map_err(|errno| match errno {
+        let opened = fdops::retry_on_nomem(open).map_err(|errno| match errno {
             Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::IO | Errno::INTR => {
                 ImportError::Host(errno)
             }
