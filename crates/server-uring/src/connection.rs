@@ -279,12 +279,19 @@ impl Connection {
         (self.link.starving || self.delayed) && self.link.has_input()
     }
 
-    /// How long the peer may take to answer whether it lives; `None`: no longer.
-    pub fn lives_until(&mut self, now: Instant) -> Option<Instant> {
+    /// When to look again whether the peer lives, which was asked; `None`: its time is up. `taken`:
+    /// what it has taken of what was sent, while the question may be on its way still. A dead one
+    /// takes nothing, or as much as its VMM has room for.
+    pub fn lives_until(&mut self, now: Instant, taken: Option<i64>) -> Option<Instant> {
         let link = &mut self.link;
         let asked = link.asked.as_mut()?;
+        let takes = taken.zip(asked.taken).is_some_and(|(now, before)| now > before);
+        asked.taken = taken;
+        if takes && asked.last > now && link.closing.is_none() {
+            asked.until = now + PROBE;
+        }
         if asked.until > now {
-            return Some(asked.until);
+            return Some(taken.map_or(asked.until, |_| asked.until.min(now + PROBE_LOOK)));
         }
         let is_busy = std::mem::take(&mut asked.heard) && asked.last > now;
         // While it is not read, not its fault.

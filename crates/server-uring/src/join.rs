@@ -6,19 +6,27 @@
 //! why not.
 
 use super::*;
+use crate::fdops;
 use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
 use crate::link::{Asked, Link, Numbers};
 use crate::restore::TakeOverError;
 use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Whether the peer has closed its end.
 fn has_hung_up(socket: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
     let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
     poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(over)
+}
+
+/// Bytes that the peer has taken, in the kernel's count, which differs from ours: only a later and
+/// higher one says something. `None`: it has taken all, or nobody can tell.
+fn taken_by_peer(link: &Link) -> Option<i64> {
+    let held = fdops::unsent_bytes(link.socket.as_ref()?.as_fd()).ok()?;
+    (held > 0 || link.has_output()).then(|| (link.sent as i64).wrapping_sub(held as i64))
 }
 
 /// Why nobody can have that session. One that was cut while it was rebuilt is to be had anew, with
@@ -104,7 +112,7 @@ impl<R: Ring> Shard<R> {
         });
         let until = link.asked.insert(asked).until;
         if !waiting.newcomers.is_empty() {
-            self.plan_sweep_at(until);
+            self.plan_sweep_at(until.min(Instant::now() + PROBE_LOOK));
         }
     }
 
@@ -419,7 +427,8 @@ impl<R: Ring> Shard<R> {
             }
             // What it has sent and we have not read hides its end.
             let is_gone = conn.link.socket.as_ref().is_none_or(|socket| has_hung_up(socket));
-            match conn.lives_until(now).filter(|_| !is_gone) {
+            let taken = taken_by_peer(&conn.link);
+            match conn.lives_until(now, taken).filter(|_| !is_gone) {
                 Some(until) => again(until),
                 None => stalled.push((key, "an old connection does not answer: it is dead")),
             }

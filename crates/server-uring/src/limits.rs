@@ -62,7 +62,10 @@ pub const GONE_TICKETS_MAX: usize = 2 * SESSIONS_MAX;
 pub const GRACE_SECS_DEFAULT: u32 = 600;
 /// Time for the old connection of a newcomer to answer whether it lives.
 pub const PROBE: Duration = Duration::from_millis(500);
-/// The same while it brings something else: less than a newcomer waits for its WELCOME.
+/// When it is looked at whether it takes what is on its way to it.
+pub const PROBE_LOOK: Duration = Duration::from_millis(100);
+/// The same while it brings something else, or takes what was sent before the question: less than
+/// a newcomer waits for its WELCOME.
 pub const PROBE_BUSY: Duration = Duration::from_secs(4);
 /// Newcomers of one connection that wait for that.
 pub const NEWCOMERS_MAX: usize = 32;

@@ -65,17 +65,20 @@ pub struct Numbers {
 pub struct Asked {
     /// Until when its peer has time for that.
     pub until: Instant,
-    /// As long as it sends something else: until when at the latest.
+    /// As long as it sends something else, or takes what is on its way to it: until when at the
+    /// latest.
     pub last: Instant,
     /// It has sent something since it was looked at.
     pub heard: bool,
+    /// See [`Link::sent`]; less what the socket held when it was looked at.
+    pub taken: Option<i64>,
 }
 
 impl Asked {
     /// One that is sent now.
     pub fn at(now: Instant) -> Asked {
         let (until, last) = (now + PROBE, now + PROBE_BUSY);
-        Asked { until, last, heard: false }
+        Asked { until, last, heard: false, taken: None }
     }
 }
 
@@ -105,6 +108,8 @@ pub struct Link {
     pub sending_since: Option<Instant>,
     /// What the socket holds of large replies that are spliced into it.
     pub send_buffer: SendBuffer,
+    /// Bytes that the socket has taken so far.
+    pub sent: u64,
     payload_crc: bool,
     tx: LinkTx,
     rx: LinkRx,
@@ -147,6 +152,7 @@ impl Link {
             receiving_since: None,
             sending_since: None,
             send_buffer: SendBuffer::Unknown,
+            sent: 0,
             payload_crc: true,
             tx: LinkTx::new(true),
             rx: LinkRx::new(true),
@@ -451,6 +457,7 @@ impl Link {
         done: usize,
         buffers: &mut BufferPool,
     ) -> Option<(Buf, Range<usize>)> {
+        self.sent += done as u64;
         // None of it counts any more where the output was dropped meanwhile.
         self.bytes = self.bytes.saturating_sub(done.min(range.len()));
         if done < range.len() {

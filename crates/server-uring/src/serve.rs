@@ -371,6 +371,7 @@ impl<R: Ring> Shard<R> {
         if at == head.end {
             at += self.splicer.pour(socket.as_fd(), batch.end - at);
         }
+        link.sent += (at - batch.start) as u64;
         if at == batch.end {
             self.buffers.give(buf);
             add(&self.shared.stats.batches_out, 1);

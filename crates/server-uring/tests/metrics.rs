@@ -62,6 +62,8 @@ fn metrics_are_prometheus_text_over_http() {
             let stream = UnixStream::connect(daemon.path("m")).expect("the metrics socket");
             http(stream, GET)
         };
+        // It has its mode before it listens, and listens after the control socket does.
+        until("the metrics socket", || UnixStream::connect(daemon.path("m")).ok());
         let mode = std::fs::metadata(daemon.path("m")).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let mut guest = daemon.guest();

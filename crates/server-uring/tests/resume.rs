@@ -11,11 +11,17 @@ use ringfs_wire::limits::{BATCH_HEADER_BYTES, RECORD_HEADER_BYTES};
 use ringfs_wire::session::LinkTx;
 use ringfs_wire::slot::SlotUse;
 use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 const MIB: usize = 1 << 20;
 const GRACE: u32 = 600;
+/// What a peer that does something has to answer whether it lives (limits.rs).
+const PROBE_BUSY: Duration = Duration::from_secs(4);
 
 /// Runs a check on a daemon of each engine; the sessions of its guests must have been ended.
 fn on_both(check: impl Fn(&Daemon)) {
@@ -395,6 +401,73 @@ fn late_bytes_of_a_dead_connection_are_no_life() {
         assert_eq!(newcomer.welcome.flags, welcome_flag::RESUMED);
         drop(guest);
         goodbye(newcomer);
+    });
+}
+
+/// A link of so many bytes a second, one way, until it is told to stand still.
+fn slow_link(daemon: &Daemon, stands_still: Arc<AtomicBool>) -> UnixStream {
+    const BYTES_A_SECOND: f64 = (1 << 20) as f64;
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let far = daemon.connect();
+    let (mut up_from, mut up_to) =
+        (theirs.try_clone().expect("dup"), far.try_clone().expect("dup"));
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut up_from, &mut up_to);
+        let _ = up_to.shutdown(Shutdown::Both);
+    });
+    std::thread::spawn(move || {
+        let (mut far, mut theirs, mut piece) = (far, theirs, [0; 16384]);
+        let mut due = Instant::now();
+        while !stands_still.load(Ordering::Relaxed) {
+            let n = far.read(&mut piece).unwrap_or(0);
+            if n == 0 || theirs.write_all(&piece[..n]).is_err() {
+                let _ = theirs.shutdown(Shutdown::Both);
+                return;
+            }
+            // What it was idle is lost.
+            due = due.max(Instant::now()) + Duration::from_secs_f64(n as f64 / BYTES_A_SECOND);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        // Neither end learns of it.
+        std::mem::forget((far, theirs));
+    });
+    ours.set_read_timeout(Some(LIMIT)).expect("timeout");
+    ours
+}
+
+#[test]
+fn a_guest_lives_that_takes_what_is_on_its_way_to_it() {
+    on_both(|daemon| {
+        let stands_still = Arc::new(AtomicBool::new(false));
+        let link = slow_link(daemon, stands_still.clone());
+        let mut guest = Guest::greet(link, &hello("share")).expect("welcome");
+        let (node, fh) = guest.create("file").expect("create");
+        assert_eq!(guest.write(node, fh, 0, &pattern(1, MIB)), Ok(MIB as u32));
+        let hello = Hello { ticket: guest.welcome.ticket, ..hello("share") };
+        let ask = |guest: &mut Guest| {
+            let before = daemon.counters()["bytes_read"];
+            let at = guest.start(Opcode::Read, node, &read_args(fh, 0, MIB as u32));
+            guest.flush();
+            until("the read", || (daemon.counters()["bytes_read"] > before).then_some(()));
+            at
+        };
+        ask(&mut guest);
+        let mut clone = Guest::hail(daemon.connect(), &hello);
+        let mut read = guest.reply();
+        assert!(read.is_ok_and(|(_, data)| data == Ok(pattern(1, MIB))), "it was cut off");
+        guest.answer_ping();
+        assert_eq!(clone.ended_for(), Some(Reason::UnknownSession));
+        // One that takes no more is dead, however much is on its way to it.
+        let at = ask(&mut guest);
+        stands_still.store(true, Ordering::Relaxed);
+        let begun = Instant::now();
+        guest.resume(daemon.connect(), &hello).expect("resumed");
+        assert!(begun.elapsed() < PROBE_BUSY, "it was taken for alive");
+        guest.again(at, Opcode::Read, node, &read_args(fh, 0, MIB as u32));
+        guest.flush();
+        read = guest.reply();
+        assert!(read.is_ok_and(|(_, data)| data == Ok(pattern(1, MIB))));
+        goodbye(guest);
     });
 }
 
