@@ -28,6 +28,9 @@ use super::world::{Step, World};
 /// Problems that are kept; the rest is counted.
 const PROBLEMS_MAX: usize = 20;
 
+/// Longer than names are good for with `cache=auto`.
+const NAMES_GOOD: Duration = Duration::from_millis(1100);
+
 /// What a block holds that was never written, but lies before one that was.
 const EMPTY_BLOCK: [u8; shared::BLOCK_BYTES] = [0; shared::BLOCK_BYTES];
 
@@ -130,8 +133,9 @@ impl<'a> Worker<'a> {
             thread,
             threads,
             rng: Rng::of(&[seed, thread, 99]),
-            own: World::new(own, Workload::new(seed, thread, "")),
-            common: World::new(common, Workload::new(seed, thread, &prefix)),
+            own: World::new(own, Workload::new(seed, thread, "")).with_names_good(NAMES_GOOD),
+            common: World::new(common, Workload::new(seed, thread, &prefix))
+                .with_names_good(NAMES_GOOD),
             log: None,
             blocks,
             block_seq: 0,
