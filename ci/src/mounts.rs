@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -17,6 +17,8 @@ pub struct Mount {
     pub point: PathBuf,
     /// File system type, such as `ext4` or `fuse.ringfs`.
     pub fs_type: String,
+    /// What is mounted, as its file system calls it.
+    pub source: OsString,
 }
 
 impl Mount {
@@ -42,12 +44,43 @@ pub fn below(path: &Path) -> Result<Vec<Mount>> {
     Ok(all()?.into_iter().rev().filter(|mount| mount.point.starts_with(path)).collect())
 }
 
+/// Who has, in another mount namespace than ours, FUSE mounts of a source that names something
+/// below `path`, as `PID (NAME)`. A namespace that was made while they were mounted has copies, and
+/// they are served until those are gone too, whatever was unmounted here.
+pub fn held_elsewhere(path: &Path) -> Result<Vec<String>> {
+    let ours = fs::read_link("/proc/self/ns/mnt").context("our mount namespace")?;
+    let mut holders = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let of = entry.path();
+        // Whoever is gone by now, or no process, has none.
+        let (Ok(theirs), Ok(mounts)) =
+            (fs::read_link(of.join("ns/mnt")), fs::read(of.join("mountinfo")))
+        else {
+            continue;
+        };
+        if theirs != ours && has_fuse_of(&mounts, path) {
+            let name = fs::read_to_string(of.join("comm")).unwrap_or_default();
+            holders.push(format!("{} ({})", entry.file_name().display(), name.trim_end()));
+        }
+    }
+    Ok(holders)
+}
+
+fn has_fuse_of(mountinfo: &[u8], path: &Path) -> bool {
+    let path = path.as_os_str().as_bytes();
+    let is_of = |mount: Mount| {
+        mount.is_fuse() && mount.source.as_bytes().windows(path.len()).any(|part| part == path)
+    };
+    mountinfo.split(|byte| *byte == b'\n').filter_map(parse_line).any(is_of)
+}
+
 /// `36 35 0:45 / /mnt/my\040dir rw,nosuid shared:1 - fuse.ringfs src rw,user_id=0`
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
     let point = PathBuf::from(unescape(fields.nth(4)?));
-    let fs_type = fields.skip_while(|field| *field != b"-").nth(1)?;
-    Some(Mount { point, fs_type: String::from_utf8_lossy(fs_type).into_owned() })
+    let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
+    let fs_type = String::from_utf8_lossy(fields.next()?).into_owned();
+    Some(Mount { point, fs_type, source: unescape(fields.next()?) })
 }
 
 /// The kernel writes space, tab, newline and backslash as `\ooo`.
@@ -80,10 +113,25 @@ mod tests {
         let line = b"44 27 0:39 / /tmp/a\\040b\\134c rw,nosuid shared:5 - fuse.ringfs x\\040y rw";
         let mount = parse_line(line).unwrap();
         assert_eq!(mount.point, Path::new("/tmp/a b\\c"));
+        assert_eq!(mount.source, "x y");
         assert!(mount.is_fuse());
         for odd in [&b""[..], b"1 2 3", b"44 27 0:39 / /a rw -"] {
             assert_eq!(parse_line(odd), None, "{odd:?}");
         }
+    }
+
+    #[test]
+    fn copies_of_a_mount_are_known_by_their_source() {
+        let line = |kind, source| {
+            format!("1 1 0:1 / / rw - ext4 /dev/x rw\n44 27 0:39 / /a rw - {kind} {source} rw\n")
+        };
+        let check = |kind, source, expected| {
+            let text = line(kind, source);
+            assert_eq!(has_fuse_of(text.as_bytes(), Path::new("/tmp/d")), expected, "{text}");
+        };
+        check("fuse.ringfs", "x@unix:/tmp/d/p0.sock", true);
+        check("fuse.ringfs", "x@unix:/tmp/e/p0.sock", false);
+        check("ext4", "/tmp/d/image", false);
     }
 
     #[test]

@@ -316,7 +316,12 @@ impl Daemon {
             last = self.counters()?;
             Ok(last.sessions == 0)
         })?;
-        ensure!(last.sessions == 0, "{} sessions stay after {SETTLE:?}", last.sessions);
+        ensure!(
+            last.sessions == 0,
+            "{} sessions stay after {SETTLE:?}{}",
+            last.sessions,
+            self.held_elsewhere()
+        );
         Ok(last)
     }
 
@@ -332,8 +337,25 @@ impl Daemon {
         let leaks = now.held().into_iter().zip(before).filter(|((_, now), (_, was))| now > was);
         let leaks: Vec<String> =
             leaks.map(|((name, now), (_, was))| format!("{name}: {was} -> {now}")).collect();
-        ensure!(leaks.is_empty(), "left over after all guests had gone: {}", leaks.join(", "));
+        ensure!(
+            leaks.is_empty(),
+            "left over after all guests had gone: {}{}",
+            leaks.join(", "),
+            self.held_elsewhere()
+        );
         Ok(())
+    }
+
+    /// Why a session may stay that is unmounted, for the message.
+    fn held_elsewhere(&self) -> String {
+        let dir = self.socket.parent().unwrap_or(&self.socket);
+        match mounts::held_elsewhere(dir) {
+            Ok(holders) if holders.is_empty() => String::new(),
+            Ok(holders) => {
+                format!("; copies of mounts are in namespaces of others: {}", holders.join(", "))
+            }
+            Err(error) => format!("; who holds mounts elsewhere cannot be told: {error:#}"),
+        }
     }
 
     /// Mounts `share` on a new directory called `name`, with `-o options` unless they are empty.

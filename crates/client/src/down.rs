@@ -115,7 +115,8 @@ fn take_reply(
             session.known.answered(tag, opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
         }
         InFlight::Forget => {
-            session.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
+            session.known.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
+            session.turn();
         }
         // What it gave the daemon takes back.
         InFlight::Abandoned => {}

@@ -18,11 +18,10 @@
 
 use crate::background;
 use crate::fd_store::{FdStore, Stored};
-
 use crate::rings::with_causes;
 use crate::service::catch_signals;
 use fuser_fork::mount::unmount_identity;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -50,6 +49,9 @@ const FAULTS_MAX: u32 = 5;
 const FAULT_AGE: Duration = Duration::from_secs(10);
 /// Kills in a row before a client was ready.
 const EARLY_KILLS_MAX: u32 = 100;
+/// To start the next client where the system is short of something; half a minute in all.
+const START_TRIES_MAX: u32 = 300;
+const START_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Why there is nobody to serve a mount.
 #[derive(Debug, Error)]
@@ -61,6 +63,23 @@ pub enum KeeperError {
     Dead { path: String, status: ExitStatus, why: String, done: String, was_ready: bool },
     #[error("the client died before anything was mounted ({0})")]
     Early(ExitStatus),
+    #[error("the keeper of {path} gives up: {done}")]
+    GivenUp { path: String, done: String, was_ready: bool, source: Box<KeeperError> },
+}
+
+impl KeeperError {
+    /// Whether it was a mount that had been ready.
+    pub fn is_late(&self) -> bool {
+        use KeeperError::{Dead, GivenUp};
+        matches!(self, Dead { was_ready: true, .. } | GivenUp { was_ready: true, .. })
+    }
+
+    /// Whether it passes when others have given something back.
+    fn is_passing(&self) -> bool {
+        const SHORT: [Errno; 4] = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE];
+        let KeeperError::System { source, .. } = self else { return false };
+        Errno::from_io_error(source).is_some_and(|errno| SHORT.contains(&errno))
+    }
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> KeeperError {
@@ -193,21 +212,40 @@ impl Held {
     }
 
     /// Nobody takes over: the mount goes.
-    fn give_up(&self, status: ExitStatus) -> KeeperError {
-        let Some((mount_id, dev_minor, path)) = &self.mounted else {
-            return KeeperError::Early(status);
-        };
+    fn give_up(&mut self, status: ExitStatus) -> KeeperError {
         let why = match (self.can_go_on(), self.is_ready) {
             (true, _) => "it dies again and again".to_owned(),
             (false, true) => self.why.clone(),
             (false, false) => "it was not ready yet".to_owned(),
         };
-        let done = match unmount_identity(path, (*mount_id, *dev_minor)) {
+        let was_ready = self.is_ready;
+        match self.clean_up() {
+            Some((path, done)) => KeeperError::Dead { path, status, why, done, was_ready },
+            None => KeeperError::Early(status),
+        }
+    }
+
+    /// With an error of our own: a mount that nobody keeps is to go.
+    fn fail(&mut self, error: KeeperError) -> KeeperError {
+        let was_ready = self.is_ready;
+        match self.clean_up() {
+            Some((path, done)) => {
+                KeeperError::GivenUp { path, done, was_ready, source: Box::new(error) }
+            }
+            None => error,
+        }
+    }
+
+    /// The mount goes, and what is held of it: which, and what became of it.
+    fn clean_up(&mut self) -> Option<(String, String)> {
+        let (mount_id, dev_minor, path) = self.mounted.take()?;
+        // First, as all that follows needs an fd.
+        self.fds.clear();
+        let done = match unmount_identity(&path, (mount_id, dev_minor)) {
             Ok(()) => "it is unmounted, and what was in flight has failed".to_owned(),
             Err(error) => format!("it stays behind, dead: {error}"),
         };
-        let path = path.display().to_string();
-        KeeperError::Dead { path, status, why, done, was_ready: self.is_ready }
+        Some((path.display().to_string(), done))
     }
 
     fn can_go_on(&self) -> bool {
@@ -264,14 +302,12 @@ pub fn run(orders: Orders<'_>) -> Result<i32, KeeperError> {
         has_left: false,
     };
     let ended = keeper.serve();
-    // With an error of our own the mount is still there: the manager's next keeper takes it.
-    let is_for_the_next = ended.is_err() && keeper.held.is_stored;
-    if let Some(store) = &mut keeper.store
-        && !is_for_the_next
-    {
-        store.forget();
+    // The manager's next keeper takes the mount.
+    if matches!(ended, Err(KeeperError::System { .. })) && keeper.held.is_stored {
+        return ended;
     }
-    ended
+    keeper.store.iter_mut().for_each(FdStore::forget);
+    ended.map_err(|error| keeper.held.fail(error))
 }
 
 struct Keeper<'a> {
@@ -291,12 +327,9 @@ impl Keeper<'_> {
     fn serve(&mut self) -> Result<i32, KeeperError> {
         let mut deaths = Deaths::default();
         loop {
-            let (channel, theirs) =
-                Channel::pair().map_err(|e| system("make a socket")(e.into()))?;
             let is_takeover = self.held.is_ready;
+            let (child, channel) = self.start_next()?;
             let started = Instant::now();
-            let child = start(self.args, theirs, is_takeover, self.has_left)
-                .map_err(system("start the client; is /proc mounted?"))?;
             if is_takeover {
                 // What it asked for before goes on being asked for.
                 let signals = |()| (0..self.signals_sent).try_for_each(|_| channel.send(b"S", &[]));
@@ -313,6 +346,38 @@ impl Keeper<'_> {
             let path = self.held.mounted.as_ref().map(|its| its.2.display().to_string());
             tracing::error!(?path, %status, "the client died: another one takes the mount over");
         }
+    }
+
+    /// Starts a client. A mount that has lost its own waits for what the system is short of, for a
+    /// while, and until it is to end.
+    fn start_next(&mut self) -> Result<(Child, Channel), KeeperError> {
+        let (mut tries, mut said) = (0, false);
+        loop {
+            let error = match self.try_start() {
+                Ok(started) => return Ok(started),
+                Err(error) => error,
+            };
+            tries += 1;
+            if !self.held.is_ready || !error.is_passing() || tries > START_TRIES_MAX {
+                return Err(error);
+            }
+            if !std::mem::replace(&mut said, true) {
+                let why = with_causes(&error);
+                tracing::error!(why, "cannot start the next client: trying again");
+            }
+            let mut signals = [PollFd::new(&self.signals, PollFlags::IN)];
+            let _ = poll(&mut signals, Some(&START_PAUSE));
+            if is_signalled(&self.signals) {
+                return Err(error);
+            }
+        }
+    }
+
+    fn try_start(&self) -> Result<(Child, Channel), KeeperError> {
+        let (channel, theirs) = Channel::pair().map_err(|e| system("make a socket")(e.into()))?;
+        let child = start(self.args, theirs, self.held.is_ready, self.has_left)
+            .map_err(system("start the client; is /proc mounted?"))?;
+        Ok((child, channel))
     }
 
     /// A client's life: how it ended, and whether it was ready.

@@ -21,8 +21,8 @@ const TOUCHED_MIN: usize = 2 * BATCH_TARGET_BYTES;
 /// lately, if those are more.
 const SPARE_BUFFERS_MIN: usize = 1;
 const SPARE_BUFFERS_MAX: usize = KEPT_BYTES_MAX / BATCH_BYTES_MAX;
-/// After so many large frames one buffer less is needed.
-const NEEDED_FOR: usize = 64;
+/// Lately: in the last so many large frames, and up to as many before them.
+const LATELY: usize = 64;
 
 #[derive(Debug)]
 enum Place {
@@ -49,9 +49,9 @@ pub struct Kept {
     spare: Vec<Vec<u8>>,
     /// Batch buffers that slots have.
     large: usize,
-    /// How many there may be, in slots and to spare.
-    needed: usize,
-    /// Large frames since that became less.
+    /// As many as they were at once, at most: in the last whole [`LATELY`], and since.
+    peaks: [usize; 2],
+    /// Large frames since.
     since: usize,
     /// Buffers of copies that are no slot's.
     copies: Vec<Vec<u8>>,
@@ -85,7 +85,7 @@ impl Kept {
             in_batch: None,
             spare: Vec::new(),
             large: 0,
-            needed: SPARE_BUFFERS_MIN,
+            peaks: [0; 2],
             since: 0,
             copies: Vec::new(),
             bytes: 0,
@@ -123,6 +123,10 @@ impl Kept {
             frame.copy = copy;
         }
         frame.copy.clear();
+        if span.len() > SLOT_BYTES_MAX {
+            // Not twice as much as is needed, which the next larger one may need.
+            frame.copy.reserve_exact(span.len());
+        }
         frame.copy.extend_from_slice(&batch[span]);
         frame.place = Place::Copied;
     }
@@ -149,12 +153,16 @@ impl Kept {
             frame.place = Place::Large(std::mem::replace(buffer, next), span);
             self.large += 1;
             self.since += 1;
-            if self.since >= NEEDED_FOR {
-                (self.needed, self.since) = (self.needed - 1, 0);
+            self.peaks[1] = self.peaks[1].max(self.large);
+            if self.since >= LATELY {
+                (self.peaks, self.since) = ([self.peaks[1], self.large], 0);
             }
-            let needed = self.needed.max(self.large);
-            self.needed = needed.clamp(SPARE_BUFFERS_MIN, SPARE_BUFFERS_MAX);
         }
+    }
+
+    /// How many batch buffers there may be, in slots and to spare.
+    fn needed(&self) -> usize {
+        self.peaks[0].max(self.peaks[1]).clamp(SPARE_BUFFERS_MIN, SPARE_BUFFERS_MAX)
     }
 
     /// The slot is free, or nobody wants its request any more.
@@ -178,7 +186,7 @@ impl Kept {
             Place::Large(buffer, _) => {
                 self.bytes -= BATCH_BYTES_MAX;
                 self.large -= 1;
-                if self.large + self.spare.len() < self.needed {
+                if self.large + self.spare.len() < self.needed() {
                     self.spare.push(buffer);
                 }
             }
@@ -246,14 +254,23 @@ mod tests {
         assert_eq!((kept.bytes, kept.spare.len()), (0, SPARE_BUFFERS_MAX));
         kept.shrink();
         assert_eq!(kept.spare.len(), 0);
-        // One at a time from now on: the others go one by one.
-        for _ in 0..SPARE_BUFFERS_MAX * NEEDED_FOR {
-            keep(&mut kept, 0, &mut buffer, 200..200 + (1 << 20));
-            kept.retire(&mut buffer);
-            kept.release(0);
+        let mut pass = |kept: &mut Kept, slots: Range<u16>| {
+            for slot in slots.clone() {
+                keep(kept, slot, &mut buffer, 200..200 + (1 << 20));
+                kept.retire(&mut buffer);
+            }
+            slots.for_each(|slot| kept.release(slot));
+        };
+        // Four at a time, and all of their buffers stay; then one: the others go one by one.
+        for _ in 0..LATELY {
+            pass(&mut kept, 0..4);
         }
-        assert_eq!((kept.needed, kept.large), (SPARE_BUFFERS_MIN, 0));
-        assert!(kept.spare.len() <= SPARE_BUFFERS_MIN);
+        assert_eq!((kept.needed(), kept.spare.len()), (4, 4));
+        for passed in 1..=2 * LATELY {
+            pass(&mut kept, 0..1);
+            assert!(kept.spare.len() == 4 || passed > LATELY, "{passed}");
+        }
+        assert_eq!((kept.needed(), kept.spare.len(), kept.large), (1, SPARE_BUFFERS_MIN, 0));
     }
 
     #[test]

@@ -312,8 +312,7 @@ fn report(done: anyhow::Result<()>, failed: u8) -> ExitCode {
     if !matches!(error.downcast_ref(), Some(background::BackgroundError::Child(_))) {
         eprintln!("ringfs: {error:#}");
     }
-    let is_dead =
-        matches!(error.downcast_ref(), Some(keeper::KeeperError::Dead { was_ready: true, .. }));
+    let is_dead = error.downcast_ref().is_some_and(keeper::KeeperError::is_late);
     let late = is_dead || error.downcast_ref::<Failure>().is_some_and(Failure::is_late);
     let timed_out = error.downcast_ref::<ask::AskError>().is_some_and(ask::AskError::is_timeout);
     ExitCode::from(match failed {

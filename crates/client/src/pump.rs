@@ -13,6 +13,7 @@ use crate::lane::{Control, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX};
 use crate::session::{End, Session};
 use crate::up::{FORGETS_WAITING_MAX, Intake};
 use fuser_fork::device::ReadOutcome;
+use ringfs_wire::deframe::Deframer;
 use ringfs_wire::limits::{BATCH_TARGET_BYTES, FORGETS_PER_RECORD_MAX, RECORD_BYTES_MAX};
 use ringfs_wire::spin::{Look, Spin};
 use rustix::event::epoll;
@@ -49,9 +50,13 @@ pub struct Link {
 }
 
 impl Link {
-    /// The connection that the lane is to have, if there is one that it does not have yet.
-    pub fn take(session: &Session, lane: &Lane) -> Option<Link> {
-        let (conn, half) = session.resume.take(lane.index)?;
+    /// The connection that the lane is to have, if there is one that it does not have yet. It
+    /// receives where the one before did.
+    pub fn take(session: &Session, lane: &Lane, before: &mut Option<Deframer>) -> Option<Link> {
+        let (conn, mut half) = session.resume.take(lane.index)?;
+        if let Some(before) = before.take() {
+            half.deframer = half.deframer.within(before);
+        }
         Some(Link { conn, half, heart: Heart::new(coarse_now()), heard: Heard::default() })
     }
 }
@@ -95,6 +100,8 @@ struct Pump<'s> {
     lane: &'s Lane,
     /// `None` while it is cut.
     link: Option<Link>,
+    /// What the connection before has received into.
+    before: Option<Deframer>,
     overdue: Overdue,
     intake: Intake<'s>,
     /// The kick and the connection.
@@ -143,6 +150,7 @@ impl<'s> Pump<'s> {
             session,
             lane,
             link: None,
+            before: None,
             overdue: Overdue::default(),
             intake,
             few,
@@ -175,7 +183,9 @@ impl<'s> Pump<'s> {
 
     /// Takes the next connection, if it is there.
     fn take_link(&mut self) -> Result<(), End> {
-        let Some(link) = Link::take(self.session, self.lane) else { return Ok(()) };
+        let Some(link) = Link::take(self.session, self.lane, &mut self.before) else {
+            return Ok(());
+        };
         for fd in [&self.few, &self.all] {
             let socket = epoll::EventData::new_u64(SOCKET);
             let added = epoll::add(fd, link.conn.socket(), socket, epoll::EventFlags::IN);
@@ -271,6 +281,7 @@ impl<'s> Pump<'s> {
         let _ = epoll::delete(&self.all, link.conn.socket());
         let unsent = self.intake.cut();
         self.overdue.begin(self.session.resume.soft);
+        self.before = Some(link.half.deframer);
         self.session.lost(self.lane, &link.conn, end, &unsent);
     }
 
@@ -392,7 +403,6 @@ impl<'s> Pump<'s> {
             Beat::Ping => {
                 if !is_expected {
                     self.intake.kept.shrink();
-                    self.session.tidy();
                 }
                 self.lane.queue(Control::Ping);
                 Rest::None

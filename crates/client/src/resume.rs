@@ -499,7 +499,6 @@ mod tests {
             opcode: 1,
             pid: 0,
             cancelled: false,
-            since: 0,
             sent: true,
             unsure: true,
         };

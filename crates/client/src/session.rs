@@ -140,6 +140,8 @@ pub struct Session {
     pub nodes_seen: AtomicU64,
     /// What a daemon that does not know the session has to be told.
     pub known: Known,
+    /// Held by who sees whether a turn is over.
+    turning: Mutex<()>,
     /// Optional records that this version does not know.
     pub records_skipped: AtomicU64,
     /// Nodes that the daemon would like to have back.
@@ -172,6 +174,7 @@ impl Session {
             watch: Watch::default(),
             nodes_seen: AtomicU64::new(0),
             known,
+            turning: Mutex::default(),
             records_skipped: AtomicU64::new(0),
             prune: Prune::default(),
             interrupts: Interrupts::default(),
@@ -223,18 +226,15 @@ impl Session {
         self.notify();
     }
 
-    /// The daemon has taken node ids back: the body of a FORGET record.
-    pub fn forgotten(&self, tag: u64, body: &[u8]) {
-        self.known.forgotten(tag, body, |forgets| self.turn(forgets));
-    }
-
-    /// Gives back what only work needs, of what is known.
-    pub fn tidy(&self) {
-        self.known.tidy(|forgets| self.turn(forgets));
-    }
-
-    fn turn(&self, forgets: u64) -> u64 {
-        self.lanes.iter().map(|lane| lane.turn(forgets)).min().unwrap_or(u64::MAX)
+    /// Another turn begins if all is over that was in flight when this one began: what is known
+    /// only for the sake of those can go. To be called now and then, where things become that.
+    pub fn turn(&self) {
+        let Ok(_turning) = self.turning.try_lock() else { return };
+        if self.lanes.iter().all(Lane::has_ended_turn) {
+            // First, so that nothing of this turn on is taken for older than what is in flight.
+            self.known.next_turn();
+            self.lanes.iter().for_each(Lane::begin_turn);
+        }
     }
 
     /// Has all threads end, after the mount is gone.

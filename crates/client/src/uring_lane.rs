@@ -20,6 +20,7 @@ use crate::{down, pump};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, WatchId};
 use ringfs_wire::abi::InHeader;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
+use ringfs_wire::deframe::Deframer;
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
 use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::SlotUse;
@@ -106,6 +107,8 @@ struct RingLane<'s> {
     lane: &'s Lane,
     /// `None` while it is cut.
     link: Option<Link>,
+    /// What the connection before has received into.
+    before: Option<Deframer>,
     overdue: Overdue,
     ring: Ring,
     /// Of the connection; made with the first one.
@@ -141,6 +144,7 @@ impl<'s> RingLane<'s> {
             session,
             lane,
             link: None,
+            before: None,
             overdue: Overdue::default(),
             sockets: None,
             kick,
@@ -189,7 +193,9 @@ impl<'s> RingLane<'s> {
         if self.sockets.is_some_and(is_armed) {
             return Ok(());
         }
-        let Some(link) = Link::take(self.session, self.lane) else { return Ok(()) };
+        let Some(link) = Link::take(self.session, self.lane, &mut self.before) else {
+            return Ok(());
+        };
         let (ring, socket) = (&mut self.ring, link.conn.socket());
         match self.sockets {
             Some(Sockets { input, room }) => {
@@ -444,6 +450,7 @@ impl<'s> RingLane<'s> {
         let unsent = unsent(&self.builder, &sending, &self.buffer, &resends);
         self.builder = BatchBuilder::new();
         self.overdue.begin(self.session.resume.soft);
+        self.before = Some(link.half.deframer);
         self.session.lost(self.lane, &link.conn, end, &unsent);
         // The kernel does not tell of a signal that comes while it hands a request to its entry, as
         // with the FLUSH of a killed process; and while it is cut nothing else would answer.

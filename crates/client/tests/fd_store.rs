@@ -287,6 +287,27 @@ fn a_kill_of_all_its_processes_is_survived() {
 }
 
 #[test]
+fn what_was_given_up_is_stored_no_more() {
+    if !kernel_resends("what_was_given_up_is_stored_no_more") {
+        return;
+    }
+    let _alone = alone();
+    let bench = Bench::new(Terms::default());
+    let manager = Manager::new(&bench);
+    let keeper = manager.start(&bench, "data", "lanes=2");
+    manager.wait_ready(1);
+    assert!(!manager.names().is_empty());
+    for _ in 0..6 {
+        kill_worker(&bench, Signal::ABORT);
+    }
+    let (status, stderr) = keeper.wait();
+    assert_eq!(status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("it dies again and again"), "{stderr}");
+    assert!(!bench.is_mounted());
+    wait_until("the store's end", || manager.names().is_empty());
+}
+
+#[test]
 fn kills_of_all_under_load_lose_and_double_nothing() {
     if !kernel_resends("kills_of_all_under_load_lose_and_double_nothing") {
         return;

@@ -11,9 +11,12 @@ use bench::uses::*;
 use bench::*;
 use host::{HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
-use rustix::process::{Pid, Signal, kill_process};
-use std::collections::BTreeMap;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -129,6 +132,42 @@ fn replies_and_forgets_that_were_on_their_way_count_once() {
     }
 }
 
+/// Bytes of the file that a client leaves to the next one.
+fn kept_bytes(bench: &Bench) -> u64 {
+    let fds = format!("/proc/{}/fd", worker(bench).as_raw_pid());
+    let is_it = |fd: &PathBuf| {
+        std::fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:ringfs"))
+    };
+    let mut fds = std::fs::read_dir(fds).expect("its fds").map(|fd| fd.expect("an fd").path());
+    std::fs::metadata(fds.find(is_it).expect("the file")).expect("stat").blocks() * 512
+}
+
+#[test]
+fn nodes_that_were_given_back_are_not_kept_for_ever() {
+    if !kernel_resends("nodes_that_were_given_back_are_not_kept_for_ever") {
+        return;
+    }
+    const NODES: u64 = 2000;
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let pass = |round: u64| {
+        let root = bench.mountpoint.clone();
+        within("lookups", move || {
+            for n in round * NODES..(round + 1) * NODES {
+                std::fs::metadata(root.join(format!("n{n}"))).expect("stat");
+            }
+        });
+        forget_until("the forgets", || lookups(&bench).is_empty());
+        wait_until("their end", || known(&bench) == (0, 0));
+    };
+    (0..2).for_each(pass);
+    let before = kept_bytes(&bench);
+    (2..7).for_each(pass);
+    let after = kept_bytes(&bench);
+    assert!(after < before + (384 << 10), "{before} -> {after}");
+    umount(&bench, client);
+}
+
 #[test]
 fn who_is_killed_without_a_client_gets_out() {
     if !kernel_resends("who_is_killed_without_a_client_gets_out") {
@@ -220,6 +259,58 @@ fn who_is_killed_before_the_mount_is_ready_ends_and_is_cleaned_up() {
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("(it was not ready yet): it is unmounted"), "{stderr}");
     assert!(!bench.is_mounted());
+}
+
+/// No fd can be had: all numbers below the limit are taken.
+fn without_fds(pid: Pid) -> Rlimit {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).expect("/proc");
+    let fds =
+        fds.map(|fd| fd.expect("fd").file_name().to_string_lossy().parse().expect("a number"));
+    let fds: BTreeSet<u64> = fds.collect();
+    let free = (0..).find(|number| !fds.contains(number));
+    let limit = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
+    prlimit(Some(pid), Resource::Nofile, limit).expect("the keeper is ours")
+}
+
+#[test]
+fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
+    if !kernel_resends("a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up") {
+        return;
+    }
+    for passes in [true, false] {
+        let bench = Bench::new(Terms::default());
+        let mut client = bench.mount("lanes=2");
+        let reader = hanging(&bench);
+        let before = without_fds(client.pid());
+        kill_process(worker(&bench), Signal::KILL).expect("kill");
+        let stderr = client.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
+        let mut stderr = within("the keeper's words", move || {
+            let (mut stderr, mut line) = (BufReader::new(stderr), String::new());
+            while !line.contains("cannot start the next client: trying again") {
+                line.clear();
+                assert!(stderr.read_line(&mut line).expect("utf-8") > 0, "it has ended");
+            }
+            stderr
+        });
+        assert!(bench.is_mounted());
+        if passes {
+            let back = prlimit(Some(client.pid()), Resource::Nofile, before);
+            back.expect("the keeper is ours");
+            use_mount(&bench);
+            reader.kill();
+            reader.wait();
+            umount(&bench, client);
+            continue;
+        }
+        client.signal(Signal::TERM);
+        assert!(!reader.wait().status.success());
+        let (status, _) = client.wait();
+        let mut rest = String::new();
+        stderr.read_to_string(&mut rest).expect("utf-8");
+        assert_eq!(status.code(), Some(3), "{rest}");
+        assert!(rest.contains("gives up: it is unmounted, and what was in flight"), "{rest}");
+        assert!(!bench.is_mounted());
+    }
 }
 
 #[test]

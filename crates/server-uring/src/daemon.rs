@@ -14,7 +14,7 @@ use crate::fds::Fds;
 use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
 use crate::sandbox::{SandboxError, Walls};
-use crate::state_dir::{self, StateError};
+use crate::state_hold::{self, StateError};
 use crate::systemd::{self, Notify};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -172,7 +172,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     // What is not kept for a guest that was cut is not kept for another daemon either.
     let state = match config.grace.is_zero() {
         true => None,
-        false => state_dir::hold(&config.state_dir, &addresses, config.grace)?,
+        false => state_hold::hold(&config.state_dir, &addresses, config.grace)?,
     };
     let has_control = entrances.iter().any(|one| one.door() == Door::Control);
     entrances.extend(if has_control { None } else { bind_control(&config)? });

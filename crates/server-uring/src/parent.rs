@@ -18,7 +18,7 @@ use crate::inside;
 use crate::reload::{Change, InForce, Shared};
 use crate::sandbox::Walls;
 use crate::share::{Given, ShareRoot};
-use crate::state_dir::Held;
+use crate::state_hold::Held;
 use crate::systemd::Notify;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;

@@ -1,151 +1,37 @@
 //! The state directory: one mapped file a session, which outlives a daemon that is killed.
 //!
 //! A file has a random name, which it gets when it is whole; what it holds is state_file.rs.
-//! Invariants: of two daemons one has the directory (flock); a file is one session's; what is not
-//! wholly as we write it is removed, and its session rebuilt without it; their number is bounded.
+//! Which directory it is, and that no other daemon has it, is state_hold.rs. Invariants: a file is
+//! one session's; what is not wholly as we write it is removed, and its session rebuilt without it;
+//! their number is bounded.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::hello::Ticket;
 use ringfs_wire::table::{are_whole, rebuild};
-use rustix::fs::{AtFlags, Dir, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::fs::{AtFlags, Dir, FallocateFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::address::Address;
-use crate::config::Place;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::limits::SESSIONS_MAX;
-use crate::sandbox::root;
-use crate::sha256::sha256;
-use crate::share::Identity;
 pub use crate::state_file::{Cells, IntentPlace, StateFile, StateTerms};
 use crate::state_file::{HEADER_BYTES, Header, Opened, TicketHash, hash_of};
+pub use crate::state_hold::StateError;
+use crate::state_hold::{Held, is_ours};
 
 const KEY_BYTES: usize = 16;
 const SUFFIX: &str = ".session";
 const UNFINISHED: &str = ".new";
-/// Another daemon's directory of this name may go while it is opened.
-const TRIES_MAX: usize = 16;
 /// Entries of the directory that are looked at: more than we ever leave in it.
 const ENTRIES_MAX: usize = 4 * SESSIONS_MAX;
-
-/// Why there is no state directory, or no file in it.
-#[derive(Debug, thiserror::Error)]
-pub enum StateError {
-    /// It cannot be made or opened.
-    #[error("cannot use {path} as the state directory (--state-dir)")]
-    Open {
-        /// As configured.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: Errno,
-    },
-    /// Others might read or change what is in it.
-    #[error("{path} is no state directory: it must be a directory of ours, with mode 0700")]
-    NotOurs {
-        /// As configured.
-        path: PathBuf,
-    },
-    /// Another daemon works with it.
-    #[error("{path} is in use by another daemon: give each its own --state-dir")]
-    InUse {
-        /// As configured.
-        path: PathBuf,
-    },
-    /// A session's file cannot be made.
-    #[error("cannot make a session's file in the state directory")]
-    Create(#[source] Errno),
-}
-
-const DEFAULT_ABOVE: &str = "/run/ringfsd";
-const IN_USE_PATIENCE: Duration = Duration::from_secs(3);
-const IN_USE_PAUSE: Duration = Duration::from_millis(10);
-
-/// Takes the directory that `--state-dir` says. By default the daemon that listens where this one
-/// does, after it, has the same, and others have another. Without a default one it goes on, and
-/// says so.
-///
-/// # Errors
-/// See [`StateError`]: a directory that was asked for.
-pub fn hold(
-    option: &Place,
-    listen: &[Address],
-    grace: Duration,
-) -> Result<Option<Held>, StateError> {
-    let take = || match option {
-        Place::None => Ok(None),
-        Place::At(path) => Held::take(path, false).map(Some),
-        Place::Default => hold_default(Path::new(DEFAULT_ABOVE), listen, grace).map(Some),
-    };
-    // The worker of a daemon that was killed ends a moment after it.
-    // Counted in looks: a machine that stands still meanwhile gives it no time to end.
-    let mut looks = IN_USE_PATIENCE.as_millis() / IN_USE_PAUSE.as_millis();
-    let held = loop {
-        match take() {
-            Err(StateError::InUse { .. }) if looks > 0 => {
-                looks -= 1;
-                std::thread::sleep(IN_USE_PAUSE);
-            }
-            other => break other,
-        }
-    };
-    match held {
-        Ok(held) => Ok(held),
-        Err(error) if matches!(option, Place::At(_)) => Err(error),
-        Err(error) => {
-            let why = std::error::Error::source(&error).map(ToString::to_string);
-            tracing::warn!(%error, why, "no state directory: were this daemon killed, requests \
-                that were running then would run again");
-            Ok(None)
-        }
-    }
-}
-
-/// Of daemons that are gone, as many are looked at when one starts.
-const SWEPT_MAX: usize = 64;
-
-/// The directory of this daemon's listeners, which no two daemons share. What others have left
-/// whose grace time is over, and that none has taken up, goes: no daemon may ever listen there.
-fn hold_default(above: &Path, listen: &[Address], grace: Duration) -> Result<Held, StateError> {
-    let failed = |source| StateError::Open { path: above.to_owned(), source };
-    let held = open_ours(above, Mode::WGRP | Mode::WOTH)?
-        .ok_or(StateError::InUse { path: above.to_owned() })?;
-    // So that nobody finds his own in the hands of one who looks.
-    let locked = retry_on_intr(|| rustix::fs::flock(&held, FlockOperation::LockExclusive));
-    locked.map_err(failed)?;
-    let path = above.join(name_of(listen));
-    let ours = Held::take(&path, true)?;
-    let names = Dir::read_from(&held).map_err(failed)?.flatten();
-    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let others = names.map(|name| above.join(name)).filter(|other| {
-        let name = other.file_name().unwrap_or_default();
-        name.len() == NAME_CHARS && *other != path
-    });
-    for other in others.take(SWEPT_MAX) {
-        if let Ok(Some(dir)) = take(&other) {
-            let held = Held::of(dir, other, true)?;
-            let _ = StateDir::of(held, grace).look();
-        }
-    }
-    Ok(ours)
-}
-
-const NAME_CHARS: usize = 16;
-
-fn name_of(listen: &[Address]) -> String {
-    let mut names: Vec<_> = listen.iter().map(ToString::to_string).collect();
-    names.sort();
-    let hash = sha256(names.join("\n").as_bytes());
-    hash[..NAME_CHARS / 2].iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// A file whose daemon is gone.
 struct Left {
@@ -153,73 +39,6 @@ struct Left {
     /// When that was found, in seconds of the wall clock.
     at: u64,
     tickets: Vec<TicketHash>,
-}
-
-/// A state directory that this daemon has taken, and has not looked into.
-#[derive(Debug)]
-pub struct Held {
-    /// Locked against other daemons as long as anything of this one may write: whoever of it has
-    /// an fd shares in the lock.
-    dir: OwnedFd,
-    path: PathBuf,
-    identity: Identity,
-    /// Removed at the end, if nothing is in it.
-    passing: bool,
-}
-
-impl Held {
-    fn take(path: &Path, passing: bool) -> Result<Held, StateError> {
-        // Somebody who takes his empty directory away does it with the lock in his hand.
-        let taken = (0..TRIES_MAX).find_map(|_| take(path).transpose());
-        let dir = taken.unwrap_or(Err(StateError::InUse { path: path.to_owned() }))?;
-        Held::of(dir, path.to_owned(), passing)
-    }
-
-    fn of(dir: OwnedFd, path: PathBuf, passing: bool) -> Result<Held, StateError> {
-        match Identity::of(&dir) {
-            Ok(identity) => Ok(Held { dir, path, identity, passing }),
-            Err(source) => Err(StateError::Open { path, source }),
-        }
-    }
-
-    /// For the worker; the directory stays when that one ends.
-    ///
-    /// # Errors
-    /// No fd is left.
-    pub fn lend(&self) -> std::io::Result<Held> {
-        let (dir, path) = (self.dir.try_clone()?, self.path.clone());
-        Ok(Held { dir, path, identity: self.identity, passing: false })
-    }
-
-    /// For a worker in a user namespace of its own, which must not have the parent's fd: that one
-    /// is of the host's mounts, and leads up from there. As
-    /// [`ShareDir::copy_in_own_users`](crate::share::ShareDir::copy_in_own_users).
-    ///
-    /// # Errors
-    /// What the system calls say; `STALE`: the path leads elsewhere by now.
-    pub fn copy_in_own_users(&self) -> Result<Held, StateError> {
-        let failed = |source| StateError::Open { path: self.path.clone(), source };
-        let dir = self.identity.find(&self.path).and_then(|dir| root::copy_of(dir.as_fd()));
-        let dir = dir.map_err(failed)?;
-        share_lock(&dir).map_err(failed)?;
-        let path = self.path.clone();
-        Ok(Held { dir, path, identity: self.identity, passing: false })
-    }
-}
-
-impl AsFd for Held {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.dir.as_fd()
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if self.passing {
-            // Not empty: the next daemon's.
-            let _ = rustix::fs::rmdir(&self.path);
-        }
-    }
 }
 
 pub(crate) struct Shared {
@@ -230,7 +49,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn unlink(&self, name: &CStr) {
-        match rustix::fs::unlinkat(&self.held.dir, name, AtFlags::empty()) {
+        match rustix::fs::unlinkat(&self.held, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => tracing::warn!(?name, %error, "cannot remove a session's file"),
         }
@@ -260,8 +79,8 @@ impl StateDir {
     /// # Errors
     /// See [`StateError`].
     pub fn on(held: Held, grace: Duration) -> Result<StateDir, StateError> {
-        let path = held.path.clone();
-        if fdops::fs_kind(held.dir.as_fd()) != Ok(FsKind::Local(LocalFs::Tmpfs)) {
+        let path = held.path().to_owned();
+        if fdops::fs_kind(held.as_fd()) != Ok(FsKind::Local(LocalFs::Tmpfs)) {
             tracing::warn!(dir = %path.display(), "the state directory is not in memory: slower");
         }
         let state = StateDir::of(held, grace);
@@ -272,7 +91,7 @@ impl StateDir {
         Ok(state)
     }
 
-    fn of(held: Held, grace: Duration) -> StateDir {
+    pub(crate) fn of(held: Held, grace: Duration) -> StateDir {
         let shared = Shared { held, ours: AtomicUsize::new(0) };
         StateDir { shared: Arc::new(shared), grace, left: Mutex::default() }
     }
@@ -282,9 +101,9 @@ impl StateDir {
     }
 
     /// Finds what dead daemons left.
-    fn look(&self) -> Result<(), Errno> {
+    pub(crate) fn look(&self) -> Result<(), Errno> {
         let mut left = Vec::new();
-        for entry in Dir::read_from(&self.shared.held.dir)?.take(ENTRIES_MAX) {
+        for entry in Dir::read_from(&self.shared.held)?.take(ENTRIES_MAX) {
             let name = entry?.file_name().to_owned();
             if name.to_bytes().ends_with(UNFINISHED.as_bytes()) {
                 self.shared.unlink(&name);
@@ -358,7 +177,7 @@ impl StateDir {
         let named = |suffix| CString::new(format!("{key}{suffix}")).unwrap_or_default();
         let (unfinished, name) = (named(UNFINISHED), named(SUFFIX));
         let made = self.make(&unfinished, terms, ticket, rebuilt).and_then(|opened| {
-            rustix::fs::renameat(&self.shared.held.dir, &unfinished, &self.shared.held.dir, &name)?;
+            rustix::fs::renameat(&self.shared.held, &unfinished, &self.shared.held, &name)?;
             Ok(opened)
         });
         match made {
@@ -380,7 +199,7 @@ impl StateDir {
         let bytes = terms.file_bytes().ok_or(Errno::INVAL)?;
         let header = Header::of(terms, ticket).ok_or(Errno::INVAL)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.shared.held.dir, name, flags, FILE_MODE)?;
+        let file = rustix::fs::openat(&self.shared.held, name, flags, FILE_MODE)?;
         // All of its blocks: a mapped page without one would kill the daemon where there is no
         // room for it any more.
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)?;
@@ -427,7 +246,7 @@ impl StateDir {
     /// A file that is wholly one of ours, and what it says that it is of.
     fn map(&self, name: &CStr) -> Option<(Opened, StateTerms)> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.shared.held.dir, name, flags, Mode::empty()).ok()?;
+        let file = rustix::fs::openat(&self.shared.held, name, flags, Mode::empty()).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         let plain = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if !plain || !is_ours(&stat) || stat.st_mode & 0o7777 != 0o600 || stat.st_nlink != 1 {
@@ -452,81 +271,32 @@ fn now_secs() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// Makes and opens a directory of ours in which others have none of the rights `denied`; `None`: it
-/// was taken away meanwhile.
-fn open_ours(path: &Path, denied: Mode) -> Result<Option<OwnedFd>, StateError> {
-    let failed = |source| StateError::Open { path: path.to_owned(), source };
-    match rustix::fs::mkdir(path, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return Err(failed(errno)),
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let dir = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(dir) => dir,
-        Err(Errno::NOENT) => return Ok(None),
-        Err(Errno::LOOP | Errno::NOTDIR) => {
-            return Err(StateError::NotOurs { path: path.to_owned() });
-        }
-        Err(errno) => return Err(failed(errno)),
-    };
-    let stat = rustix::fs::fstat(&dir).map_err(failed)?;
-    let mode = Mode::from_raw_mode(stat.st_mode);
-    if !is_ours(&stat) || mode.intersects(denied) || !mode.contains(Mode::RWXU) {
-        return Err(StateError::NotOurs { path: path.to_owned() });
-    }
-    Ok(Some(dir))
-}
-
-/// The same, and locks it.
-fn take(path: &Path) -> Result<Option<OwnedFd>, StateError> {
-    let failed = |source| StateError::Open { path: path.to_owned(), source };
-    let Some(dir) = open_ours(path, Mode::RWXG | Mode::RWXO)? else { return Ok(None) };
-    // A mount of its own, which no path leads out of: a worker gets this fd.
-    let dir = root::copy_of(dir.as_fd()).unwrap_or(dir);
-    // Taken by one alone, and then shared with its own worker: whoever comes in between has it.
-    let lock = rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive);
-    match lock.and_then(|()| share_lock(&dir)) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Err(StateError::InUse { path: path.to_owned() }),
-        Err(errno) => return Err(failed(errno)),
-    }
-    let is_there = rustix::fs::fstat(&dir).map_err(failed)?.st_nlink > 0;
-    Ok(is_there.then_some(dir))
-}
-
-fn share_lock(dir: &OwnedFd) -> Result<(), Errno> {
-    rustix::fs::flock(dir, FlockOperation::NonBlockingLockShared)
-}
-
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-fn is_ours(stat: &Stat) -> bool {
-    stat.st_uid == rustix::process::geteuid().as_raw()
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::intent::Intent;
     use ringfs_wire::abi::Opcode;
     use ringfs_wire::slot::SlotUse;
     use ringfs_wire::table::{Begin, Past};
     use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+    use std::path::PathBuf;
 
-    const GRACE: Duration = Duration::from_secs(600);
+    pub(crate) const GRACE: Duration = Duration::from_secs(600);
     const MKDIR: u32 = Opcode::Mkdir as u32;
     const AT: SlotUse = SlotUse { slot: 3, seq: 0 };
 
-    fn terms() -> StateTerms {
+    pub(crate) fn terms() -> StateTerms {
         StateTerms { share: "share".into(), subdir: b"a/b".into(), lanes: 3, slots: 5, conns: 2 }
     }
 
-    fn ticket(n: u8) -> Ticket {
+    pub(crate) fn ticket(n: u8) -> Ticket {
         Ticket([n; 16])
     }
 
     /// What a test leaves alone: other tests may fork.
-    fn open(path: &Path) -> StateDir {
+    pub(crate) fn open(path: &Path) -> StateDir {
         let until = std::time::Instant::now() + Duration::from_secs(10);
         loop {
             match StateDir::open(path, GRACE) {
@@ -538,7 +308,7 @@ mod tests {
         }
     }
 
-    fn place() -> (tempfile::TempDir, PathBuf) {
+    pub(crate) fn place() -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("state");
         (dir, path)
@@ -658,99 +428,6 @@ mod tests {
         check(&[(1, Some(2)), (1, Some(3))], &[1, 3]);
         check(&[(1, Some(2)), (2, None)], &[2]);
         check(&[(1, Some(2)), (2, Some(3)), (3, Some(4)), (3, Some(5))], &[3, 5]);
-    }
-
-    #[test]
-    fn each_set_of_listeners_has_its_own_directory() {
-        let (_dir, path) = place();
-        let listen = |texts: &[&str]| -> Vec<Address> {
-            texts.iter().map(|text| text.parse().expect("an address")).collect()
-        };
-        let both = name_of(&listen(&["unix:/run/a", "vsock:5640"]));
-        assert_eq!(both, name_of(&listen(&["vsock:5640", "unix:/run/a"])));
-        assert_ne!(both, name_of(&listen(&["unix:/run/a"])));
-        let both = path.join(both);
-        assert_eq!(both.file_name().map_or(0, std::ffi::OsStr::len), NAME_CHARS);
-        drop(open(&path));
-        assert_eq!(open(&both).left(), 0);
-        let at = Place::At(both.clone());
-        assert_eq!(both.to_str().expect("text").parse(), Ok(at.clone()));
-        assert_eq!(("none".parse(), "".parse::<Place>().ok()), (Ok(Place::None), None));
-        assert!(hold(&Place::None, &[], GRACE).expect("none").is_none());
-        let passing = || {
-            let held = Held::take(&both, true).expect("passing");
-            StateDir::on(held, GRACE).expect("a state directory")
-        };
-        drop(passing());
-        assert!(!both.exists(), "nothing was in it");
-        let state = passing();
-        assert!(state.create(&terms(), ticket(1), false).is_ok());
-        drop(state);
-        assert!(both.exists(), "a session is in it");
-        let held = open(&both);
-        assert!(hold(&at, &[], GRACE).is_err(), "in use");
-        drop(held);
-    }
-
-    #[test]
-    fn what_daemons_leave_that_never_come_back_goes() {
-        let (_dir, path) = place();
-        let listen = |text: &str| vec![text.parse().expect("an address")];
-        let start =
-            |text: &str, grace| StateDir::on(hold_default(&path, &listen(text), grace)?, grace);
-        let below = |text: &str| path.join(name_of(&listen(text)));
-        let running = start("unix:/run/a", GRACE).expect("the first");
-        let killed = start("unix:/run/b", GRACE).expect("the second");
-        assert!(killed.create(&terms(), ticket(1), false).is_ok());
-        drop(killed);
-        std::fs::create_dir(path.join("another's")).expect("directory");
-        let third = start("unix:/run/c", GRACE).expect("the third");
-        assert!(below("unix:/run/a").exists() && below("unix:/run/b").exists(), "in its grace");
-        drop(third);
-        let third = start("unix:/run/c", Duration::ZERO).expect("the third again");
-        assert!(below("unix:/run/a").exists() && !below("unix:/run/b").exists());
-        drop((third, running));
-        let left = std::fs::read_dir(&path).expect("list").count();
-        assert_eq!(left, 1, "another's");
-    }
-
-    #[test]
-    fn a_workers_copy_keeps_other_daemons_out() {
-        let (_dir, path) = place();
-        let held = Held::take(&path, false).expect("taken");
-        // In whoever may not copy mounts this is tried by tests/other_user.rs.
-        let Ok(copy) = held.copy_in_own_users() else { return };
-        let in_use = || matches!(Held::take(&path, false), Err(StateError::InUse { .. }));
-        assert!(in_use());
-        drop(held);
-        assert!(in_use(), "the parent has gone first");
-        drop(copy);
-        assert!(!in_use());
-    }
-
-    #[test]
-    fn a_directory_that_others_reach_or_use_is_refused() {
-        let (dir, path) = place();
-        let first = open(&path);
-        assert!(matches!(StateDir::open(&path, GRACE), Err(StateError::InUse { .. })));
-        drop(first);
-        let refused =
-            |path: &Path| matches!(StateDir::open(path, GRACE), Err(StateError::NotOurs { .. }));
-        let mode = |mode| std::fs::Permissions::from_mode(mode);
-        std::fs::set_permissions(&path, mode(0o755)).expect("chmod");
-        assert!(refused(&path));
-        std::fs::set_permissions(&path, mode(0o700)).expect("chmod");
-        let link = dir.path().join("link");
-        symlink(&path, &link).expect("symlink");
-        let file = dir.path().join("file");
-        std::fs::write(&file, "").expect("file");
-        assert!(refused(&link) && refused(&file));
-        if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::chown(&path, Some(4711), None).expect("chown");
-            assert!(refused(&path));
-        }
-        let none = StateDir::open(&dir.path().join("a/b"), GRACE);
-        assert!(matches!(none, Err(StateError::Open { .. })));
     }
 
     #[test]

@@ -27,6 +27,15 @@ impl Deframer {
         Deframer { buffer: vec![0; BATCH_BYTES_MAX + (64 << 10)], filled: 0..0 }
     }
 
+    /// The same bytes in the memory of another one, whose own are over: pages that were needed
+    /// once are there already.
+    pub fn within(self, mut other: Deframer) -> Deframer {
+        let bytes = &self.buffer[self.filled];
+        other.buffer[..bytes.len()].copy_from_slice(bytes);
+        other.filled = 0..bytes.len();
+        other
+    }
+
     /// Where to receive; never empty.
     pub fn spare(&mut self) -> &mut [u8] {
         if self.filled.start > 0 {
@@ -79,6 +88,27 @@ mod tests {
             out.extend_from_slice(builder.finish(&mut buffer, seq as u64, 0, true));
         }
         out
+    }
+
+    #[test]
+    fn what_came_goes_on_in_the_memory_of_another_one() {
+        let bytes = stream(&[100, 3000]);
+        let take = |deframer: &mut Deframer, from: &[u8]| {
+            deframer.spare()[..from.len()].copy_from_slice(from);
+            deframer.filled(from.len());
+        };
+        let (mut old, mut new) = (Deframer::new(), Deframer::new());
+        take(&mut old, &bytes[..1000]);
+        let place = old.buffer.as_ptr();
+        take(&mut new, &bytes[..2000]);
+        let first = new.next_batch().expect("well formed").expect("whole").len();
+        let mut deframer = new.within(old);
+        assert_eq!(deframer.buffer.as_ptr(), place);
+        assert_eq!(deframer.pending(), 2000 - first);
+        take(&mut deframer, &bytes[2000..]);
+        let batch = deframer.next_batch().expect("well formed").expect("whole");
+        assert_eq!(verify(batch, true).expect("unharmed").seq, 1);
+        assert_eq!(deframer.pending(), 0);
     }
 
     proptest! {

@@ -9,7 +9,6 @@ use super::{
     lock,
 };
 use crate::keep::LaneKeep;
-use crate::known::gives;
 use crate::resume::{Resend, resends};
 use fuser_fork::device::Device;
 use ringfs_wire::abi::{ForgetOne, Opcode};
@@ -37,11 +36,12 @@ pub(super) struct Table {
     /// What waits for a connection any longer fails with this.
     overdue: Option<Errno>,
     slots: ClientSlots<InFlight>,
+    /// Which slots were in use when the turn began and are still, by the same request; how many.
+    before: Vec<bool>,
+    before_left: usize,
     park: VecDeque<Parked>,
     park_bytes: usize,
     controls: VecDeque<Control>,
-    /// FORGETs that were answered, on any lane.
-    forgets: u64,
     /// Somebody waits for a slot.
     starved: bool,
     closed: bool,
@@ -53,20 +53,14 @@ impl Table {
             phase: Phase::Open,
             overdue: None,
             slots: ClientSlots::new(slots),
+            before: vec![false; slots.into()],
+            before_left: 0,
             park: VecDeque::new(),
             park_bytes: 0,
             controls: VecDeque::new(),
-            forgets: 0,
             starved: false,
             closed: false,
         }
-    }
-
-    fn claim(&mut self, mut request: InFlight) -> Result<SlotUse, InFlight> {
-        if let InFlight::Request { since, .. } = &mut request {
-            *since = self.forgets;
-        }
-        self.slots.claim(request)
     }
 
     fn waiting(&self) -> impl Iterator<Item = (u64, u32)> {
@@ -76,6 +70,14 @@ impl Table {
             InFlight::Forget | InFlight::Abandoned => None,
         });
         parked.chain(in_flight)
+    }
+
+    /// Frees a slot, whose next use is the same one if its request was not sent.
+    fn end(&mut self, at: SlotUse, is_sent: bool) -> Result<InFlight, SlotError> {
+        let request = if is_sent { self.slots.complete(at) } else { self.slots.unclaim(at) }?;
+        let was_before = self.before.get_mut(usize::from(at.slot)).map(std::mem::take);
+        self.before_left -= usize::from(was_before == Some(true));
+        Ok(request)
     }
 
     /// Has the requests that `choose` means answered here: their ids.
@@ -150,7 +152,7 @@ impl Lane {
         }
         if table.park.is_empty()
             && table.phase == Phase::Open
-            && let Ok(at) = table.claim(request)
+            && let Ok(at) = table.slots.claim(request)
         {
             self.put_down(at, request);
             self.trace(at, request, "asked");
@@ -183,7 +185,7 @@ impl Lane {
         let mut table = lock(&self.table);
         let front = table.park.front()?;
         let request = InFlight::request(front.unique, front.opcode, front.pid);
-        let at = (table.phase == Phase::Open).then(|| table.claim(request).ok()).flatten();
+        let at = (table.phase == Phase::Open).then(|| table.slots.claim(request).ok()).flatten();
         let Some(at) = at else {
             table.starved = true;
             return None;
@@ -201,18 +203,6 @@ impl Lane {
         tracing::trace!(%op, ?request, "{what}");
     }
 
-    /// So many FORGETs have been answered; how many had been when the oldest request in flight here
-    /// was asked that may give nodes.
-    pub fn turn(&self, forgets: u64) -> u64 {
-        let mut table = lock(&self.table);
-        table.forgets = table.forgets.max(forgets);
-        let since = table.slots.in_flight().filter_map(|(_, request)| match request {
-            InFlight::Request { opcode, since, .. } if gives(*opcode) => Some(*since),
-            InFlight::Request { .. } | InFlight::Forget | InFlight::Abandoned => None,
-        });
-        since.min().unwrap_or(u64::MAX)
-    }
-
     /// What is parked waits for something else than a slot, which the next reply may bring.
     pub fn starve(&self) {
         lock(&self.table).starved = true;
@@ -227,6 +217,18 @@ impl Lane {
     /// Requests in flight, those that are abandoned included.
     pub fn in_flight(&self) -> usize {
         lock(&self.table).slots.in_use()
+    }
+
+    /// Whether all is over that was in flight at the last [`Lane::begin_turn`].
+    pub fn has_ended_turn(&self) -> bool {
+        lock(&self.table).before_left == 0
+    }
+
+    /// A turn begins; the one before has ended.
+    pub fn begin_turn(&self) {
+        let Table { slots, before, before_left, .. } = &mut *lock(&self.table);
+        slots.in_flight().for_each(|(at, _)| before[usize::from(at.slot)] = true);
+        *before_left = slots.in_use();
     }
 
     /// Those of them that were answered here.
@@ -318,7 +320,7 @@ impl Lane {
     /// The reply to a request is here, as the lane's own thread finds.
     pub fn complete(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
-        let request = table.slots.complete(at)?;
+        let request = table.end(at, true)?;
         self.slot_is_free(table);
         self.trace(at, request, "answered");
         Ok(request)
@@ -329,7 +331,7 @@ impl Lane {
     /// has ended meanwhile, and the request with it.
     pub fn unclaim(&self, at: SlotUse) -> Result<InFlight, SlotError> {
         let mut table = lock(&self.table);
-        let request = table.slots.unclaim(at)?;
+        let request = table.end(at, false)?;
         if let Some(keep) = &self.keep {
             keep.freed(at, false);
         }
@@ -437,7 +439,7 @@ impl Lane {
         let mut waiting: Vec<u64> = table.park.drain(..).map(|parked| parked.unique).collect();
         let in_flight: Vec<_> = table.slots.in_flight().map(|(at, _)| at).collect();
         for at in in_flight {
-            if let Ok(InFlight::Request { unique, .. }) = table.slots.complete(at) {
+            if let Ok(InFlight::Request { unique, .. }) = table.end(at, true) {
                 waiting.push(unique);
             }
         }
@@ -545,6 +547,34 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_ends_with_the_last_request_from_before() {
+        let lane = lane(4);
+        let claimed = |unique| match lane.claim(request(unique)) {
+            Claim::Slot(at) => at,
+            claim => panic!("{claim:?}"),
+        };
+        let (first, second, third) = (claimed(2), claimed(4), claimed(6));
+        assert!(lane.has_ended_turn(), "none has begun");
+        lane.begin_turn();
+        let later = claimed(8);
+        lane.complete(first).expect("in flight");
+        lane.complete(later).expect("in flight");
+        assert_eq!(claimed(10).slot, later.slot);
+        assert!(!lane.has_ended_turn());
+        // Answered here it may still have given something.
+        lane.cut(&[]);
+        assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
+        lane.complete(third).expect("in flight");
+        assert!(!lane.has_ended_turn());
+        lane.unclaim(second).expect("in flight");
+        assert!(lane.has_ended_turn(), "the newcomer does not count");
+        lane.begin_turn();
+        assert!(!lane.has_ended_turn());
+        lane.close(Errno::IO);
+        assert!(lane.has_ended_turn());
+    }
+
+    #[test]
     fn pings_do_not_pile_up() {
         let lane = lane(1);
         for _ in 0..CONTROLS_MAX * 2 {
@@ -596,24 +626,6 @@ mod tests {
         lane.cut(&[]);
         assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
         assert_eq!(lane.abandoned(), 1);
-    }
-
-    #[test]
-    fn a_lane_tells_since_when_a_reply_may_give_nodes() {
-        let lane = lane(4);
-        let claim = |unique, opcode| match lane.claim(InFlight::request(unique, opcode, 0)) {
-            Claim::Slot(at) => at,
-            full => panic!("{full:?}"),
-        };
-        assert_eq!(lane.turn(3), u64::MAX, "none is in flight");
-        claim(2, Opcode::Read as u32);
-        let lookup = claim(4, Opcode::Lookup as u32);
-        assert_eq!([5, 7].map(|forgets| lane.turn(forgets)), [3, 3]);
-        // Another lane was faster.
-        assert_eq!(lane.turn(6), 3);
-        claim(6, Opcode::Readdirplus as u32);
-        assert!(lane.complete(lookup).is_ok());
-        assert_eq!(lane.turn(8), 7);
     }
 
     #[test]
