@@ -222,7 +222,7 @@ impl Known {
             for id in ids {
                 bodies.make_room()?;
                 let shard = lock(&shard.0);
-                if let Some(Node { count: count @ 1.., recipe }) = shard.nodes.get(&id) {
+                if let Some(Node { count: count @ 1.., recipe, .. }) = shard.nodes.get(&id) {
                     done.nodes += 1;
                     done.nodes_lost += u64::from(recipe.is_empty());
                     bodies.put(&Restore::Node { id, count: *count, recipe });

@@ -1,7 +1,9 @@
 //! One shard of what is known: its nodes and open files, and its log.
 //!
-//! Invariant: a node that does not count is in the queue of those whose reply may be on its way, and
-//! goes when that cannot be any more, or when there are too many.
+//! Invariant: a node that does not count is in one of two queues: `early` has those whose recipe has
+//! come before the reply, `late` those that were given back, as a reply that gives one again may
+//! have been overtaken by that to its FORGET. It goes when no such reply can come any more, or when
+//! there are too many. The kernel gives back all that it has at once, but asks for few at a time.
 
 use crate::journal::{Entry as Change, Log};
 use ringfs_wire::limits::LANES_MAX;
@@ -14,8 +16,10 @@ use std::hash::{BuildHasher, Hasher};
 const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
-/// Recipes of one shard whose nodes do not count: a reply that gives them may come.
+/// Recipes of one shard whose reply is yet to come.
 pub(super) const EARLY_PER_SHARD_MAX: usize = 256;
+/// Nodes of one shard that were given back: a million in all.
+pub(super) const LATE_PER_SHARD_MAX: usize = 1 << 14;
 /// A recipe whose node does not count is of no use so many turns later: by the second one all
 /// requests are over that were in flight; another one for those that came while a request was
 /// that nobody waits for any more, and were given the node because of it.
@@ -27,6 +31,8 @@ pub(super) const SMALL_TABLE: usize = 1024;
 pub(super) struct Node {
     /// Lookups; 0: a reply that gives it may be yet to come.
     pub(super) count: u64,
+    /// How many had been given back with it; 0: it was not, or has come again.
+    pub(super) late: u64,
     pub(super) recipe: Box<[u8]>,
 }
 
@@ -71,9 +77,12 @@ pub(super) struct Shard {
     pub(super) journal: Option<Box<Journal>>,
     pub(super) nodes: HashMap<u64, Node, Keyed>,
     pub(super) handles: HashMap<u64, Handle, Keyed>,
-    /// Nodes whose recipe came before they counted, or is left, the oldest first, and in which
-    /// turn; some of them count by now.
+    /// Nodes whose recipe came before they counted, the oldest first, and in which turn; some of
+    /// them count by now.
     pub(super) early: VecDeque<(u64, u64)>,
+    /// Nodes that were given back, likewise, and as which one.
+    pub(super) late: VecDeque<(u64, u64, u64)>,
+    given_back: u64,
     /// As the one who holds the lock has seen it.
     pub(super) turn: u64,
     pub(super) node_id_max: u64,
@@ -88,6 +97,8 @@ impl Shard {
             nodes: HashMap::with_hasher(key),
             handles: HashMap::with_hasher(key),
             early: VecDeque::new(),
+            late: VecDeque::new(),
+            given_back: 0,
             turn: 0,
             node_id_max: 0,
             fh_max: 0,
@@ -122,9 +133,9 @@ impl Shard {
             let undecided = if has_recent { undecided(id) } else { 0 };
             Change::Node { id, count: node.count.saturating_sub(undecided), recipe: &node.recipe }
         });
-        let early = self.early.iter().filter_map(|(id, _)| {
-            let node = self.nodes.get(id).filter(|node| node.count == 0)?;
-            Some(Change::Heard { id: *id, recipe: &node.recipe })
+        let early = self.early().into_iter().filter_map(|id| {
+            let recipe = &self.nodes.get(&id)?.recipe;
+            Some(Change::Heard { id, recipe })
         });
         let opened_by = |fh: u64| recent.iter().find(|recent| recent.opened.contains(&fh));
         let handles = self.handles.iter().map(|(&fh, handle)| {
@@ -160,9 +171,14 @@ impl Shard {
 
     fn redo(&mut self, change: &Change<'_>, recent: &mut [Recent; LANES_MAX]) {
         match *change {
-            Change::Heard { id, recipe } => self.put_recipe(id, recipe),
+            // Whichever queue it was in.
+            Change::Heard { id, recipe } => {
+                if self.put_recipe(id, recipe) {
+                    self.keep_late(id);
+                }
+            }
             Change::Node { id, count, recipe } => {
-                self.nodes.insert(id, Node { count, recipe: recipe.into() });
+                self.nodes.insert(id, Node { count, late: 0, recipe: recipe.into() });
             }
             Change::Given { id, tag } => {
                 recent_of(recent, tag).given.push(id);
@@ -249,45 +265,74 @@ impl Shard {
             return;
         }
         self.log(&Change::Heard { id, recipe });
-        self.put_recipe(id, recipe);
+        if self.put_recipe(id, recipe) {
+            self.keep_early(id);
+        }
     }
 
-    fn put_recipe(&mut self, id: u64, recipe: &[u8]) {
+    /// Whether the node is there and does not count.
+    fn put_recipe(&mut self, id: u64, recipe: &[u8]) -> bool {
         self.node_id_max = self.node_id_max.max(id);
         let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
         match self.nodes.entry(id) {
             Entry::Occupied(mut known) => {
-                known.get_mut().recipe = recipe.into();
-                if known.get().count > 0 {
-                    return;
-                }
+                let node = known.get_mut();
+                node.recipe = recipe.into();
+                node.count == 0
             }
-            Entry::Vacant(_) if is_full => return,
+            Entry::Vacant(_) if is_full => false,
             Entry::Vacant(room) => {
-                room.insert(Node { count: 0, recipe: recipe.into() });
+                room.insert(Node { count: 0, late: 0, recipe: recipe.into() });
+                true
             }
         }
-        self.keep_early(id);
     }
 
     /// Nodes that do not count.
     pub(super) fn early(&self) -> HashSet<u64> {
         let counts = |id: &u64| self.nodes.get(id).is_none_or(|node| node.count > 0);
-        self.early.iter().map(|(id, _)| *id).filter(|id| !counts(id)).collect()
+        let early = self.early.iter().map(|(id, _)| *id);
+        let all = early.chain(self.late.iter().map(|(id, ..)| *id));
+        all.filter(|id| !counts(id)).collect()
     }
 
-    /// Keeps a node that does not count, as long as a reply may give it that is on its way.
+    /// Keeps a node whose reply is yet to come.
     fn keep_early(&mut self, id: u64) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.late = 0;
+        }
         self.early.push_back((id, self.turn));
         while let Some(&(oldest, turn)) = self.early.front()
             && (self.turn >= turn + EARLY_TURNS || self.early.len() > EARLY_PER_SHARD_MAX)
         {
             self.early.pop_front();
-            if self.nodes.get(&oldest).is_some_and(|node| node.count == 0)
+            if self.nodes.get(&oldest).is_some_and(|node| node.count == 0 && node.late == 0)
                 && !self.early.iter().any(|(id, _)| *id == oldest)
             {
                 self.drop_node(oldest);
             }
+        }
+    }
+
+    /// Keeps a node that was given back.
+    fn keep_late(&mut self, id: u64) {
+        self.given_back += 1;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.late = self.given_back;
+        }
+        self.late.push_back((id, self.turn, self.given_back));
+        while let Some(&(oldest, turn, which)) = self.late.front()
+            && (self.turn >= turn + EARLY_TURNS || self.late.len() > LATE_PER_SHARD_MAX)
+        {
+            self.late.pop_front();
+            let goes = |node: &Node| node.count == 0 && node.late == which;
+            if self.nodes.get(&oldest).is_some_and(goes) {
+                self.drop_node(oldest);
+            }
+        }
+        let (len, room) = (self.late.len(), self.late.capacity());
+        if room > SMALL_TABLE && len < room / 8 {
+            self.late.shrink_to(len * 2);
         }
     }
 
@@ -312,11 +357,11 @@ impl Shard {
         let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
         match self.nodes.entry(id) {
             Entry::Occupied(mut known) => {
-                let count = &mut known.get_mut().count;
-                *count = (*count + 1).min(NUMBER_MAX);
+                let node = known.get_mut();
+                (node.count, node.late) = ((node.count + 1).min(NUMBER_MAX), 0);
             }
             Entry::Vacant(room) if !is_full => {
-                room.insert(Node { count: 1, recipe: Box::default() });
+                room.insert(Node { count: 1, late: 0, recipe: Box::default() });
             }
             Entry::Vacant(_) => {}
         }
@@ -338,7 +383,7 @@ impl Shard {
         match node.count {
             // A reply that gives it again may have been made before the FORGET was taken, and is
             // still on its way; the daemon has not sent the recipe with it, which we had.
-            0 if !node.recipe.is_empty() => self.keep_early(id),
+            0 if !node.recipe.is_empty() => self.keep_late(id),
             0 => self.drop_node(id),
             _ => {}
         }

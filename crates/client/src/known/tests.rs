@@ -1,7 +1,7 @@
 //! Tests of what is known.
 
 use super::asked::NAME_BYTES_MAX;
-use super::shard::{EARLY_PER_SHARD_MAX, EARLY_TURNS, SMALL_TABLE};
+use super::shard::{EARLY_PER_SHARD_MAX, EARLY_TURNS, LATE_PER_SHARD_MAX, SMALL_TABLE};
 use super::*;
 use crate::keep::Keep;
 use ringfs_wire::abi::{Attr, CreateIn, Dirent, DirentPlus, OpenIn, ReadIn, ReleaseIn};
@@ -269,7 +269,7 @@ fn recipes_go_when_all_is_over_that_was_in_flight() {
     let held = || {
         let shards = known.shards.iter().map(|shard| lock(&shard.0));
         shards
-            .map(|shard| (shard.nodes.len(), shard.early.len()))
+            .map(|shard| (shard.nodes.len(), shard.early.len() + shard.late.len()))
             .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     };
     for id in 2..20_000 {
@@ -298,6 +298,63 @@ fn recipes_go_when_all_is_over_that_was_in_flight() {
     (0..EARLY_TURNS).for_each(|turn| looked_up(40_000 + turn));
     let (nodes, ..) = told(&known);
     assert!((nodes.len(), nodes.values().all(|(_, recipe)| recipe.len() == 4)) == (6, true));
+}
+
+/// The kernel gives back all that it has, while a request is in flight for long that may give one
+/// of it again; also where the next client gets the reply.
+#[test]
+fn many_that_are_given_back_at_once_push_out_none() {
+    const OTHERS: u64 = 100_000;
+    let held = |known: &Known| {
+        known.shards.iter().map(|shard| lock(&shard.0).nodes.len() as u64).sum::<u64>()
+    };
+    for is_next in [false, true] {
+        let (mut keep, mut known) = kept();
+        let mut seq = 0;
+        let mut tag = || {
+            seq += 1;
+            tag_of(0, SlotUse { slot: 0, seq })
+        };
+        let looked_up = |known: &Known, tag, id| {
+            known.answered(tag, Opcode::Lookup as u32, || None, 0, &entry(id));
+        };
+        for (id, recipe) in [(5, "first")].into_iter().chain((0..OTHERS).map(|n| (100 + n, "x"))) {
+            known.hear(&node(id, recipe.as_bytes())).expect("well formed");
+            looked_up(&known, tag(), id);
+            known.forgotten(tag(), ForgetOne { nodeid: id, nlookup: 1 }.as_bytes());
+        }
+        if is_next {
+            drop(known);
+            (keep, known) = taken_over(&keep);
+        }
+        assert_eq!((known.totals(), held(&known)), ((0, 0), OTHERS + 1));
+        looked_up(&known, tag(), 5);
+        assert_eq!(told(&known).0, BTreeMap::from([(5, (1, b"first".to_vec()))]));
+        // The request is over.
+        (0..EARLY_TURNS).for_each(|_| known.next_turn());
+        for id in 1_000_000..1_002_000 {
+            known.hear(&node(id, b"x")).expect("well formed");
+            looked_up(&known, tag(), id);
+            known.forgotten(tag(), ForgetOne { nodeid: id, nlookup: 1 }.as_bytes());
+        }
+        assert!(held(&known) < 2_300, "{}", held(&known));
+        drop(keep);
+    }
+}
+
+/// However long a request is in flight, and however often a node comes and goes.
+#[test]
+fn what_was_given_back_is_bounded() {
+    let known = Known::new(true);
+    for n in 0..200_000 {
+        let id = 2 + n % 3;
+        known.hear(&node(id, b"some")).expect("well formed");
+        answer(&known, Opcode::Lookup, Asked::new(1, &[]), 0, &entry(id));
+        forget(&known, &[(id, 1)]);
+    }
+    let most = known.shards.iter().map(|shard| lock(&shard.0).late.len()).max();
+    assert_eq!(most, Some(LATE_PER_SHARD_MAX));
+    assert_eq!(known.shards.iter().map(|shard| lock(&shard.0).nodes.len()).sum::<usize>(), 3);
 }
 
 #[test]
@@ -437,6 +494,9 @@ fn a_million_nodes() {
     );
     for id in 2..NODES + 2 {
         forget(&known, &[(id, 1)]);
+        if id % 1000 == 0 {
+            known.next_turn();
+        }
     }
     assert_eq!(known.totals(), (0, 0));
     let room: usize = known.shards.iter().map(|s| lock(&s.0).nodes.capacity()).sum();
