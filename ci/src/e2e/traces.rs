@@ -1,4 +1,5 @@
-//! One name for an operation on both ends: `LANE.SLOT.SEQ`, in the guest's log and the daemon's.
+//! One name for an operation on both ends, `SESSION.LANE.SLOT.SEQ`, in the guest's log and the
+//! daemon's; no two operations of a daemon have the same.
 
 use std::collections::HashMap;
 use std::fs;
@@ -31,8 +32,17 @@ fn named(log: &Path, message: &str) -> Result<HashMap<String, String>> {
 fn one_name(rig: &Rig) -> Result<()> {
     let shares = [rig::share("own", &rig.backing)];
     let daemon = Daemon::start(&rig.sandbox, &rig.bins, "own", &shares, &["--log=trace"])?;
-    let dir = rig.sandbox.make_dir("own")?;
-    let log = rig.sandbox.path("own.guest.log");
+    let one = of_a_guest(rig, &daemon, "own")?;
+    let other = of_a_guest(rig, &daemon, "other")?;
+    let twice = one.keys().find(|op| other.contains_key(*op));
+    ensure!(twice.is_none(), "{twice:?} is an operation of both guests");
+    daemon.stop()
+}
+
+/// Works in a mount; what its guest calls each operation, which the daemon calls the same.
+fn of_a_guest(rig: &Rig, daemon: &Daemon, name: &str) -> Result<HashMap<String, String>> {
+    let dir = rig.sandbox.make_dir(name)?;
+    let log = rig.sandbox.path(&format!("{name}.guest.log"));
     let guard = Guard::new(Undo::Mount(dir.clone()));
     let mount = daemon.mount_cmd("own", &dir, "cache=never");
     mount.env("RUST_LOG", "trace").arg("--log").arg(&log).run()?;
@@ -52,5 +62,5 @@ fn one_name(rig: &Rig) -> Result<()> {
     for (op, opcode) in &asked {
         ensure!(told.get(op) == Some(opcode), "{op} is {opcode} and {:?}", told.get(op));
     }
-    daemon.stop()
+    Ok(asked)
 }

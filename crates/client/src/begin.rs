@@ -36,7 +36,7 @@ pub fn start(request: &Request, service: Service) -> Result<Parts, Failure> {
     let rings = Rings::wished(&request.options);
     let hello = hello(request, rings.extra_lanes(request.options.lanes()));
     let address = &request.target.address;
-    let (first, first_rx, welcome) = connect(address, &hello)?;
+    let ((first, first_rx, welcome), name) = connect(address, &hello)?;
     let mut conns = Joined(vec![(first, first_rx)]);
     let (device, mount) = mount(&request.mountpoint, &request.options.mount)?;
     // If we die, the keeper unmounts.
@@ -56,6 +56,7 @@ pub fn start(request: &Request, service: Service) -> Result<Parts, Failure> {
     let (keep, places, known) = make_keep(alone_why.is_none(), has_restore);
     facts.alone_why = alone_why.or(Some("no memory file")).map(str::to_owned);
     let lanes = make_lanes(&clones, welcome.slots, places).map_err(system("set up the lanes"))?;
+    lanes.iter().for_each(|lane| lane.is_of(name));
     if let Some(why) = &facts.lanes.why {
         let (got, asked) = (facts.lanes.got, facts.lanes.asked);
         tracing::warn!(got, asked, why, "fewer lanes than asked for");
@@ -89,7 +90,7 @@ fn join_others(
     for conn in 1..lanes as u16 {
         let hello =
             Hello { ticket: newest.ticket, epoch_seen: newest.epoch, conn, ..hello.clone() };
-        let (conn, half, welcome) = connect(address, &hello)?;
+        let ((conn, half, welcome), _) = connect(address, &hello)?;
         conns.0.push((conn, half));
         newest = welcome;
     }
@@ -169,18 +170,19 @@ impl Drop for Joined {
     }
 }
 
-fn connect(address: &Address, hello: &Hello) -> Result<(Conn, ConnRx, Welcome), Failure> {
+/// Also what the daemon's log calls the session.
+fn connect(address: &Address, hello: &Hello) -> Result<((Conn, ConnRx, Welcome), u64), Failure> {
     let socket = Socket::connect(address, handshake::LIMIT)?;
     let joined = join(socket, hello)
         .map_err(|source| Failure::Handshake { address: address.clone(), source })?;
-    let welcome = joined.welcome;
+    let (welcome, session) = (joined.welcome, joined.session);
     let (conn, half) = Conn::new(joined);
-    Ok((conn, half, welcome))
+    Ok(((conn, half, welcome), session))
 }
 
 /// Joins and leaves at once: what the daemon would grant.
 pub fn probe(request: &Request) -> Result<Welcome, Failure> {
-    let (conn, half, welcome) = connect(&request.target.address, &hello(request, 0))?;
+    let ((conn, half, welcome), _) = connect(&request.target.address, &hello(request, 0))?;
     drop(Joined(vec![(conn, half)]));
     Ok(welcome)
 }

@@ -234,6 +234,7 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     }
     terms.is_untold = false;
     terms.joined |= 1 << port;
+    session.lanes[usize::from(port)].is_of(joined.session);
     match resume.end_try(port, Some(joined)) {
         true => {
             session.lanes[usize::from(port)].renew();

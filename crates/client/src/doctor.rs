@@ -24,6 +24,8 @@ const TRIED_FROM: (u32, u32) = (6, 1);
 const FILES_WANTED: u64 = 128;
 /// Number 229 of the miscellaneous devices, 10.
 const FUSE_DEVICE: u64 = 10 << 8 | 229;
+/// Of the text for people; a word that is longer stands in a line of its own.
+const COLUMNS_MAX: usize = 100;
 /// `VMADDR_CID_HOST`, and what a machine has without a transport.
 const HOST_CID: u32 = 2;
 const NO_CID: u32 = u32::MAX;
@@ -107,10 +109,9 @@ pub fn render(findings: &Findings) -> String {
             Level::Warn => "warn",
             Level::Fail => "FAIL",
         };
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "{word:<5} {name:<12} {found}");
+        wrap(&mut text, &format!("{word:<5} {name:<12} "), found);
         if let Some(fix) = fix {
-            let _ = writeln!(text, "{:<5} {:<12} -> {fix}", "", "");
+            wrap(&mut text, &format!("{:<5} {:<12} -> ", "", ""), fix);
         }
     }
     let count = |level| findings.checks.iter().filter(|check| check.level == level).count();
@@ -118,6 +119,29 @@ pub fn render(findings: &Findings) -> String {
     let (version, (min, max)) = (findings.version, findings.wire);
     let _ = writeln!(text, "ringfs {version}, wire {min} to {max}: {failed} fail, {warned} warn");
     text
+}
+
+/// Writes the words of `said` behind `head`, in as many lines as it takes, of which those after the
+/// first are indented as far.
+fn wrap(text: &mut String, head: &str, said: &str) {
+    let (indent, mut column) = (head.chars().count(), 0);
+    for word in said.split(' ') {
+        let width = word.chars().count();
+        if column == 0 {
+            text.push_str(head);
+            column = indent;
+        } else if column + 1 + width > COLUMNS_MAX {
+            text.push('\n');
+            text.extend(std::iter::repeat_n(' ', indent));
+            column = indent;
+        } else {
+            text.push(' ');
+            column += 1;
+        }
+        text.push_str(word);
+        column += width;
+    }
+    text.push('\n');
 }
 
 fn local_cid() -> Option<u32> {
@@ -469,6 +493,21 @@ mod tests {
         says(&user.allow_other(), Level::Ok, "", "");
         let (_dir, poor) = machine(&[("proc/self/status", "CapEff:\t0000000000000001\n")], true);
         says(&poor.rights(), Level::Fail, "without CAP_SYS_ADMIN", "--cap-add");
+    }
+
+    #[test]
+    fn long_lines_are_wrapped_and_nothing_is_lost() {
+        let (said, path) = (["some words"; 30].join(" "), "/x".repeat(90));
+        let fix = format!("{said} {path} {said}");
+        let checks = vec![check("a", Level::Warn, said.clone(), &fix)];
+        let text = render(&Findings { ok: true, version: "1", wire: (1, 1), checks });
+        for line in text.lines().filter(|line| !line.contains(&path)) {
+            assert!(line.chars().count() <= COLUMNS_MAX, "{line}");
+        }
+        let indent = text.lines().nth(1).expect("a second line").find("w").expect("a word");
+        assert!(indent == 19 || indent == 24, "{text}");
+        let words: Vec<_> = text.split_whitespace().collect();
+        assert!(words.join(" ").starts_with(&format!("warn a {said} -> {fix} ringfs")), "{text}");
     }
 
     #[test]

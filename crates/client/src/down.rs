@@ -72,7 +72,7 @@ pub fn take_record(
             lane.queue(Control::Pong);
             Ok(())
         }
-        Some(Kind::Pong) => Ok(()),
+        Some(Kind::Pong | Kind::Session) => Ok(()),
         Some(Kind::Goodbye) => Err(End::Goodbye {
             reason: Reason::from_u32(record.code),
             text: goodbye_text(&bytes[RECORD_HEADER_BYTES..]),

@@ -9,7 +9,7 @@ use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::{
     Hello, HelloError, Reason, VERSION_MAX, VERSION_MIN, Welcome, feature, version_of,
 };
-use ringfs_wire::limits::HELLO_BYTES_MAX;
+use ringfs_wire::limits::{HELLO_BYTES_MAX, RECORD_HEADER_BYTES};
 use ringfs_wire::session::{LinkError, LinkRx, LinkTx};
 use rustix::io::Errno;
 use std::time::{Duration, Instant};
@@ -31,6 +31,8 @@ pub struct Joined {
     pub deframer: Deframer,
     /// The session's terms.
     pub welcome: Welcome,
+    /// What the daemon's log calls the session; 0: it does not say.
+    pub session: u64,
 }
 
 /// Why there is no session.
@@ -103,14 +105,16 @@ pub fn join(socket: Socket, hello: &Hello) -> Result<Joined, HandshakeError> {
     socket.set_limit(Some(LIMIT)).map_err(io_error)?;
     socket.send_all(tx.seal(&mut builder, &mut buffer, 0)).map_err(io_error)?;
     let mut deframer = Deframer::new();
-    let welcome = loop {
+    let (welcome, session) = loop {
         if let Some(bytes) = deframer.next_batch().map_err(LinkError::from)? {
             if bytes.len() > HELLO_BYTES_MAX {
                 return Err(HandshakeError::TooLong(bytes.len()));
             }
             let head = rx.accept(bytes, tx.sent())?;
-            let record = Cursor::new(&head).next(bytes);
-            break answer(record.map(|(header, span)| (header, &bytes[span])))?;
+            let mut cursor = Cursor::new(&head);
+            let welcome = answer(cursor.next(bytes).map(|(header, span)| (header, &bytes[span])))?;
+            let second = cursor.next(bytes).filter(|(it, _)| it.kind == Kind::Session as u8);
+            break (welcome, second.map_or(0, |(_, span)| session_of(&bytes[span])));
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -127,7 +131,12 @@ pub fn join(socket: Socket, hello: &Hello) -> Result<Joined, HandshakeError> {
     tx.set_payload_crc(payload_crc);
     rx.set_payload_crc(payload_crc);
     socket.set_limit(None).map_err(io_error)?;
-    Ok(Joined { socket, tx, rx, deframer, welcome })
+    Ok(Joined { socket, tx, rx, deframer, welcome, session })
+}
+
+fn session_of(record: &[u8]) -> u64 {
+    let body = record.get(RECORD_HEADER_BYTES..).and_then(<[u8]>::first_chunk);
+    body.copied().map_or(0, u64::from_le_bytes)
 }
 
 fn answer(record: Option<(RecordHeader, &[u8])>) -> Result<Welcome, HandshakeError> {
@@ -274,5 +283,21 @@ mod tests {
         let mut corrupt = batch(Kind::Welcome, 0, welcome().as_bytes());
         corrupt[50] ^= 1;
         check(&corrupt, "head checksum");
+    }
+
+    #[test]
+    fn a_daemon_may_say_what_it_calls_the_session() {
+        let alone = batch(Kind::Welcome, 0, welcome().as_bytes());
+        assert_eq!(join_with(&alone).expect("welcome").session, 0);
+        for (name, expected) in [(&7u64.to_le_bytes()[..], 7), (&[1, 2], 0)] {
+            let mut buffer = vec![0; 8192];
+            let mut builder = BatchBuilder::new();
+            for (kind, body) in [(Kind::Welcome, welcome().as_bytes()), (Kind::Session, name)] {
+                let header = RecordHeader { kind: kind as u8, ..Default::default() };
+                assert!(builder.push(&mut buffer, header, body));
+            }
+            let both = LinkTx::new(true).seal(&mut builder, &mut buffer, 1).to_vec();
+            assert_eq!(join_with(&both).expect("welcome").session, expected);
+        }
     }
 }

@@ -137,6 +137,8 @@ impl LaneCounters {
 pub struct Lane {
     /// Its number, as records name it.
     pub index: u8,
+    /// What the daemon's log calls the session.
+    session: AtomicU64,
     /// The clone that reads its requests and takes their replies.
     pub device: Arc<Device>,
     /// What it has done.
@@ -176,6 +178,7 @@ impl Lane {
     pub fn new(index: u8, device: Arc<Device>, slots: u16) -> io::Result<Lane> {
         Ok(Lane {
             index,
+            session: AtomicU64::new(0),
             device,
             counters: LaneCounters::default(),
             table: Mutex::new(Table::new(slots)),
@@ -189,6 +192,11 @@ impl Lane {
             resent_by: None,
             inherited: Mutex::default(),
         })
+    }
+
+    /// From now on its requests are those of a session that the daemon calls so.
+    pub fn is_of(&self, session: u64) {
+        self.session.store(session, Ordering::Relaxed);
     }
 
     /// What happens to its slots is put down there.

@@ -6,10 +6,30 @@
 use super::*;
 use crate::status::SlowOp;
 use ringfs_wire::abi::Opcode;
+use ringfs_wire::slot::SlotUse;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Of [`RequestTag::begun`].
 const TICK_SHIFT: u32 = 11;
+
+/// What a request is called on both sides, in logs and by `ringfsd status`.
+struct OpName {
+    session: u64,
+    lane: u8,
+    at: SlotUse,
+}
+
+impl OpName {
+    fn of(session: u64, tag: &RequestTag) -> OpName {
+        OpName { session, lane: tag.lane, at: tag.at }
+    }
+}
+
+impl std::fmt::Display for OpName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}.{}", self.session, self.lane, self.at.slot, self.at.seq)
+    }
+}
 
 impl<R: Ring> Shard<R> {
     fn clock_ns(&self) -> u64 {
@@ -48,7 +68,7 @@ impl<R: Ring> Shard<R> {
         self.count(tag.conn).record(tag.opcode.into(), took, errno);
         tracing::trace!(
             session = conn.session.id,
-            op = %format_args!("{}.{}.{}", tag.lane, tag.at.slot, tag.at.seq),
+            op = %OpName::of(conn.session.id, tag),
             opcode = tag.opcode,
             errno,
             took_us = took.as_micros() as u64,
@@ -86,7 +106,7 @@ impl<R: Ring> Shard<R> {
             unix_s: unix.as_secs(),
             share: session.share.clone(),
             session: session.id,
-            op: format!("{}.{}.{}", tag.lane, tag.at.slot, tag.at.seq),
+            op: OpName::of(session.id, tag).to_string(),
             opcode: opcode.map_or("UNKNOWN".into(), |op| format!("{op:?}").to_uppercase()),
             node: tag.node,
             path: session.fs.known_path(tag.node),

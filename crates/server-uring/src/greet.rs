@@ -273,7 +273,7 @@ impl Greeter {
         };
         // Whoever has not heard it comes again by any connection.
         let mut tx = LinkTx::new(true);
-        send(&accepted.socket, &mut tx, 1, (Kind::Welcome, 0), welcome.as_bytes());
+        send(&accepted.socket, &mut tx, 1, &[(Kind::Welcome, 0, welcome.as_bytes())]);
     }
 
     /// Opens a session on a thread of its own: the share's file system may be stuck, and others
@@ -462,22 +462,23 @@ pub fn say_no(socket: &OwnedFd, peer: &str, refusal: &Refusal) {
     tracing::warn!(peer, ?reason, "refused: {text}");
     let text = &text[..text.floor_char_boundary(GOODBYE_TEXT_BYTES_MAX)];
     let mut tx = LinkTx::new(true);
-    send(socket, &mut tx, 1, (Kind::Goodbye, *reason as u32), text.as_bytes());
+    send(socket, &mut tx, 1, &[(Kind::Goodbye, *reason as u32, text.as_bytes())]);
 }
 
-/// Sends one record in a batch of its own. Small enough for any socket's empty buffer: a peer that
-/// cannot take it is given up.
+/// Sends records in a batch of their own: kind, code and body. Small enough for any socket's empty
+/// buffer: a peer that cannot take it is given up.
 pub fn send(
     socket: &OwnedFd,
     tx: &mut LinkTx,
     received: u64,
-    (kind, code): (Kind, u32),
-    body: &[u8],
+    records: &[(Kind, u32, &[u8])],
 ) -> bool {
     let mut buffer = [0; HELLO_BYTES_MAX];
     let mut builder = BatchBuilder::new();
-    let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
-    builder.push(&mut buffer, header, body);
+    for &(kind, code, body) in records {
+        let header = RecordHeader { kind: kind as u8, code, ..Default::default() };
+        builder.push(&mut buffer, header, body);
+    }
     let bytes = tx.seal(&mut builder, &mut buffer, received);
     let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
     rustix::net::send(socket, bytes, flags) == Ok(bytes.len())

@@ -200,7 +200,9 @@ impl<R: Ring> Shard<R> {
                 false => 0,
             },
         };
-        if !send(&socket, &mut tx, rx.received(), (Kind::Welcome, 0), welcome.as_bytes()) {
+        let name = session.id.to_le_bytes();
+        let records = [(Kind::Welcome, 0, welcome.as_bytes()), (Kind::Session, 0, &name)];
+        if !send(&socket, &mut tx, rx.received(), &records) {
             tracing::info!(session = session.id, conn = index, "gone before the WELCOME");
             let_go(session);
             return false;

@@ -524,6 +524,7 @@ impl<R: Ring> Shard<R> {
                 Err(self.protocol(key, "a record that guests do not send"))
             }
             Some(Kind::Notify) => Err(self.protocol(key, "a record that guests do not send")),
+            Some(Kind::Session) => Ok(Step::Taken),
             None if Kind::is_optional(header.kind) => Ok(Step::Taken),
             None => Err(self.protocol(key, "an unknown kind of record")),
         }

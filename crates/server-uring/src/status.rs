@@ -129,7 +129,7 @@ pub struct SlowOp {
     pub share: String,
     /// Whose.
     pub session: u64,
-    /// `lane.slot.seq`: what the guest calls the same request.
+    /// `session.lane.slot.seq`: what the guest calls the same request.
     pub op: String,
     /// The kind.
     pub opcode: String,

@@ -157,7 +157,8 @@ fn whoever_scrapes_badly_is_answered_or_cut_off() {
         command.arg(format!("--metrics=tcp:{port}"));
         command
     });
-    let connect = || TcpStream::connect(port).expect("the metrics port");
+    // It listens a moment after the control socket does.
+    let connect = || until("the metrics port", || TcpStream::connect(port).ok());
     assert_eq!(http(connect(), GET).0, "HTTP/1.1 200 OK");
     let (line, _) = http(connect(), "GET /x HTTP/1.1\r\n\r\n");
     assert_eq!(line, "HTTP/1.1 404 Not Found");
@@ -204,7 +205,7 @@ fn a_slow_operation_is_told_with_where_it_was() {
     guest.flush();
     assert_eq!(guest.reply().expect("a reply"), (at, Ok(Vec::new())));
     // What the guest calls it.
-    let name = format!("0.{}.{}", at.slot, at.seq);
+    let name = format!("1.0.{}.{}", at.slot, at.seq);
     let told = control::ask_status(&control).expect("a status");
     let slow = told.slow.iter().find(|slow| slow.op == name).expect("it is told");
     assert_eq!((&*slow.opcode, &*slow.share, slow.session), ("FALLOCATE", "share", 1));

@@ -101,6 +101,8 @@ pub enum Kind {
     Goodbye = 12,
     /// Guest: the request of that use of a slot, which comes next, may have run before.
     Unsure = 128,
+    /// Host, behind a WELCOME: what its log calls the session, a u64.
+    Session = 129,
 }
 
 impl Kind {
@@ -120,6 +122,7 @@ impl Kind {
             11 => Kind::Pong,
             12 => Kind::Goodbye,
             128 => Kind::Unsure,
+            129 => Kind::Session,
             _ => return None,
         })
     }

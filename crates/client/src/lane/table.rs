@@ -197,10 +197,13 @@ impl Lane {
         Some((at, parked))
     }
 
-    /// What a request is called on both sides: the daemon's log of slow ones has the same `op`.
+    /// What a request is called on both sides: the daemon's log has the same `op`.
     fn trace(&self, at: SlotUse, request: InFlight, what: &str) {
-        let op = format_args!("{}.{}.{}", self.index, at.slot, at.seq);
-        tracing::trace!(%op, ?request, "{what}");
+        if tracing::enabled!(tracing::Level::TRACE) {
+            let session = self.session.load(Ordering::Relaxed);
+            let op = format_args!("{session}.{}.{}.{}", self.index, at.slot, at.seq);
+            tracing::trace!(%op, ?request, "{what}");
+        }
     }
 
     /// What is parked waits for something else than a slot, which the next reply may bring.

@@ -360,6 +360,8 @@ impl Guest {
         let (record, body) = self.receive()?;
         assert_eq!(record.kind, Kind::Welcome as u8);
         self.welcome = Welcome::decode(&body).expect("a good WELCOME");
+        // What its log calls the session comes in the same batch, and is the client's to know.
+        self.inbox.retain(|(record, _)| record.kind != Kind::Session as u8);
         let crc = self.welcome.features & feature::PAYLOAD_CRC != 0;
         self.tx.set_payload_crc(crc);
         self.rx.set_payload_crc(crc);

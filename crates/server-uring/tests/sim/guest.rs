@@ -268,6 +268,9 @@ impl Guest {
                 (self.welcomed, self.known) = (true, true);
                 continue;
             }
+            if record.kind == Kind::Session as u8 {
+                continue;
+            }
             if record.kind == Kind::Node as u8 {
                 for node in Nodes::new(&body) {
                     let node = node.expect("a good NODE");
