@@ -1,9 +1,10 @@
 //! One shard of what is known: its nodes and open files, and its log.
 //!
-//! Invariant: a node that does not count is in one of two queues: `early` has those whose recipe has
-//! come before the reply, `late` those that were given back, as a reply that gives one again may
-//! have been overtaken by that to its FORGET. It goes when no such reply can come any more, or when
-//! there are too many. The kernel gives back all that it has at once, but asks for few at a time.
+//! Invariant: a node that does not count is in one of two queues: `early` has those whose recipe
+//! has come before the reply, `late` those that were given back, as a reply that gives one again
+//! may have been overtaken by that to its FORGET. It goes when no such reply can come any more, or
+//! when there are too many. The kernel gives back all that it has at once, but asks for few at a
+//! time.
 
 use crate::journal::{Entry as Change, Log};
 use ringfs_wire::limits::LANES_MAX;
