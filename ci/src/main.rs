@@ -10,6 +10,7 @@ mod deny;
 mod deps;
 mod e2e;
 mod faults;
+mod find;
 mod fsx;
 mod fuzz;
 mod guard;
@@ -68,6 +69,8 @@ enum Command {
     Survive(survive::Args),
     /// Several guests for a long time, with kills, cuts and reconnects
     Soak(soak::Args),
+    /// A guest walks over more files than its daemon may open
+    Find(find::Args),
     /// The fuzz targets of the wire, under libFuzzer with a nightly compiler
     Fuzz(fuzz::Args),
     /// Debian packages, a static tarball and the container's place, in target/packages
@@ -110,6 +113,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Hostile(args) => hostile::run(&args),
         Command::Survive(args) => close("survive", survive::run(&args)?),
         Command::Soak(args) => close("soak", soak::run(&args)?),
+        Command::Find(args) => close("find", find::run(&args)?),
         Command::Fuzz(args) => close("fuzz", fuzz::run(&args)?),
         Command::Package(args) => close("package", package::run(&args)?),
         Command::Stress(args) => close("stress", stress::run(&args)?),

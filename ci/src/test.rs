@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 
 use crate::paths::{self, Bins};
 use crate::vm::{self, VmArgs};
-use crate::{demo, deny, deps, e2e, faults, fsx, pjdfstest, soak, stress, survive};
+use crate::{demo, deny, deps, e2e, faults, find, fsx, pjdfstest, soak, stress, survive};
 
 /// The slowest single cargo call, a release build from nothing on two busy cores.
 const CARGO_LIMIT: Duration = Duration::from_secs(1500);
@@ -49,6 +49,7 @@ const STEPS: &[Step] = &[
     Step { name: "faults", run: faults::run_short },
     Step { name: "survive", run: survive::run_short },
     Step { name: "soak", run: soak::run_short },
+    Step { name: "find", run: find::run_short },
     Step { name: "vm", run: vm },
     Step { name: "demo", run: || demo::run(&demo::Args::once()) },
 ];
