@@ -148,8 +148,9 @@ impl InForce {
         }
     }
 
-    /// Reads the configuration and opens the shares that are new in it, or that the worker lacks. On a thread of its own: a
-    /// file system that does not answer must not keep the parent from accepting.
+    /// Reads the configuration and opens the shares that are new in it, or that the worker lacks.
+    /// On a thread of its own: a file system that does not answer must not keep the parent from
+    /// accepting.
     fn read(&self) -> Result<(Config, Vec<Shared>), ReloadError> {
         let (source, fds) = (self.source.clone(), self.fds.clone());
         let lacks = |share: &ShareConfig| self.lacks.contains_key(&Part::Share(share.name.clone()));
