@@ -5,8 +5,8 @@
 //! CPU time of its jobs, times its rivals, and has no further one begun before that is paid for.
 //! What a job is likely to cost is paid when it begins, or many would begin at once; what it did
 //! cost, when it ends. Jobs that wait for a disk cost little, and as many begin as threads allow.
-//! What gives something back begins before the others and whatever is owed, and is paid for later:
-//! as long as it waits, what it gives back is missing to all.
+//! What gives something back, and is cheap, begins before the others and whatever is owed, and is
+//! paid for later: as long as it waits, what it gives back is missing to all.
 //!
 //! Pure: times are given, in nanoseconds of one clock.
 
@@ -45,7 +45,7 @@ struct Turn<T> {
     waiting: VecDeque<T>,
     /// When all that has begun is paid for.
     paid_at: u64,
-    /// CPU time of the last job.
+    /// CPU time of the last job that was paid for when it began.
     cost_ns: u64,
 }
 
@@ -66,15 +66,15 @@ pub struct Begun<T> {
     pub owner: u64,
     /// What.
     pub task: T,
-    /// What was paid for it.
-    price: u64,
+    /// What was paid for it; `None`: it gives something back, and pays later.
+    price: Option<u64>,
 }
 
 /// The bill of a job, to be given to [`Jobs::ended`].
 #[derive(Clone, Copy, Debug)]
 pub struct Bill {
     owner: u64,
-    price: u64,
+    price: Option<u64>,
 }
 
 impl<T> Begun<T> {
@@ -119,7 +119,7 @@ impl<T> Jobs<T> {
         turn.running < share
     }
 
-    /// The same with one that gives something back.
+    /// The same with one that gives something back in a moment.
     pub fn push_return(&mut self, owner: u64, task: T) -> bool {
         let share = self.share;
         let turn = self.turn_of(owner);
@@ -152,12 +152,13 @@ impl<T> Jobs<T> {
             }
             let Some(mut turn) = self.turns.remove(index) else { break };
             let (task, price) = match turn.returns.pop_front() {
-                Some(task) => (Some(task), 0),
-                None => (turn.waiting.pop_front(), pace.price(turn.cost_ns)),
+                Some(task) => (Some(task), None),
+                None => (turn.waiting.pop_front(), Some(pace.price(turn.cost_ns))),
             };
             let Some(task) = task else { break };
             turn.running += 1;
-            turn.paid_at = turn.paid_at.max(now.saturating_sub(BURST_NS)).saturating_add(price);
+            let paid_at = turn.paid_at.max(now.saturating_sub(BURST_NS));
+            turn.paid_at = paid_at.saturating_add(price.unwrap_or(0));
             let owner = turn.owner;
             self.turns.push_back(turn);
             return Next::Task(Begun { owner, task, price });
@@ -169,8 +170,10 @@ impl<T> Jobs<T> {
     pub fn ended(&mut self, Bill { owner, price }: Bill, cpu_ns: u64, now: u64, pace: Pace) {
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.owner == owner) {
             turn.running -= 1;
-            turn.cost_ns = cpu_ns;
-            turn.paid_at = turn.paid_at.saturating_add(pace.price(cpu_ns)).saturating_sub(price);
+            // What gives back is cheap, and tells nothing of the others.
+            turn.cost_ns = if price.is_some() { cpu_ns } else { turn.cost_ns };
+            let owed = turn.paid_at.saturating_add(pace.price(cpu_ns));
+            turn.paid_at = owed.saturating_sub(price.unwrap_or(0));
         }
         self.turns.retain(|turn| !turn.is_over(now));
     }
@@ -308,6 +311,24 @@ mod tests {
         jobs.ended(bill, 1_000_000, START, TWO);
         let Next::At(at) = jobs.next(START, TWO) else { panic!("it owes more") };
         assert_eq!(at - before, TWO.price(1_000_000));
+    }
+
+    /// Whoever owes must not make his dear calls look cheap.
+    #[test]
+    fn what_gives_back_tells_nothing_of_the_price_of_others() {
+        let mut jobs = Jobs::new(8);
+        jobs.push(1, 1);
+        let (_, bill) = task(jobs.next(START, TWO));
+        jobs.ended(bill, 1_000_000, START, TWO);
+        jobs.push_return(1, 10);
+        let (_, bill) = task(jobs.next(START, TWO));
+        jobs.ended(bill, 1_000, START, TWO);
+        for n in 2..10 {
+            jobs.push(1, n);
+        }
+        let Next::At(at) = jobs.next(START, TWO) else { panic!("it owes") };
+        task(jobs.next(at + BURST_NS, TWO));
+        assert!(matches!(jobs.next(at + BURST_NS, TWO), Next::At(_)), "one such call in a burst");
     }
 
     #[test]
