@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use crate::fds::{Counted, Fds};
 use crate::nodes::{Node, first_id};
+use crate::passthrough::Stat;
 use crate::quota::Quota;
 
 const SHARDS: usize = 64;
@@ -127,6 +128,16 @@ pub enum Handle {
     Unopened(Unopened),
     /// Such a handle whose file could not be opened.
     Lost(Unopened),
+}
+
+impl Handle {
+    /// Blocks that its end frees, if nothing else holds its file.
+    pub fn blocks_freed(&self) -> u64 {
+        match self {
+            Handle::File(file) => Stat::of(file.as_fd()).map_or(0, |stat| stat.blocks_freed()),
+            Handle::Dir(_) | Handle::Unopened(_) | Handle::Lost(_) => 0,
+        }
+    }
 }
 
 /// How a handle was opened on another daemon.

@@ -60,15 +60,26 @@ impl Released {
         self.0.len()
     }
 
-    /// True where dropping this frees more than so many blocks: better on another thread.
-    pub fn frees_more_than(&self, most: u64) -> bool {
-        let stats = self.0.iter().filter_map(|node| match node.backing().ok()? {
-            Backing::Crate(inode) => node.home().backend.getattr(inode).ok(),
-            Backing::Fd(fd) => Stat::of(fd).ok(),
-        });
-        let blocks = stats.filter(|stat| stat.nlink == 0).map(|stat| stat.blocks + 1);
-        blocks.fold(0, u64::saturating_add) > most
+    /// Takes those out whose end frees blocks, beyond so many that are left in: that may take long.
+    pub fn take_dear(&mut self, most: u64) -> Released {
+        let mut left = most;
+        let is_dear = |node: &mut Arc<Node>| match left.checked_sub(blocks_freed(node)) {
+            Some(rest) => {
+                left = rest;
+                false
+            }
+            None => true,
+        };
+        Released(self.0.extract_if(.., is_dear).collect())
     }
+}
+
+fn blocks_freed(node: &Node) -> u64 {
+    let stat = node.backing().ok().and_then(|backing| match backing {
+        Backing::Crate(inode) => node.home().backend.getattr(inode).ok(),
+        Backing::Fd(fd) => Stat::of(fd).ok(),
+    });
+    stat.map_or(0, |stat| stat.blocks_freed())
 }
 
 /// How many nodes a session may know.

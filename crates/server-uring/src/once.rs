@@ -84,7 +84,8 @@ impl<R: Ring> Shard<R> {
     pub(super) fn give_back(&mut self, key: usize, given: &Given) {
         let session = &self.conns[key].session;
         if !given.is_empty() {
-            self.shared.pool.give_back(session.owner, session.fs.give_back(given));
+            let (fs, most) = (&session.fs, session.fs.blocks_freed_at_once());
+            self.shared.pool.give_back(session.owner, fs.give_back(given), most);
         }
     }
 

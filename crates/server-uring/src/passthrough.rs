@@ -94,6 +94,11 @@ impl Stat {
         stat!(st)
     }
 
+    /// Blocks that are freed, and the inode, when the last fd of it closes.
+    pub fn blocks_freed(&self) -> u64 {
+        if self.nlink == 0 { self.blocks + 1 } else { 0 }
+    }
+
     /// `fstat(2)` of an fd of ours; an `O_PATH` one will do.
     pub fn of(fd: impl AsFd) -> Result<Stat, Errno> {
         Ok(Stat::from_rustix(&rustix::fs::fstat(fd)?))

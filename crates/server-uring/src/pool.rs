@@ -126,8 +126,10 @@ pub struct Done {
 /// What waits for a thread.
 enum Task {
     Request(Box<Job>),
-    /// Files to close, nobody waits for it.
-    Release(Released, Option<Handle>),
+    /// Files to close, nobody waits for it. What frees more blocks than so many is left to do.
+    Release(Released, Option<Handle>, u64),
+    /// That.
+    Free(Released, Option<Handle>),
     /// Nodes to take in before they are used, nobody waits for it.
     Warm(Arc<Fs>, Vec<u64>),
 }
@@ -187,15 +189,27 @@ impl Pool {
     }
 
     /// Closes files that a peer has given back: before its other jobs, and whatever it owes, since
-    /// their fds are missing to all.
-    pub fn release(self: &Arc<Self>, owner: u64, released: Released) {
-        self.queue(owner, Task::Release(released, None));
+    /// their fds are missing to all. But what frees more blocks than `most` is a job like others.
+    pub fn release(self: &Arc<Self>, owner: u64, released: Released, most: u64) {
+        self.give_back(owner, (released, None), most);
     }
 
     /// As [`Pool::release`], and closes a handle.
-    pub fn give_back(self: &Arc<Self>, owner: u64, (released, handle): (Released, Option<Handle>)) {
+    pub fn give_back(
+        self: &Arc<Self>,
+        owner: u64,
+        (released, handle): (Released, Option<Handle>),
+        most: u64,
+    ) {
         if !released.is_empty() || handle.is_some() {
-            self.queue(owner, Task::Release(released, handle));
+            self.queue(owner, Task::Release(released, handle, most));
+        }
+    }
+
+    /// Closes files whose blocks are freed then.
+    pub fn free(self: &Arc<Self>, owner: u64, dear: Released) {
+        if !dear.is_empty() {
+            self.queue(owner, Task::Free(dear, None));
         }
     }
 
@@ -212,7 +226,7 @@ impl Pool {
         let mut queue = self.lock();
         let may_begin = match task {
             Task::Release(..) => queue.jobs.push_return(owner, task),
-            Task::Request(_) | Task::Warm(..) => queue.jobs.push(owner, task),
+            Task::Request(_) | Task::Free(..) | Task::Warm(..) => queue.jobs.push(owner, task),
         };
         let (running, waiting) = queue.jobs.load();
         drop(queue);
@@ -258,11 +272,11 @@ impl Pool {
                 (job.session, job.tag.conn, job.tag.lane, job.tag.at)
                     == (session, tag.conn, tag.lane, tag.at)
             }
-            Task::Release(..) | Task::Warm(..) => false,
+            Task::Release(..) | Task::Free(..) | Task::Warm(..) => false,
         };
         match self.lock().jobs.remove(owner, now_ns(), is_it) {
             Some(Task::Request(job)) => Some(*job),
-            Some(Task::Release(..) | Task::Warm(..)) | None => None,
+            Some(Task::Release(..) | Task::Free(..) | Task::Warm(..)) | None => None,
         }
     }
 
@@ -295,7 +309,7 @@ impl Pool {
             let (task, bill) = begun.into_parts();
             let shard_ns = match &task {
                 Task::Request(job) => job.shard_ns.into(),
-                Task::Release(..) | Task::Warm(..) => 0,
+                Task::Release(..) | Task::Free(..) | Task::Warm(..) => 0,
             };
             let rest = execute(task);
             // With what it took to wake up for it.
@@ -303,9 +317,9 @@ impl Pool {
             let mut queue = self.lock();
             queue.jobs.ended(bill, cpu - cpu_before + shard_ns, now_ns(), self.pace());
             cpu_before = cpu;
-            let rest = rest.filter(|_| !queue.closed);
+            let closed = queue.closed;
             drop(queue);
-            if let Some(rest) = rest {
+            if let Some(rest) = rest.filter(|_| !closed) {
                 self.queue(owner, rest);
             }
         }
@@ -378,7 +392,18 @@ impl Pool {
 fn execute(task: Task) -> Option<Task> {
     match task {
         Task::Request(job) => execute_request(*job),
-        Task::Release(released, handle) => drop((released, handle)),
+        Task::Release(mut released, handle, most) => {
+            let dear = released.take_dear(most);
+            let (handle, dear_handle) = match handle {
+                Some(handle) if handle.blocks_freed() > most => (None, Some(handle)),
+                other => (other, None),
+            };
+            drop((released, handle));
+            if !dear.is_empty() || dear_handle.is_some() {
+                return Some(Task::Free(dear, dear_handle));
+            }
+        }
+        Task::Free(released, handle) => drop((released, handle)),
         Task::Warm(fs, mut cold) => {
             // A session that has ended is not kept for it.
             if Arc::strong_count(&fs) > 1 && fs.warm(&mut cold, WARMED_A_TURN_MAX) {
@@ -485,16 +510,22 @@ mod tests {
     fn what_a_debtor_gives_back_is_closed_at_once() {
         const MINUTES: u64 = 600_000_000_000;
         let dir = tempfile::tempdir().expect("a temporary directory");
-        std::fs::write(dir.path().join("file"), "x").expect("a file");
+        let names = ["file", "gone"];
+        for name in names {
+            std::fs::write(dir.path().join(name), "x").expect("a file");
+        }
         let fds = Fds::new(64);
         let options = FsOptions { fds: Arc::clone(&fds), ..FsOptions::default() };
         let fs = Arc::new(Fs::new(dir.path(), options).expect("a session"));
         let root = fds.used();
-        let lookup = [&1u64.to_le_bytes()[..], &[0; 16], b"file\0"].concat();
-        let request = Request::parse(Opcode::Lookup as u32, &lookup).expect("a request");
-        let mut reply = [0; 256];
-        fs.execute(&request, &mut reply).expect("a reply");
-        let entry = EntryOut::read_from_prefix(&reply).expect("an entry").0;
+        let nodes = names.map(|name| {
+            let lookup = [&1u64.to_le_bytes()[..], &[0; 16], name.as_bytes(), b"\0"].concat();
+            let request = Request::parse(Opcode::Lookup as u32, &lookup).expect("a request");
+            let mut reply = [0; 256];
+            fs.execute(&request, &mut reply).expect("a reply");
+            EntryOut::read_from_prefix(&reply).expect("an entry").0.nodeid
+        });
+        std::fs::remove_file(dir.path().join("gone")).expect("rm");
 
         let pool = Pool::new(2, rustix::thread::sched_getaffinity(None).expect("CPUs"));
         pool.shared_by(2, Duration::from_nanos(MINUTES));
@@ -504,13 +535,17 @@ mod tests {
         queue.jobs.ended(begun.into_parts().1, MINUTES, now_ns(), pool.pace());
         drop(queue);
 
-        assert_eq!(fds.used(), root + 1);
-        pool.release(1, fs.forget_later([(entry.nodeid, 1)].into_iter()));
+        assert_eq!(fds.used(), root + 2);
+        pool.release(1, fs.forget_later(nodes.map(|node| (node, 1)).into_iter()), 0);
         let start = Instant::now();
-        while fds.used() > root {
+        while fds.used() > root + 1 || pool.load() != (1, 0, 1) {
             assert!(start.elapsed() < Duration::from_secs(20), "it waits until all is paid for");
             std::thread::sleep(Duration::from_millis(1));
         }
+        // What frees blocks is a dear call, and waits like others.
+        let waits = pool.lock().jobs.next(now_ns(), pool.pace());
+        assert!(matches!(waits, Next::At(at) if at > now_ns()), "{:?}", pool.load());
         pool.close();
+        assert_eq!(fds.used(), root);
     }
 }

@@ -507,7 +507,7 @@ impl<R: Ring> Shard<R> {
             }
         }
         let fs = self.conns[key].session.fs.clone();
-        let released = match forgets {
+        let mut released = match forgets {
             Some(forgets) => fs.forget_later(forgets.iter().map(|one| (one.nodeid, one.nlookup))),
             // Not aligned where it lies.
             None => {
@@ -517,10 +517,12 @@ impl<R: Ring> Shard<R> {
                 }))
             }
         };
-        if released.len() > RELEASED_INLINE_MAX
-            || released.frees_more_than(fs.blocks_freed_at_once())
-        {
-            self.shared.pool.release(self.conns[key].session.owner, released);
+        let owner = self.conns[key].session.owner;
+        let most = fs.blocks_freed_at_once();
+        if released.len() > RELEASED_INLINE_MAX {
+            self.shared.pool.release(owner, released, most);
+        } else {
+            self.shared.pool.free(owner, released.take_dear(most));
         }
         let mut tag = RequestTag::of(key, &header);
         tag.opcode = opcode as u8;

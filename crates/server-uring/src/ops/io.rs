@@ -388,7 +388,7 @@ pub fn release(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Er
 pub fn release_frees(fs: &Fs, request: &Request<'_>) -> bool {
     let Ok(release) = request.head::<abi::ReleaseIn>() else { return false };
     let stat = fs.handles.file(release.fh, request.nodeid).and_then(Stat::of);
-    stat.is_ok_and(|stat| stat.nlink == 0 && stat.blocks + 1 > fs.blocks_freed_at_once())
+    stat.is_ok_and(|stat| stat.blocks_freed() > fs.blocks_freed_at_once())
 }
 
 /// FALLOCATE: allocate, punch, zero.

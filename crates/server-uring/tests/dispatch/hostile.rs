@@ -247,12 +247,12 @@ fn large_deleted_files_are_freed_with_their_node() {
     guest.unlink(ROOT, "large").expect("unlink");
     guest.unlink(ROOT, "small").expect("unlink");
     guest.release(entry.nodeid, fh).expect("release");
-    let released = guest.fs.forget_later([(small.nodeid, 1)].into_iter());
-    assert!(!released.frees_more_than(64 << 10) && released.frees_more_than(0));
-    drop(released);
-    let released = guest.fs.forget_later([(entry.nodeid, 1)].into_iter());
-    assert!(released.frees_more_than(64 << 10));
-    drop(released);
+    let both = [(small.nodeid, 1), (entry.nodeid, 1)];
+    let mut released = guest.fs.forget_later(both.into_iter());
+    let dear = released.take_dear(64 << 10);
+    assert_eq!((released.len(), dear.len()), (1, 1));
+    assert_eq!((released.take_dear(0).len(), released.len()), (1, 0));
+    drop((released, dear));
     assert!(guest.fs.forget_later([(entry.nodeid, 1)].into_iter()).is_empty());
     assert_eq!(std::fs::read_dir(dir.path()).expect("host").count(), 0);
 }
