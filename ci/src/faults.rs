@@ -171,6 +171,9 @@ impl Args {
         if !self.options.is_empty() {
             line += &format!(" --options {}", self.options);
         }
+        if !self.daemon_args.is_empty() {
+            line += &format!(" --daemon-args='{}'", self.daemon_args);
+        }
         line
     }
 }
@@ -324,6 +327,7 @@ impl<'a> Under<'a> {
 
     fn kill(&self, over: &mpsc::Receiver<()>, every: Duration, account: &Account) {
         while over.recv_timeout(every) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _quiet = account.quiet();
             // Counted before, so that no error of it comes too early to be allowed.
             let kills = account.kills.fetch_add(1, Relaxed) + 1;
             self.proxy.note(&format!("kill {kills} of the daemon"));

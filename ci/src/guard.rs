@@ -170,6 +170,15 @@ pub fn pidfd(pid: Pid) -> Result<OwnedFd> {
     pidfd_open(pid, PidfdFlags::empty()).context("pidfd_open")
 }
 
+/// The processes that this one has made.
+pub fn children(pid: Pid) -> Result<Vec<OwnedFd>> {
+    let pid = pid.as_raw_nonzero();
+    let listed = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let pids = listed.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
+    // One that is gone has no pidfd.
+    Ok(pids.filter_map(|pid| pidfd(pid).ok()).collect())
+}
+
 /// The time in which we have run. Limits are held against it: while all of us stand still (a
 /// freezer, a suspended machine) nothing can be done in time, and nothing is late for it.
 #[derive(Debug)]

@@ -208,10 +208,19 @@ impl Daemon {
         self.wait_ready()
     }
 
-    /// Kills it without a warning.
+    /// Kills it without a warning. Its worker may be in a call that ends later: the next daemon
+    /// waits for that by the lock of the state directory, else somebody must.
     pub fn kill(&mut self) -> Result<()> {
+        let has_lock = !self.arguments.iter().any(|argument| argument == "--state-dir=none");
+        let workers = if has_lock { Vec::new() } else { guard::children(self.process.pid())? };
         self.process.signal(Signal::KILL)?;
         ensure!(self.process.wait(SETTLE)?.is_some(), "ringfsd survives SIGKILL for {SETTLE:?}");
+        for worker in workers {
+            ensure!(
+                guard::wait_ended(&worker, SETTLE)?,
+                "a worker survives ringfsd for {SETTLE:?}"
+            );
+        }
         Ok(())
     }
 
@@ -222,7 +231,8 @@ impl Daemon {
             (self.process, self.log) = (process, log);
             fs::write(&go, "\n").with_context(|| format!("write {}", go.display()))?;
         } else {
-            self.log.set_extension(format!("{}.log", self.restarts));
+            // Not of the last one's name, which would grow with each.
+            self.log = self.socket.with_extension(format!("{}.log", self.restarts));
             self.process = launch(&self.ringfsd, &self.arguments, &self.log)?;
         }
         Ok(())

@@ -73,13 +73,19 @@ fn base(place: &Path) -> Result<PathBuf> {
 }
 
 /// `$1` the base, `$2` a place of ours, `$3` the repository, `$4` who has the toolchain. The root
-/// becomes a mount of its own, as a container's is.
+/// becomes a mount of its own, as a container's is. Whom this machine trusts for its network, an
+/// inspecting proxy for one, is trusted inside too.
 const ENTER: &str = r#"
 mkdir $2/up $2/work $2/root
 mount -t overlay overlay -o lowerdir=$1,upperdir=$2/up,workdir=$2/work $2/root
 root=$2/root
 cp $2/walk.sh $root/walk.sh
 cp /etc/resolv.conf $root/etc/resolv.conf
+trust=
+if [ -n "${SSL_CERT_FILE:-}" ]; then
+  cp "$SSL_CERT_FILE" $root/etc/trust.crt
+  trust=SSL_CERT_FILE=/etc/trust.crt
+fi
 mkdir -p $root/root/.rustup $root/root/.cargo/bin $root/root/.cargo/registry $root/old
 mount --rbind /dev $root/dev
 mount -t proc proc $root/proc
@@ -96,7 +102,7 @@ cd $root
 pivot_root . old
 umount -l old
 path=/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-exec env -i HOME=/root PATH=$path sh -eu /walk.sh
+exec env -i HOME=/root PATH=$path $trust sh -eu /walk.sh
 "#;
 
 const BEGIN: &str = r#"

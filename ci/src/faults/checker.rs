@@ -28,6 +28,9 @@ use super::world::{Step, World};
 /// Problems that are kept; the rest is counted.
 const PROBLEMS_MAX: usize = 20;
 
+/// Longer than names are good for with `cache=auto`.
+const NAMES_GOOD: Duration = Duration::from_millis(1100);
+
 /// What a block holds that was never written, but lies before one that was.
 const EMPTY_BLOCK: [u8; shared::BLOCK_BYTES] = [0; shared::BLOCK_BYTES];
 
@@ -50,6 +53,7 @@ pub struct Account {
     /// Problems found.
     pub count: AtomicU64,
     problems: Mutex<Vec<String>>,
+    quiet: Mutex<()>,
 }
 
 impl Account {
@@ -61,6 +65,11 @@ impl Account {
             println!("faults: PROBLEM {what}");
             problems.push(what);
         }
+    }
+
+    /// Keeps the daemon alive meanwhile: what a kill would fail is nobody's to settle.
+    pub fn quiet(&self) -> MutexGuard<'_, ()> {
+        lock(&self.quiet)
     }
 
     /// The problems found so far, the first of them.
@@ -124,8 +133,9 @@ impl<'a> Worker<'a> {
             thread,
             threads,
             rng: Rng::of(&[seed, thread, 99]),
-            own: World::new(own, Workload::new(seed, thread, "")),
-            common: World::new(common, Workload::new(seed, thread, &prefix)),
+            own: World::new(own, Workload::new(seed, thread, "")).with_names_good(NAMES_GOOD),
+            common: World::new(common, Workload::new(seed, thread, &prefix))
+                .with_names_good(NAMES_GOOD),
             log: None,
             blocks,
             block_seq: 0,
@@ -288,9 +298,11 @@ pub fn run(
 ) -> Result<()> {
     let (mount, behind, name) = place;
     let root = mount.join(name);
+    let quiet = account.quiet();
     prepare(&root, threads)?;
     let workers = (0..threads).map(|thread| Worker::new(&root, seed, thread, threads, account));
     let mut workers = workers.collect::<Result<Vec<_>>>()?;
+    drop(quiet);
     let stop = AtomicBool::new(false);
     account.working.store(threads, Relaxed);
     thread::scope(|scope| {

@@ -4,6 +4,8 @@
 //! allowed (docs/faults.md: only after the daemon was killed), the tree must then be as it was
 //! before the operation or as it had to be after it, and the model becomes that.
 
+use std::time::Duration;
+
 use rustix::io::Errno;
 
 use super::model::Model;
@@ -17,6 +19,8 @@ pub struct World<S> {
     model: Model,
     subject: S,
     workload: Workload,
+    /// How long a kernel may go on with a name that it does not know to be gone.
+    names_good: Duration,
 }
 
 /// How an operation went.
@@ -43,7 +47,12 @@ impl Forget for Real {
 impl<S: Forget> World<S> {
     /// An empty tree.
     pub fn new(subject: S, workload: Workload) -> Self {
-        Self { model: Model::default(), subject, workload }
+        Self { model: Model::default(), subject, workload, names_good: Duration::ZERO }
+    }
+
+    /// On a mount whose names are good for that long.
+    pub fn with_names_good(self, names_good: Duration) -> Self {
+        Self { names_good, ..self }
     }
 
     /// The tree as it must be.
@@ -77,6 +86,10 @@ impl<S: Forget> World<S> {
             // One of the two has never had it.
             let _ = before.apply(&Op::Close { handle });
             let _ = self.model.apply(&Op::Close { handle });
+        }
+        // Told of an error, the kernel does not know that the name may be gone.
+        if matches!(op, Op::Unlink { .. } | Op::Rmdir { .. } | Op::Rename { .. }) {
+            std::thread::sleep(self.names_good);
         }
         let Some(undone) = compare(&before, &mut self.subject).into_iter().next() else {
             self.model = before;

@@ -42,6 +42,8 @@ pub enum InFlight {
         pid: u32,
         /// That task is dying, and the daemon has been told.
         cancelled: bool,
+        /// Some daemon may have it. Known at the first cut.
+        sent: bool,
         /// It was sent to a daemon of which the one that has the session now knows nothing.
         unsure: bool,
     },
@@ -54,7 +56,7 @@ pub enum InFlight {
 impl InFlight {
     /// A request that nobody has interrupted.
     pub fn request(unique: u64, opcode: u32, pid: u32) -> InFlight {
-        InFlight::Request { unique, opcode, pid, cancelled: false, unsure: false }
+        InFlight::Request { unique, opcode, pid, cancelled: false, sent: false, unsure: false }
     }
 }
 

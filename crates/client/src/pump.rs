@@ -279,10 +279,10 @@ impl<'s> Pump<'s> {
         // An error would say that it is not in there.
         let _ = epoll::delete(&self.few, link.conn.socket());
         let _ = epoll::delete(&self.all, link.conn.socket());
-        self.intake.cut();
+        let unsent = self.intake.cut();
         self.overdue.begin(self.session.resume.soft);
         self.before = Some(link.half.deframer);
-        self.session.lost(self.lane, &link.conn, end);
+        self.session.lost(self.lane, &link.conn, end, &unsent);
     }
 
     fn send(&mut self) {
@@ -291,16 +291,18 @@ impl<'s> Pump<'s> {
         }
         let Some(link) = &self.link else {
             // The session has ended meanwhile, which has answered what is in it.
-            return self.intake.cut();
+            return drop(self.intake.cut());
         };
         let conn = Arc::clone(&link.conn);
         let bytes = self.intake.seal(&conn);
-        let mut at = 0;
         let mut tries = 0;
         let mut stuck_at = None;
-        while at < bytes {
-            match conn.try_send(self.intake.sealed(at..bytes)) {
-                Ok(n) => (at, tries, stuck_at) = (at + n, 0, None),
+        while !self.intake.to_send().is_empty() {
+            match conn.try_send(self.intake.to_send()) {
+                Ok(n) => {
+                    self.intake.has_sent(n);
+                    (tries, stuck_at) = (0, None);
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     if self.receive() {

@@ -13,15 +13,18 @@ use crate::rings::with_causes;
 use crate::session::End;
 use crate::status::unix_now_s;
 use crate::transport::Socket;
+use ringfs_wire::batch::{BatchBuilder, BatchHeader, Cursor, Kind};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::slot::SlotUse;
 use rustix::net::Shutdown;
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use zerocopy::FromBytes;
 
 /// Between the first two tries after one that failed.
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
@@ -52,6 +55,31 @@ pub fn resends<'r>(in_flight: impl Iterator<Item = (SlotUse, &'r InFlight)>) -> 
         InFlight::Abandoned => [None, Some(Resend::Abandon(at))],
     };
     in_flight.flat_map(resend).flatten().collect()
+}
+
+/// The requests that no daemon can have of what a connection was to send: those of the batch that
+/// is made, or of which nothing has left of `sending`, and those that were to follow.
+pub fn unsent(
+    batch: &BatchBuilder,
+    sending: &Range<usize>,
+    buffer: &[u8],
+    follow: &VecDeque<Resend>,
+) -> Vec<SlotUse> {
+    let sealed = BatchHeader::read_from_prefix(buffer).ok().map(|(header, _)| header);
+    let records = match sending {
+        none if none.is_empty() => Some(batch.records()),
+        whole if whole.start == 0 => sealed.as_ref().map(Cursor::new),
+        _ => None,
+    };
+    let mut records = records.unwrap_or_else(|| BatchBuilder::new().records());
+    let records = std::iter::from_fn(|| records.next(buffer)).map(|(record, _)| record);
+    let requests = records.filter(|record| record.kind == Kind::Request as u8);
+    let requests = requests.map(|record| SlotUse { slot: record.slot, seq: record.slot_seq });
+    let follow = follow.iter().filter_map(|resend| match resend {
+        Resend::Frame(at) => Some(*at),
+        Resend::Unsure(_) | Resend::Abandon(_) => None,
+    });
+    requests.chain(follow).collect()
 }
 
 /// When the next try is due: at once, then doubling, each somewhere in the upper half.
@@ -426,6 +454,29 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ringfs_wire::batch::RecordHeader;
+    use ringfs_wire::session::LinkTx;
+
+    #[test]
+    fn what_has_not_left_is_unsent() {
+        let at = |slot| SlotUse { slot, seq: 5 };
+        let mut buffer = vec![0; 1 << 10];
+        let mut builder = BatchBuilder::new();
+        for (kind, slot) in [(Kind::Request, 1), (Kind::Cancel, 2), (Kind::Request, 3)] {
+            let header =
+                RecordHeader { kind: kind as u8, slot, slot_seq: 5, ..RecordHeader::default() };
+            assert!(builder.push(&mut buffer, header, &[7; 20]));
+        }
+        let follow = [Resend::Unsure(at(7)), Resend::Frame(at(7)), Resend::Abandon(at(8))].into();
+        let all = [at(1), at(3), at(7)];
+        assert_eq!(unsent(&builder, &(0..0), &buffer, &follow), all);
+        let len = LinkTx::new(true).seal(&mut builder, &mut buffer, 0).len();
+        assert_eq!(unsent(&builder, &(0..len), &buffer, &follow), all);
+        for left in [1, len - 1, len] {
+            assert_eq!(unsent(&builder, &(left..len), &buffer, &follow), [at(7)], "{left}");
+        }
+        assert_eq!(unsent(&builder, &(0..0), &buffer, &follow), [at(7)], "there is no batch");
+    }
 
     #[test]
     fn tries_become_rare() {
@@ -443,8 +494,14 @@ mod tests {
     #[test]
     fn what_is_sent_first() {
         let at = |slot| SlotUse { slot, seq: 7 };
-        let old =
-            InFlight::Request { unique: 4, opcode: 1, pid: 0, cancelled: false, unsure: true };
+        let old = InFlight::Request {
+            unique: 4,
+            opcode: 1,
+            pid: 0,
+            cancelled: false,
+            sent: true,
+            unsure: true,
+        };
         let requests = [InFlight::request(2, 1, 0), InFlight::Abandoned, InFlight::Forget, old];
         let in_flight = requests.iter().enumerate().map(|(slot, r)| (at(slot as u16), r));
         let expected = [

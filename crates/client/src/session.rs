@@ -17,7 +17,7 @@ use fuser_fork::uring::UringError;
 use ringfs_wire::abi::{self, InitIn};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::session::LinkError;
-use ringfs_wire::slot::SlotError;
+use ringfs_wire::slot::{SlotError, SlotUse};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -214,12 +214,12 @@ impl Session {
 
     /// A lane's connection is over. Once the mount is ready that may be no more than a cut: then
     /// the lane gets another one, and a kick when it has come.
-    pub fn lost(&self, lane: &Lane, conn: &Arc<Conn>, end: End) {
+    pub fn lost(&self, lane: &Lane, conn: &Arc<Conn>, end: End, unsent: &[SlotUse]) {
         conn.shutdown();
         if !self.resume.is_on() || !end.is_cut() || self.end.get().is_some() {
             return self.end(end);
         }
-        lane.cut();
+        lane.cut(unsent);
         self.resume.lost(lane.index, conn, &end);
         // It may have come before the old one was seen to be gone.
         lane.kick();

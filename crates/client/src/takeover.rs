@@ -210,7 +210,7 @@ fn settle(
             place.claimed_as(state, at, unique, opcode);
             record(Kind::Request, opcode, &frame[RECORD_HEADER_BYTES..]);
             let cancelled = false;
-            (seq, Some(InFlight::Request { unique, opcode, pid, cancelled, unsure }))
+            (seq, Some(InFlight::Request { unique, opcode, pid, cancelled, sent: true, unsure }))
         }
         (State::Request | State::Unsure, None) => {
             // Its task has been killed meanwhile.

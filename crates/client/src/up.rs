@@ -8,7 +8,7 @@ use crate::conn::Conn;
 use crate::groups;
 use crate::kept::Kept;
 use crate::lane::{Claim, InFlight, Inherited, Lane, LaneCounters, Parked};
-use crate::resume::Resend;
+use crate::resume::{Resend, unsent};
 use crate::session::{End, Session};
 use fuser_fork::frame::{Frame, error_reply, out_header};
 use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
@@ -30,6 +30,8 @@ pub struct Intake<'s> {
     /// The batch that is being made.
     pub builder: BatchBuilder,
     buffer: Vec<u8>,
+    /// What has not left of a batch that is complete.
+    sending: Range<usize>,
     /// What was sent and is not answered.
     pub kept: Kept,
     /// What has to go first on a new connection.
@@ -57,6 +59,7 @@ impl<'s> Intake<'s> {
             lane,
             builder: BatchBuilder::new(),
             buffer: kept.first_buffer(lane.is_inherited()),
+            sending: 0..0,
             kept,
             resends: VecDeque::new(),
             is_resending: false,
@@ -80,20 +83,35 @@ impl<'s> Intake<'s> {
 
     /// Completes the batch: its length. [`Intake::retire`] follows when it has left, or never will.
     pub fn seal(&mut self, conn: &Conn) -> usize {
-        conn.seal(&mut self.builder, &mut self.buffer)
+        let bytes = conn.seal(&mut self.builder, &mut self.buffer);
+        self.sending = 0..bytes;
+        bytes
+    }
+
+    /// What has not left of the batch that was completed.
+    pub fn to_send(&self) -> &[u8] {
+        &self.buffer[self.sending.clone()]
+    }
+
+    /// So much of that has.
+    pub fn has_sent(&mut self, bytes: usize) {
+        self.sending.start += bytes;
     }
 
     /// The batch has left, or never will: what is in it is kept.
     pub fn retire(&mut self) {
+        self.sending = 0..0;
         self.kept.retire(&mut self.buffer);
     }
 
-    /// The connection is gone, and with it what the batch holds.
-    pub fn cut(&mut self) {
+    /// The connection is gone, and with it what the batch holds: the requests that no daemon has.
+    pub fn cut(&mut self) -> Vec<SlotUse> {
+        let unsent = unsent(&self.builder, &self.sending, &self.buffer, &self.resends);
         self.builder = BatchBuilder::new();
         self.resends.clear();
         self.is_resending = false;
         self.retire();
+        unsent
     }
 
     /// There is a new connection.
@@ -101,11 +119,6 @@ impl<'s> Intake<'s> {
         self.resends = self.lane.resend();
         self.is_resending = true;
         self.look = true;
-    }
-
-    /// A part of the batch that was completed last.
-    pub fn sealed(&self, range: Range<usize>) -> &[u8] {
-        &self.buffer[range]
     }
 
     /// As [`Intake::take_frame`], of a frame that was read before there was a batch.

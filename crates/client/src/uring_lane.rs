@@ -13,7 +13,7 @@ use crate::heart::Beat;
 use crate::known::Asked;
 use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
 use crate::pump::{Link, Overdue, Rest};
-use crate::resume::Resend;
+use crate::resume::{Resend, unsent};
 use crate::rings::Answer;
 use crate::session::{End, Session};
 use crate::{down, pump};
@@ -177,7 +177,7 @@ impl<'s> RingLane<'s> {
                 self.take_local_answers()?;
                 self.look = true;
             }
-            self.put_resends()?;
+            self.put_resends();
             self.put_controls();
             self.put_parked()?;
             self.send();
@@ -287,7 +287,7 @@ impl<'s> RingLane<'s> {
         };
         let taken = match claim {
             Claim::Slot(at) => {
-                self.put(id, at)?;
+                self.put_new(id, at)?;
                 Ok(())
             }
             Claim::Full => {
@@ -319,7 +319,7 @@ impl<'s> RingLane<'s> {
                 break;
             };
             match self.entry_of(parked.unique) {
-                Some(id) => self.put(id, at)?,
+                Some(id) => self.put_new(id, at)?,
                 // It was answered meanwhile.
                 None => drop(self.lane.unclaim(at)),
             }
@@ -334,7 +334,7 @@ impl<'s> RingLane<'s> {
 
     /// What was in flight when the connection was cut: the entries have it still. As much as the
     /// batch takes.
-    fn put_resends(&mut self) -> Result<(), End> {
+    fn put_resends(&mut self) {
         while let Some(resends) = &mut self.resends {
             let Some(next) = resends.front().copied() else {
                 self.resends = None;
@@ -349,29 +349,35 @@ impl<'s> RingLane<'s> {
                 Resend::Frame(at) => {
                     let id = self.entry_of_slot[usize::from(at.slot)];
                     // A hostile daemon may have answered what it was not sent yet.
-                    if self.uniques[usize::from(id.0)].is_some() {
-                        self.put(id, at)?;
+                    if self.uniques[usize::from(id.0)].is_some() && !self.put(id, at) {
+                        self.lane.give_up(at);
+                        self.put_word(Kind::Cancel, at, cancel::ABANDON);
                     }
                 }
                 Resend::Unsure(at) => self.put_word(Kind::Unsure, at, 0),
                 Resend::Abandon(at) => self.put_word(Kind::Cancel, at, cancel::ABANDON),
             }
         }
-        Ok(())
     }
 
-    /// Puts an entry's request into the batch, which has room.
-    fn put(&mut self, id: EntryId, at: SlotUse) -> Result<(), End> {
+    /// Puts an entry's request into the batch, which has room, for the first time.
+    fn put_new(&mut self, id: EntryId, at: SlotUse) -> Result<(), End> {
+        if self.put(id, at) {
+            return Ok(());
+        }
+        self.uniques[usize::from(id.0)] = None;
+        // The daemon has not seen this use of the slot, and waits for it.
+        let _ = self.lane.unclaim(at);
+        Ok(self.ring.reply(id, Err(Errno::IO.raw_os_error()))?)
+    }
+
+    /// The same, also of one that a daemon may have; false: the entry does not hold a request.
+    fn put(&mut self, id: EntryId, at: SlotUse) -> bool {
         let spare = self.builder.spare(&mut self.buffer);
         // A batch that is not due has room for the largest record.
         let put = self.ring.request(id).ok();
         let put = put.and_then(|parts| Some((*parts.header(), parts.copy_to(spare)?)));
-        let Some((header, mut bytes)) = put else {
-            self.uniques[usize::from(id.0)] = None;
-            // The daemon has not seen this use of the slot, and waits for it.
-            let _ = self.lane.unclaim(at);
-            return Ok(self.ring.reply(id, Err(Errno::IO.raw_os_error()))?);
-        };
+        let Some((header, mut bytes)) = put else { return false };
         if groups::matter_to(header.opcode, header.uid) && self.session.appends_groups() {
             bytes = groups::append(spare, bytes, &groups::of_pid(header.pid));
         }
@@ -379,7 +385,7 @@ impl<'s> RingLane<'s> {
         self.builder.commit(&mut self.buffer, record);
         self.entry_of_slot[usize::from(at.slot)] = id;
         LaneCounters::add(&self.lane.counters.requests, 1);
-        Ok(())
+        true
     }
 
     /// A record without a body.
@@ -439,12 +445,13 @@ impl<'s> RingLane<'s> {
     /// The connection is over. The lane goes on, as one of the device does.
     fn cut(&mut self, end: End) {
         let Some(link) = self.link.take() else { return };
-        self.sending = None;
-        self.resends = None;
+        let sending = self.sending.take().unwrap_or_default();
+        let resends = self.resends.take().unwrap_or_default();
+        let unsent = unsent(&self.builder, &sending, &self.buffer, &resends);
         self.builder = BatchBuilder::new();
         self.overdue.begin(self.session.resume.soft);
         self.before = Some(link.half.deframer);
-        self.session.lost(self.lane, &link.conn, end);
+        self.session.lost(self.lane, &link.conn, end, &unsent);
         // The kernel does not tell of a signal that comes while it hands a request to its entry, as
         // with the FLUSH of a killed process; and while it is cut nothing else would answer.
         for (unique, pid) in self.lane.waiting() {

@@ -148,11 +148,10 @@ impl Connection {
     /// What is known of a request that a dead daemon began, and that came again.
     pub fn past(&mut self, record: &RecordHeader) -> Option<PastOf> {
         let (slots, at) = self.place(record).ok()?;
-        let done = match slots.past(at)? {
-            Past::Running => None,
-            Past::Done(reply) => Some(reply.to_vec()),
-        };
-        Some(PastOf { done })
+        Some(match slots.past(at)? {
+            Past::Running => PastOf::Running,
+            Past::Done(reply) => PastOf::Done(reply.to_vec()),
+        })
     }
 
     /// The request that a record names comes next, and may have run for another daemon.
@@ -165,6 +164,7 @@ impl Connection {
     pub fn begin_unsure(
         &mut self,
         record: &RecordHeader,
+        opcode: u32,
         runs_once: bool,
     ) -> Result<Begin, SlotError> {
         let (slots, at) = self.place(record)?;
@@ -173,7 +173,7 @@ impl Connection {
             return Ok(Begin::Replay);
         }
         slots.trust(at)?;
-        slots.begin(at, record.code)
+        slots.begin(at, opcode)
     }
 
     /// Nobody will take the reply to the request that a record names.

@@ -169,7 +169,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     }
     let guests = entrances.iter().filter(|one| one.door() == Door::Guests);
     let addresses: Vec<Address> = guests.map(|one| one.config().address.clone()).collect();
-    // Without a grace time nobody comes back.
+    // What is not kept for a guest that was cut is not kept for another daemon either.
     let state = match config.grace.is_zero() {
         true => None,
         false => state_hold::hold(&config.state_dir, &addresses, config.grace)?,

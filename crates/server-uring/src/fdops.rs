@@ -420,6 +420,21 @@ pub fn read_at(fd: BorrowedFd<'_>, offset: u64, into: &mut [u8]) -> Result<usize
     retry_on_intr(|| rustix::io::pread(fd, &mut *into, offset))
 }
 
+/// Tries of what the host has no memory for.
+const NOMEM_TRIES_MAX: usize = 64;
+
+/// Opens a file handle. Linux has no memory also for an inode whose number is being given to a new
+/// file (`iget_locked`), and says a moment later that the handle is stale.
+pub fn retry_on_nomem<T>(open: impl Fn() -> Result<T>) -> Result<T> {
+    for _ in 1..NOMEM_TRIES_MAX {
+        match open() {
+            Err(Errno::NOMEM) => rustix::thread::sched_yield(),
+            other => return other,
+        }
+    }
+    open()
+}
+
 /// Writes at an offset in bytes; may write fewer. With `O_APPEND` on the fd the kernel ignores
 /// the offset (pwrite(2), BUGS).
 ///

@@ -602,8 +602,8 @@ impl Root {
         }
         let mount = self.mount_of(&recipe.mount).ok_or(ImportError::Stale)?;
         let flags = (libc::O_PATH | libc::O_NOFOLLOW) | libc::O_CLOEXEC;
-        let opened = sys::open_by_handle(mount.dir.as_fd(), handle.raw_type, &handle.bytes, flags);
-        let opened = opened.map_err(|errno| match errno {
+        let open = || sys::open_by_handle(mount.dir.as_fd(), handle.raw_type, &handle.bytes, flags);
+        let opened = fdops::retry_on_nomem(open).map_err(|errno| match errno {
             Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::IO | Errno::INTR => {
                 ImportError::Host(errno)
             }
@@ -795,5 +795,35 @@ mod sys {
         let rc =
             unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_GETVERSION as _, &raw mut version) };
         if rc == 0 { Ok(version as u32) } else { Err(last_errno()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    #[test]
+    fn a_file_that_is_gone_is_stale_also_while_a_new_one_gets_its_number() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = |name: &str| dir.path().join(name);
+        let opened = std::fs::File::open(dir.path()).expect("open");
+        let root = Root::new(opened.as_fd(), false).expect("a root");
+        std::fs::write(path("gone"), "").expect("write");
+        let recipe = Recipe::of(opened.as_fd(), c"gone", 1).expect("a recipe");
+        std::fs::remove_file(path("gone")).expect("remove");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Relaxed) {
+                    std::fs::write(path("new"), "").expect("write");
+                    std::fs::remove_file(path("new")).expect("remove");
+                }
+            });
+            let found = (0..20_000).map(|_| root.open_handle(&recipe).err());
+            let wrong = found.filter(|found| !matches!(found, Some(ImportError::Stale))).count();
+            over.store(true, Relaxed);
+            assert_eq!(wrong, 0);
+        });
     }
 }

@@ -204,9 +204,6 @@ impl<R: Ring> Shard<R> {
         let records = [(Kind::Welcome, 0, welcome.as_bytes()), (Kind::Session, 0, &name)];
         if !send(&socket, &mut tx, rx.received(), &records) {
             tracing::info!(session = session.id, conn = index, "gone before the WELCOME");
-            if resumes {
-                registry.cut(&session, index, true);
-            }
             let_go(session);
             return false;
         }
@@ -271,7 +268,6 @@ impl<R: Ring> Shard<R> {
             self.starved.retain(|&other| other != key);
         }
         let registry = &self.shared.registry;
-        conn.ended |= registry.grace.is_zero();
         // Only what this connection brings can rebuild it; another one may come and go meanwhile.
         if !conn.ended && conn.index == 0 && conn.session.give_up() {
             // The guest tells all of it again, to a new one.
@@ -281,21 +277,22 @@ impl<R: Ring> Shard<R> {
         }
         if !conn.ended {
             tracing::info!(session = conn.session.id, conn = conn.index, "connection detached");
-            registry.cut(&conn.session, conn.index, conn.is_used());
         }
     }
 
-    /// A connection without a socket: goes on with one of those who wait, or ends, or stays.
+    /// A connection without a socket: goes on with one of those who wait, or ends, or stays. It is
+    /// not cut before nobody is found: a session without a grace time would end by that.
     fn drop_if_over(&mut self, key: usize) {
         let conn = &mut self.conns[key];
         if !conn.ended {
             let mut newcomers = std::mem::take(&mut conn.waiting).newcomers;
             while let Some(last) = newcomers.pop_back() {
                 if self.welcome(key, *last, true) {
-                    break;
+                    return self.overtake(newcomers);
                 }
             }
-            return self.overtake(newcomers);
+            let conn = &self.conns[key];
+            return self.shared.registry.cut(&conn.session, conn.index, conn.is_used());
         }
         if conn.running > 0 {
             return;
@@ -304,7 +301,7 @@ impl<R: Ring> Shard<R> {
         // Its tables go at once: whoever comes in its place takes them.
         let Connection { session, index, waiting, .. } = self.conns.remove(key);
         self.shared.registry.left(session, index);
-        // Without a grace time, whoever waits finds a new connection.
+        // They find that the session is no more.
         for newcomer in waiting.newcomers {
             self.join(newcomer);
         }

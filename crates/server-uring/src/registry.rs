@@ -66,7 +66,8 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Without sessions. Without `grace` a session ends with its last connection.
+    /// Without sessions. Without `grace` that time is over as soon as a session's last connection
+    /// is cut.
     pub fn new(grace: Duration, state: Option<StateDir>) -> Registry {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Registry {
@@ -297,9 +298,10 @@ impl Registry {
         if live.joined != 0 || live.cut.is_some() {
             return;
         }
-        if !live.used {
+        if !live.used || self.grace.is_zero() {
+            let reason = if live.used { Reason::Timeout } else { Reason::Unmounted };
             drop(sessions);
-            return self.end(session.id, Reason::Unmounted);
+            return self.end(session.id, reason);
         }
         live.cut = Some(Instant::now());
         tracing::info!(session = session.id, grace = ?self.grace, "session cut");
@@ -665,6 +667,23 @@ mod tests {
         let gone: Vec<usize> =
             (0..sessions.len()).filter(|&n| registry.find(sessions[n]).is_none()).collect();
         assert_eq!(gone, [1], "the oldest of that peer");
+    }
+
+    #[test]
+    fn without_a_grace_time_it_is_over_with_the_last_connection() {
+        let (dir, registry) = registry(Duration::ZERO);
+        let (session, ticket) = open(&dir, &registry, 0);
+        for conn in [0, 1] {
+            assert!(registry.join(&session, conn, ticket, false).is_some());
+        }
+        registry.cut(&session, 0, true);
+        let newer = registry.join(&session, 0, ticket, true).expect("one of two");
+        registry.cut(&session, 1, false);
+        assert!(registry.find(newer).is_some());
+        registry.cut(&session, 0, true);
+        assert!(registry.find(newer).is_none() && registry.lock().live.is_empty());
+        // What it had in flight may have run for this guest, which comes again by either ticket.
+        assert!(registry.lock().gone.contains(&ticket) && registry.lock().gone.contains(&newer));
     }
 
     #[test]

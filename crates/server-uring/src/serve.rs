@@ -7,6 +7,7 @@ use crate::decide::Outcome;
 use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
 use crate::intent;
+use crate::pool::PastOf;
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::notify;
 use ringfs_wire::limits::RECORD_ALIGN;
@@ -64,9 +65,11 @@ impl<R: Ring> Shard<R> {
             Ok(Begin::Execute) => {}
             begun => {
                 again = true;
-                if begun == Ok(Begin::Decide) {
-                    past = conn.past(&header);
-                }
+                past = match begun {
+                    Ok(Begin::Decide) => conn.past(&header),
+                    Ok(Begin::Unsure) => fs.told_by(&request).map(PastOf::Unsure),
+                    _ => None,
+                };
                 let rerun = self.come_again(key, &header, Some(&request), begun);
                 if !matches!(rerun, Ok(true)) {
                     self.conns[key].unreserve(reserved);

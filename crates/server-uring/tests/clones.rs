@@ -5,13 +5,15 @@
 mod common;
 
 use common::*;
-use ringfs_wire::abi::{self, Opcode};
+use ringfs_wire::abi::{self, ForgetOne, Opcode};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Hello, Reason, Ticket, feature, welcome_flag};
 use ringfs_wire::limits::RESTORE_BODY_BYTES_MAX;
 use ringfs_wire::restore::{End as Totals, Restore, push_restore};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
+use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -34,6 +36,8 @@ struct Memory {
     recipes: BTreeMap<u64, Vec<u8>>,
     /// Node and handle of each file.
     files: Vec<(u64, u64)>,
+    /// As which they are open.
+    flags: i32,
 }
 
 fn open_for_clones(daemon: &Daemon) -> (Guest, Memory) {
@@ -60,14 +64,14 @@ fn open_for_clones(daemon: &Daemon) -> (Guest, Memory) {
     let files = files.collect();
     let recipes = guest.recipes.clone().unwrap_or_default();
     assert_eq!(recipes.len() as u64, FILES, "nodes that nothing finds again");
-    let memory = Memory { hello, slots: guest.slots.clone(), recipes, files };
+    let memory = Memory { hello, slots: guest.slots.clone(), recipes, files, flags: libc::O_RDWR };
     (guest, memory)
 }
 
 impl Memory {
     /// What the daemon has to be told, before any request.
     fn tell(&self, guest: &mut Guest) {
-        let flags = libc::O_RDWR as u32;
+        let flags = self.flags as u32;
         let nodes = self.recipes.iter().map(|(&id, recipe)| Restore::Node { id, count: 1, recipe });
         let handles = self.files.iter().map(|&(node, fh)| Restore::Handle {
             fh,
@@ -87,6 +91,16 @@ impl Memory {
         }
         assert!(guest.add(Kind::Restore as u8, NONE, 0, &body));
         assert!(guest.flush());
+    }
+
+    /// Comes to a daemon that does not have the session any more.
+    fn come_rebuilt(&self, daemon: &Daemon, epoch_seen: u64, ticket: Ticket) -> Guest {
+        let hello = Hello { epoch_seen, ticket, ..self.hello.clone() };
+        let mut guest = Guest::greet(daemon.connect(), &hello).expect("welcome");
+        assert_eq!(guest.welcome.flags, welcome_flag::REBUILD);
+        (guest.slots, guest.recipes) = (self.slots.clone(), Some(self.recipes.clone()));
+        self.tell(&mut guest);
+        guest
     }
 
     /// Comes as a guest does that has lost its connection; whether it has the session itself.
@@ -133,6 +147,32 @@ impl Memory {
         assert_eq!((entry.nodeid, entry.attr.size), (node, FILE_BYTES as u64));
         guest.release(node, fh).expect("release");
     }
+}
+
+fn mkdir(name: &str) -> Vec<u8> {
+    [&[0xED, 1, 0, 0, 0, 0, 0, 0][..], name.as_bytes(), &[0]].concat()
+}
+
+/// Asks what another session of that guest may have been asked.
+fn ask_again(guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
+    let at = guest.claim();
+    ask_again_on(guest, at, opcode, node, args)
+}
+
+/// The same on a slot that is taken already. Only the first request of each may have been asked.
+fn ask_again_on(
+    guest: &mut Guest,
+    at: SlotUse,
+    opcode: Opcode,
+    node: u64,
+    args: &[u8],
+) -> Result<Vec<u8>, u32> {
+    guest.add(Kind::Unsure as u8, at, 0, &[]);
+    guest.again(at, opcode, node, args);
+    guest.flush();
+    let (answered, result) = guest.reply().expect("an answer");
+    assert_eq!(answered, at);
+    result
 }
 
 fn goodbye(mut guest: Guest) {
@@ -184,29 +224,11 @@ impl Drop for Over<'_> {
 /// that is a clone.
 #[test]
 fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
-    let mkdir = |name: &str| [&[0xED, 1, 0, 0, 0, 0, 0, 0][..], name.as_bytes(), &[0]].concat();
     for engine in ["uring", "threads"] {
         let daemon = Daemon::start_with_grace(engine, 600);
         let (original, memory) = open_for_clones(&daemon);
         let (epoch, ticket) = (original.welcome.epoch, Ticket([7; 16]));
         goodbye(original);
-        let comes = |epoch_seen, ticket| {
-            let hello = Hello { epoch_seen, ticket, ..memory.hello.clone() };
-            let mut guest = Guest::greet(daemon.connect(), &hello).expect("welcome");
-            assert_eq!(guest.welcome.flags, welcome_flag::REBUILD);
-            (guest.slots, guest.recipes) = (memory.slots.clone(), Some(memory.recipes.clone()));
-            memory.tell(&mut guest);
-            guest
-        };
-        let ask = |guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]| {
-            let at = guest.claim();
-            guest.add(Kind::Unsure as u8, at, 0, &[]);
-            guest.again(at, opcode, node, args);
-            guest.flush();
-            let (answered, result) = guest.reply().expect("an answer");
-            assert_eq!(answered, at);
-            result
-        };
         let path = |name: &str| daemon.share().join(name);
         let file = memory.files[0];
         let second = Hello {
@@ -219,23 +241,132 @@ fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
         };
         let sent_back = Guest::greet(daemon.connect(), &second).expect("welcome").welcome;
         assert_eq!((sent_back.flags, sent_back.epoch), (welcome_flag::REBUILD, epoch ^ 1));
-        let mut heir = comes(epoch ^ 1, ticket);
-        assert_eq!(ask(&mut heir, Opcode::Mkdir, 1, &mkdir("made")), Err(libc::EIO as u32));
+        let mut heir = memory.come_rebuilt(&daemon, epoch ^ 1, ticket);
+        assert_eq!(ask_again(&mut heir, Opcode::Mkdir, 1, &mkdir("made")), Err(libc::EIO as u32));
         assert!(!path("made").exists());
         // What may run twice does, and what was sent to this daemon first.
-        assert!(ask(&mut heir, Opcode::Lookup, 1, &name("file-1")).is_ok());
-        assert!(ask(&mut heir, Opcode::Write, file.0, &write_args(file.1, 0, b"again")).is_ok());
+        assert!(ask_again(&mut heir, Opcode::Lookup, 1, &name("file-1")).is_ok());
+        assert!(
+            ask_again(&mut heir, Opcode::Write, file.0, &write_args(file.1, 0, b"again")).is_ok()
+        );
         assert!(heir.call(Opcode::Mkdir, 1, &mkdir("new")).is_ok() && path("new").exists());
         assert_eq!(daemon.counters()["ambiguous"], 1);
         goodbye(heir);
         for (n, ticket) in [ticket, Ticket::NONE].into_iter().enumerate() {
-            let mut clone = comes(epoch, ticket);
+            let mut clone = memory.come_rebuilt(&daemon, epoch, ticket);
             let name = format!("clone-{n}");
-            assert!(ask(&mut clone, Opcode::Mkdir, 1, &mkdir(&name)).is_ok());
+            assert!(ask_again(&mut clone, Opcode::Mkdir, 1, &mkdir(&name)).is_ok());
             assert!(path(&name).exists());
             goodbye(clone);
         }
         assert_eq!(daemon.counters()["ambiguous"], 1);
+        daemon.stop_well();
+    }
+}
+
+/// An append says where the guest took the file's end to be: by that and the file's end it is told
+/// whether it ran. No file of what ran is there.
+#[test]
+fn an_append_that_a_lost_daemon_may_have_done_is_found_out_by_looking() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 0);
+        let (original, mut memory) = open_for_clones(&daemon);
+        let epoch = original.welcome.epoch;
+        goodbye(original);
+        memory.flags = libc::O_RDWR | libc::O_APPEND;
+        let mut heir = memory.come_rebuilt(&daemon, epoch ^ 1, Ticket([7; 16]));
+        let (record, end, eio) = (pattern(99, 300), FILE_BYTES, Err(libc::EIO as u32));
+        let (done, short) = (Ok(300), FILE_BYTES - 300);
+        // What the host has behind so much of the file, and what it has after the answer.
+        type Case<'a> = (usize, &'a [u8], Result<u32, u32>, &'a [u8]);
+        let cases: [Case<'_>; 6] = [
+            (end, b"", done, &record),
+            (end, &record, done, &record),
+            (end, &record[..7], done, &record),
+            (end, b"another's", eio, b"another's"),
+            (
+                end,
+                &[&record[..], b"and another's"].concat(),
+                eio,
+                &[&record[..], b"and another's"].concat(),
+            ),
+            (short, &record, eio, &record),
+        ];
+        let slots = cases.map(|_| heir.claim());
+        for (n, (kept, behind, answer, after)) in cases.into_iter().enumerate() {
+            let path = daemon.share().join(format!("file-{n}"));
+            let before = pattern(n as u64, FILE_BYTES)[..kept].to_vec();
+            std::fs::write(&path, [&before[..], behind].concat()).expect("write");
+            let (node, fh) = memory.files[n];
+            let args = write_args(fh, end as u64, &record);
+            let told = ask_again_on(&mut heir, slots[n], Opcode::Write, node, &args);
+            let told = told.map(|out| u32::from_le_bytes(*out.first_chunk().expect("a size")));
+            assert_eq!(told, answer, "case {n}");
+            let now = std::fs::read(&path).expect("read");
+            assert!(now == [&before[..], after].concat(), "case {n}: {} bytes", now.len());
+        }
+        assert_eq!(daemon.counters()["ambiguous"], 3);
+        goodbye(heir);
+        daemon.stop_well();
+    }
+}
+
+/// The session is over with its connection, but the guest that comes again is no clone.
+#[test]
+fn what_ran_for_a_session_without_a_grace_time_is_not_done_again() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 0);
+        let (mut original, memory) = open_for_clones(&daemon);
+        let epoch = original.welcome.epoch;
+        original.start(Opcode::Mkdir, 1, &mkdir("made"));
+        original.flush();
+        let made = daemon.share().join("made");
+        until("the directory", || made.exists().then_some(()));
+        drop(original);
+        until("the session's end", || (daemon.counters()["sessions"] == 0).then_some(()));
+        std::fs::remove_dir(&made).expect("remove");
+        let mut heir = memory.come_rebuilt(&daemon, epoch, memory.hello.ticket);
+        let again = ask_again(&mut heir, Opcode::Mkdir, 1, &mkdir("made"));
+        assert_eq!((again, made.exists()), (Err(libc::EIO as u32), false));
+        assert_eq!(daemon.counters()["ambiguous"], 1);
+        goodbye(heir);
+        daemon.stop_well();
+    }
+}
+
+/// What it gave back is told again, as not given back: its FORGET has to run for each daemon.
+#[test]
+fn a_forget_from_before_a_rebuild_runs_for_the_daemon_after_the_next_one_too() {
+    for engine in ["uring", "threads"] {
+        let state = tempfile::tempdir().expect("a temporary directory");
+        let daemon = Daemon::start_as(engine, |program, _| {
+            let mut command = Command::new(program);
+            command.arg("--grace=600").arg("--state-dir").arg(state.path().join("state"));
+            command
+        });
+        let (original, memory) = open_for_clones(&daemon);
+        let epoch = original.welcome.epoch;
+        goodbye(original);
+        let mut heir = memory.come_rebuilt(&daemon, epoch ^ 1, Ticket([7; 16]));
+        let one = ForgetOne { nodeid: memory.files[0].0, nlookup: 1 };
+        let give_back = |heir: &mut Guest| {
+            let at = heir.claim();
+            heir.release(memory.files[0].0, memory.files[0].1).expect("release");
+            let nodes = daemon.counters()["nodes"];
+            heir.add(Kind::Unsure as u8, at, 0, &[]);
+            heir.add(Kind::Forget as u8, at, 0, one.as_bytes());
+            heir.flush();
+            assert_eq!(heir.reply().expect("an answer"), (at, Ok(Vec::new())));
+            until("its end", || (daemon.counters()["nodes"] == nodes - 1).then_some(()));
+        };
+        give_back(&mut heir);
+        let (epoch, ticket) = (heir.welcome.epoch, heir.welcome.ticket);
+        let worker = Pid::from_raw(daemon.worker_pid() as i32).expect("a pid");
+        kill_process(worker, Signal::KILL).expect("kill");
+        assert_eq!(heir.ending(), End::Closed);
+        let mut heir = memory.come_rebuilt(&daemon, epoch, ticket);
+        give_back(&mut heir);
+        goodbye(heir);
         daemon.stop_well();
     }
 }

@@ -476,3 +476,33 @@ fn root_without_rights_is_shut_in_by_landlock() {
         daemon.stop_well();
     }
 }
+
+/// Where all shares are read-only by landlock there are no system calls that change attributes: its
+/// state directory takes none.
+#[test]
+fn who_has_read_only_shares_alone_serves_them() {
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_file(|dir| {
+            std::fs::write(dir.join("share/file"), "of the host").expect("write");
+            format!(
+                "engine = {engine:?}\nsandbox = \"landlock\"\ngrace = 60\nstate-dir = {:?}\n\
+                 [[listen]]\naddress = \"unix:{}\"\n[share.share]\npath = {:?}\nro = true\n",
+                dir.join("state"),
+                dir.join("s").display(),
+                dir.join("share")
+            )
+        });
+        let mut guest = daemon.guest();
+        let node = guest.lookup(1, "file").expect("a file").nodeid;
+        let fh = guest.open(node, libc::O_RDONLY).expect("open");
+        assert_eq!(guest.read(node, fh, 0, 20), Ok(b"of the host".to_vec()));
+        guest.release(node, fh).expect("release");
+        let read_only = Some(libc::EROFS as u32);
+        assert_eq!(guest.create("new").err(), read_only);
+        let set = SetattrIn { valid: fattr::MODE, mode: 0o777, ..Default::default() };
+        assert_eq!(guest.call(Opcode::Setattr, node, set.as_bytes()).err(), read_only);
+        assert_eq!(std::fs::read_dir(daemon.path("state")).expect("the state").count(), 1);
+        drop(guest);
+        daemon.stop_well();
+    }
+}

@@ -547,7 +547,7 @@ fn a_session_that_nobody_resumes_is_dropped_after_its_grace_time() {
 
 #[test]
 fn a_session_with_one_of_two_connections_goes_on() {
-    on_both(|daemon| {
+    let check = |daemon: &Daemon| {
         let first = Hello { lanes: 2, conns: 2, ..hello("share") };
         let mut one = Guest::greet(daemon.connect(), &first).expect("welcome");
         let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first.clone() };
@@ -565,7 +565,13 @@ fn a_session_with_one_of_two_connections_goes_on() {
         }
         goodbye(one);
         drop(two);
-    });
+    };
+    on_both(check);
+    for engine in ["uring", "threads"] {
+        let daemon = Daemon::start_with_grace(engine, 0);
+        check(&daemon);
+        daemon.stop_well();
+    }
 }
 
 #[test]

@@ -263,6 +263,11 @@ impl BatchBuilder {
         BatchBuilder { len: BATCH_HEADER_BYTES, count: 0 }
     }
 
+    /// Walks the records so far.
+    pub const fn records(&self) -> Cursor {
+        Cursor { at: BATCH_HEADER_BYTES, left: self.count }
+    }
+
     /// Whether no record was added.
     pub const fn is_empty(&self) -> bool {
         self.count == 0

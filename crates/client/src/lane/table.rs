@@ -81,8 +81,12 @@ impl Table {
     }
 
     /// Has the requests that `choose` means answered here: their ids.
-    fn abandon(&mut self, keep: Option<&LaneKeep>, choose: impl Fn(&InFlight) -> bool) -> Vec<u64> {
-        let chosen = self.slots.in_flight_mut().filter(|(_, request)| choose(request));
+    fn abandon(
+        &mut self,
+        keep: Option<&LaneKeep>,
+        choose: impl Fn(SlotUse, &InFlight) -> bool,
+    ) -> Vec<u64> {
+        let chosen = self.slots.in_flight_mut().filter(|(at, request)| choose(*at, request));
         let ids = chosen.filter_map(|(at, request)| {
             if let Some(keep) = keep {
                 keep.abandoned(at);
@@ -237,13 +241,18 @@ impl Lane {
     }
 
     /// The connection is gone: nothing gets a slot until [`Lane::reopen`], and the tasks that are
-    /// known to be dying get out.
-    pub fn cut(&self) {
+    /// known to be dying get out. What was not `unsent` by it may have reached the daemon.
+    pub fn cut(&self, unsent: &[SlotUse]) {
         let mut table = lock(&self.table);
         table.phase = Phase::Cut;
         table.controls.clear();
+        for (at, request) in table.slots.in_flight_mut() {
+            if let InFlight::Request { sent, .. } = request {
+                *sent |= !unsent.contains(&at);
+            }
+        }
         let dying =
-            |request: &InFlight| matches!(request, InFlight::Request { cancelled: true, .. });
+            |_, request: &InFlight| matches!(request, InFlight::Request { cancelled: true, .. });
         let out = table.abandon(self.keep.as_ref(), dying);
         drop(table);
         self.answer_abandoned(&out, Errno::INTR);
@@ -259,7 +268,9 @@ impl Lane {
         table.overdue = Some(errno);
         let out = table.abandon(
             self.keep.as_ref(),
-            |request| matches!(request, InFlight::Request { opcode, .. } if is_waited_for(*opcode)),
+            |_, request| {
+                matches!(request, InFlight::Request { opcode, .. } if is_waited_for(*opcode))
+            },
         );
         let all = std::mem::take(&mut table.park);
         let (parked, stay) = all.into_iter().partition(|parked| is_waited_for(parked.opcode));
@@ -290,10 +301,11 @@ impl Lane {
     }
 
     /// The session is rebuilt: whatever has been sent may have run, and only we know that it was.
+    /// The connection by which it was is gone, of every lane.
     pub fn doubt(&self) {
         let mut table = lock(&self.table);
         for (at, request) in table.slots.in_flight_mut() {
-            if let InFlight::Request { opcode, unsure, .. } = request {
+            if let InFlight::Request { opcode, sent: true, unsure, .. } = request {
                 *unsure = true;
                 if let Some(keep) = &self.keep {
                     keep.doubted(at, *opcode);
@@ -329,6 +341,13 @@ impl Lane {
         table.controls.retain(|control| *control != Control::Cancel(at));
         self.slot_is_free(table);
         Ok(request)
+    }
+
+    /// The request cannot be sent again, as the lane's own thread finds: it is answered here, and
+    /// the daemon, which may have it, is to be told.
+    pub fn give_up(&self, at: SlotUse) {
+        let out = lock(&self.table).abandon(self.keep.as_ref(), |its, _| its == at);
+        self.answer_abandoned(&out, Errno::IO);
     }
 
     fn slot_is_free(&self, mut table: MutexGuard<'_, Table>) {
@@ -546,7 +565,7 @@ mod tests {
         assert_eq!(claimed(10).slot, later.slot);
         assert!(!lane.has_ended_turn());
         // Answered here it may still have given something.
-        lane.cut();
+        lane.cut(&[]);
         assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
         lane.complete(third).expect("in flight");
         assert!(!lane.has_ended_turn());
@@ -588,7 +607,7 @@ mod tests {
         let Claim::Slot(living) = lane.claim(request(4)) else { panic!("no slot") };
         let Claim::Slot(forget) = lane.claim(InFlight::Forget) else { panic!("no slot") };
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
-        lane.cut();
+        lane.cut(&[]);
         // It was answered; its slot stays, and its CANCEL was for the old connection.
         assert_eq!((lane.in_flight(), lane.abandoned(), lane.waits(2)), (3, 1, None));
         assert_eq!(lane.next_control(), None);
@@ -607,9 +626,43 @@ mod tests {
         assert_eq!(lane.complete(dying), Ok(InFlight::Abandoned));
         assert_eq!(lane.unpark().map(|(at, parked)| (at.slot, parked.unique)), Some((0, 6)));
         // In flight, and cut again: a task that dies meanwhile is let go at once.
-        lane.cut();
+        lane.cut(&[]);
         assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
         assert_eq!(lane.abandoned(), 1);
+    }
+
+    #[test]
+    fn what_no_daemon_has_is_not_doubted() {
+        let lane = lane(4);
+        let claim = |unique| match lane.claim(request(unique)) {
+            Claim::Slot(at) => at,
+            full => panic!("{full:?}"),
+        };
+        let [old, waits] = [claim(2), claim(4)];
+        lane.cut(&[waits]);
+        // By the next connection it leaves.
+        assert_eq!(lane.resend(), [Resend::Frame(old), Resend::Frame(waits)]);
+        lane.reopen();
+        let new = claim(6);
+        lane.cut(&[old, new]);
+        lane.doubt();
+        let all = [old, waits].map(|at| [Resend::Unsure(at), Resend::Frame(at)]);
+        assert_eq!(lane.resend(), [all.concat(), vec![Resend::Frame(new)]].concat());
+    }
+
+    #[test]
+    fn what_cannot_be_sent_again_keeps_its_slot_until_the_daemon_has_spoken() {
+        let lane = lane(1);
+        let Claim::Slot(at) = lane.claim(request(2)) else { panic!("no slot") };
+        lane.cut(&[]);
+        assert_eq!(lane.resend(), [Resend::Frame(at)]);
+        lane.give_up(at);
+        lane.reopen();
+        assert_eq!((lane.waits(2), lane.abandoned()), (None, 1));
+        assert_eq!(lane.claim(request(4)), Claim::Full, "the daemon may have run this use of it");
+        lane.cut(&[]);
+        assert_eq!(lane.resend(), [Resend::Abandon(at)]);
+        assert_eq!(lane.complete(at), Ok(InFlight::Abandoned));
     }
 
     #[test]
@@ -622,7 +675,7 @@ mod tests {
         lane.park(parked(6)).expect("open");
         lane.fail_overdue(Errno::IO);
         assert_eq!((lane.abandoned(), lane.parked().0), (0, 1), "it is not cut");
-        lane.cut();
+        lane.cut(&[]);
         lane.park(Parked { opcode: release, ..parked(8) }).expect("open");
         lane.fail_overdue(Errno::IO);
         assert_eq!((lane.abandoned(), lane.parked()), (1, (1, 48)));
