@@ -5,6 +5,7 @@
 //! counted, and a session that is ahead of the one that had least waits, but for a turn of
 //! [`TURN`]. Who has said nothing for [`ABSENT`] is not waited for: that is longer than a guest
 //! takes to go on, or one that always has something to say would have all the time in between.
+//! (That it was not looked at for so long says nothing: one operation may take longer.)
 //! Who comes back begins where the others are, and has saved nothing.
 //!
 //! Rates (quota.rs) make connections wait, too: they stand in a list until their time has come.
@@ -80,6 +81,13 @@ impl Turns {
         }
     }
 
+    /// These have something to say now; the others may have left. In this order: who is here is
+    /// not taken for absent because one operation of another one took so long, and has saved that.
+    fn look(&mut self, here: impl Iterator<Item = (u64, u64)>, now: Instant) {
+        here.for_each(|(session, owner)| self.see(session, owner, now));
+        self.active.retain(|active| now.saturating_duration_since(active.seen) < ABSENT);
+    }
+
     /// How many peers have sessions here.
     fn peers(&mut self) -> usize {
         self.owners.clear();
@@ -111,8 +119,7 @@ impl<R: Ring> Shard<R> {
             turns.shared_until = None;
             return turns.active.clear();
         }
-        turns.active.retain(|active| now.saturating_duration_since(active.seen) < ABSENT);
-        sessions.for_each(|session| turns.see(session.id, session.owner, now));
+        turns.look(sessions.map(|session| (session.id, session.owner)), now);
         if several {
             let peers = turns.peers();
             if peers > 1 {
@@ -217,5 +224,28 @@ impl<R: Ring> Shard<R> {
                 self.touched.push(key);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_through_a_long_operation_is_not_absent() {
+        let (friend, foe) = ((1, 10), (2, 20));
+        let (mut turns, begun) = (Turns::default(), Instant::now());
+        let long = ABSENT * 2;
+        turns.look([friend, foe].into_iter(), begun);
+        turns.active[1].had += long;
+        turns.look([friend, foe].into_iter(), begun + long);
+        let had = |turns: &Turns| turns.active.iter().map(|a| a.had).collect::<Vec<_>>();
+        assert_eq!(had(&turns), [Duration::ZERO, long], "it has saved that");
+        // Who is not there after it is; and has saved nothing when it comes back.
+        turns.active[1].had += long;
+        turns.look([foe].into_iter(), begun + long * 2);
+        assert_eq!(had(&turns), [long * 2]);
+        turns.look([friend, foe].into_iter(), begun + long * 2);
+        assert_eq!(had(&turns), [long * 2; 2]);
     }
 }
