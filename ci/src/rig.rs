@@ -231,7 +231,8 @@ impl Daemon {
             (self.process, self.log) = (process, log);
             fs::write(&go, "\n").with_context(|| format!("write {}", go.display()))?;
         } else {
-            self.log.set_extension(format!("{}.log", self.restarts));
+            // Not of the last one's name, which would grow with each.
+            self.log = self.socket.with_extension(format!("{}.log", self.restarts));
             self.process = launch(&self.ringfsd, &self.arguments, &self.log)?;
         }
         Ok(())
