@@ -1,7 +1,8 @@
 //! What parent and worker tell each other: whole messages over one socket, with fds beside them.
 //!
 //! The parent is outside of the sandbox and believes nothing that the worker says: of the worker it
-//! takes only that it is ready or cannot serve, in bounded bytes. The worker trusts its parent.
+//! takes only that it is ready, or cannot serve, and before it has had a guest what it lacks, in
+//! bounded bytes. The worker trusts its parent.
 
 use crate::config::ShareConfig;
 use crate::status::ConfigState;
@@ -12,6 +13,7 @@ use rustix::net::{
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -63,11 +65,31 @@ pub enum ToWorker {
     Stop,
 }
 
+/// What a worker may lack of what it was to have.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Part {
+    /// The share of this name.
+    Share(String),
+    /// The state directory.
+    StateDir,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::Share(name) => write!(f, "share {name}"),
+            Part::StateDir => f.write_str("state-dir"),
+        }
+    }
+}
+
 /// From the worker to the parent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToParent {
     /// The worker's process, as the one that made it sees it.
     Pid(i32),
+    /// It will serve without this; said before [`ToParent::Ready`], and why.
+    Lacks(Part, String),
     /// It serves.
     Ready,
     /// It cannot serve, and ends.

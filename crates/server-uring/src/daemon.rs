@@ -13,6 +13,7 @@ use crate::fdops;
 use crate::fds::Fds;
 use crate::parent::{Parent, Plan};
 use crate::reload::{InForce, open_share};
+use crate::sandbox::users::NotInside;
 use crate::sandbox::{SandboxError, Walls};
 use crate::state_hold::{self, StateError};
 use crate::systemd::{self, Notify};
@@ -43,6 +44,8 @@ pub enum DaemonError {
     Cpu(usize, Vec<usize>),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    #[error("the worker cannot have {}", .0.part)]
+    NotInside(#[from] NotInside),
     #[error("{0}")]
     Worker(String),
     #[error("cannot have this --nice or --ioprio")]

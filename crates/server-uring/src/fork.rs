@@ -6,7 +6,7 @@
 #![allow(unsafe_code, reason = "fork, and what is to be put right in the new process")]
 
 use crate::channel::{Channel, ToParent, ToWorker};
-use crate::sandbox::root::{self, Inside};
+use crate::sandbox::root::Inside;
 use crate::sandbox::users::{self, Ids, Lent};
 use crate::share::ShareDir;
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use rustix::process::{
 };
 use rustix::thread::{UnshareFlags, set_thread_groups, unshare_unsafe};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The exit code of a worker that could not go on.
@@ -32,7 +32,7 @@ pub struct Child {
     /// Shares that it has been given.
     shares: usize,
     /// Where it is; see [`Child::serves`].
-    inside: Option<(Inside, OwnedFd)>,
+    inside: Option<Inside>,
     /// To the worker; hung up when it has ended.
     pub channel: Channel,
 }
@@ -96,10 +96,8 @@ impl Child {
     ///
     /// # Errors
     /// What the system calls say.
-    pub fn serves(&mut self) -> io::Result<()> {
-        let pid = self.pid.as_raw_pid();
-        let users = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
-        self.inside = Some((Inside::of(pid)?, users.into()));
+    pub fn serves(&mut self, own_users: bool) -> io::Result<()> {
+        self.inside = Some(Inside::of(self.pid.as_raw_pid(), own_users)?);
         Ok(())
     }
 
@@ -109,7 +107,7 @@ impl Child {
     /// What the system calls say.
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
         let index = self.shares;
-        self.by_helper(|inside, _| inside.attach(tree, index).map(|()| true))?;
+        self.by_helper(|inside| inside.attach(tree, index).map(|()| true))?;
         Ok(index)
     }
 
@@ -118,10 +116,12 @@ impl Child {
     ///
     /// # Errors
     /// What the system calls say.
-    pub fn attach_in_own_users(&mut self, share: &ShareDir) -> io::Result<(usize, bool)> {
+    pub fn attach_in_own_users(&mut self, share: &ShareDir, ids: Ids) -> io::Result<(usize, bool)> {
         let index = self.shares;
-        let hidden = self.by_helper(|inside, users| {
-            root::enter_users(users)?;
+        let hidden = self.by_helper(|inside| {
+            inside.enter_users()?;
+            // What the worker could not open, its successor could not.
+            drop_other_groups(ids)?;
             let copy = share.copy_in_own_users()?;
             inside.attach(copy.as_fd(), index)?;
             Ok(copy.hidden())
@@ -130,16 +130,13 @@ impl Child {
     }
 
     /// A process of its own goes into the worker's namespaces and puts a share there.
-    fn by_helper(
-        &mut self,
-        work: impl FnOnce(&Inside, BorrowedFd<'_>) -> Result<bool, Errno>,
-    ) -> io::Result<bool> {
-        let Some((inside, users)) = &self.inside else {
+    fn by_helper(&mut self, work: impl FnOnce(&Inside) -> Result<bool, Errno>) -> io::Result<bool> {
+        let Some(inside) = &self.inside else {
             return Err(io::Error::other("the worker's namespaces could not be had"));
         };
         wait_for_one_thread();
         let Some(pid) = fork()? else {
-            exit_now(match work(inside, users.as_fd()) {
+            exit_now(match work(inside) {
                 Ok(true) => 0,
                 Ok(false) => DONE_OTHERWISE,
                 Err(errno) => errno.raw_os_error(),
@@ -224,13 +221,11 @@ impl Spaces {
         self.unshare().map_err(failed)?;
         match (self.own_users, mapper) {
             (Some(Ids::Own), _) => users::map_own(uid, gid).map_err(failed)?,
-            (_, Some(mapper)) => {
+            (Some(ids), Some(mapper)) => {
                 mapper.map().map_err(not_lent)?;
-                // The user's other groups have no id in there, so a thread that takes on a guest's
-                // could not go back to them.
-                set_thread_groups(&[]).map_err(|errno| not_lent(errno.into()))?;
+                drop_other_groups(ids).map_err(|errno| not_lent(errno.into()))?;
             }
-            (_, None) => {}
+            (Some(Ids::Lent(_)) | None, _) => {}
         }
         let Some(worker) = fork().map_err(failed)? else { return Ok(Side::Inside) };
         let pid = ToParent::Pid(worker.as_raw_nonzero().get());
@@ -277,6 +272,15 @@ impl Mapper {
             (_, Ok(Some((ToParent::Failed(text), _)))) => Err(io::Error::other(text)),
             (how, _) => Err(io::Error::other(format!("the ids were not mapped ({how})"))),
         }
+    }
+}
+
+/// With lent ids the user's other groups have no id in there, so a thread that takes on a guest's
+/// could not go back to them.
+fn drop_other_groups(ids: Ids) -> Result<(), Errno> {
+    match ids {
+        Ids::Own => Ok(()),
+        Ids::Lent(_) => set_thread_groups(&[]),
     }
 }
 
@@ -340,14 +344,20 @@ fn close_all_but(mut kept: Vec<RawFd>) {
     }
 }
 
-/// Tells the parent why there will be no worker.
-pub fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> i32 {
+/// What it says, and what its causes do.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
         text = format!("{text}: {error}");
         source = error.source();
     }
+    text
+}
+
+/// Tells the parent why there will be no worker.
+pub fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> i32 {
+    let text = with_causes(error);
     if channel.send(&ToParent::Failed(text.clone()), None).is_err() {
         tracing::error!("the worker has failed: {text}");
     }

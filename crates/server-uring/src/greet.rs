@@ -59,22 +59,27 @@ impl Share {
 
 /// What there is to mount; shares come and go.
 #[derive(Default)]
-pub struct Shares(RwLock<Vec<Arc<Share>>>);
+pub struct Shares {
+    all: RwLock<Vec<Arc<Share>>>,
+    /// Names of those that are to be served, and whose directories cannot be had now.
+    away: RwLock<Vec<String>>,
+}
 
 impl Shares {
     /// All of them now.
     pub fn all(&self) -> Vec<Arc<Share>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.all.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn find(&self, name: &str) -> Option<Arc<Share>> {
-        let shares = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let shares = self.all.read().unwrap_or_else(PoisonError::into_inner);
         shares.iter().find(|share| share.name == name).cloned()
     }
 
     /// Adds one, or puts it in the place of the one of its name.
     pub fn put(&self, mut share: Share) {
-        let mut shares = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        self.change_away(|away| away.retain(|name| *name != share.name));
+        let mut shares = self.all.write().unwrap_or_else(PoisonError::into_inner);
         match shares.iter_mut().find(|old| old.name == share.name) {
             Some(old) => {
                 // Sessions that are open go by the new limits, and go on counting with new ones.
@@ -89,8 +94,23 @@ impl Shares {
 
     /// Nobody mounts it any more.
     pub fn remove(&self, name: &str) {
-        let mut shares = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        self.change_away(|away| away.retain(|other| other != name));
+        let mut shares = self.all.write().unwrap_or_else(PoisonError::into_inner);
         shares.retain(|share| share.name != name);
+    }
+
+    /// Who has it waits until it is put.
+    pub fn set_away(&self, name: &str) {
+        self.change_away(|away| away.push(name.to_owned()));
+    }
+
+    fn change_away(&self, change: impl FnOnce(&mut Vec<String>)) {
+        change(&mut self.away.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn is_away(&self, name: &str) -> bool {
+        let away = self.away.read().unwrap_or_else(PoisonError::into_inner);
+        away.iter().any(|other| other == name)
     }
 }
 
@@ -280,7 +300,12 @@ impl Greeter {
     /// have shares that are not.
     fn begin_opening(self: &Arc<Self>, hailed: Hailed) -> Result<(), (Accepted, Refusal)> {
         let name = &hailed.hello.share;
-        let share = self.shares.find(name).filter(|_| hailed.accepted.is_offered(name));
+        let is_offered = hailed.accepted.is_offered(name);
+        if is_offered && self.shares.is_away(name) {
+            let text = "the share's directory cannot be had now";
+            return Err((hailed.accepted, refuse(Reason::Internal, text)));
+        }
+        let share = self.shares.find(name).filter(|_| is_offered);
         let Some(share) = share else {
             let text = format!("there is no share {name:?} here");
             return Err((hailed.accepted, refuse(Reason::UnknownShare, text)));
@@ -374,10 +399,11 @@ impl Greeter {
             subdir: hello.subdir.clone(),
             presented: Some(hello.ticket).filter(|&ticket| ticket != Ticket::NONE),
         };
-        let (session, ticket) = self
-            .registry
-            .open(terms, fs)
-            .map_err(|reason| refuse(reason, "no further session can be opened"))?;
+        let opened = self.registry.open(terms, fs).map_err(|reason| match reason {
+            Reason::Timeout => refuse(reason, "what was in flight before runs still; come again"),
+            _ => refuse(reason, "no further session can be opened"),
+        });
+        let (session, ticket) = opened?;
         let adopted = session.file.as_ref().is_some_and(|file| file.adopted);
         let (id, share) = (session.id, &share.name);
         tracing::info!(session = id, share, session.peer, rebuilt, adopted, "session opened");

@@ -1,23 +1,28 @@
 //! The worker's first thread: it shuts itself in, starts the others, and does what its parent says.
 
 use crate::accept::Accepted;
-use crate::channel::{Channel, ToParent, ToWorker};
+use crate::channel::{Channel, Part, ToParent, ToWorker};
 use crate::config::ShareConfig;
 use crate::daemon::DaemonError;
 use crate::fds::Fds;
-use crate::fs::FsError;
+use crate::fork::with_causes;
 use crate::greet::Share;
 use crate::parent::Plan;
+use crate::reload::Shared;
+use crate::sandbox::users::{Ids, NotInside};
 use crate::sandbox::{self, Needs, Offered, Walls};
 use crate::share::ShareRoot;
 use crate::state_dir::StateDir;
 use crate::state_hold::Held;
 use crate::status::ConfigState;
 use crate::worker::Worker;
+use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-/// Serves what the parent hands over, until it says stop.
+/// Serves what the parent hands over, until it says stop. The daemon's first worker has all that it
+/// was told or fails; a later one goes on without what it cannot have, or guests of a share would
+/// lose theirs because of another one.
 ///
 /// # Errors
 /// The worker cannot start.
@@ -25,14 +30,21 @@ pub fn work(
     plan: &Plan,
     roots: &[ShareRoot],
     config: ConfigState,
+    is_first: bool,
     channel: &Channel,
 ) -> Result<(), DaemonError> {
-    let (shares, state) = shut_in(plan, roots)?;
+    let Offer { shares, lacks, state } = shut_in(plan, roots, is_first)?;
     let state = state.map(|held| StateDir::on(held, plan.grace)).transpose()?;
     let Plan { engine, spin, grace, .. } = *plan;
     let worker = Worker::start(shares, plan.placement.clone(), engine, spin, grace, state)?;
     worker.set_config(config);
     worker.set_slow(plan.slow_op);
+    for (part, why) in lacks {
+        if let Part::Share(name) = &part {
+            worker.set_away(name);
+        }
+        channel.send(&ToParent::Lacks(part, why), None)?;
+    }
     if plan.walls != Walls::None {
         sandbox::seal()?;
     }
@@ -77,27 +89,47 @@ pub fn work(
     Ok(())
 }
 
+/// What it serves.
+struct Offer {
+    shares: Vec<Share>,
+    /// What it was to have, and cannot; and why.
+    lacks: Vec<(Part, String)>,
+    state: Option<Held>,
+}
+
 /// Takes from this process what it will not need; the shares as they are then.
-fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<(Vec<Share>, Option<Held>), DaemonError> {
-    let own;
-    let (roots, held) = match plan.walls {
-        Walls::OwnUsers(_) => {
-            own = copies_in_own_users(plan)?;
-            (&own[..], plan.state.as_ref().and_then(state_in_own_users))
+fn shut_in(plan: &Plan, roots: &[ShareRoot], is_first: bool) -> Result<Offer, DaemonError> {
+    let mut lacks = Vec::new();
+    let mut copies = Vec::new();
+    let (roots, state): (Vec<_>, _) = match plan.walls {
+        // The parent has no right to make them.
+        Walls::OwnUsers(ids) => {
+            for Shared { config, dir } in &plan.shares {
+                let failed = |errno: Errno| {
+                    NotInside::of(Part::Share(config.name.clone()), dir.path(), ids, errno.into())
+                };
+                let copy = dir.copy_in_own_users().map_err(failed);
+                copies.push(or_without(copy, is_first, &mut lacks)?);
+            }
+            let had = plan.shares.iter().zip(&copies);
+            let had = had.filter_map(|(share, copy)| Some((share, copy.as_ref()?)));
+            (had.collect(), state_in_own_users(plan, ids, is_first, &mut lacks)?)
         }
         Walls::Namespaces | Walls::Landlock | Walls::None => {
-            (roots, plan.state.as_ref().map(Held::lend).transpose()?)
+            let held = plan.state.as_ref().map(Held::lend).transpose()?;
+            (plan.shares.iter().zip(roots).collect(), held)
         }
     };
-    let shares = plan.shares.iter().zip(roots);
-    let shares: Vec<_> = shares
+    let offered = roots.iter();
+    let offered: Vec<_> = offered
         .map(|(share, root)| Offered { dir: root.as_fd(), read_only: share.config.ro })
         .collect();
-    let state = held.as_ref().map(AsFd::as_fd);
+    let state_dir = state.as_ref().map(AsFd::as_fd);
     let device_nodes = plan.shares.iter().any(|share| share.config.dev);
     let (walls, file_handles) = (plan.walls, plan.file_handles);
-    sandbox::enter(&Needs { walls, shares: &shares, state, device_nodes, file_handles })?;
-    let shares = plan.shares.iter().zip(roots).enumerate().map(|(index, (share, root))| {
+    let needs = Needs { walls, shares: &offered, state: state_dir, device_nodes, file_handles };
+    sandbox::enter(&needs)?;
+    let shares = roots.iter().enumerate().map(|(index, (share, root))| {
         let root = match plan.walls.has_root() {
             true => ShareRoot::at(sandbox::root::open_share(index)?, root.hidden()),
             false => root.try_clone()?,
@@ -105,31 +137,36 @@ fn shut_in(plan: &Plan, roots: &[ShareRoot]) -> Result<(Vec<Share>, Option<Held>
         Ok(share_of(&share.config, root, &plan.fds))
     });
     let shares: Result<_, DaemonError> = shares.collect();
-    Ok((shares?, held))
+    Ok(Offer { shares: shares?, lacks, state })
 }
 
-/// A directory that somebody has moved since is no reason not to serve.
-fn state_in_own_users(held: &Held) -> Option<Held> {
-    match held.copy_in_own_users() {
-        Ok(copy) => Some(copy),
+/// A default one that cannot be had is no reason not to start.
+fn state_in_own_users(
+    plan: &Plan,
+    ids: Ids,
+    is_first: bool,
+    lacks: &mut Vec<(Part, String)>,
+) -> Result<Option<Held>, NotInside> {
+    let Some(held) = &plan.state else { return Ok(None) };
+    let failed = |errno: Errno| NotInside::of(Part::StateDir, held.path(), ids, errno.into());
+    let copy = held.copy_in_own_users().map_err(failed);
+    or_without(copy, is_first && held.was_asked_for(), lacks)
+}
+
+/// What there is; `None`, and noted, where it is not needed.
+fn or_without<T>(
+    had: Result<T, NotInside>,
+    is_needed: bool,
+    lacks: &mut Vec<(Part, String)>,
+) -> Result<Option<T>, NotInside> {
+    match had {
+        Ok(had) => Ok(Some(had)),
+        Err(error) if is_needed => Err(error),
         Err(error) => {
-            let why = std::error::Error::source(&error).map(ToString::to_string);
-            tracing::warn!(%error, why, "no state directory for this worker");
-            None
+            lacks.push((error.part.clone(), with_causes(&error)));
+            Ok(None)
         }
     }
-}
-
-/// The parent has no right to make them.
-fn copies_in_own_users(plan: &Plan) -> Result<Vec<ShareRoot>, DaemonError> {
-    let copies = plan.shares.iter().map(|share| {
-        let failed = |source| DaemonError::Serve {
-            name: share.config.name.clone(),
-            source: FsError::Root(source),
-        };
-        share.dir.copy_in_own_users().map_err(failed)
-    });
-    copies.collect()
 }
 
 fn share_of(config: &ShareConfig, root: ShareRoot, fds: &Arc<Fds>) -> Share {

@@ -349,6 +349,7 @@ fn reload(of: &Of) -> Result<ExitCode> {
             if !config.needs_restart.is_empty() {
                 println!("not before the next start: {}", config.needs_restart.join(", "));
             }
+            config.lacks.iter().for_each(|lack| println!("the worker is without {lack}"));
             config.errors.iter().for_each(|error| eprintln!("ringfsd: {error}"));
             return Ok(ExitCode::from(if config.errors.is_empty() { 0 } else { 2 }));
         }

@@ -8,7 +8,7 @@
 
 use crate::accept::{Accepted, Door, Listener};
 use crate::cgroup::{Limits, Placement};
-use crate::channel::{Channel, ToParent, ToWorker};
+use crate::channel::{Channel, Part, ToParent, ToWorker};
 use crate::config::Engine;
 use crate::daemon::DaemonError;
 use crate::entrance::Entrance;
@@ -17,6 +17,7 @@ use crate::fork::{self, Child, Spaces};
 use crate::inside;
 use crate::reload::{Change, InForce, Shared};
 use crate::sandbox::Walls;
+use crate::sandbox::users::NotInside;
 use crate::share::{Given, ShareRoot};
 use crate::state_hold::Held;
 use crate::systemd::Notify;
@@ -101,7 +102,7 @@ impl Parent {
         let mut pause = BACK_OFF_MIN;
         loop {
             let begun = Instant::now();
-            let mut child = self.start()?;
+            let mut child = self.start(!has_served)?;
             let end = self.serve(&mut child, &mut has_served)?;
             let how = child.wait();
             let (served, failed) = match end {
@@ -126,8 +127,9 @@ impl Parent {
         }
     }
 
-    fn start(&mut self) -> std::io::Result<Child> {
+    fn start(&mut self, is_first: bool) -> std::io::Result<Child> {
         let walls = self.plan.walls;
+        self.in_force.next_worker();
         self.begun_with = self.plan.shares.iter().map(|share| share.dir.given()).collect();
         let own_users = walls.ids();
         // There the worker makes its own.
@@ -140,7 +142,7 @@ impl Parent {
         let spaces = walls.has_root().then_some(Spaces { own_users });
         let state = self.in_force.state(&self.entrances);
         Child::start(&keep, self.plan.shares.len(), spaces, |channel| {
-            match inside::work(&self.plan, &roots, state, &channel) {
+            match inside::work(&self.plan, &roots, state, is_first, &channel) {
                 Ok(()) => 0,
                 Err(error) => fork::fail(&channel, &error),
             }
@@ -196,17 +198,19 @@ impl Parent {
             exhausted = false;
             if !heard.is_empty() {
                 match child.channel.receive::<ToParent>() {
-                    Ok(Some((ToParent::Ready, _))) => {
+                    // It has had no guest yet, and is believed; later it is not.
+                    Ok(Some((ToParent::Lacks(part, why), _))) if !served => {
+                        self.in_force.worker_lacks(part, why);
+                    }
+                    Ok(Some((ToParent::Ready, _))) if !served => {
                         served = true;
-                        if self.plan.walls.has_root()
-                            && let Err(error) = child.serves()
-                        {
-                            tracing::warn!(%error, "no share can be added while this worker runs");
-                        }
+                        self.is_ready(child);
+                        let state = self.in_force.state(&self.entrances);
+                        unsent.push_back((ToWorker::Config(state), None));
                         self.say_listening(has_served);
                     }
                     Ok(Some((ToParent::Failed(text), _))) => failed = Some(text),
-                    Ok(Some((ToParent::Pid(_), _))) => {}
+                    Ok(Some((ToParent::Ready | ToParent::Lacks(..) | ToParent::Pid(_), _))) => {}
                     Ok(None) | Err(_) if stopping => return Ok(End::Stopped),
                     Ok(None) | Err(_) => return Ok(End::Died { served, failed }),
                 }
@@ -242,6 +246,16 @@ impl Parent {
         self.entrances.iter().flat_map(|one| one.listeners().map(|socket| (one.door(), socket)))
     }
 
+    /// The worker's root stands as it will.
+    fn is_ready(&self, child: &mut Child) {
+        let walls = self.plan.walls;
+        if walls.has_root()
+            && let Err(error) = child.serves(walls.ids().is_some())
+        {
+            tracing::warn!(%error, "no share can be added while this worker runs");
+        }
+    }
+
     fn say_listening(&self, has_served: &mut bool) {
         if !std::mem::replace(has_served, true) {
             for one in self.entrances.iter().filter(|one| one.door() == Door::Guests) {
@@ -261,14 +275,13 @@ impl Parent {
             match change {
                 Change::Share(share) => {
                     let name = share.config.name.clone();
-                    let given = share.dir.given();
-                    let may = self.begun_with.iter().any(|begun| begun.covers(given));
-                    match hand_over(&share, child, self.plan.walls, may) {
-                        Ok(message) => unsent.push_back(message),
-                        Err(error) => {
-                            tracing::error!(share = name, %error, "not before the next start");
-                            self.in_force.waits(format!("share {name} ({error})"));
+                    let part = Part::Share(name.clone());
+                    match hand_over(&share, child, self.plan.walls, &self.begun_with) {
+                        Ok(message) => {
+                            self.in_force.worker_is_well(&part);
+                            unsent.push_back(message);
                         }
+                        Err(error) => self.in_force.worker_lacks(part, fork::with_causes(&error)),
                     }
                     self.plan.shares.retain(|old| old.config.name != name);
                     self.plan.shares.push(*share);
@@ -279,6 +292,7 @@ impl Parent {
                 }
                 Change::ShareGone { name, ends_sessions } => {
                     self.plan.shares.retain(|old| old.config.name != name);
+                    self.in_force.worker_is_well(&Part::Share(name.clone()));
                     unsent.push_back((ToWorker::ShareGone { name, ends_sessions }, None));
                 }
             }
@@ -304,20 +318,27 @@ fn hand_over(
     share: &Shared,
     child: &mut Child,
     walls: Walls,
-    may: bool,
+    begun_with: &[Given],
 ) -> std::io::Result<(ToWorker, Option<OwnedFd>)> {
+    let given = share.dir.given();
     let (index, hidden, fd) = match walls {
         Walls::Namespaces => {
             let root = root_for(share, walls)?;
             (Some(child.attach(root.as_fd())?), root.hidden(), None)
         }
-        Walls::OwnUsers(_) => {
-            let (index, hidden) = child.attach_in_own_users(&share.dir)?;
+        Walls::OwnUsers(ids) => {
+            let part = Part::Share(share.config.name.clone());
+            let failed = |source| NotInside::of(part, share.dir.path(), ids, source);
+            let attached = child.attach_in_own_users(&share.dir, ids);
+            let (index, hidden) = attached.map_err(|error| std::io::Error::other(failed(error)))?;
             (Some(index), hidden, None)
         }
         // Which directories it may open, and write to, is settled when it begins.
-        Walls::Landlock if !may => {
-            let text = "by --sandbox=landlock it has the directories that it began with";
+        Walls::Landlock if !begun_with.iter().any(|begun| begun.covers(given)) => {
+            let text = match begun_with.iter().any(|begun| begun.is_of(given)) {
+                true => "by --sandbox=landlock what it began with read-only stays so",
+                false => "by --sandbox=landlock it has the directories that it began with",
+            };
             return Err(std::io::Error::other(text));
         }
         Walls::Landlock | Walls::None => {

@@ -4,12 +4,14 @@
 //! before anything changes, so that a configuration is taken whole or not at all.
 
 use crate::accept::{Door, ListenError};
+use crate::channel::Part;
 use crate::config::{Config, Fault, ListenConfig, ShareConfig, Source};
 use crate::entrance::Entrance;
 use crate::fds::Fds;
 use crate::fs::{Fs, FsError};
 use crate::share::ShareDir;
 use crate::status::ConfigState;
+use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
@@ -39,6 +41,8 @@ pub struct InForce {
     config: Config,
     fds: Arc<Fds>,
     state: ConfigState,
+    /// What the worker was to have and cannot, and why. Shares of it are tried by each reload.
+    lacks: BTreeMap<Part, String>,
 }
 
 /// A share as the parent has it: each worker gets a copy.
@@ -80,19 +84,31 @@ impl InForce {
         let file = source.file().map(ToOwned::to_owned);
         let pid = std::process::id();
         let state = ConfigState { file, loaded_unix_s: now_unix_s(), pid, ..Default::default() };
-        InForce { source, config, fds, state }
+        InForce { source, config, fds, state, lacks: BTreeMap::new() }
     }
 
-    /// A worker that runs cannot be given something that it has taken.
-    pub fn waits(&mut self, what: String) {
-        self.state.needs_restart.push(what);
+    /// A worker that runs cannot have something that is in force.
+    pub fn worker_lacks(&mut self, part: Part, why: String) {
+        tracing::error!("the worker is without {part}: {why}");
+        self.lacks.insert(part, why);
+    }
+
+    /// It has it after all, or is not to have it any more.
+    pub fn worker_is_well(&mut self, part: &Part) {
+        self.lacks.remove(part);
+    }
+
+    /// Another worker, which lacks nothing yet.
+    pub fn next_worker(&mut self) {
+        self.lacks.clear();
     }
 
     /// For people and tools: what is in force, and what became of the last reload.
     pub fn state(&self, entrances: &[Entrance]) -> ConfigState {
         let guests = entrances.iter().filter(|one| one.door() == Door::Guests);
         let listeners = guests.map(|one| one.config().address.to_string()).collect();
-        ConfigState { listeners, ..self.state.clone() }
+        let lacks = self.lacks.iter().map(|(part, why)| format!("{part} ({why})")).collect();
+        ConfigState { listeners, lacks, ..self.state.clone() }
     }
 
     /// One line, for a service manager's status.
@@ -132,11 +148,14 @@ impl InForce {
         }
     }
 
-    /// Reads the configuration and opens the shares that are new in it. On a thread of its own: a
-    /// file system that does not answer must not keep the parent from accepting.
+    /// Reads the configuration and opens the shares that are new in it, or that the worker lacks.
+    /// On a thread of its own: a file system that does not answer must not keep the parent from
+    /// accepting.
     fn read(&self) -> Result<(Config, Vec<Shared>), ReloadError> {
         let (source, fds) = (self.source.clone(), self.fds.clone());
-        let known = self.config.shares.clone();
+        let lacks = |share: &ShareConfig| self.lacks.contains_key(&Part::Share(share.name.clone()));
+        let known = self.config.shares.iter().filter(|share| !lacks(share));
+        let known: Vec<_> = known.cloned().collect();
         let (tell, told) = mpsc::channel();
         let read = move || {
             let new = source.config().map_err(ReloadError::Config)?;
@@ -172,8 +191,12 @@ impl InForce {
         let (mut changed, mut changes) = (Vec::new(), Vec::new());
         for share in opened {
             let name = &share.config.name;
-            let known = old.shares.iter().any(|old| old.name == *name);
-            changed.push(format!("{} share {name}", if known { "changed" } else { "new" }));
+            let how = match old.shares.iter().find(|old| old.name == *name) {
+                None => "new",
+                Some(old) if *old == share.config => "once more",
+                Some(_) => "changed",
+            };
+            changed.push(format!("{how} share {name}"));
             changes.push(Change::Share(Box::new(share)));
         }
         let gone = old.shares.iter().filter(|old| !new.shares.iter().any(|s| s.name == old.name));

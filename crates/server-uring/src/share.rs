@@ -50,6 +50,11 @@ impl ShareDir {
         Ok(ShareDir { path: dir.to_owned(), plain, identity, merged, read_only })
     }
 
+    /// Where it was.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// What whoever is given it has.
     pub fn given(&self) -> Given {
         Given { identity: self.identity, read_only: self.read_only }
@@ -157,7 +162,12 @@ pub struct Given {
 impl Given {
     /// Whether who has this one has the other one, too.
     pub fn covers(self, other: Given) -> bool {
-        self.identity == other.identity && (other.read_only || !self.read_only)
+        self.is_of(other) && (other.read_only || !self.read_only)
+    }
+
+    /// Whether it is the same directory.
+    pub fn is_of(self, other: Given) -> bool {
+        self.identity == other.identity
     }
 }
 

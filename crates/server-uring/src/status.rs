@@ -54,6 +54,8 @@ pub struct ConfigState {
     pub changed: Vec<String>,
     /// Settings that it changed and that wait for the next start.
     pub needs_restart: Vec<String>,
+    /// What the worker was to have and cannot, and why; by a reload it may, or the next worker.
+    pub lacks: Vec<String>,
     /// When the last one failed; `None` once one was good.
     pub failed_unix_s: Option<u64>,
     /// Why it failed.
@@ -227,6 +229,9 @@ impl ConfigState {
         }
         if !self.needs_restart.is_empty() {
             let _ = writeln!(out, "  not before the next start: {}", self.needs_restart.join(", "));
+        }
+        for lack in &self.lacks {
+            let _ = writeln!(out, "  THE WORKER IS WITHOUT {lack}");
         }
         let _ = writeln!(out, "listening: {}", self.listeners.join(" "));
     }

@@ -235,6 +235,11 @@ impl Worker {
         self.shares.put(share);
     }
 
+    /// A share that is to be served and cannot be now: who has it waits.
+    pub fn set_away(&self, name: &str) {
+        self.shares.set_away(name);
+    }
+
     /// Nobody mounts it any more; with `ends_sessions` those who have it lose it.
     pub fn remove_share(&self, name: &str, ends_sessions: bool) {
         self.shares.remove(name);

@@ -101,12 +101,80 @@ fn its_state_directory_leads_nowhere() {
         daemon.guest().create(&format!("file{sessions}")).expect("create");
         assert_eq!(files(), sessions, "a file a session");
         no_directory_is_from_outside(&daemon);
+        assert!(has_locked(&daemon, &state), "whoever is left of the daemon has it");
         kill_worker(&daemon, daemon.worker_pid());
     }
+    let user = ["setpriv", &format!("--reuid={UID}"), &format!("--regid={GID}"), "--clear-groups"];
+    let said = says_with(&user, dir.path(), &[&option, "--grace=60"]);
+    assert!(said.contains("in use by another daemon"), "{said}");
+    assert_eq!(without(&daemon), "");
     // Somebody has moved it: guests are served all the same.
     std::fs::rename(&state, dir.path().join("moved")).expect("rename");
     kill_worker(&daemon, daemon.worker_pid());
+    assert!(without(&daemon).contains("state-dir"), "{}", without(&daemon));
     daemon.guest().create("file").expect("create");
+    daemon.stop_well();
+}
+
+/// Whether the worker itself has a lock on that directory.
+fn has_locked(daemon: &Daemon, dir: &Path) -> bool {
+    let worker = format!("/proc/{}", daemon.worker_pid());
+    let ino = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+    let mut fds = std::fs::read_dir(format!("{worker}/fd")).expect("fds").flatten();
+    fds.any(|fd| {
+        let info = format!("{worker}/fdinfo/{}", fd.file_name().display());
+        let info = std::fs::read_to_string(info).unwrap_or_default();
+        ino(&fd.path()) == ino(dir) && info.contains("FLOCK") && info.contains("READ")
+    })
+}
+
+/// What the worker lacks, as the daemon's status has it for people.
+fn without(daemon: &Daemon) -> String {
+    let status = daemon.command(&["status"]).stdout;
+    let status = String::from_utf8(status).expect("text");
+    let lines = status.lines().filter_map(|line| line.split_once("THE WORKER IS WITHOUT "));
+    lines.map(|(_, part)| part).collect::<Vec<_>>().join("; ")
+}
+
+/// Each worker finds the shares anew. One whose directory is not there keeps nobody from others,
+/// its guests wait, and it comes back with a reload.
+#[test]
+fn a_share_that_is_away_costs_the_others_nothing() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    for path in ["", "stays", "goes"] {
+        let _ = std::fs::create_dir(dir.path().join(path));
+        chown(dir.path().join(path), Some(UID), Some(GID)).expect("chown");
+    }
+    let file = dir.path().join("ringfsd.toml");
+    let share = |name: &str| format!("[share.{name}]\npath = {:?}\n", dir.path().join(name));
+    std::fs::write(&file, share("goes") + &share("stays")).expect("write");
+    let daemon = daemon_of_user("uring", "", &[&format!("--config={}", file.display())]);
+    let greet = |name| Guest::greet(daemon.connect(), &hello(name));
+    greet("goes").expect("a session").create("file").expect("create");
+    let away = dir.path().join("away");
+    std::fs::rename(dir.path().join("goes"), &away).expect("rename");
+    std::fs::create_dir(dir.path().join("goes")).expect("another");
+    kill_worker(&daemon, daemon.worker_pid());
+    greet("stays").expect("a session").create("file").expect("create");
+    let refused = greet("goes").err();
+    let Some(End::Goodbye(Some(reason), _)) = refused else { panic!("{refused:?}") };
+    assert!(reason.is_passing(), "{reason:?}");
+    let said = without(&daemon);
+    assert!(said.starts_with("share goes (") && said.contains("another directory"), "{said}");
+    std::fs::remove_dir(dir.path().join("goes")).expect("rmdir");
+    let output = daemon.command(&["reload"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    std::fs::rename(&away, dir.path().join("goes")).expect("rename");
+    let output = daemon.command(&["reload"]);
+    let said = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(said.trim(), "once more share goes");
+    assert_eq!(without(&daemon), "");
+    let mut guest = greet("goes").expect("it is there again");
+    guest.lookup(1, "file").expect("its file");
+    drop(guest);
     daemon.stop_well();
 }
 
@@ -185,7 +253,7 @@ fn shares_come_and_go_while_it_serves() {
         let output = daemon.command(&["reload"]);
         assert!(output.status.success(), "{output:?}");
         let said = String::from_utf8(output.stdout).expect("text");
-        assert_eq!(said.contains("not before the next start: share two"), !expected, "{said}");
+        assert_eq!(said.contains("the worker is without share two"), !expected, "{said}");
         // It is a worker's directories that landlock settles at its start: the next one has it.
         let two = greet("two");
         assert_eq!(two.is_ok(), expected, "{sandbox}");
@@ -224,12 +292,15 @@ fn landlock_keeps_a_worker_to_what_it_began_with() {
         let output = daemon.command(&["reload"]);
         assert!(output.status.success(), "{output:?}");
         let said = String::from_utf8(output.stdout).expect("text");
-        let has = |name: &&str| said.contains(&format!("share {name} (by --sandbox"));
+        let has = |name: &&str| said.contains(&format!("without share {name} (by --sandbox"));
         let waiting: Vec<_> = ["looked-at", "later"].into_iter().filter(has).collect();
         assert_eq!(waiting, expected, "{said}");
     };
     waits(share("looked-at", "ro = true\nnosuid = true"), &[]);
-    waits(share("looked-at", "") + &share("later", ""), &["looked-at", "later"]);
+    let both = share("looked-at", "") + &share("later", "");
+    waits(both.clone(), &["looked-at", "later"]);
+    waits(both, &["looked-at", "later"]);
+    assert!(without(&daemon).contains("read-only stays so"), "{}", without(&daemon));
     waits(
         share("looked-at", "nosuid = true") + &share("later", "nosuid = true"),
         &["looked-at", "later"],
@@ -241,6 +312,7 @@ fn landlock_keeps_a_worker_to_what_it_began_with() {
     assert!(greet("later").is_err());
     let worker = daemon.worker_pid();
     kill_worker(&daemon, worker);
+    assert_eq!(without(&daemon), "");
     greet("looked-at").expect("of the next worker").create("file").expect("create");
     greet("later").expect("of the next worker").create("file").expect("create");
     daemon.stop_well();
@@ -341,28 +413,82 @@ fn a_container_that_hides_parts_of_its_proc_lends_it() {
     daemon.stop_well();
 }
 
-/// With what the host lends to a user guests have users of their own.
-#[test]
-fn guests_users_are_those_that_are_lent_to_it() {
-    if !is_root() {
-        return;
-    }
+/// What lends ids to the user, in mounts of whoever does it.
+fn lends_ids(dir: &Path) -> Option<String> {
     if Command::new("newuidmap").output().is_err() {
-        return eprintln!("SKIPPED, NOT TESTED: subordinate ids: there is no newuidmap");
+        eprintln!("SKIPPED, NOT TESTED: subordinate ids: there is no newuidmap");
+        return None;
     }
-    // In mounts of the test's.
-    let dir = tempfile::tempdir().expect("directory");
     let mut script = String::new();
     for (of, line) in [
         ("passwd", format!("somebody:x:{UID}:{GID}::/:/bin/sh\n")),
         ("subuid", "somebody:500000:1000\n".to_owned()),
         ("subgid", "somebody:600000:1000\n".to_owned()),
     ] {
-        let file = dir.path().join(of);
+        let file = dir.join(of);
         std::fs::write(&file, line).expect("write");
         let file = file.display();
         script += &format!("[ -e /etc/{of} ] || touch /etc/{of}; mount --bind {file} /etc/{of}\n");
     }
+    Some(script)
+}
+
+/// In the worker with lent ids the user is in none of its other groups: what is reached by them is
+/// refused at once, and not when the next worker needs it.
+#[test]
+fn with_lent_ids_other_groups_do_not_count() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let Some(script) = lends_ids(dir.path()) else { return };
+    let (top, below) = (dir.path().join("top"), dir.path().join("top/below"));
+    let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(dir.path(), mode(0o755)).expect("chmod");
+    std::fs::create_dir_all(&below).expect("mkdir");
+    std::fs::set_permissions(&top, mode(0o770)).expect("chmod");
+    chown(&top, None, Some(OTHER_GID)).expect("chown");
+    chown(&below, Some(UID), Some(GID)).expect("chown");
+    let script = format!(
+        "{script}exec setpriv --reuid={UID} --regid={GID} \\
+        --groups={OTHER_GID} \"$@\""
+    );
+    let user = ["unshare", "-m", "sh", "-ec", &script, "sh"];
+    let says = |options: &[&str], share: &Path| {
+        let said = says_with(&user, share, &[options, &["--subordinate-ids"]].concat());
+        assert!(said.contains("other groups") && said.contains("do not count"), "{said}");
+        said
+    };
+    assert!(says(&[], &below).contains("cannot have share x"));
+    let own = dir.path().join("own");
+    std::fs::create_dir(&own).expect("mkdir");
+    chown(&own, Some(UID), Some(GID)).expect("chown");
+    let state = format!("--state-dir={}", top.join("state").display());
+    let said = says(&[&state, "--grace=60"], &own);
+    assert!(said.contains("cannot have state-dir"), "{said}");
+
+    let script = lends_ids(dir.path()).expect("as before");
+    let config = dir.path().join("ringfsd.toml");
+    std::fs::write(&config, "").expect("write");
+    let option = format!("--config={}", config.display());
+    let daemon = daemon_of_user("uring", &script, &["--subordinate-ids", &option]);
+    std::fs::write(&config, format!("[share.more]\npath = {below:?}\n")).expect("write");
+    let output = daemon.command(&["reload"]);
+    assert!(output.status.success(), "{output:?}");
+    let said = without(&daemon);
+    assert!(said.starts_with("share more (") && said.contains("do not count"), "{said}");
+    serves(&daemon);
+    daemon.stop_well();
+}
+
+/// With what the host lends to a user guests have users of their own.
+#[test]
+fn guests_users_are_those_that_are_lent_to_it() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("directory");
+    let Some(script) = lends_ids(dir.path()) else { return };
     let config = dir.path().join("ringfsd.toml");
     std::fs::write(&config, "").expect("write");
     let option = format!("--config={}", config.display());
@@ -408,13 +534,15 @@ fn says(before: &[&str], share: &Path) -> String {
 
 fn says_with(before: &[&str], share: &Path, options: &[&str]) -> String {
     let socket = share.join("s");
+    let has_state = options.iter().any(|option| option.starts_with("--state-dir"));
     let output = Command::new(before[0])
         .args(&before[1..])
         .arg(env!("CARGO_BIN_EXE_ringfsd"))
         .arg(format!("--share=x={}", share.display()))
         .arg(format!("--listen=unix:{}", socket.display()))
-        .args(["--state-dir=none", "--control=none"])
+        .arg("--control=none")
         .args(options)
+        .args(Some("--state-dir=none").filter(|_| !has_state))
         .stdin(Stdio::null())
         .output()
         .expect("it runs");

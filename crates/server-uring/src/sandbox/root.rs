@@ -80,17 +80,6 @@ fn attach(root: BorrowedFd<'_>, tree: BorrowedFd<'_>, index: usize) -> Result<()
     put(tree, root, path)
 }
 
-/// In a process that ends then: enters the user namespace of a worker and a copy of this process's
-/// mounts, which is where it may make copies of them for the worker's root.
-///
-/// # Errors
-/// What the system calls say.
-pub fn enter_users(users: BorrowedFd<'_>) -> Result<(), Errno> {
-    move_into_link_name_space(users, Some(LinkNameSpaceType::User))?;
-    // SAFETY: no fds are taken apart, and this process has one thread.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
-}
-
 /// Where a worker is, as its parent gets at it.
 #[derive(Debug)]
 pub struct Inside {
@@ -98,19 +87,34 @@ pub struct Inside {
     pub mounts: OwnedFd,
     /// Its root in there.
     pub root: OwnedFd,
+    /// Its user namespace, if it has one of its own. A kernel may know none.
+    pub users: Option<OwnedFd>,
 }
 
 impl Inside {
-    /// Of a process.
+    /// Of a process, which has a user namespace of its own or not.
     ///
     /// # Errors
     /// What open says.
-    pub fn of(pid: i32) -> Result<Inside, Errno> {
+    pub fn of(pid: i32, own_users: bool) -> Result<Inside, Errno> {
         let open = |name: &str, flags| {
             rustix::fs::open(format!("/proc/{pid}/{name}"), flags | OFlags::CLOEXEC, Mode::empty())
         };
         let root = open("root", OFlags::PATH | OFlags::DIRECTORY)?;
-        Ok(Inside { mounts: open("ns/mnt", OFlags::RDONLY)?, root })
+        let users = own_users.then(|| open("ns/user", OFlags::RDONLY)).transpose()?;
+        Ok(Inside { mounts: open("ns/mnt", OFlags::RDONLY)?, root, users })
+    }
+
+    /// In a process that ends then: enters the worker's user namespace and a copy of this process's
+    /// mounts, which is where it may make copies of them for the worker's root.
+    ///
+    /// # Errors
+    /// What the system calls say.
+    pub fn enter_users(&self) -> Result<(), Errno> {
+        let users = self.users.as_ref().ok_or(Errno::INVAL)?;
+        move_into_link_name_space(users.as_fd(), Some(LinkNameSpaceType::User))?;
+        // SAFETY: no fds are taken apart, and this process has one thread.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
     }
 
     /// The same as [`build`] does with each share, in a process that ends then.

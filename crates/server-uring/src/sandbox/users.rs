@@ -5,9 +5,10 @@
 //! those of the overflow id (65534). With subordinate ids (subuid(5)) it is root there, which is
 //! the daemon's user outside, and has the users that the host lends to that one besides.
 
+use crate::channel::Part;
 use rustix::process::{Gid, Pid, Uid};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Who there is in a worker's user namespace.
@@ -24,6 +25,31 @@ pub enum Ids {
 pub struct Lent {
     users: (u32, u32),
     groups: (u32, u32),
+}
+
+/// Why a worker does not have a directory that its parent has.
+#[derive(Debug, thiserror::Error)]
+#[error("{} cannot be had in its user namespace{hint}", path.display())]
+pub struct NotInside {
+    /// What it is.
+    pub part: Part,
+    path: PathBuf,
+    hint: &'static str,
+    source: io::Error,
+}
+
+impl NotInside {
+    /// Of what it is, where it is, and who the worker is.
+    pub fn of(part: Part, path: &Path, ids: Ids, source: io::Error) -> NotInside {
+        let hint = match (ids, source.kind()) {
+            (Ids::Lent(_), io::ErrorKind::PermissionDenied) => {
+                " (with --subordinate-ids the other groups of the daemon's user do not count)"
+            }
+            (_, io::ErrorKind::StaleNetworkFileHandle) => " (another directory is there by now)",
+            _ => "",
+        };
+        NotInside { part, path: path.to_owned(), hint, source }
+    }
 }
 
 impl Lent {
