@@ -138,6 +138,14 @@ pub enum MountError {
         /// The mount point.
         path: PathBuf,
     },
+    /// Another process was to do it, and did not.
+    #[error("cannot unmount {path}: {words}")]
+    Elsewhere {
+        /// The mount point.
+        path: PathBuf,
+        /// Its words.
+        words: String,
+    },
     /// No mount table.
     #[error("cannot read /proc/self/mountinfo: is /proc mounted?")]
     MountInfo {
@@ -373,10 +381,21 @@ impl Mount {
     }
 
     /// Unmounts: cleanly, or lazily where it is in use. The lanes should still be running.
-    pub fn unmount(mut self) -> Result<Unmounted, MountError> {
+    pub fn unmount(self) -> Result<Unmounted, MountError> {
+        let program = self.fusermount.clone();
+        self.unmount_by(|path, lazy| take_down(path, lazy, program.as_deref()))
+    }
+
+    /// The same by what unmounts a path, `true`: lazily.
+    pub fn unmount_by(
+        mut self,
+        mut by: impl FnMut(&Path, bool) -> Result<(), MountError>,
+    ) -> Result<Unmounted, MountError> {
         self.armed = false;
-        match self.take_down(false) {
-            Err(MountError::Busy { .. }) => self.take_down(true),
+        match self.take_down(false, &mut by) {
+            Err(MountError::Busy { .. } | MountError::Elsewhere { .. }) => {
+                self.take_down(true, &mut by)
+            }
             done => done,
         }
     }
@@ -409,14 +428,18 @@ impl Mount {
         }))
     }
 
-    fn take_down(&self, lazy: bool) -> Result<Unmounted, MountError> {
+    fn take_down(
+        &self,
+        lazy: bool,
+        by: &mut impl FnMut(&Path, bool) -> Result<(), MountError>,
+    ) -> Result<Unmounted, MountError> {
         let path = match self.place() {
             None => self.mountpoint.clone(),
             Some(None) => return Ok(Unmounted::AlreadyGone),
             Some(Some((path, true))) => path,
             Some(Some((path, false))) => return Err(MountError::Covered { path }),
         };
-        take_down(&path, lazy, self.fusermount.as_deref())?;
+        by(&path, lazy)?;
         Ok(if lazy { Unmounted::Detached } else { Unmounted::Clean })
     }
 }
@@ -426,7 +449,9 @@ impl Drop for Mount {
         if !self.armed {
             return;
         }
-        if let Err(error) = self.take_down(true) {
+        let program = self.fusermount.as_deref();
+        let by = &mut |path: &Path, lazy| take_down(path, lazy, program);
+        if let Err(error) = self.take_down(true, by) {
             let path = self.mountpoint.display();
             tracing::warn!(%path, %error, "the mount stays behind");
         }

@@ -116,10 +116,13 @@ fn take_reply(
         }
         InFlight::Forget => {
             session.known.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
-            session.turn();
         }
         // What it gave the daemon takes back.
         InFlight::Abandoned => {}
+    }
+    lane.counted();
+    if request == InFlight::Forget {
+        session.turn();
     }
     kept.release(at.slot);
     let InFlight::Request { unique, opcode, .. } = request else {

@@ -100,6 +100,15 @@ impl Known {
         self.turn.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Drops what was kept for turns that are over, where nothing comes that would.
+    pub fn sweep(&self) {
+        for shard in &self.shards {
+            let mut shard = lock(&shard.0);
+            shard.turn = self.turn.load(Ordering::Acquire);
+            shard.sweep();
+        }
+    }
+
     /// Nobody will take over.
     pub fn stop_keeping(&self) {
         self.shards.iter().for_each(|shard| lock(&shard.0).journal = None);

@@ -144,6 +144,8 @@ pub struct Lane {
     /// What it has done.
     pub counters: LaneCounters,
     table: Mutex<Table>,
+    /// A reply's slot is free, and what it gives does not count yet: its turn has not ended.
+    counting: AtomicBool,
     kick: OwnedFd,
     kicked: AtomicBool,
     spare: AtomicBool,
@@ -182,6 +184,7 @@ impl Lane {
             device,
             counters: LaneCounters::default(),
             table: Mutex::new(Table::new(slots)),
+            counting: AtomicBool::new(false),
             kick: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             kicked: AtomicBool::new(false),
             spare: AtomicBool::new(false),

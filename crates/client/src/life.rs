@@ -11,8 +11,8 @@ use crate::rings::{Rings, place_of};
 use crate::service::Service;
 use crate::session::{End, Session};
 use crate::status::{Ask, Facts, Publisher, Report, own_dir};
-use crate::{interrupts, probe, pump, takeover, uring_lane};
-use fuser_fork::mount::{Mount, MountError, Unmounted, unmount_path};
+use crate::{apart, interrupts, pump, takeover, uring_lane};
+use fuser_fork::mount::{Mount, MountError, Unmounted};
 use ringfs_wire::hello::Reason;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -172,13 +172,21 @@ impl Life {
         self.spawn(format!("lane{lane}"), move |session| pump::run(session, lane, spin))
     }
 
-    /// Nobody waits for its end: it may sit in a connect(2) for seconds, and holds nothing.
     fn spawn_connector(&mut self) -> Result<(), Failure> {
         let Some(terms) = self.terms.take() else { return Ok(()) };
+        self.spawn_loose("connector", move |session| connector::run(session, terms))
+    }
+
+    /// Nobody waits for its end: it may sit in a connect(2) for seconds, or wait for a process that
+    /// hangs until ours has ended, and holds nothing.
+    fn spawn_loose(
+        &self,
+        name: &str,
+        work: impl FnOnce(&Arc<Session>) + Send + 'static,
+    ) -> Result<(), Failure> {
         let session = Arc::clone(&self.session);
-        let thread = std::thread::Builder::new().name("connector".to_owned());
-        let spawned = thread.spawn(move || connector::run(&session, terms));
-        spawned.map(drop).map_err(system("start a thread"))
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        thread.spawn(move || work(&session)).map(drop).map_err(system("start a thread"))
     }
 
     fn spawn(
@@ -209,8 +217,8 @@ impl Life {
         }
         let (sender, answers) = channel();
         let path = self.mountpoint.clone();
-        self.spawn("probe".to_owned(), move |session| {
-            let _ = sender.send(probe::ask(&path));
+        self.spawn_loose("probe", move |session| {
+            let _ = sender.send(apart::ask(&path));
             session.notify();
         })?;
         let answered =
@@ -311,14 +319,14 @@ impl Life {
         }
     }
 
-    /// By a thread of its own: the kernel may write dirty pages back first, which takes as long as
-    /// the daemon takes, and this thread has signals to see.
+    /// By a thread of its own: it may take as long as the daemon takes (apart.rs), and this thread
+    /// has signals to see.
     fn begin_unmount(&mut self) {
         let Some(mount) = self.mount.take() else { return };
         let (sender, outcome) = channel();
         self.unmounting = Some(outcome);
-        let spawned = self.spawn("unmount".to_owned(), move |session| {
-            let _ = sender.send(mount.unmount());
+        let spawned = self.spawn_loose("unmount", move |session| {
+            let _ = sender.send(mount.unmount_by(apart::unmount));
             session.notify();
         });
         if let Err(error) = spawned {
@@ -381,7 +389,7 @@ impl Life {
             let outcome = fuser_fork::mount::abort(minor);
             tracing::debug!(?outcome, "aborted");
         }
-        if let Err(error) = unmount_path(&self.mountpoint, true) {
+        if let Err(error) = apart::unmount(&self.mountpoint, true) {
             tracing::debug!(%error, "nothing left to unmount");
         }
     }

@@ -6,6 +6,7 @@
 //! mount's life from [`handshake`] to unmount. Here stand the command line and the exit codes
 //! alone.
 
+mod apart;
 mod ask;
 mod background;
 mod batcher;
@@ -29,7 +30,6 @@ mod lane;
 mod life;
 mod mount_cmd;
 mod options;
-mod probe;
 mod prune;
 mod pump;
 mod rebuild;
@@ -276,7 +276,7 @@ fn main() -> ExitCode {
                 Err(error) => Err(error),
             }
         }
-        Cmd::Answers { dir } => return probe::look(&dir),
+        Cmd::Answers { dir } => return apart::look(&dir),
         Cmd::Completions { shell } => {
             let mut out = std::io::stdout();
             clap_complete::generate(shell, &mut Cli::command(), "ringfs", &mut out);

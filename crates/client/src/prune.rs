@@ -2,7 +2,7 @@
 //!
 //! Invariant: no lane waits for it. The kernel drops thousands of nodes and their pages at once: so
 //! a thread of its own asks, one at a time, and what comes meanwhile is dropped, since the daemon
-//! asks again. A kernel that cannot is asked once. (It waits for no request: see probe.rs.)
+//! asks again. A kernel that cannot is asked once. (It waits for no request: see apart.rs.)
 
 use fuser_fork::device::Device;
 use fuser_fork::notify::{Notice, NotifyOutcome};

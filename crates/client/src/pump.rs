@@ -403,6 +403,7 @@ impl<'s> Pump<'s> {
             Beat::Ping => {
                 if !is_expected {
                     self.intake.kept.shrink();
+                    self.session.rest();
                 }
                 self.lane.queue(Control::Ping);
                 Rest::None

@@ -237,6 +237,12 @@ impl Session {
         }
     }
 
+    /// The same where a lane has had nothing to do for a while.
+    pub fn rest(&self) {
+        self.turn();
+        self.known.sweep();
+    }
+
     /// Has all threads end, after the mount is gone.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);

@@ -241,7 +241,12 @@ impl<'s> RingLane<'s> {
         let beat = link.heart.beat(coarse_now(), heard, is_expected);
         match beat {
             Beat::Wait(limit) => return Rest::For(Some(limit)),
-            Beat::Ping => self.lane.queue(Control::Ping),
+            Beat::Ping => {
+                if !is_expected {
+                    self.session.rest();
+                }
+                self.lane.queue(Control::Ping);
+            }
             Beat::Dead => self.cut(End::Silent { conn: self.lane.index.into() }),
         }
         Rest::None
@@ -506,6 +511,7 @@ impl<'s> RingLane<'s> {
                     self.session.known.answered(0, opcode, asked, record.code, body);
                     self.ring.reply(id, down::outcome_of(record, reply))?;
                 }
+                self.lane.counted();
             }
             link.conn.set_received(link.half.rx.received());
         }

@@ -17,7 +17,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -227,6 +227,36 @@ fn signals_reach_the_client_that_is_there() {
     let (status, stderr) = client.wait();
     assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
     bench.host.assert_no_faults();
+}
+
+/// By ustat(2), which other machines do not have.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_client_may_die_while_its_mount_is_unmounted() {
+    if !kernel_resends("a_client_may_die_while_its_mount_is_unmounted") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let pid = worker(&bench);
+    // It holds what an unmount waits for, and is no use of the mount.
+    let dev = status_of(&bench)["dev_minor"].as_u64().expect("a mount table");
+    let dev = (dev & 0xff) | (dev & !0xff) << 12;
+    let code = "my ($dev, $out) = ($ARGV[0] + 0, '0' x 32); syscall(136, $dev, $out)";
+    let mut command = Command::new("perl");
+    command.args(["-e", code, &dev.to_string()]);
+    let asker = Reader { child: command.spawn().expect("perl") };
+    let (lane, at) = bench.host.wait_for("a STATFS", |seen| seen.hanging.first().copied());
+    client.signal(Signal::TERM);
+    wait_until("the unmount", || !bench.is_mounted());
+    kill_process(pid, Signal::KILL).expect("kill");
+    let again = |seen: &mut host::Seen| (seen.repeats_running > 0).then_some(());
+    bench.host.wait_for("the STATFS again", again);
+    bench.host.answer_hanging(lane, at, 5);
+    asker.wait();
+    let (status, stderr) = client.wait();
+    assert!(status.success(), "{status} {stderr}");
+    assert_nothing_left(&bench);
 }
 
 #[test]

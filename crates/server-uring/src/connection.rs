@@ -148,10 +148,11 @@ impl Connection {
     /// What is known of a request that a dead daemon began, and that came again.
     pub fn past(&mut self, record: &RecordHeader) -> Option<PastOf> {
         let (slots, at) = self.place(record).ok()?;
-        Some(match slots.past(at)? {
-            Past::Running => PastOf::Running,
-            Past::Done(reply) => PastOf::Done(reply.to_vec()),
-        })
+        let done = match slots.past(at)? {
+            Past::Running => None,
+            Past::Done(reply) => Some(reply.to_vec()),
+        };
+        Some(PastOf { done })
     }
 
     /// The request that a record names comes next, and may have run for another daemon.

@@ -99,26 +99,22 @@ pub enum Outcome {
 
 impl Fs {
     /// Ends a request that a dead daemon left: on a thread that may wait, like [`Fs::execute`], and
-    /// with as much room. `place` is where the intent of this use of the slot is, or what the guest
-    /// itself has `told`.
+    /// with as much room. `place` is where the intent of this use of the slot is.
     pub fn recover(
         &self,
         request: &Request<'_>,
         past: Past<'_>,
-        told: Option<Intent>,
-        place: Option<&IntentPlace>,
+        place: &IntentPlace,
         out: &mut [u8],
     ) -> (Outcome, Result<usize, Errno>) {
         let bytes_max = self.reply_bytes_max(request);
         let Some(out) = out.get_mut(..bytes_max) else {
             return (Outcome::Run, Err(Errno::OVERFLOW));
         };
-        let intent = told.or_else(|| place?.read());
-        let claims = place.map_or(&self.claims, IntentPlace::claims);
-        match self.decide(request, past, intent.as_ref(), claims, out) {
+        match self.decide(request, past, place.read().as_ref(), place.claims(), out) {
             Verdict::Done(len) => (Outcome::Done, Ok(len)),
             Verdict::NotRun => {
-                if let (Some(place), Some(intent)) = (place, self.intent(request)) {
+                if let Some(intent) = self.intent(request) {
                     place.write(&intent);
                 }
                 (Outcome::Run, self.execute(request, out))
@@ -405,23 +401,14 @@ impl Fs {
         let Some(grown) = grown.filter(|&grown| grown <= data.len() as u64) else {
             return Ok(Verdict::Unknown);
         };
-        if grown == 0 && !intent.is_told() {
+        if grown == 0 {
             return Ok(Verdict::NotRun);
         }
         let reader = fdops::reopen(file.as_fd(), OFlags::RDONLY)?;
-        let holds = |at: u64, bytes: &[u8]| -> Result<bool, Errno> {
-            let mut stored = vec![0; bytes.len()];
-            let read = fdops::read_at(reader.as_fd(), at, &mut stored)?;
-            Ok(read == bytes.len() && stored == bytes)
-        };
-        if grown == 0 {
-            // Of a file that was shorter than the guest knew it may be the end.
-            let start = intent.size.checked_sub(data.len() as u64);
-            let is_end = start.map_or(Ok(false), |start| holds(start, data))?;
-            return Ok(if is_end { Verdict::Unknown } else { Verdict::NotRun });
-        }
         let (there, rest) = data.split_at(grown as usize);
-        let ours = holds(intent.size, there)?;
+        let mut stored = vec![0; there.len()];
+        let read = fdops::read_at(reader.as_fd(), intent.size, &mut stored)?;
+        let ours = read == there.len() && stored == there;
         if !ours || !claims.lock().appended.insert((seen.st_ino, intent.size)) {
             return Ok(Verdict::Unknown);
         }

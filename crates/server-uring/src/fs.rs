@@ -18,7 +18,6 @@ use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::decide::Claims;
 use crate::dispatch::Request;
 use crate::fdops::{self, FsKind, LocalFs};
 use crate::fds::Fds;
@@ -176,8 +175,6 @@ pub struct Fs {
     pub(crate) negotiated: AtomicU64,
     /// The daemon's own supplementary groups must not be lent to a guest's user.
     pub(crate) has_groups: bool,
-    /// Of a session without a file.
-    pub(crate) claims: Claims,
     /// Devices other than the root's, in the order of their discovery.
     devices: RwLock<Vec<u64>>,
 }
@@ -229,7 +226,6 @@ impl Fs {
             waits: if merged { Waits::Maybe } else { waits(kind) },
             negotiated: AtomicU64::new(0),
             has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),
-            claims: Claims::default(),
             devices: RwLock::new(Vec::new()),
         })
     }

@@ -399,10 +399,11 @@ impl Greeter {
             subdir: hello.subdir.clone(),
             presented: Some(hello.ticket).filter(|&ticket| ticket != Ticket::NONE),
         };
-        let (session, ticket) = self
-            .registry
-            .open(terms, fs)
-            .map_err(|reason| refuse(reason, "no further session can be opened"))?;
+        let opened = self.registry.open(terms, fs).map_err(|reason| match reason {
+            Reason::Timeout => refuse(reason, "what was in flight before runs still; come again"),
+            _ => refuse(reason, "no further session can be opened"),
+        });
+        let (session, ticket) = opened?;
         let adopted = session.file.as_ref().is_some_and(|file| file.adopted);
         let (id, share) = (session.id, &share.name);
         tracing::info!(session = id, share, session.peer, rebuilt, adopted, "session opened");

@@ -43,7 +43,7 @@ pub struct Intent {
     pub opcode: u32,
     /// The rest could be found out.
     pub known: bool,
-    /// The clock that the host's file system stamps births with, before; 0: [`Intent::is_told`].
+    /// The clock that the host's file system stamps births with, before.
     pub when: Nanos,
     /// What the name led to; RENAME: the old name.
     pub target: Named,
@@ -51,13 +51,6 @@ pub struct Intent {
     pub other: Named,
     /// Append: the length of the file. Extended attributes: 1 where there was one.
     pub size: u64,
-}
-
-impl Intent {
-    /// Whether the request says it, and nobody has looked: its guest may know less than there is.
-    pub fn is_told(&self) -> bool {
-        self.when == 0
-    }
 }
 
 /// An intent in the state directory.
@@ -172,15 +165,6 @@ impl Fs {
             }),
             Some(_) | None => is_needed(request.opcode),
         }
-    }
-
-    /// The same of a request that may have run, and of which nothing was noted. The kernel sends
-    /// with an append where it takes the file's end to be.
-    pub fn told_by(&self, request: &Request<'_>) -> Option<Intent> {
-        let is_append = request.opcode == Opcode::Write as u32 && self.runs_once(request);
-        let write: abi::WriteIn = request.head().ok().filter(|_| is_append)?;
-        let unseen = Intent { opcode: request.opcode, known: true, ..Intent::default() };
-        Some(Intent { size: write.offset, ..unseen })
     }
 
     /// What is to be known before this request runs. `None`: nothing, since it may run again.

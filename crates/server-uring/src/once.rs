@@ -11,7 +11,7 @@ use ringfs_wire::table::Given;
 
 impl<R: Ring> Shard<R> {
     /// A request that came before, or cannot be; whether it is to be executed. A FORGET has no
-    /// `request`. What a dead daemon may have done is looked for by whoever runs it: see decide.rs.
+    /// `request`.
     pub(super) fn come_again(
         &mut self,
         key: usize,
@@ -20,6 +20,7 @@ impl<R: Ring> Shard<R> {
         begun: Result<Begin, SlotError>,
     ) -> Result<bool, Reason> {
         match begun {
+            // What a dead daemon had begun is looked for by whoever runs it: see decide.rs.
             Ok(Begin::Execute | Begin::Decide) => Ok(true),
             Ok(Begin::Unsure) => self.begin_unsure(key, header, request),
             // The answer comes when it ends.
@@ -47,13 +48,7 @@ impl<R: Ring> Shard<R> {
         request: Option<&Request<'_>>,
     ) -> Result<bool, Reason> {
         let conn = &mut self.conns[key];
-        let fs = &conn.session.fs;
-        let told = request.and_then(|request| fs.told_by(request));
-        if let (Some(told), Some(file)) = (&told, &conn.session.file) {
-            // Before it begins, as for any other.
-            file.intend(header.lane, RequestTag::of(key, header).at, told);
-        }
-        let runs_once = request.is_some_and(|request| told.is_none() && fs.runs_once(request));
+        let runs_once = request.is_some_and(|request| conn.session.fs.runs_once(request));
         let opcode = if request.is_some() { header.code } else { Opcode::Forget as u32 };
         if runs_once {
             let opcode = Opcode::from_u32(opcode);

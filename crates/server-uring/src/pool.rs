@@ -9,7 +9,6 @@ use crate::decide::Outcome;
 use crate::dispatch::Request;
 use crate::fs::Fs;
 use crate::handles::Handle;
-use crate::intent::Intent;
 use crate::jobs::{Begun, Jobs, Next, Pace};
 use crate::limits::{POOL_COPY_BYTES_MAX, POOL_NICE, WARMED_A_TURN_MAX};
 use crate::link::BODY_AT;
@@ -94,13 +93,9 @@ pub struct Job {
 }
 
 /// What is known of a request that a dead daemon began.
-pub enum PastOf {
-    /// It was running.
-    Running,
+pub struct PastOf {
     /// It was done, with this reply.
-    Done(Vec<u8>),
-    /// It was sent; before it all was so, as the request itself says.
-    Unsure(Intent),
+    pub done: Option<Vec<u8>>,
 }
 
 /// What became of a job.
@@ -446,19 +441,14 @@ fn execute_request(job: Job) {
                 }
             };
             let request = request.noting(&notes);
-            let past = match &past {
-                None => None,
-                Some(PastOf::Running) => Some((Past::Running, None)),
-                Some(PastOf::Done(reply)) => Some((Past::Done(reply), None)),
-                Some(PastOf::Unsure(intent)) => Some((Past::Running, Some(*intent))),
-            };
-            match past {
-                Some((past, told)) => {
-                    let (how, result) = fs.recover(&request, past, told, place.as_ref(), out);
+            match (past, &place) {
+                (Some(past), Some(place)) => {
+                    let past = past.done.as_deref().map_or(Past::Running, Past::Done);
+                    let (how, result) = fs.recover(&request, past, place, out);
                     outcome = Some(how);
                     result
                 }
-                None => {
+                (None | Some(_), place) => {
                     let intent = place.as_ref().and_then(|_| fs.intent(&request));
                     if let (Some(place), Some(intent)) = (place, intent) {
                         place.write(&intent);

@@ -15,7 +15,7 @@ use crate::status::SessionStatus;
 use ringfs_wire::hello::{Reason, Ticket};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A session that has not ended.
@@ -42,8 +42,9 @@ struct Live {
 struct Sessions {
     live: HashMap<u64, Live>,
     tickets: HashMap<Ticket, u64>,
-    /// The last tickets of sessions that ended while their guests may come again, the oldest first.
-    gone: VecDeque<Ticket>,
+    /// The last tickets of sessions that ended while their guests may come again, the oldest first,
+    /// and the sessions: as long as something of one runs, its shards hold it.
+    gone: VecDeque<(Ticket, Weak<Session>)>,
     stopped: bool,
 }
 
@@ -115,11 +116,14 @@ impl Registry {
             }
         };
         let mut sessions = self.lock();
-        let is_heir = terms.rebuilt
-            && terms.presented.is_some_and(|ticket| {
-                // This daemon knows its own sessions: who has an older ticket is a clone.
-                terms.epoch != self.epoch || sessions.gone.contains(&ticket)
-            });
+        let before = terms.presented.and_then(|ticket| sessions.gone(ticket));
+        if before.is_some_and(|before| before.strong_count() > 0) {
+            // Nobody can tell yet what it will have done.
+            return Err(Reason::Timeout);
+        }
+        // This daemon knows its own sessions: who has an older ticket is a clone.
+        let is_own = terms.epoch == self.epoch;
+        let is_heir = terms.rebuilt && terms.presented.is_some() && (!is_own || before.is_some());
         let (file, ticket) = match adopted(&sessions) {
             Some((ticket, Err(session))) => return Ok((session, ticket)),
             Some((ticket, Ok(file))) => (Some(file), ticket),
@@ -198,7 +202,9 @@ impl Registry {
         };
         if may_come_again {
             let unused = live.unused.map(|(unused, _)| unused);
-            sessions.gone.extend([Some(live.ticket), unused].into_iter().flatten());
+            let tickets = [Some(live.ticket), unused].into_iter().flatten();
+            let session = Arc::downgrade(&live.session);
+            sessions.gone.extend(tickets.map(|ticket| (ticket, session.clone())));
             let excess = sessions.gone.len().saturating_sub(GONE_TICKETS_MAX);
             sessions.gone.drain(..excess);
         }
@@ -504,6 +510,11 @@ impl Live {
 }
 
 impl Sessions {
+    /// The session that had that ticket last, and has ended without its guest's doing.
+    fn gone(&self, ticket: Ticket) -> Option<&Weak<Session>> {
+        self.gone.iter().find(|(its, _)| *its == ticket).map(|(_, session)| session)
+    }
+
     /// How many one peer has.
     fn of(&self, owner: u64) -> usize {
         self.live.values().filter(|live| live.session.owner == owner).count()
@@ -555,6 +566,16 @@ mod tests {
     }
 
     fn open(dir: &tempfile::TempDir, registry: &Registry, owner: u64) -> (Arc<Session>, Ticket) {
+        try_open(dir, registry, owner, None).expect("a session")
+    }
+
+    /// Of who has `presented` a ticket of this daemon's the session is rebuilt.
+    fn try_open(
+        dir: &tempfile::TempDir,
+        registry: &Registry,
+        owner: u64,
+        presented: Option<Ticket>,
+    ) -> Result<(Arc<Session>, Ticket), Reason> {
         let terms = Terms {
             share: "share".into(),
             peer: "peer".into(),
@@ -563,13 +584,13 @@ mod tests {
             conns: 2,
             slots: 1,
             features: 0,
-            rebuilt: false,
-            epoch: 0,
+            rebuilt: presented.is_some(),
+            epoch: presented.map_or(0, |_| registry.epoch),
             subdir: Vec::new(),
-            presented: None,
+            presented,
         };
         let fs = Fs::new(dir.path(), FsOptions::default()).expect("a file system");
-        registry.open(terms, fs).expect("a session")
+        registry.open(terms, fs)
     }
 
     #[test]
@@ -683,7 +704,26 @@ mod tests {
         registry.cut(&session, 0, true);
         assert!(registry.find(newer).is_none() && registry.lock().live.is_empty());
         // What it had in flight may have run for this guest, which comes again by either ticket.
-        assert!(registry.lock().gone.contains(&ticket) && registry.lock().gone.contains(&newer));
+        for ticket in [ticket, newer] {
+            assert!(registry.lock().gone(ticket).is_some());
+        }
+    }
+
+    #[test]
+    fn nobody_goes_on_with_what_still_runs() {
+        let (dir, registry) = registry(Duration::ZERO);
+        let (session, ticket) = open(&dir, &registry, 0);
+        assert!(registry.join(&session, 0, ticket, false).is_some());
+        registry.cut(&session, 0, true);
+        // A shard holds a session as long as it waits for something of it.
+        let refused = try_open(&dir, &registry, 0, Some(ticket)).map(drop);
+        assert_eq!(refused, Err(Reason::Timeout));
+        assert!(Reason::Timeout.is_passing());
+        let_go(session);
+        let (heir, _) = try_open(&dir, &registry, 0, Some(ticket)).expect("a session");
+        assert!(heir.is_heir);
+        let (clone, _) = try_open(&dir, &registry, 0, Some(Ticket([7; 16]))).expect("a session");
+        assert!(!clone.is_heir, "a ticket of this daemon's that it does not know");
     }
 
     #[test]

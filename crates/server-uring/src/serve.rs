@@ -7,7 +7,6 @@ use crate::decide::Outcome;
 use crate::dispatch::REQUEST_HEAD_BYTES;
 use crate::fdops;
 use crate::intent;
-use crate::pool::PastOf;
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::notify;
 use ringfs_wire::limits::RECORD_ALIGN;
@@ -65,11 +64,9 @@ impl<R: Ring> Shard<R> {
             Ok(Begin::Execute) => {}
             begun => {
                 again = true;
-                past = match begun {
-                    Ok(Begin::Decide) => conn.past(&header),
-                    Ok(Begin::Unsure) => fs.told_by(&request).map(PastOf::Unsure),
-                    _ => None,
-                };
+                if begun == Ok(Begin::Decide) {
+                    past = conn.past(&header);
+                }
                 let rerun = self.come_again(key, &header, Some(&request), begun);
                 if !matches!(rerun, Ok(true)) {
                     self.conns[key].unreserve(reserved);

@@ -36,8 +36,6 @@ struct Memory {
     recipes: BTreeMap<u64, Vec<u8>>,
     /// Node and handle of each file.
     files: Vec<(u64, u64)>,
-    /// As which they are open.
-    flags: i32,
 }
 
 fn open_for_clones(daemon: &Daemon) -> (Guest, Memory) {
@@ -64,14 +62,14 @@ fn open_for_clones(daemon: &Daemon) -> (Guest, Memory) {
     let files = files.collect();
     let recipes = guest.recipes.clone().unwrap_or_default();
     assert_eq!(recipes.len() as u64, FILES, "nodes that nothing finds again");
-    let memory = Memory { hello, slots: guest.slots.clone(), recipes, files, flags: libc::O_RDWR };
+    let memory = Memory { hello, slots: guest.slots.clone(), recipes, files };
     (guest, memory)
 }
 
 impl Memory {
     /// What the daemon has to be told, before any request.
     fn tell(&self, guest: &mut Guest) {
-        let flags = self.flags as u32;
+        let flags = libc::O_RDWR as u32;
         let nodes = self.recipes.iter().map(|(&id, recipe)| Restore::Node { id, count: 1, recipe });
         let handles = self.files.iter().map(|&(node, fh)| Restore::Handle {
             fh,
@@ -156,17 +154,6 @@ fn mkdir(name: &str) -> Vec<u8> {
 /// Asks what another session of that guest may have been asked.
 fn ask_again(guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]) -> Result<Vec<u8>, u32> {
     let at = guest.claim();
-    ask_again_on(guest, at, opcode, node, args)
-}
-
-/// The same on a slot that is taken already. Only the first request of each may have been asked.
-fn ask_again_on(
-    guest: &mut Guest,
-    at: SlotUse,
-    opcode: Opcode,
-    node: u64,
-    args: &[u8],
-) -> Result<Vec<u8>, u32> {
     guest.add(Kind::Unsure as u8, at, 0, &[]);
     guest.again(at, opcode, node, args);
     guest.flush();
@@ -260,53 +247,6 @@ fn what_a_lost_daemon_may_have_done_is_not_done_again_but_for_a_clone() {
             goodbye(clone);
         }
         assert_eq!(daemon.counters()["ambiguous"], 1);
-        daemon.stop_well();
-    }
-}
-
-/// An append says where the guest took the file's end to be: by that and the file's end it is told
-/// whether it ran. No file of what ran is there.
-#[test]
-fn an_append_that_a_lost_daemon_may_have_done_is_found_out_by_looking() {
-    for engine in ["uring", "threads"] {
-        let daemon = Daemon::start_with_grace(engine, 0);
-        let (original, mut memory) = open_for_clones(&daemon);
-        let epoch = original.welcome.epoch;
-        goodbye(original);
-        memory.flags = libc::O_RDWR | libc::O_APPEND;
-        let mut heir = memory.come_rebuilt(&daemon, epoch ^ 1, Ticket([7; 16]));
-        let (record, end, eio) = (pattern(99, 300), FILE_BYTES, Err(libc::EIO as u32));
-        let (done, short) = (Ok(300), FILE_BYTES - 300);
-        // What the host has behind so much of the file, and what it has after the answer.
-        type Case<'a> = (usize, &'a [u8], Result<u32, u32>, &'a [u8]);
-        let cases: [Case<'_>; 6] = [
-            (end, b"", done, &record),
-            (end, &record, done, &record),
-            (end, &record[..7], done, &record),
-            (end, b"another's", eio, b"another's"),
-            (
-                end,
-                &[&record[..], b"and another's"].concat(),
-                eio,
-                &[&record[..], b"and another's"].concat(),
-            ),
-            (short, &record, eio, &record),
-        ];
-        let slots = cases.map(|_| heir.claim());
-        for (n, (kept, behind, answer, after)) in cases.into_iter().enumerate() {
-            let path = daemon.share().join(format!("file-{n}"));
-            let before = pattern(n as u64, FILE_BYTES)[..kept].to_vec();
-            std::fs::write(&path, [&before[..], behind].concat()).expect("write");
-            let (node, fh) = memory.files[n];
-            let args = write_args(fh, end as u64, &record);
-            let told = ask_again_on(&mut heir, slots[n], Opcode::Write, node, &args);
-            let told = told.map(|out| u32::from_le_bytes(*out.first_chunk().expect("a size")));
-            assert_eq!(told, answer, "case {n}");
-            let now = std::fs::read(&path).expect("read");
-            assert!(now == [&before[..], after].concat(), "case {n}: {} bytes", now.len());
-        }
-        assert_eq!(daemon.counters()["ambiguous"], 3);
-        goodbye(heir);
         daemon.stop_well();
     }
 }

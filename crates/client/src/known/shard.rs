@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 
 /// Nodes of one shard: 4 million in all. What comes beyond is lost with the daemon, and only then.
-const NODES_PER_SHARD_MAX: usize = 1 << 16;
+pub(super) const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
 const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
 /// Recipes of one shard whose reply is yet to come.
@@ -274,7 +274,7 @@ impl Shard {
     /// Whether the node is there and does not count.
     fn put_recipe(&mut self, id: u64, recipe: &[u8]) -> bool {
         self.node_id_max = self.node_id_max.max(id);
-        let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
+        let is_full = self.is_full();
         match self.nodes.entry(id) {
             Entry::Occupied(mut known) => {
                 let node = known.get_mut();
@@ -303,6 +303,21 @@ impl Shard {
             node.late = 0;
         }
         self.early.push_back((id, self.turn));
+        self.sweep();
+    }
+
+    /// Keeps a node that was given back.
+    fn keep_late(&mut self, id: u64) {
+        self.given_back += 1;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.late = self.given_back;
+        }
+        self.late.push_back((id, self.turn, self.given_back));
+        self.sweep();
+    }
+
+    /// Drops what no reply can give any more, and what is too much.
+    pub(super) fn sweep(&mut self) {
         while let Some(&(oldest, turn)) = self.early.front()
             && (self.turn >= turn + EARLY_TURNS || self.early.len() > EARLY_PER_SHARD_MAX)
         {
@@ -313,28 +328,35 @@ impl Shard {
                 self.drop_node(oldest);
             }
         }
-    }
-
-    /// Keeps a node that was given back.
-    fn keep_late(&mut self, id: u64) {
-        self.given_back += 1;
-        if let Some(node) = self.nodes.get_mut(&id) {
-            node.late = self.given_back;
-        }
-        self.late.push_back((id, self.turn, self.given_back));
-        while let Some(&(oldest, turn, which)) = self.late.front()
+        while let Some(&(_, turn, _)) = self.late.front()
             && (self.turn >= turn + EARLY_TURNS || self.late.len() > LATE_PER_SHARD_MAX)
         {
-            self.late.pop_front();
-            let goes = |node: &Node| node.count == 0 && node.late == which;
-            if self.nodes.get(&oldest).is_some_and(goes) {
-                self.drop_node(oldest);
-            }
+            self.drop_oldest_late();
         }
         let (len, room) = (self.late.len(), self.late.capacity());
         if room > SMALL_TABLE && len < room / 8 {
             self.late.shrink_to(len * 2);
         }
+    }
+
+    /// Whether there was one in the queue.
+    fn drop_oldest_late(&mut self) -> bool {
+        let Some((oldest, _, which)) = self.late.pop_front() else { return false };
+        let goes = |node: &Node| node.count == 0 && node.late == which;
+        if self.nodes.get(&oldest).is_some_and(goes) {
+            self.drop_node(oldest);
+        }
+        true
+    }
+
+    /// Whether there is no room for another node, also in the place of one that was given back.
+    fn is_full(&mut self) -> bool {
+        while self.nodes.len() >= NODES_PER_SHARD_MAX {
+            if !self.drop_oldest_late() {
+                return true;
+            }
+        }
+        false
     }
 
     fn drop_node(&mut self, id: u64) {
@@ -355,7 +377,7 @@ impl Shard {
 
     fn count_up(&mut self, id: u64) {
         self.node_id_max = self.node_id_max.max(id);
-        let is_full = self.nodes.len() >= NODES_PER_SHARD_MAX;
+        let is_full = self.is_full();
         match self.nodes.entry(id) {
             Entry::Occupied(mut known) => {
                 let node = known.get_mut();

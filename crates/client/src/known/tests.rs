@@ -1,7 +1,9 @@
 //! Tests of what is known.
 
 use super::asked::NAME_BYTES_MAX;
-use super::shard::{EARLY_PER_SHARD_MAX, EARLY_TURNS, LATE_PER_SHARD_MAX, SMALL_TABLE};
+use super::shard::{
+    EARLY_PER_SHARD_MAX, EARLY_TURNS, LATE_PER_SHARD_MAX, NODES_PER_SHARD_MAX, SMALL_TABLE,
+};
 use super::*;
 use crate::keep::Keep;
 use ringfs_wire::abi::{Attr, CreateIn, Dirent, DirentPlus, OpenIn, ReadIn, ReleaseIn};
@@ -355,6 +357,44 @@ fn what_was_given_back_is_bounded() {
     let most = known.shards.iter().map(|shard| lock(&shard.0).late.len()).max();
     assert_eq!(most, Some(LATE_PER_SHARD_MAX));
     assert_eq!(known.shards.iter().map(|shard| lock(&shard.0).nodes.len()).sum::<usize>(), 3);
+}
+
+/// The kernel gives back all that it has, and nothing comes any more.
+#[test]
+fn what_was_given_back_goes_also_where_nothing_comes() {
+    let (_keep, known) = kept();
+    let tag = |seq| tag_of(0, SlotUse { slot: 0, seq });
+    for n in 0..10_000 {
+        known.hear(&node(2 + n, b"some")).expect("well formed");
+        known.answered(tag(1), Opcode::Lookup as u32, || None, 0, &entry(2 + n));
+        known.forgotten(tag(2), ForgetOne { nodeid: 2 + n, nlookup: 1 }.as_bytes());
+    }
+    let held = || known.shards.iter().map(|shard| lock(&shard.0).nodes.len()).sum::<usize>();
+    known.sweep();
+    assert_eq!(held(), 10_000);
+    (0..EARLY_TURNS).for_each(|_| known.next_turn());
+    known.sweep();
+    assert_eq!(held(), 0);
+}
+
+/// What the kernel has comes before what it has given back.
+#[test]
+fn what_was_given_back_makes_room() {
+    let (key, recipe) = (Keyed::new(), [7; 8]);
+    let mut shard = Shard::new(key, None);
+    let most = NODES_PER_SHARD_MAX as u64;
+    for id in 2..2 + most {
+        shard.hear(id, &recipe);
+        shard.give(id, 1);
+    }
+    (2..4).for_each(|id| shard.forget(id, 1, 0, 2));
+    for id in [most + 10, most + 11, most + 12] {
+        shard.hear(id, &recipe);
+        shard.give(id, 3);
+    }
+    let has = |id| shard.nodes.get(&id).map(|node| (node.count, node.recipe.len()));
+    assert_eq!([most + 10, most + 11].map(has), [Some((1, 8)); 2]);
+    assert_eq!([2, 3, most + 12].map(has), [None; 3], "all that is left counts");
 }
 
 #[test]

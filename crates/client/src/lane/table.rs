@@ -224,7 +224,7 @@ impl Lane {
 
     /// Whether all is over that was in flight at the last [`Lane::begin_turn`].
     pub fn has_ended_turn(&self) -> bool {
-        lock(&self.table).before_left == 0
+        lock(&self.table).before_left == 0 && !self.counting.load(Ordering::Acquire)
     }
 
     /// A turn begins; the one before has ended.
@@ -322,11 +322,24 @@ impl Lane {
 
     /// The reply to a request is here, as the lane's own thread finds.
     pub fn complete(&self, at: SlotUse) -> Result<InFlight, SlotError> {
+        // Before the slot is free, and seen by whoever sees that.
+        self.counting.store(true, Ordering::Relaxed);
         let mut table = lock(&self.table);
-        let request = table.end(at, true)?;
+        let request = match table.end(at, true) {
+            Ok(request) => request,
+            Err(error) => {
+                self.counted();
+                return Err(error);
+            }
+        };
         self.slot_is_free(table);
         self.trace(at, request, "answered");
         Ok(request)
+    }
+
+    /// What that reply gives or takes back counts.
+    pub fn counted(&self) {
+        self.counting.store(false, Ordering::Release);
     }
 
     /// The request is not sent after all, as the lane's own thread finds: the slot is free for the
@@ -568,6 +581,7 @@ mod tests {
         lane.cut(&[]);
         assert!(matches!(lane.interrupt(4), Interrupted::Abandoned));
         lane.complete(third).expect("in flight");
+        lane.counted();
         assert!(!lane.has_ended_turn());
         lane.unclaim(second).expect("in flight");
         assert!(lane.has_ended_turn(), "the newcomer does not count");
@@ -575,6 +589,18 @@ mod tests {
         assert!(!lane.has_ended_turn());
         lane.close(Errno::IO);
         assert!(lane.has_ended_turn());
+    }
+
+    #[test]
+    fn a_turn_does_not_end_while_a_reply_is_not_counted() {
+        let lane = lane(1);
+        let Claim::Slot(at) = lane.claim(request(2)) else { panic!("no slot") };
+        lane.begin_turn();
+        lane.complete(at).expect("in flight");
+        assert!(!lane.has_ended_turn(), "what it gives does not count yet");
+        lane.counted();
+        assert!(lane.has_ended_turn());
+        assert!(lane.complete(at).is_err() && lane.has_ended_turn(), "a slot that is free");
     }
 
     #[test]

@@ -65,6 +65,7 @@ pub(super) fn answer(
         }
         Opcode::Readdir => readdir(args),
         Opcode::Readdirplus => readdirplus(args),
+        Opcode::Statfs => Err(HANG),
         Opcode::Release | Opcode::Releasedir | Opcode::Flush => Ok(Vec::new()),
         _ => Err(ENOSYS),
     }

@@ -139,7 +139,7 @@ fn resend(guest: &Guest, file: &Arc<StateFile>, at: SlotUse, ask: &Ask) -> Ended
         Begin::Decide => {
             let place = file.intent(1, at).expect("a place");
             let past = table.past(at).expect("to decide");
-            let (outcome, result) = guest.fs.recover(&request, past, None, Some(&place), &mut out);
+            let (outcome, result) = guest.fs.recover(&request, past, &place, &mut out);
             (format!("{outcome:?}"), result)
         }
         Begin::Execute | Begin::Rerun(_) => ("Run".into(), guest.fs.execute(&request, &mut out)),
