@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
 
 /// Each script begins so: `$src` is the share, `$mnt` a place for it, `$ringfs` the program, also
 /// as mount(8) looks for it; `says CODE WORDS COMMAND..` runs what must end with that code and say
-/// that. At its end no client is left.
+/// that, in one line or in two. At its end no client is left.
 const PRELUDE: &str = r#"
 set -eu
 here=${1%/}
@@ -31,7 +31,8 @@ says() {
     code=$1 words=$2 got=0; shift 2
     out=$("$@" 2>&1) || got=$?
     [ $got = $code ] || { echo "ended with $got, not $code: $*: $out"; exit 9; }
-    case "$out" in *"$words"*) ;; *) echo "no '$words' from $*: $out"; exit 9 ;; esac
+    folded=$(printf %s "$out" | tr -s ' \n' ' ')
+    case "$folded" in *"$words"*) ;; *) echo "no '$words' from $*: $out"; exit 9 ;; esac
 }
 shown() { grep " $mnt " /proc/self/mountinfo; }
 gone() {

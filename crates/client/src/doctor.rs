@@ -24,7 +24,7 @@ const TRIED_FROM: (u32, u32) = (6, 1);
 const FILES_WANTED: u64 = 128;
 /// Number 229 of the miscellaneous devices, 10.
 const FUSE_DEVICE: u64 = 10 << 8 | 229;
-/// Of the text for people; a word that is longer stands in a line of its own.
+/// Of what was found, as people get it; a word that is longer stands in a line of its own.
 const COLUMNS_MAX: usize = 100;
 /// `VMADDR_CID_HOST`, and what a machine has without a transport.
 const HOST_CID: u32 = 2;
@@ -111,7 +111,8 @@ pub fn render(findings: &Findings) -> String {
         };
         wrap(&mut text, &format!("{word:<5} {name:<12} "), found);
         if let Some(fix) = fix {
-            wrap(&mut text, &format!("{:<5} {:<12} -> ", "", ""), fix);
+            // In one line, however long: there may be commands in it to be copied.
+            let _ = writeln!(text, "{:<5} {:<12} -> {fix}", "", "");
         }
     }
     let count = |level| findings.checks.iter().filter(|check| check.level == level).count();
@@ -496,18 +497,20 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_are_wrapped_and_nothing_is_lost() {
+    fn what_was_found_is_wrapped_and_what_to_do_is_one_line() {
         let (said, path) = (["some words"; 30].join(" "), "/x".repeat(90));
-        let fix = format!("{said} {path} {said}");
-        let checks = vec![check("a", Level::Warn, said.clone(), &fix)];
+        let found = format!("{said} {path} {said}");
+        let fix = ["ln -s /a/program /sbin/mount.ringfs"; 4].join("; ");
+        let checks = vec![check("a", Level::Warn, found.clone(), &fix)];
         let text = render(&Findings { ok: true, version: "1", wire: (1, 1), checks });
-        for line in text.lines().filter(|line| !line.contains(&path)) {
+        for line in text.lines().filter(|line| !line.contains(&path) && !line.contains(&fix)) {
             assert!(line.chars().count() <= COLUMNS_MAX, "{line}");
         }
+        assert!(text.contains(&format!("-> {fix}\n")), "{text}");
         let indent = text.lines().nth(1).expect("a second line").find("w").expect("a word");
         assert!(indent == 19 || indent == 24, "{text}");
         let words: Vec<_> = text.split_whitespace().collect();
-        assert!(words.join(" ").starts_with(&format!("warn a {said} -> {fix} ringfs")), "{text}");
+        assert!(words.join(" ").starts_with(&format!("warn a {found} -> {fix} ringfs")), "{text}");
     }
 
     #[test]
