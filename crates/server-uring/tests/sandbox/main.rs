@@ -449,7 +449,9 @@ fn a_read_only_share_by_landlock() {
     ];
     for (what, write) in writes {
         println!("  {what}");
-        place.check(write, &[(AllButNamespaces, Came::Done), (LooksOnly, no(Errno::ACCESS))]);
+        let refused = no(Errno::ACCESS);
+        let all = [(AllButNamespaces, Came::Done), (LooksHere, refused), (LooksOnly, refused)];
+        place.check(write, &all);
     }
     let (owner, mode) = (rustix::process::geteuid(), Mode::from_raw_mode(0o644));
     let now = rustix::fs::Timestamps {
@@ -475,8 +477,15 @@ fn a_read_only_share_by_landlock() {
     ];
     for (what, change) in attributes {
         println!("  {what}");
-        place.check(change, &[(AllButNamespaces, Came::Done), (LooksOnly, no(Errno::NOSYS))]);
+        let (done, none) = (Came::Done, no(Errno::NOSYS));
+        place.check(change, &[(AllButNamespaces, done), (LooksHere, done), (LooksOnly, none)]);
     }
     let read = |share: &Path| open(&file(share));
-    place.check(&read, &[(LooksOnly, Came::Done)]);
+    place.check(&read, &[(LooksHere, Came::Done), (LooksOnly, Came::Done)]);
+    let write_beside = |share: &Path| {
+        let beside = share.with_file_name("beside").join("new");
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        rustix::fs::open(beside, flags, Mode::RUSR | Mode::WUSR).map(drop)
+    };
+    place.check(&write_beside, &[(LooksHere, Came::Done), (LooksOnly, no(Errno::ACCESS))]);
 }

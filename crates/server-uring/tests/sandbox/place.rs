@@ -23,8 +23,9 @@ pub enum With {
     /// Those two with `--file-handles=false`.
     CapsWithoutHandles,
     AllWithoutHandles,
-    /// `--sandbox=landlock`, and where the share is read-only.
+    /// `--sandbox=landlock`, and where the share is read-only: beside one that is not, or alone.
     AllButNamespaces,
+    LooksHere,
     LooksOnly,
 }
 
@@ -35,7 +36,7 @@ impl With {
         match self {
             Root | All | AllWithoutHandles if is_root() => Walls::Namespaces,
             Root | All | AllWithoutHandles => Walls::OwnUsers(Ids::Own),
-            AllButNamespaces | LooksOnly => Walls::Landlock,
+            AllButNamespaces | LooksHere | LooksOnly => Walls::Landlock,
             Nothing | Caps | Landlock | Seccomp | CapsWithoutHandles => Walls::None,
         }
     }
@@ -56,6 +57,8 @@ pub enum Came {
 pub struct Place {
     pub dir: tempfile::TempDir,
     share: ShareDir,
+    /// Which may be written to.
+    beside: OwnedFd,
     /// Opened before any layer: what a worker of root has.
     pub fd: OwnedFd,
 }
@@ -69,7 +72,10 @@ impl Place {
         std::fs::write(dir.path().join("outside"), "outside").expect("outside");
         let share = ShareDir::open(&path, Submounts::Hide, false).expect("share");
         let fd = share.root().expect("a root").into();
-        Place { dir, share, fd }
+        let beside = dir.path().join("beside");
+        std::fs::create_dir(&beside).expect("another share");
+        let beside = std::fs::File::open(beside).expect("another share").into();
+        Place { dir, share, beside, fd }
     }
 
     /// Tries `what` with these layers; it is given the share's directory.
@@ -78,14 +84,16 @@ impl Place {
         let own_users = walls.ids();
         let outside = self.share.root().expect("a root");
         let spaces = walls.has_root().then_some(Spaces { own_users });
-        let keep = [outside.as_fd(), self.fd.as_fd()];
+        let keep = [outside.as_fd(), self.beside.as_fd(), self.fd.as_fd()];
         let child = Child::start(&keep, 1, spaces, |channel| {
             let copied = own_users.map(|_| self.share.copy_in_own_users().expect("a copy"));
             let dir = copied.as_ref().unwrap_or(&outside).as_fd();
-            let shares = [Offered { dir, read_only: with == LooksOnly }];
+            let read_only = matches!(with, LooksHere | LooksOnly);
+            let beside = Offered { dir: self.beside.as_fd(), read_only: false };
+            let shares = [Offered { dir, read_only }, beside];
+            let shares = if with == LooksHere { &shares[..] } else { &shares[..1] };
             let file_handles = with != AllWithoutHandles;
-            let needs =
-                Needs { walls, shares: &shares, state: None, device_nodes: false, file_handles };
+            let needs = Needs { walls, shares, state: None, device_nodes: false, file_handles };
             let outside = self.dir.path().join("share");
             let path = if walls.has_root() { Path::new("/shares/0") } else { &outside };
             match with {
@@ -95,7 +103,7 @@ impl Place {
                 CapsWithoutHandles => caps::cut(caps::kept(false, false)).expect("capabilities"),
                 Landlock => landlock::restrict(path, None).expect("landlock"),
                 Seccomp => filter::install(false).expect("a filter"),
-                All | AllWithoutHandles | AllButNamespaces | LooksOnly => {
+                All | AllWithoutHandles | AllButNamespaces | LooksHere | LooksOnly => {
                     sandbox::enter(&needs).expect("the sandbox");
                 }
             }
