@@ -4,8 +4,9 @@
 
 use super::Offered;
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus,
+    PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    Scope,
 };
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,7 +22,7 @@ const NEWEST: ABI = ABI::V6;
 /// What landlock says.
 pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let shares = PathFd::new(shares).map_err(io::Error::other)?;
-    if !lay(&[Offered { dir: shares.as_fd(), read_only: false }], state)? {
+    if lay(&[Offered { dir: shares.as_fd(), read_only: false }], state)?.is_none() {
         tracing::warn!(
             "this kernel has no landlock: the sandbox stands without it (docs/security.md)"
         );
@@ -36,14 +37,28 @@ pub fn restrict(shares: &Path, state: Option<BorrowedFd<'_>>) -> io::Result<()> 
 /// What landlock says; `Unsupported` where the kernel has none.
 pub fn restrict_to(shares: &[Offered<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let none = "this kernel has no landlock (Linux 5.13, and lsm=..,landlock at its start)";
-    match lay(shares, state)? {
-        true => Ok(()),
-        false => Err(io::Error::new(io::ErrorKind::Unsupported, none)),
+    let Some(kernel) = lay(shares, state)? else {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, none));
+    };
+    if lets_truncate(&kernel) && shares.iter().any(|share| share.read_only) {
+        tracing::warn!(
+            "before Linux 6.2 landlock does not keep a worker that was taken over from truncating \
+             files of a read-only share"
+        );
     }
+    Ok(())
 }
 
-/// Whether the kernel has it.
-fn lay(shares: &[Offered<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<bool> {
+/// Files are truncated by who may not write to them: it knows no right for that.
+fn lets_truncate(kernel: &LandlockStatus) -> bool {
+    matches!(kernel, LandlockStatus::Available { effective_abi: ABI::V1 | ABI::V2, .. })
+}
+
+/// What the kernel has of it; `None`: nothing.
+fn lay(
+    shares: &[Offered<'_>],
+    state: Option<BorrowedFd<'_>>,
+) -> io::Result<Option<LandlockStatus>> {
     let all = AccessFs::from_all(NEWEST);
     let proc = PathFd::new("/proc").map_err(io::Error::other)?;
     // Nothing is run, and no device driven.
@@ -67,5 +82,19 @@ fn lay(shares: &[Offered<'_>], state: Option<BorrowedFd<'_>>) -> io::Result<bool
     };
     let status: Result<_, RulesetError> = ruleset();
     let status = status.map_err(io::Error::other)?;
-    Ok(status.ruleset != RulesetStatus::NotEnforced)
+    Ok(Some(status.landlock).filter(|_| status.ruleset != RulesetStatus::NotEnforced))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn truncation_is_a_right_from_the_third_abi_on() {
+        let of = |effective_abi| LandlockStatus::Available { effective_abi, kernel_abi: None };
+        for (abi, lets) in [(ABI::V1, true), (ABI::V2, true), (ABI::V3, false), (NEWEST, false)] {
+            let handled = AccessFs::from_all(abi).contains(AccessFs::Truncate);
+            assert_eq!((lets_truncate(&of(abi)), handled), (lets, !lets), "{abi:?}");
+        }
+    }
 }
