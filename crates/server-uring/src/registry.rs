@@ -48,6 +48,9 @@ struct Sessions {
     stopped: bool,
 }
 
+/// Of the first session's number, so that people can read it.
+const FIRST_ID_BITS: u32 = 24;
+
 /// All sessions of this daemon.
 pub struct Registry {
     /// New at each start: tells a guest whether the daemon is the one that it knew.
@@ -76,7 +79,7 @@ impl Registry {
             grace,
             metrics: Metrics::default(),
             state,
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(first_id()),
             sessions: Mutex::default(),
             changed: Condvar::new(),
             shards: OnceLock::new(),
@@ -548,6 +551,13 @@ impl Sessions {
         }
         Some(live)
     }
+}
+
+/// Somewhere: the next worker's sessions have other numbers in the logs, and a guest, who is told
+/// his, does not learn how many there were.
+fn first_id() -> u64 {
+    let random = new_ticket().and_then(|ticket| ticket.0.first_chunk::<8>().copied());
+    1 + (u64::from_le_bytes(random.unwrap_or_default()) >> (64 - FIRST_ID_BITS))
 }
 
 fn new_ticket() -> Option<Ticket> {

@@ -45,6 +45,8 @@ fn a_worker_that_dies_is_replaced_and_its_guests_go_on() {
         let nodes = vec![(node, guest.recipes.as_ref().expect("recipes")[&node].clone())];
 
         let mut worker = daemon.worker_pid();
+        let session = || control::ask_status(&daemon.path("c")).expect("a status").sessions[0].id;
+        let mut names = vec![session()];
         for deaths in 1..=3 {
             kill_process(pid(worker), Signal::KILL).expect("kill");
             assert_eq!(guest.ending(), End::Closed);
@@ -53,6 +55,8 @@ fn a_worker_that_dies_is_replaced_and_its_guests_go_on() {
             let text = format!("after {deaths}");
             assert_eq!(guest.write(node, fh, 0, text.as_bytes()), Ok(text.len() as u32));
             assert_eq!(guest.read(node, fh, 0, 100), Ok(text.into_bytes()));
+            assert!(!names.contains(&session()), "{names:?}: one name for two sessions in the log");
+            names.push(session());
         }
         drop(guest);
         daemon.stop_well();
