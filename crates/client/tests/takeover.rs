@@ -9,7 +9,7 @@ mod host;
 
 use bench::uses::*;
 use bench::*;
-use host::{HELLO_TEXT, Mood, Terms};
+use host::{HANG, HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
 use rustix::process::{Pid, Resource, Signal, kill_process, prlimit};
 use std::collections::BTreeMap;
@@ -276,7 +276,7 @@ fn a_mount_that_nobody_takes_over_is_cleaned_up_and_says_so() {
 
 #[test]
 fn who_is_killed_before_the_mount_is_ready_ends_and_is_cleaned_up() {
-    let bench = Bench::new(Terms { answers_root: false, ..Terms::default() });
+    let bench = Bench::new(Terms { root_errno: HANG, ..Terms::default() });
     let mut command = bench.command(&["mount", "-f", &bench.source("data")]);
     command.arg(&bench.mountpoint).stdout(Stdio::null()).stderr(Stdio::piped());
     let client = Client { child: Some(command.spawn().expect("spawn")) };
