@@ -12,6 +12,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
+const EIO: u8 = Errno::IO.raw_os_error() as u8;
+
 /// This program, for whoever serves nothing.
 fn other(words: &[&str], path: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
@@ -31,10 +33,10 @@ pub fn ask(path: &Path) -> Result<(), Errno> {
     }
 }
 
-/// That process: how it ends is what the kernel says.
+/// That process: how it ends is what the kernel says, EIO for what no exit code can be.
 pub fn look(path: &Path) -> ExitCode {
-    let looked = rustix::fs::stat(path);
-    ExitCode::from(looked.map_or_else(|errno| errno.raw_os_error() as u8, |_| 0))
+    let code = rustix::fs::stat(path).map_or_else(Errno::raw_os_error, |_| 0);
+    ExitCode::from(u8::try_from(code).unwrap_or(EIO))
 }
 
 /// `ringfs umount`. Where the system has no process to give, the caller does it.

@@ -302,8 +302,9 @@ pub fn run(orders: Orders<'_>) -> Result<i32, KeeperError> {
         has_left: false,
     };
     let ended = keeper.serve();
-    // The manager's next keeper takes the mount.
-    if matches!(ended, Err(KeeperError::System { .. })) && keeper.held.is_stored {
+    // The manager's next keeper takes the mount, if it is not to end.
+    let is_failure = matches!(ended, Err(KeeperError::System { .. }));
+    if is_failure && keeper.held.is_stored && keeper.signals_sent == 0 {
         return ended;
     }
     keeper.store.iter_mut().for_each(FdStore::forget);
@@ -358,7 +359,9 @@ impl Keeper<'_> {
                 Err(error) => error,
             };
             tries += 1;
-            if !self.held.is_ready || !error.is_passing() || tries > START_TRIES_MAX {
+            self.heed_signals();
+            let may_wait = self.held.is_ready && self.signals_sent == 0;
+            if !may_wait || !error.is_passing() || tries > START_TRIES_MAX {
                 return Err(error);
             }
             if !std::mem::replace(&mut said, true) {
@@ -367,10 +370,17 @@ impl Keeper<'_> {
             }
             let mut signals = [PollFd::new(&self.signals, PollFlags::IN)];
             let _ = poll(&mut signals, Some(&START_PAUSE));
-            if is_signalled(&self.signals) {
-                return Err(error);
-            }
         }
+    }
+
+    /// Whether a signal has come: one more for the clients.
+    fn heed_signals(&mut self) -> bool {
+        let has_come = is_signalled(&self.signals);
+        if has_come {
+            self.signals_sent += 1;
+            self.store.iter().for_each(FdStore::stopping);
+        }
+        has_come
     }
 
     fn try_start(&self) -> Result<(Child, Channel), KeeperError> {
@@ -414,9 +424,7 @@ impl Keeper<'_> {
                 Err(errno) => return Err(system("wait")(errno.into())),
             }
             is_signalled(&self.children);
-            if is_signalled(&self.signals) {
-                self.signals_sent += 1;
-                self.store.iter().for_each(FdStore::stopping);
+            if self.heed_signals() {
                 // It may have died; the next one is told.
                 let _ = channel.send(b"S", &[]);
             }

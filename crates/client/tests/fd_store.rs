@@ -16,6 +16,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Read;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -305,6 +306,43 @@ fn what_was_given_up_is_stored_no_more() {
     assert!(stderr.contains("it dies again and again"), "{stderr}");
     assert!(!bench.is_mounted());
     wait_until("the store's end", || manager.names().is_empty());
+}
+
+#[test]
+fn a_service_that_is_stopped_without_a_client_leaves_nothing() {
+    if !kernel_resends("a_service_that_is_stopped_without_a_client_leaves_nothing") {
+        return;
+    }
+    let _alone = alone();
+    for signal_first in [false, true] {
+        let bench = Bench::new(Terms::default());
+        let manager = Manager::new(&bench);
+        let mut keeper = manager.start(&bench, "data", "lanes=2");
+        manager.wait_ready(1);
+        let (pid, reader) = (worker(&bench), hanging(&bench));
+        if signal_first {
+            keeper.signal(Signal::TERM);
+            // It is in use, so it is detached, and served.
+            wait_until("the unmount", || !bench.is_mounted());
+        }
+        without_fds(keeper.pid());
+        kill_process(pid, Signal::KILL).expect("kill");
+        let mut rest = String::new();
+        if !signal_first {
+            let mut stderr = keeper.words_until("cannot start the next client: trying again");
+            keeper.signal(Signal::TERM);
+            stderr.read_to_string(&mut rest).expect("utf-8");
+        }
+        let (status, stderr) = keeper.wait();
+        rest += &stderr;
+        assert_eq!(status.code(), Some(3), "{rest}");
+        assert!(rest.contains("gives up: it is unmounted") && !bench.is_mounted(), "{rest}");
+        // Nor has it waited for what nobody wants any more.
+        assert!(!rest.contains("trying again"), "{rest}");
+        assert!(!reader.wait().status.success());
+        wait_until("the store's end", || manager.names().is_empty());
+        assert_eq!(manager.see(|unit| unit.stopping), 1);
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod bench;
 mod host;
 
 use bench::{Bench, PROGRAM, Reader, signalled, status_of, wait_until, within};
-use host::{BIG_BYTES, HELLO_TEXT, Host, Terms, big_byte};
+use host::{BIG_BYTES, HANG, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Reason, feature};
 use ringfs_wire::restore::push_node;
@@ -153,13 +153,17 @@ fn a_refused_mount_says_why_and_leaves_nothing() {
     let terms = Terms::default;
     check(terms(), "nothing", &[], "no share of that name");
     check(Terms { init_errno: 95, ..terms() }, "data", &[], "errno 95 for INIT");
+    // The kernel takes more errnos than fit an exit code: 0 and EACCES are none of these.
+    for root_errno in [5, 256, 256 + 13] {
+        check(Terms { root_errno, ..terms() }, "data", &[], "root cannot be read: Input/output");
+    }
     check(terms(), "data", &["-o", "lane=3"], "did you mean `lanes=`?");
     check(terms(), "da\u{7}ta", &[], "no share of that name");
 }
 
 #[test]
 fn a_peer_that_does_not_answer_is_given_up() {
-    let bench = Bench::new(Terms { answers_root: false, ..Terms::default() });
+    let bench = Bench::new(Terms { root_errno: HANG, ..Terms::default() });
     let path = bench.mountpoint.display().to_string();
     let output = bench.run(&["mount", &bench.source("data"), &path]);
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -9,11 +9,11 @@ mod host;
 
 use bench::uses::*;
 use bench::*;
-use host::{HELLO_TEXT, Mood, Terms};
+use host::{HANG, HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read};
+use rustix::process::{Pid, Resource, Signal, kill_process, prlimit};
+use std::collections::BTreeMap;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -276,7 +276,7 @@ fn a_mount_that_nobody_takes_over_is_cleaned_up_and_says_so() {
 
 #[test]
 fn who_is_killed_before_the_mount_is_ready_ends_and_is_cleaned_up() {
-    let bench = Bench::new(Terms { answers_root: false, ..Terms::default() });
+    let bench = Bench::new(Terms { root_errno: HANG, ..Terms::default() });
     let mut command = bench.command(&["mount", "-f", &bench.source("data")]);
     command.arg(&bench.mountpoint).stdout(Stdio::null()).stderr(Stdio::piped());
     let client = Client { child: Some(command.spawn().expect("spawn")) };
@@ -291,17 +291,6 @@ fn who_is_killed_before_the_mount_is_ready_ends_and_is_cleaned_up() {
     assert!(!bench.is_mounted());
 }
 
-/// No fd can be had: all numbers below the limit are taken.
-fn without_fds(pid: Pid) -> Rlimit {
-    let fds = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).expect("/proc");
-    let fds =
-        fds.map(|fd| fd.expect("fd").file_name().to_string_lossy().parse().expect("a number"));
-    let fds: BTreeSet<u64> = fds.collect();
-    let free = (0..).find(|number| !fds.contains(number));
-    let limit = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
-    prlimit(Some(pid), Resource::Nofile, limit).expect("the keeper is ours")
-}
-
 #[test]
 fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
     if !kernel_resends("a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up") {
@@ -313,15 +302,7 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
         let reader = hanging(&bench);
         let before = without_fds(client.pid());
         kill_process(worker(&bench), Signal::KILL).expect("kill");
-        let stderr = client.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
-        let mut stderr = within("the keeper's words", move || {
-            let (mut stderr, mut line) = (BufReader::new(stderr), String::new());
-            while !line.contains("cannot start the next client: trying again") {
-                line.clear();
-                assert!(stderr.read_line(&mut line).expect("utf-8") > 0, "it has ended");
-            }
-            stderr
-        });
+        let mut stderr = client.words_until("cannot start the next client: trying again");
         assert!(bench.is_mounted());
         if passes {
             let back = prlimit(Some(client.pid()), Resource::Nofile, before);

@@ -130,6 +130,19 @@ impl Client {
         })
     }
 
+    /// Standard error from behind the line that has `words`, which [`Client::wait`] does not see.
+    pub fn words_until(&mut self, words: &'static str) -> impl Read + use<> {
+        let stderr = self.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
+        within(words, move || {
+            let (mut stderr, mut line) = (BufReader::new(stderr), String::new());
+            while !line.contains(words) {
+                line.clear();
+                assert!(stderr.read_line(&mut line).expect("utf-8") > 0, "it has ended");
+            }
+            stderr
+        })
+    }
+
     pub fn wait(mut self) -> (ExitStatus, String) {
         let mut child = self.child.take().expect("running");
         let pid = Pid::from_child(&child);

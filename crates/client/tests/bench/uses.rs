@@ -3,8 +3,8 @@
 
 use super::{Bench, Client, Reader, status_of, wait_until, within};
 use crate::host::{HELLO_TEXT, big_byte};
-use rustix::process::{Pid, Signal, kill_process};
-use std::collections::BTreeMap;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -142,4 +142,15 @@ pub fn kill_worker(bench: &Bench, signal: Signal) {
     let Some(pid) = worker_if_mounted(bench) else { return };
     kill_process(pid, signal).expect("kill");
     wait_until("the next client", || worker_if_mounted(bench) != Some(pid));
+}
+
+/// No fd can be had: all numbers below the limit are taken.
+pub fn without_fds(pid: Pid) -> Rlimit {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).expect("/proc");
+    let fds =
+        fds.map(|fd| fd.expect("fd").file_name().to_string_lossy().parse().expect("a number"));
+    let fds: BTreeSet<u64> = fds.collect();
+    let free = (0..).find(|number| !fds.contains(number));
+    let limit = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
+    prlimit(Some(pid), Resource::Nofile, limit).expect("the keeper is ours")
 }

@@ -45,7 +45,8 @@ pub struct Terms {
     pub init_errno: u32,
     /// Offered beside what all hosts offer.
     pub init_flags: u64,
-    pub answers_root: bool,
+    /// What a GETATTR of the root is answered with; 0: it.
+    pub root_errno: u32,
     /// To a HELLO that resumes: `Some` refuses.
     pub refuses: Option<Reason>,
 }
@@ -53,9 +54,9 @@ pub struct Terms {
 impl Default for Terms {
     fn default() -> Terms {
         let (lanes, conns, slots) = (8, 8, 1024);
-        let (init_errno, init_flags, answers_root, refuses) = (0, 0, true, None);
+        let (init_errno, init_flags, root_errno, refuses) = (0, 0, 0, None);
         let features = u64::MAX;
-        Terms { lanes, conns, slots, features, init_errno, init_flags, answers_root, refuses }
+        Terms { lanes, conns, slots, features, init_errno, init_flags, root_errno, refuses }
     }
 }
 
@@ -353,6 +354,7 @@ impl Drop for Hidden {
     }
 }
 
-const HANG: u32 = u32::MAX;
+/// No answer.
+pub const HANG: u32 = u32::MAX;
 const ENOENT: u32 = 2;
 const ENOSYS: u32 = 38;

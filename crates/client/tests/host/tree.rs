@@ -41,10 +41,11 @@ pub(super) fn answer(
             let attr = attr(nodeid).ok_or(ENOENT)?;
             Ok(EntryOut { nodeid, attr, ..EntryOut::default() }.as_bytes().to_vec())
         }
-        Opcode::Getattr if nodeid == 1 && !shared.terms.lock().expect("terms").answers_root => {
-            Err(HANG)
-        }
         Opcode::Getattr => {
+            let errno = shared.terms.lock().expect("terms").root_errno;
+            if nodeid == 1 && errno != 0 {
+                return Err(errno);
+            }
             let attr = attr(nodeid).ok_or(ENOENT)?;
             Ok(AttrOut { attr, ..AttrOut::default() }.as_bytes().to_vec())
         }
