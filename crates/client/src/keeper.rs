@@ -329,7 +329,7 @@ impl Keeper<'_> {
         let mut deaths = Deaths::default();
         loop {
             let is_takeover = self.held.is_ready;
-            let (child, channel) = self.start_next()?;
+            let (mut child, channel) = self.start_next()?;
             let started = Instant::now();
             if is_takeover {
                 // What it asked for before goes on being asked for.
@@ -338,7 +338,15 @@ impl Keeper<'_> {
                     tracing::debug!(%errno, "the client has died already");
                 }
             }
-            let (status, was_ready) = self.watch(child, &channel)?;
+            let watched = self.watch(&mut child, &channel);
+            if watched.is_err() {
+                // Nobody would keep it: what is in flight is to fail, or to be the next keeper's.
+                let _ = child.kill().and_then(|()| child.wait());
+                while let Ok(message) = channel.receive(RecvFlags::DONTWAIT) {
+                    self.held.hear(message);
+                }
+            }
+            let (status, was_ready) = watched?;
             let Some(signal) = status.signal() else { return Ok(status.code().unwrap_or(1)) };
             let may_go_on = deaths.allow(signal, was_ready, started.elapsed());
             if !self.held.can_go_on() || !may_go_on {
@@ -393,7 +401,7 @@ impl Keeper<'_> {
     /// A client's life: how it ended, and whether it was ready.
     fn watch(
         &mut self,
-        mut child: Child,
+        child: &mut Child,
         channel: &Channel,
     ) -> Result<(ExitStatus, bool), KeeperError> {
         let (mut was_ready, mut hung_up) = (false, false);

@@ -11,7 +11,7 @@ use bench::uses::*;
 use bench::*;
 use host::{HANG, HELLO_TEXT, Mood, Terms};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
-use rustix::process::{Pid, Resource, Signal, kill_process, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -322,6 +322,24 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
         assert!(rest.contains("gives up: it is unmounted, and what was in flight"), "{rest}");
         assert!(!bench.is_mounted());
     }
+}
+
+#[test]
+fn a_keeper_that_fails_leaves_no_client() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let (pid, reader) = (worker(&bench), hanging(&bench));
+    // It does not end by itself when its keeper is gone.
+    kill_process(pid, Signal::STOP).expect("stop");
+    // Of more fds than a process may have poll(2) wants nothing; this has the keeper call it.
+    let limit = Rlimit { current: Some(1), ..getrlimit(Resource::Nofile) };
+    prlimit(Some(client.pid()), Resource::Nofile, limit).expect("the keeper is ours");
+    client.signal(Signal::CHILD);
+    let (status, stderr) = client.wait();
+    assert!(kill_process(pid, Signal::KILL).is_err(), "the client lives: {stderr}");
+    assert_eq!(status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("gives up: it"), "{stderr}");
+    assert!(!reader.wait().status.success());
 }
 
 #[test]
