@@ -20,6 +20,9 @@ use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+/// What a share is served from, or why it cannot be.
+pub type Root = Result<ShareRoot, String>;
+
 /// Serves what the parent hands over, until it says stop. The daemon's first worker has all that it
 /// was told or fails; a later one goes on without what it cannot have, or guests of a share would
 /// lose theirs because of another one.
@@ -28,7 +31,7 @@ use std::sync::Arc;
 /// The worker cannot start.
 pub fn work(
     plan: &Plan,
-    roots: &[ShareRoot],
+    roots: &[Root],
     config: ConfigState,
     is_first: bool,
     channel: &Channel,
@@ -98,29 +101,26 @@ struct Offer {
 }
 
 /// Takes from this process what it will not need; the shares as they are then.
-fn shut_in(plan: &Plan, roots: &[ShareRoot], is_first: bool) -> Result<Offer, DaemonError> {
+fn shut_in(plan: &Plan, roots: &[Root], is_first: bool) -> Result<Offer, DaemonError> {
     let mut lacks = Vec::new();
-    let mut copies = Vec::new();
-    let (roots, state): (Vec<_>, _) = match plan.walls {
-        // The parent has no right to make them.
+    let own;
+    let (roots, state) = match plan.walls {
         Walls::OwnUsers(ids) => {
-            for Shared { config, dir } in &plan.shares {
-                let failed = |errno: Errno| {
-                    NotInside::of(Part::Share(config.name.clone()), dir.path(), ids, errno.into())
-                };
-                let copy = dir.copy_in_own_users().map_err(failed);
-                copies.push(or_without(copy, is_first, &mut lacks)?);
-            }
-            let had = plan.shares.iter().zip(&copies);
-            let had = had.filter_map(|(share, copy)| Some((share, copy.as_ref()?)));
-            (had.collect(), state_in_own_users(plan, ids, is_first, &mut lacks)?)
+            own = copies_in_own_users(plan, ids, is_first)?;
+            (&own[..], state_in_own_users(plan, ids, is_first, &mut lacks)?)
         }
         Walls::Namespaces | Walls::Landlock | Walls::None => {
-            let held = plan.state.as_ref().map(Held::lend).transpose()?;
-            (plan.shares.iter().zip(roots).collect(), held)
+            (roots, plan.state.as_ref().map(Held::lend).transpose()?)
         }
     };
-    let offered = roots.iter();
+    let mut had = Vec::new();
+    for (share, root) in plan.shares.iter().zip(roots) {
+        match root {
+            Ok(root) => had.push((share, root)),
+            Err(why) => lacks.push((Part::Share(share.config.name.clone()), why.clone())),
+        }
+    }
+    let offered = had.iter();
     let offered: Vec<_> = offered
         .map(|(share, root)| Offered { dir: root.as_fd(), read_only: share.config.ro })
         .collect();
@@ -129,7 +129,7 @@ fn shut_in(plan: &Plan, roots: &[ShareRoot], is_first: bool) -> Result<Offer, Da
     let (walls, file_handles) = (plan.walls, plan.file_handles);
     let needs = Needs { walls, shares: &offered, state: state_dir, device_nodes, file_handles };
     sandbox::enter(&needs)?;
-    let shares = roots.iter().enumerate().map(|(index, (share, root))| {
+    let shares = had.iter().enumerate().map(|(index, (share, root))| {
         let root = match plan.walls.has_root() {
             true => ShareRoot::at(sandbox::root::open_share(index)?, root.hidden()),
             false => root.try_clone()?,
@@ -138,6 +138,20 @@ fn shut_in(plan: &Plan, roots: &[ShareRoot], is_first: bool) -> Result<Offer, Da
     });
     let shares: Result<_, DaemonError> = shares.collect();
     Ok(Offer { shares: shares?, lacks, state })
+}
+
+/// The parent has no right to make them.
+fn copies_in_own_users(plan: &Plan, ids: Ids, is_first: bool) -> Result<Vec<Root>, NotInside> {
+    let copies = plan.shares.iter().map(|Shared { config, dir }| {
+        let failed = |errno: Errno| {
+            NotInside::of(Part::Share(config.name.clone()), dir.path(), ids, errno.into())
+        };
+        match dir.copy_in_own_users().map_err(failed) {
+            Err(error) if !is_first => Ok(Err(with_causes(&error))),
+            other => other.map(Ok),
+        }
+    });
+    copies.collect()
 }
 
 /// A default one that cannot be had is no reason not to start.
@@ -149,23 +163,12 @@ fn state_in_own_users(
 ) -> Result<Option<Held>, NotInside> {
     let Some(held) = &plan.state else { return Ok(None) };
     let failed = |errno: Errno| NotInside::of(Part::StateDir, held.path(), ids, errno.into());
-    let copy = held.copy_in_own_users().map_err(failed);
-    or_without(copy, is_first && held.was_asked_for(), lacks)
-}
-
-/// What there is; `None`, and noted, where it is not needed.
-fn or_without<T>(
-    had: Result<T, NotInside>,
-    is_needed: bool,
-    lacks: &mut Vec<(Part, String)>,
-) -> Result<Option<T>, NotInside> {
-    match had {
-        Ok(had) => Ok(Some(had)),
-        Err(error) if is_needed => Err(error),
-        Err(error) => {
-            lacks.push((error.part.clone(), with_causes(&error)));
+    match held.copy_in_own_users().map_err(failed) {
+        Err(error) if !(is_first && held.was_asked_for()) => {
+            lacks.push((Part::StateDir, with_causes(&error)));
             Ok(None)
         }
+        other => other.map(Some),
     }
 }
 

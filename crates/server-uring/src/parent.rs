@@ -134,9 +134,12 @@ impl Parent {
         let own_users = walls.ids();
         // There the worker makes its own.
         let shares = self.plan.shares.iter().filter(|_| own_users.is_none());
-        let roots = shares.map(|share| root_for(share, walls));
+        let roots = shares.map(|share| match root_for(share, walls) {
+            Err(error) if !is_first => Ok(Err(error.to_string())),
+            other => other.map(Ok),
+        });
         let roots = roots.collect::<std::io::Result<Vec<_>>>()?;
-        let mut keep: Vec<_> = roots.iter().map(AsFd::as_fd).collect();
+        let mut keep: Vec<_> = roots.iter().flatten().map(AsFd::as_fd).collect();
         let state = self.plan.state.as_ref().filter(|_| own_users.is_none());
         keep.extend(state.map(AsFd::as_fd));
         let spaces = walls.has_root().then_some(Spaces { own_users });

@@ -54,7 +54,7 @@ pub struct ConfigState {
     pub changed: Vec<String>,
     /// Settings that it changed and that wait for the next start.
     pub needs_restart: Vec<String>,
-    /// What the worker was to have and cannot, and why; by a reload it may, or the next worker.
+    /// What the worker was to have and cannot, and why; a reload tries it again.
     pub lacks: Vec<String>,
     /// When the last one failed; `None` once one was good.
     pub failed_unix_s: Option<u64>,

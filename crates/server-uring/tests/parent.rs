@@ -255,6 +255,51 @@ fn a_daemon_in_a_chroot_shuts_its_worker_in_too() {
     daemon.stop_well();
 }
 
+/// Each worker gets copies of the shares' mounts, and of one that was taken away there is none.
+#[test]
+fn a_share_that_was_unmounted_costs_the_others_nothing() {
+    let dir = tempfile::tempdir().expect("directory");
+    let share = dir.path().join("usb");
+    std::fs::create_dir(&share).expect("mkdir");
+    let config = dir.path().join("ringfsd.toml");
+    std::fs::write(&config, format!("[share.usb]\npath = {share:?}\n")).expect("write");
+    let mount = "mount -t tmpfs none \"$1\"; echo usb > \"$1/of\"";
+    // In mounts of the daemon's, which go with it.
+    let script = format!("{mount}; shift; exec \"$@\"");
+    let daemon = Daemon::start_as("uring", |program, _| {
+        let mut command = Command::new("unshare");
+        command.args(["-m", "sh", "-ec", &script, "sh"]).arg(&share).arg(program);
+        command.arg("--config").arg(&config).arg("--state-dir=none");
+        command
+    });
+    let there = |script: &str| {
+        let mounts = format!("--mount=/proc/{}/ns/mnt", daemon.pid());
+        let mut command = Command::new("nsenter");
+        let status = command.args([&mounts, "sh", "-ec", script, "sh"]).arg(&share).status();
+        assert!(status.expect("nsenter").success(), "{script}");
+    };
+    let usb = || mount_and_look(&daemon, "usb");
+    assert!(usb().is_ok());
+    there("umount -l \"$1\"");
+    let worker = daemon.worker_pid();
+    kill_process(pid(worker), Signal::KILL).expect("kill");
+    next_worker(&daemon, worker);
+    daemon.guest().create("file").expect("create");
+    assert!(usb().is_err_and(Reason::is_passing), "its guests wait");
+    let lacks = || control::ask_status(&daemon.path("c")).expect("a status").config.lacks;
+    assert!(matches!(&lacks()[..], [one] if one.starts_with("share usb (")), "{:?}", lacks());
+    there(mount);
+    let output = daemon.command(&["reload"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!((usb(), lacks()), (Ok(()), Vec::<String>::new()));
+    daemon.stop_well();
+}
+
+fn mount_and_look(daemon: &Daemon, share: &str) -> Result<(), Reason> {
+    mount(&daemon.path("s"), share)?.lookup(1, "of").expect("its file");
+    Ok(())
+}
+
 /// As in a container, to whose processes those of the host have no number.
 #[test]
 fn peers_outside_of_its_pid_namespace_are_served() {
