@@ -41,7 +41,7 @@ const READY: u64 = {
     hash_of(env!("CARGO_PKG_VERSION").as_bytes(), hash)
 };
 /// One more with each change of what a word means.
-const LAYOUT: u64 = 2;
+const LAYOUT: u64 = 3;
 /// FNV-1a of 64 bits.
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;

@@ -274,12 +274,15 @@ impl Known {
 
     /// The shard of a node or a handle; there are some.
     fn shard(&self, number: u64) -> MutexGuard<'_, Shard> {
-        let hash = self.key.hash_one(number);
-        // The table in it goes by the lowest bits and the seven highest.
-        let mut shard = lock(&self.shards[(hash >> 40) as usize % SHARDS].0);
+        let mut shard = lock(&self.shards[shard_of(self.key.hash_one(number))].0);
         shard.turn = self.turn.load(Ordering::Acquire);
         shard
     }
+}
+
+/// The table in a shard goes by the lowest bits and the seven highest.
+fn shard_of(hash: u64) -> usize {
+    (hash >> 40) as usize % SHARDS
 }
 
 /// RESTORE bodies that are sent as they fill.

@@ -359,6 +359,16 @@ fn what_was_given_back_is_bounded() {
     assert_eq!(known.shards.iter().map(|shard| lock(&shard.0).nodes.len()).sum::<usize>(), 3);
 }
 
+/// Whatever the key is: none of the locks has much more than its part, or none at all.
+#[test]
+fn numbers_that_follow_each_other_are_spread() {
+    for _ in 0..1000 {
+        let (key, mut counts) = (Keyed::new(), [0; SHARDS]);
+        (2..2 + 64 * SHARDS as u64).for_each(|id| counts[shard_of(key.hash_one(id))] += 1);
+        assert!(counts.iter().all(|count| (8..192).contains(count)), "{key:?}: {counts:?}");
+    }
+}
+
 /// The kernel gives back all that it has, and nothing comes any more.
 #[test]
 fn what_was_given_back_goes_also_where_nothing_comes() {
