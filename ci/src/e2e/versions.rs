@@ -19,6 +19,7 @@ use crate::rig::SETTLE;
 
 const BATCH_HEADER: usize = 32;
 const RECORD_HEADER: usize = 16;
+const COUNT_AT: usize = 6;
 const HEAD_CRC_AT: usize = 24;
 /// The body of a batch's only record.
 const BODY_AT: usize = BATCH_HEADER + RECORD_HEADER;
@@ -34,12 +35,19 @@ fn crc32c(parts: &[&[u8]]) -> u32 {
     !parts.iter().copied().flatten().fold(!0, byte)
 }
 
-/// Makes the head checksum of a batch with one record of at most 256 bytes anew.
+/// Makes the head checksum of a batch anew; its records have at most 256 bytes each.
 fn seal(batch: &mut [u8]) -> Result<()> {
-    let len = u32::from_le_bytes(batch[BATCH_HEADER..BATCH_HEADER + 4].try_into()?) as usize;
-    ensure!(len <= 256 && BATCH_HEADER + len <= batch.len(), "a record of {len} bytes");
-    let record = &batch[BATCH_HEADER..BATCH_HEADER + len];
-    let crc = crc32c(&[record, &batch[..HEAD_CRC_AT], &batch[HEAD_CRC_AT + 4..BATCH_HEADER]]);
+    let count = u16::from_le_bytes(batch[COUNT_AT..COUNT_AT + 2].try_into()?);
+    let (mut parts, mut at) = (Vec::new(), BATCH_HEADER);
+    for _ in 0..count {
+        let head = batch.get(at..at + 4).context("a batch that ends early")?;
+        let len = u32::from_le_bytes(head.try_into()?) as usize;
+        let record = batch.get(at..at + len).filter(|_| len <= 256);
+        parts.push(record.with_context(|| format!("a record of {len} bytes"))?);
+        at += len.next_multiple_of(8);
+    }
+    parts.extend([&batch[..HEAD_CRC_AT], &batch[HEAD_CRC_AT + 4..BATCH_HEADER]]);
+    let crc = crc32c(&parts);
     batch[HEAD_CRC_AT..HEAD_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
     Ok(())
 }

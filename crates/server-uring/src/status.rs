@@ -158,7 +158,7 @@ impl OperationStatus {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SessionStatus {
-    /// Counts up from 1 in this daemon.
+    /// Counts up, in each worker from a random number on.
     pub id: u64,
     /// What it has mounted.
     pub share: String,

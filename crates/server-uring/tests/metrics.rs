@@ -205,10 +205,11 @@ fn a_slow_operation_is_told_with_where_it_was() {
     guest.flush();
     assert_eq!(guest.reply().expect("a reply"), (at, Ok(Vec::new())));
     // What the guest calls it.
-    let name = format!("1.0.{}.{}", at.slot, at.seq);
     let told = control::ask_status(&control).expect("a status");
+    let session = told.sessions.first().expect("the session").id;
+    let name = format!("{session}.0.{}.{}", at.slot, at.seq);
     let slow = told.slow.iter().find(|slow| slow.op == name).expect("it is told");
-    assert_eq!((&*slow.opcode, &*slow.share, slow.session), ("FALLOCATE", "share", 1));
+    assert_eq!((&*slow.opcode, &*slow.share, slow.session), ("FALLOCATE", "share", session));
     assert_eq!((slow.node, slow.path.as_deref()), (node, Some("/big")));
     assert!(slow.took_us >= 1000 && slow.waited_us <= slow.took_us, "{slow:?}");
     assert_eq!(slow.place, "pool");

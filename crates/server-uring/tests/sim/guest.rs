@@ -136,7 +136,16 @@ impl Guest {
             (self.host, self.session) = (None, None);
             return;
         };
-        let (session, ticket) = host.session(self.ticket, self.file.is_none());
+        self.session = None;
+        self.welcomed = false;
+        let Some((session, ticket)) = host.session(self.ticket, self.file.is_none()) else {
+            // Which it finds out when it looks.
+            let _ = self.stream.shutdown(std::net::Shutdown::Both);
+            (self.out, self.deframer) = (Vec::new(), Deframer::new());
+            self.builder = BatchBuilder::new();
+            self.host = Some(host);
+            return;
+        };
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         ours.set_nonblocking(true).expect("non-blocking");
         self.stream = ours;
@@ -155,7 +164,6 @@ impl Guest {
             numbers,
         })));
         (self.host, self.session) = (Some(host), Some(session));
-        self.welcomed = false;
         (self.deframer, self.builder) = (Deframer::new(), BatchBuilder::new());
         self.out.clear();
         self.pings = 0;

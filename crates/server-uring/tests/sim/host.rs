@@ -8,7 +8,7 @@ use ringfs_server::registry::Registry;
 use ringfs_server::session::{Session, Terms};
 use ringfs_server::state_dir::{StateDir, StateError};
 use ringfs_server::stats::ShardStats;
-use ringfs_wire::hello::{Ticket, feature};
+use ringfs_wire::hello::{Reason, Ticket, feature};
 use rustix::thread::{CpuSet, sched_getaffinity};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,9 +57,9 @@ impl Host {
     }
 
     /// What a greeter does: the session of a ticket, or one that is made anew.
-    pub fn session(&self, ticket: Ticket, is_new: bool) -> (Arc<Session>, Ticket) {
+    pub fn session(&self, ticket: Ticket, is_new: bool) -> Option<(Arc<Session>, Ticket)> {
         if let Some(session) = self.registry.find(ticket) {
-            return (session, ticket);
+            return Some((session, ticket));
         }
         // What was never used is not kept.
         let presented =
@@ -81,6 +81,8 @@ impl Host {
         };
         let options = FsOptions { recipes: self.keeps, ..FsOptions::default() };
         let fs = Fs::new(&self.share, options).expect("a file system");
-        self.registry.open(terms, fs).expect("a session")
+        let opened = self.registry.open(terms, fs);
+        assert!(matches!(opened, Ok(_) | Err(Reason::Timeout)), "no session");
+        opened.ok()
     }
 }
