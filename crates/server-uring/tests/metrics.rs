@@ -6,11 +6,11 @@ use common::*;
 use ringfs_server::control;
 use ringfs_wire::abi::{self, Opcode};
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use zerocopy::IntoBytes;
 
 /// One HTTP request; the status line, and the body.
@@ -183,29 +183,21 @@ const SLOW_BYTES: u64 = 128 << 20;
 #[test]
 fn a_slow_operation_is_told_with_where_it_was() {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in /dev/shm");
-    let share = dir.path().join("share");
-    std::fs::create_dir(&share).expect("the share");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_ringfsd"))
-        .args(["--slow-op=1", "--log-format=json", "--log=warn", "--grace=0"])
-        .args(["--share", &format!("share={}", share.display())])
-        .args(["--listen", &format!("unix:{}", dir.path().join("s").display())])
-        .args(["--control", &dir.path().join("c").display().to_string()])
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("ringfsd starts");
-    let control = dir.path().join("c");
-    until("the control socket", || UnixStream::connect(&control).ok());
-    let stream = UnixStream::connect(dir.path().join("s")).expect("it listens");
-    stream.set_read_timeout(Some(LIMIT)).expect("timeout");
-    let mut guest = Guest::greet(stream, &hello("share")).expect("a session");
+    let mut log = tempfile::tempfile().expect("a file");
+    let daemon = Daemon::start_in(dir, "uring", |program, _| {
+        let mut command = Command::new(program);
+        command.args(["--slow-op=1", "--log-format=json", "--log=warn"]);
+        command.stderr(log.try_clone().expect("dup"));
+        command
+    });
+    let mut guest = Guest::greet(daemon.connect(), &hello("share")).expect("a session");
     let (node, fh) = guest.create("big").expect("create");
     let fallocate = abi::FallocateIn { fh, length: SLOW_BYTES, ..Default::default() };
     let at = guest.start(Opcode::Fallocate, node, fallocate.as_bytes());
     guest.flush();
     assert_eq!(guest.reply().expect("a reply"), (at, Ok(Vec::new())));
     // What the guest calls it.
-    let told = control::ask_status(&control).expect("a status");
+    let told = control::ask_status(&daemon.path("c")).expect("a status");
     let session = told.sessions.first().expect("the session").id;
     let name = format!("{session}.0.{}.{}", at.slot, at.seq);
     let slow = told.slow.iter().find(|slow| slow.op == name).expect("it is told");
@@ -215,12 +207,10 @@ fn a_slow_operation_is_told_with_where_it_was() {
     assert_eq!(slow.place, "pool");
     assert!(told.to_text(None).contains("/big"));
     drop(guest);
-    let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
-    let mut log = String::new();
-    child.stderr.take().expect("a pipe").read_to_string(&mut log).expect("the log");
-    assert!(child.wait().expect("wait").success());
-    let lines = log.lines().map(|line| {
+    daemon.stop_well();
+    let mut text = String::new();
+    log.rewind().and_then(|()| log.read_to_string(&mut text)).expect("the log");
+    let lines = text.lines().map(|line| {
         serde_json::from_str::<serde_json::Value>(line).unwrap_or_else(|e| panic!("{e}: {line}"))
     });
     let line = lines.into_iter().find(|line| line["op"] == name.as_str()).expect("it is logged");

@@ -63,7 +63,7 @@ fn sockets_are_passed_to_it() {
     let early = UnixStream::connect(at("s")).expect("the socket is there");
     early.set_read_timeout(Some(LIMIT)).expect("timeout");
     let script = "exec 3<&0 4<&1 </dev/null >/dev/null; LISTEN_PID=$$ exec \"$0\" \"$@\"";
-    let mut child = Command::new("sh")
+    let child = Command::new("sh")
         .args(["-c", script, env!("CARGO_BIN_EXE_ringfsd"), "--grace=0", "--log=error"])
         .args(["--share", &format!("share={}", at("share").display())])
         .env("LISTEN_FDS", "2")
@@ -72,15 +72,16 @@ fn sockets_are_passed_to_it() {
         .stdout(Stdio::from(OwnedFd::from(asking)))
         .spawn()
         .expect("sh starts");
+    let mut child = Held(child);
     let mut guest = Guest::greet(early, &hello("share")).expect("a session");
     guest.create("file").expect("create");
     let told = control::ask_status(&at("c")).expect("a status");
-    assert_eq!((told.sessions.len(), told.pid), (1, child.id()));
+    assert_eq!((told.sessions.len(), told.pid), (1, child.0.id()));
     assert_eq!(told.config.listeners, [format!("unix:{}", at("s").display())]);
     drop(guest);
-    let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a pid");
+    let pid = rustix::process::Pid::from_raw(child.0.id() as i32).expect("a pid");
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
-    assert!(child.wait().expect("wait").success());
+    assert!(child.0.wait().expect("wait").success());
     // They are not its to remove.
     assert!(at("s").exists() && at("c").exists());
 }

@@ -50,7 +50,7 @@ fn ringfsd() -> String {
 
 /// A running `ringfsd` with two shares, `share` and `ro`, of one directory.
 pub struct Daemon {
-    child: Child,
+    child: Held,
     dir: tempfile::TempDir,
 }
 
@@ -92,7 +92,8 @@ impl Daemon {
         Daemon::start_in(tempfile::tempdir().expect("a temporary directory"), engine, command)
     }
 
-    fn start_in(
+    /// The same below that directory.
+    pub fn start_in(
         dir: tempfile::TempDir,
         engine: &str,
         command: impl FnOnce(&str, &Path) -> Command,
@@ -114,7 +115,7 @@ impl Daemon {
             .stdin(Stdio::null())
             .spawn()
             .expect("ringfsd starts");
-        let daemon = Daemon { child, dir };
+        let daemon = Daemon { child: Held(child), dir };
         until("the control socket", || UnixStream::connect(daemon.path("c")).ok());
         daemon
     }
@@ -133,7 +134,7 @@ impl Daemon {
             .stdin(Stdio::null())
             .spawn()
             .expect("ringfsd starts");
-        let daemon = Daemon { child, dir };
+        let daemon = Daemon { child: Held(child), dir };
         until("the control socket", || UnixStream::connect(daemon.path("c")).ok());
         daemon
     }
@@ -153,7 +154,7 @@ impl Daemon {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     pub fn counters(&self) -> BTreeMap<String, u64> {
@@ -239,7 +240,7 @@ impl Daemon {
     /// Ends the daemon by SIGTERM: it must exit by itself, and its sockets must be gone.
     pub fn stop(mut self) -> ExitStatus {
         self.signal_to_end();
-        let status = until("the daemon's end", || self.child.try_wait().expect("wait"));
+        let status = until("the daemon's end", || self.child.0.try_wait().expect("wait"));
         for name in ["s", "c"] {
             assert!(!self.path(name).exists(), "the socket {name} was left behind");
         }
@@ -251,10 +252,13 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+/// A process that does not outlive its test, however that ends.
+pub struct Held(pub Child);
+
+impl Drop for Held {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
