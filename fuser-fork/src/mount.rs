@@ -190,9 +190,10 @@ pub enum AbortOutcome {
 /// A mount of ours: unmounts lazily when dropped, unless it is gone.
 ///
 /// Keep it until the lanes have ended, or drop it to end them: their reads then tell
-/// `Unmounted`. [`Mount::unmount`] wants the lanes running, since the kernel may write dirty
-/// pages back first. Where INIT agreed on `ABORT_ERROR` it also takes down a mount that was aborted
-/// through its control file; without that flag such a one cannot be told from one that is gone.
+/// `Unmounted`. [`Mount::unmount`] wants the lanes running, since the kernel may wait for whoever
+/// reads the superblock (ustat(2), until its STATFS is answered). Where INIT agreed on
+/// `ABORT_ERROR` it also takes down a mount that was aborted through its control file; without that
+/// flag such a one cannot be told from one that is gone.
 #[derive(Debug)]
 pub struct Mount {
     mountpoint: PathBuf,
