@@ -310,6 +310,8 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
             use_mount(&bench);
             reader.kill();
             reader.wait();
+            // Given up while its lane had no connection: with one, the daemon is told.
+            wait_until("the slot", || status_of(&bench)["in_flight"] == 0);
             umount(&bench, client);
             continue;
         }
