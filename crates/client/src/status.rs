@@ -250,12 +250,16 @@ impl Publisher {
     pub fn bind(dir: &Path) -> io::Result<Publisher> {
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
         let path = dir.join(format!("{}.sock", std::process::id()));
+        // Between bind(2) and listen(2) it looks like a dead client's, which anybody removes.
+        let unready = path.with_extension("new");
         // Of a process that had our number and died.
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path)?;
-        let publisher = Publisher { listener, path, waiters: Vec::new() };
+        let _ = std::fs::remove_file(&unready);
+        let listener = UnixListener::bind(&unready)?;
+        let mut publisher = Publisher { listener, path: unready, waiters: Vec::new() };
         std::fs::set_permissions(&publisher.path, PermissionsExt::from_mode(0o600))?;
         publisher.listener.set_nonblocking(true)?;
+        std::fs::rename(&publisher.path, &path)?;
+        publisher.path = path;
         Ok(publisher)
     }
 

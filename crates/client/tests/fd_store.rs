@@ -325,7 +325,7 @@ fn a_service_that_is_stopped_without_a_client_leaves_nothing() {
             // It is in use, so it is detached, and served.
             wait_until("the unmount", || !bench.is_mounted());
         }
-        without_fds(keeper.pid());
+        without_fds(keeper.pid(), 2);
         kill_process(pid, Signal::KILL).expect("kill");
         let mut rest = String::new();
         if !signal_first {

@@ -300,7 +300,7 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
         let bench = Bench::new(Terms::default());
         let mut client = bench.mount("lanes=2");
         let reader = hanging(&bench);
-        let before = without_fds(client.pid());
+        let before = without_fds(client.pid(), 2);
         kill_process(worker(&bench), Signal::KILL).expect("kill");
         let mut stderr = client.words_until("cannot start the next client: trying again");
         assert!(bench.is_mounted());

@@ -9,7 +9,10 @@
 use crate::config::Place;
 use crate::status::Status;
 use crate::worker::Counters;
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -172,6 +175,12 @@ pub fn path(option: &Place) -> Option<PathBuf> {
     }
 }
 
+/// Whether the process lives that a default control socket is named after.
+fn names_a_process(name: &OsStr) -> bool {
+    let number = name.to_str().and_then(|name| name.strip_prefix(DEFAULT_PREFIX)?.parse().ok());
+    number.and_then(Pid::from_raw).is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
+}
+
 /// The control sockets below /run on which daemons answer: default ones, and those of the systemd
 /// units. `sweep`: default ones whose daemon is gone are removed.
 pub fn running(sweep: bool) -> Vec<PathBuf> {
@@ -188,7 +197,8 @@ pub fn running(sweep: bool) -> Vec<PathBuf> {
             Ok(_) => alive.push(path),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => alive.push(path),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                if sweep && is_default {
+                // One that is just being made is refused too.
+                if sweep && is_default && !names_a_process(&name) {
                     let _ = std::fs::remove_file(&path);
                 }
             }

@@ -134,10 +134,10 @@ impl Client {
     pub fn words_until(&mut self, words: &'static str) -> impl Read + use<> {
         let stderr = self.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
         within(words, move || {
-            let (mut stderr, mut line) = (BufReader::new(stderr), String::new());
-            while !line.contains(words) {
-                line.clear();
-                assert!(stderr.read_line(&mut line).expect("utf-8") > 0, "it has ended");
+            let (mut stderr, mut text) = (BufReader::new(stderr), String::new());
+            while !text.contains(words) {
+                let read = stderr.read_line(&mut text).expect("utf-8");
+                assert!(read > 0, "no such words, but: {text}");
             }
             stderr
         })

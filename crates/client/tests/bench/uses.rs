@@ -7,7 +7,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, pr
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -145,12 +145,14 @@ pub fn kill_worker(bench: &Bench, signal: Signal) {
     wait_until("the next client", || worker_if_mounted(bench) != Some(pid));
 }
 
-/// No fd can be had: all numbers below the limit are taken.
-pub fn without_fds(pid: Pid) -> Rlimit {
-    let fds = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).expect("/proc");
-    let fds =
-        fds.map(|fd| fd.expect("fd").file_name().to_string_lossy().parse().expect("a number"));
-    let fds: BTreeSet<u64> = fds.collect();
+/// No fd can be had by a keeper that has what it is to hold: all numbers below the limit are taken.
+pub fn without_fds(pid: Pid, lanes: usize) -> Rlimit {
+    let table = || std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).expect("/proc");
+    let fds = || table().map(|fd| fd.expect("fd").path());
+    let is_device = |fd: &PathBuf| fd.read_link().is_ok_and(|to| to == Path::new("/dev/fuse"));
+    wait_until("what the keeper holds", || fds().filter(is_device).count() == lanes);
+    let number = |fd: PathBuf| fd.file_name()?.to_str()?.parse().ok();
+    let fds: BTreeSet<u64> = fds().map(|fd| number(fd).expect("a number")).collect();
     let free = (0..).find(|number| !fds.contains(number));
     let limit = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
     prlimit(Some(pid), Resource::Nofile, limit).expect("the keeper is ours")
