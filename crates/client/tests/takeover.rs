@@ -229,8 +229,8 @@ fn signals_reach_the_client_that_is_there() {
     bench.host.assert_no_faults();
 }
 
-/// Who reads the superblock, by ustat(2), which other machines do not have: no use of the mount, but
-/// an unmount waits for it.
+/// Who reads the superblock, by ustat(2), which other machines do not have: no use of the mount,
+/// but an unmount waits for it.
 #[cfg(target_arch = "x86_64")]
 fn stat_superblock(bench: &Bench) -> Reader {
     let dev = status_of(bench)["dev_minor"].as_u64().expect("a mount table");
