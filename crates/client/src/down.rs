@@ -5,6 +5,7 @@
 //! reply leaves by the device of the lane whose slot it names.
 
 use crate::conn::{Conn, ConnRx};
+use crate::expire::names_of_record;
 use crate::handshake::goodbye_text;
 use crate::kept::Kept;
 use crate::known::{Asked, tag_of};
@@ -108,6 +109,10 @@ fn take_reply(
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let request = lane.complete(at)?;
     let asked = kept.record(at.slot);
+    let doubted = match request.may_have_run(record.code) {
+        true => asked.map(names_of_record).unwrap_or_default(),
+        false => Vec::new(),
+    };
     let tag = tag_of(lane.index, at);
     match request {
         InFlight::Request { opcode, .. } => {
@@ -127,6 +132,7 @@ fn take_reply(
     kept.release(at.slot);
     let InFlight::Request { unique, opcode, .. } = request else {
         lane.settled(at);
+        session.doubt_names(lane, doubted);
         return Ok(());
     };
     lane.delivering(at);
@@ -145,6 +151,7 @@ fn take_reply(
         lane.answer_error(unique, errno_of(record.code));
     }
     lane.settled(at);
+    session.doubt_names(lane, doubted);
     Ok(())
 }
 

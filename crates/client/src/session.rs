@@ -5,6 +5,7 @@
 
 use crate::conn::Conn;
 use crate::connector::ResumeError;
+use crate::expire::{Expire, Manner, Name};
 use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
 use crate::known::Known;
@@ -146,6 +147,10 @@ pub struct Session {
     pub records_skipped: AtomicU64,
     /// Nodes that the daemon would like to have back.
     pub prune: Prune,
+    /// Names that it is to look up again.
+    pub expire: Expire,
+    /// The number of the connection, where it is known.
+    pub dev_minor: OnceLock<u32>,
     /// Requests whose tasks have signals.
     pub interrupts: Interrupts,
     limits: Limits,
@@ -177,6 +182,8 @@ impl Session {
             turning: Mutex::default(),
             records_skipped: AtomicU64::new(0),
             prune: Prune::default(),
+            expire: Expire::default(),
+            dev_minor: OnceLock::new(),
             interrupts: Interrupts::default(),
             limits,
             append_groups: AtomicBool::new(false),
@@ -318,6 +325,18 @@ impl Session {
     /// Lanes are there to serve queues: INIT may agree on rings.
     pub fn offer_rings(&self) {
         self.rings.store(true, Ordering::Relaxed);
+    }
+
+    /// A request that the kernel was told to have failed, or to be over, may have made these names
+    /// or taken them away. To be called when it was told.
+    pub fn doubt_names(&self, lane: &Lane, names: Vec<Name>) {
+        if names.is_empty() {
+            return;
+        }
+        let offered = self.agreed().map_or(0, |agreed| agreed.offered);
+        let drops = offered & abi::init::HAS_EXPIRE_ONLY == 0;
+        let manner = Manner { dev_minor: self.dev_minor.get().copied(), drops };
+        self.expire.look_again(&lane.device, manner, names);
     }
 
     /// The kernel has its answer to INIT.

@@ -107,6 +107,22 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
 }
 
 #[test]
+fn a_name_that_a_lost_daemon_may_have_removed_is_looked_up_again() {
+    // It knows the slot, or has to be told that nobody knows.
+    for knows_slots in [false, true] {
+        let bench = Bench::new(Terms { names_valid: 86_400, ..Terms::default() });
+        let client = bench.mount("lanes=2");
+        let remover = unlink_unanswered(&bench);
+        bench.host.restart(knows_slots, None);
+        let output = remover.wait();
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(words.contains("Input/output error"), !knows_slots, "{words}");
+        wait_unlinked(&bench);
+        umount(&bench, client);
+    }
+}
+
+#[test]
 fn counts_are_what_the_kernel_gives_back() {
     let bench = Bench::new(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() });
     let client = bench.mount("lanes=2");

@@ -2,13 +2,13 @@
 //! killed, and what is left at the end.
 
 use super::{Bench, Client, Reader, status_of, wait_until, within};
-use crate::host::{HELLO_TEXT, big_byte};
+use crate::host::{HELLO_TEXT, Mood, big_byte};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
@@ -68,6 +68,34 @@ pub fn writer(bench: &Bench, stop: &'static AtomicBool) -> JoinHandle<u64> {
         }
         written
     })
+}
+
+/// A process that removes a name.
+pub fn unlink(bench: &Bench, name: &str) -> Reader {
+    let mut command = Command::new("unlink");
+    command.arg(bench.file(name)).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Reader { child: command.spawn().expect("unlink") }
+}
+
+/// Has the host remove `hello`, which the kernel knows, and the answer be lost.
+pub fn unlink_unanswered(bench: &Bench) -> Reader {
+    let path = bench.file("hello");
+    within("a look", move || std::fs::metadata(path)).expect("hello");
+    bench.host.set_mood(Mood::LosesRemovals);
+    let before = bench.host.wait_for("replies", |seen| Some(seen.lost));
+    let remover = unlink(bench, "hello");
+    bench.host.wait_for("a lost reply", |seen| (seen.lost > before).then_some(()));
+    bench.host.set_mood(Mood::Fair);
+    remover
+}
+
+/// The kernel knows that `hello` is gone.
+pub fn wait_unlinked(bench: &Bench) {
+    wait_until("the end of the name", || {
+        let path = bench.file("hello");
+        let found = within("a look", move || std::fs::metadata(path));
+        found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+    });
 }
 
 /// A process that has a file open: other tests drop the kernel's caches. This process must not have

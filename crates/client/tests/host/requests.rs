@@ -111,7 +111,9 @@ pub(super) fn take(
                 match answer(shared, record.code, nodeid, args) {
                     Ok(body) => {
                         give(shared, conn, record.code, &body);
-                        shared.finish(lane, at, (0, body));
+                        let is_removal = record.code == Opcode::Unlink as u32;
+                        let mood = is_removal.then_some(Mood::LosesRemovals);
+                        shared.finish_in(mood, lane, at, (0, body));
                     }
                     Err(HANG) => shared.note(|seen| seen.hanging.push((lane, at))),
                     Err(errno) => shared.finish(lane, at, (errno, Vec::new())),
@@ -157,12 +159,7 @@ fn forget(shared: &Shared, lane: u8, at: SlotUse, body: &[u8]) -> Result<(), Str
             }
         }
     });
-    let mood = *shared.mood.lock().expect("mood");
-    if mood == Mood::LosesForgets {
-        *shared.mood.lock().expect("mood") = Mood::LosesReplies;
-    }
-    shared.finish(lane, at, (0, Vec::new()));
-    *shared.mood.lock().expect("mood") = mood;
+    shared.finish_in(Some(Mood::LosesForgets), lane, at, (0, Vec::new()));
     Ok(())
 }
 
