@@ -116,6 +116,12 @@ fn take_reply(
     let tag = tag_of(lane.index, at);
     match request {
         InFlight::Request { opcode, .. } => {
+            if opcode == Opcode::Write as u32
+                && request.may_have_run(record.code)
+                && let Some(asked) = asked.and_then(Asked::of_record)
+            {
+                session.known.doubt_write(&asked);
+            }
             let asked = || asked.and_then(Asked::of_record);
             session.known.answered(tag, opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
         }

@@ -16,6 +16,7 @@ use fuser_fork::notify::{Notice, NotifyOutcome};
 use ringfs_wire::abi::{InHeader, Opcode};
 use ringfs_wire::batch::RecordHeader;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -172,8 +173,11 @@ pub fn run(dev_minor: Option<u32>, drops: bool, words: &[OsString]) -> ExitCode 
     // Nothing is wanted but the end of whoever has the other end.
     let stdout = io::stdout();
     let mut pipe = [PollFd::new(&stdout, PollFlags::empty())];
-    while poll(&mut pipe, None).is_err() {}
-    if let Some(minor) = dev_minor {
+    let mut seen = Err(Errno::INTR);
+    while seen == Err(Errno::INTR) {
+        seen = poll(&mut pipe, None);
+    }
+    if let (Ok(_), Some(minor)) = (seen, dev_minor) {
         let ended = abort_or_unmount(minor);
         tracing::warn!(?ended, "keeper and client are gone: the connection is to end");
     }

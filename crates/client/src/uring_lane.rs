@@ -19,7 +19,7 @@ use crate::rings::Answer;
 use crate::session::{End, Session};
 use crate::{down, pump};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, WatchId};
-use ringfs_wire::abi::InHeader;
+use ringfs_wire::abi::{InHeader, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
@@ -278,13 +278,21 @@ impl<'s> RingLane<'s> {
 
     /// Has an entry's request put into the batch, parked, or answered.
     fn take_request(&mut self, id: EntryId) -> Result<(), End> {
-        let InHeader { unique, opcode, pid, .. } = match self.ring.request(id) {
-            Ok(parts) => *parts.header(),
+        let (InHeader { unique, opcode, pid, .. }, asked) = match self.ring.request(id) {
+            Ok(parts) => {
+                let header = *parts.header();
+                (header, Asked::new(header.nodeid, parts.first_arg()))
+            }
             Err(error) => {
                 tracing::error!(lane = self.lane.index, %error, "a kernel's frame is refused");
                 return Ok(self.ring.reply(id, Err(Errno::IO.raw_os_error()))?);
             }
         };
+        if let Some(asked) = self.session.refuses(opcode, || asked) {
+            self.ring.reply(id, Err(Errno::IO.raw_os_error()))?;
+            self.session.refused(&asked);
+            return Ok(());
+        }
         self.uniques[usize::from(id.0)] = Some(unique);
         // While a batch is being sent its buffer is in use.
         let claim = match self.has_room() {
@@ -509,10 +517,16 @@ impl<'s> RingLane<'s> {
                     };
                     self.uniques[usize::from(id.0)] = None;
                     let body = &reply[RECORD_HEADER_BYTES..];
-                    let asked = || {
+                    let mut asked = || {
                         let parts = self.ring.request(id).ok()?;
                         Some(Asked::new(parts.header().nodeid, parts.first_arg()))
                     };
+                    if opcode == Opcode::Write as u32
+                        && request.may_have_run(record.code)
+                        && let Some(asked) = asked()
+                    {
+                        self.session.known.doubt_write(&asked);
+                    }
                     self.session.known.answered(0, opcode, asked, record.code, body);
                     self.ring.reply(id, down::outcome_of(record, reply))?;
                     self.session.doubt_names(self.lane, doubted);

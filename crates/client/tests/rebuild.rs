@@ -14,6 +14,7 @@ use ringfs_wire::hello::{Reason, feature};
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 /// The `nth` rebuild of which the guest has told all. Others are begun, where another lane than
@@ -120,6 +121,30 @@ fn a_name_that_a_lost_daemon_may_have_removed_is_looked_up_again() {
         wait_unlinked(&bench);
         umount(&bench, client);
     }
+}
+
+#[test]
+fn who_writes_on_behind_an_append_that_may_have_run_is_told() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let file = append_halfway(&bench);
+    // Others' writes, and those at a place, are not concerned.
+    let path = bench.file("big");
+    within("another's write", move || {
+        let other = File::options().write(true).open(path).expect("open");
+        assert_eq!(other.write_at(&[big_byte(0)], 0).expect("write"), 1);
+    });
+    append_rest(&bench, &file);
+    drop(file);
+    // Nobody is told who opens the file anew.
+    let file = append_halfway(&bench);
+    drop(file);
+    let path = bench.file("big");
+    within("an append by another one", move || {
+        let mut file = File::options().append(true).open(path).expect("open");
+        assert_eq!(file.write(b"more").expect("append"), 4);
+    });
+    umount(&bench, client);
 }
 
 #[test]

@@ -354,6 +354,20 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
     }
 }
 
+#[test]
+fn the_next_client_knows_of_an_append_that_may_have_run() {
+    if !kernel_resends("the_next_client_knows_of_an_append_that_may_have_run") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let file = append_halfway(&bench);
+    kill_worker(&bench, Signal::KILL);
+    append_rest(&bench, &file);
+    drop(file);
+    umount(&bench, client);
+}
+
 /// Processes that tell the kernel of names, of the mount with that number.
 fn tellers(minor: &str) -> usize {
     let is_teller = |entry: &std::fs::DirEntry| {

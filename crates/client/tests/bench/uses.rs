@@ -6,6 +6,7 @@ use crate::host::{HELLO_TEXT, Mood, big_byte};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -96,6 +97,40 @@ pub fn wait_unlinked(bench: &Bench) {
         let found = within("a look", move || std::fs::metadata(path));
         found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
     });
+}
+
+/// Appends to `big` in one write(2), of which the kernel makes several requests; the daemon is lost
+/// over the second one.
+pub fn append_halfway(bench: &Bench) -> File {
+    let path = bench.file("big");
+    let file = within("an open", move || File::options().append(true).open(path));
+    let file = file.expect("open");
+    bench.host.set_mood(Mood::LosesLateAppends);
+    let before = bench.host.wait_for("replies", |seen| Some(seen.lost));
+    let appending = file.try_clone().expect("dup");
+    let writer = std::thread::spawn(move || (&appending).write(&vec![7; 2 * WRITE_BYTES]));
+    bench.host.wait_for("a lost reply", |seen| (seen.lost > before).then_some(()));
+    bench.host.set_mood(Mood::Fair);
+    bench.host.restart(false, None);
+    let written = within("the append", move || writer.join().expect("a thread"));
+    // As much as the pages of one request hold of a buffer that may begin within a page.
+    let written = written.expect("the first part");
+    assert!((WRITE_BYTES - 4096..=WRITE_BYTES).contains(&written), "{written}");
+    file
+}
+
+/// Appends the rest: it fails, as the host may have it; what comes then does not.
+pub fn append_rest(bench: &Bench, file: &File) {
+    let append = || {
+        let file = file.try_clone().expect("dup");
+        within("an append", move || (&file).write(&vec![7; WRITE_BYTES]))
+    };
+    let before = bench.host.wait_for("writes", |seen| Some(seen.writes));
+    let error = append().expect_err("the host may have it");
+    assert_eq!(error.raw_os_error(), Some(5), "{error}");
+    assert_eq!(bench.host.wait_for("writes", |seen| Some(seen.writes)), before);
+    assert_eq!(status_of(bench)["writes_refused"], 1);
+    assert_eq!(append().expect("what follows"), WRITE_BYTES);
 }
 
 /// A process that has a file open: other tests drop the kernel's caches. This process must not have

@@ -1,8 +1,8 @@
 //! A small daemon for tests: the wire over real Unix sockets, a tree in memory, faults on demand.
 //!
-//! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ is answered only when it is
-//! cancelled, an UNLINK never), and, not listed, `n0` and so on. It checks what a daemon may rely on: slots and
-//! their sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
+//! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ or UNLINK is answered only
+//! when it is cancelled), and, not listed, `n0` and so on. It checks what a daemon may rely on:
+//! slots and their sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
 //! Its table of slots outlives connections, with every reply; a request runs once.
 
 use ringfs_wire::abi::*;
@@ -135,6 +135,8 @@ pub enum Mood {
     LosesForgets,
     /// The same for those to UNLINKs.
     LosesRemovals,
+    /// The same for those to WRITEs that append, but not at the end of `big`.
+    LosesLateAppends,
     /// Half of the next reply leaves, then its connection is cut.
     CutsReply,
     /// The next connection that brings something is cut before that is looked at, most likely in
@@ -185,6 +187,8 @@ struct Shared {
     /// Nodes whose recipes were sent.
     noted: Mutex<HashSet<u64>>,
     next_fh: AtomicU64,
+    /// Slots whose next request was said to have been sent before.
+    unsure: Mutex<HashSet<(u8, u16)>>,
     /// Names that were unlinked.
     removed: Mutex<HashSet<Vec<u8>>>,
 }
@@ -227,6 +231,7 @@ impl Host {
             held: Mutex::default(),
             noted: Mutex::default(),
             next_fh: AtomicU64::new(1),
+            unsure: Mutex::default(),
             removed: Mutex::default(),
         });
         let accepting = Arc::clone(&shared);

@@ -59,6 +59,7 @@ impl Shared {
             Mood::Fair
             | Mood::LosesForgets
             | Mood::LosesRemovals
+            | Mood::LosesLateAppends
             | Mood::CutsRequest
             | Mood::CutsRestore
             | Mood::RefusesRestore => {
