@@ -404,6 +404,7 @@ fn who_tells_of_a_name_hinders_no_takeover() {
     }
     let bench = Bench::new(Terms { names_valid: 86_400, ..Terms::default() });
     let client = bench.mount("lanes=2");
+    let held = hold(&bench, &["hello"]);
     let (second, (lane, at), minor) = teller_waits(&bench);
     kill_worker(&bench, Signal::KILL);
     bench.host.answer_hanging(lane, at, 13);
@@ -411,6 +412,7 @@ fn who_tells_of_a_name_hinders_no_takeover() {
     assert!(words.contains("Permission denied"), "{words}");
     wait_unlinked(&bench);
     wait_until("the end of who tells", || tellers(&minor) == 0);
+    drop(held);
     umount(&bench, client);
 }
 
