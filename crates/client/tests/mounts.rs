@@ -5,6 +5,7 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
+use bench::uses::use_mount;
 use bench::{Bench, PROGRAM, Reader, signalled, status_of, wait_until, within};
 use host::{BIG_BYTES, HANG, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
@@ -392,6 +393,69 @@ fn a_second_signal_ends_it_at_once() {
     let (status, stderr) = client.wait();
     assert!(stderr.contains("second signal"), "{status} {stderr}");
     assert_eq!(status.code(), Some(3));
+}
+
+/// Another file system over a mount, which then cannot be unmounted.
+struct Cover<'a>(&'a Path);
+
+impl Cover<'_> {
+    fn over(path: &Path) -> Cover<'_> {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", path, "tmpfs", flags, None).expect("mount a tmpfs");
+        Cover(path)
+    }
+}
+
+impl Drop for Cover<'_> {
+    fn drop(&mut self) {
+        let flags = rustix::mount::UnmountFlags::NOFOLLOW;
+        rustix::mount::unmount(self.0, flags).expect("unmount the tmpfs");
+    }
+}
+
+#[test]
+fn a_mount_that_cannot_be_unmounted_is_served_until_it_can() {
+    for (busy, last) in [(false, 1), (true, 2)] {
+        let bench = Bench::new(Terms::default());
+        let mut client = bench.mount("lanes=2");
+        let path = bench.file("big");
+        let file = busy.then(|| within("open", move || File::open(path)).expect("open"));
+        let cover = Cover::over(&bench.mountpoint);
+        let mut words = client.words();
+        for _ in 0..3 {
+            client.signal(Signal::TERM);
+            words.until("the mount goes on");
+        }
+        drop(cover);
+        use_mount(&bench);
+        for nth in 1..=last {
+            client.signal(Signal::INT);
+            if nth < last {
+                words.until("is in use");
+            }
+        }
+        let (status, _) = client.wait();
+        let code = if busy { 3 } else { 0 };
+        assert!(status.code() == Some(code) && !bench.is_mounted(), "{status}");
+        drop(file);
+    }
+}
+
+#[test]
+fn whoever_has_stopped_listening_is_told_nothing() {
+    let bench = Bench::new(Terms::default());
+    let mut client = bench.mount("lanes=2");
+    drop(client.child.as_mut().expect("running").stderr.take());
+    let path = bench.file("big");
+    let file = within("open", move || File::open(path)).expect("open");
+    client.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    within("a late read", move || {
+        let mut buffer = [0; 16];
+        file.read_at(&mut buffer, 0).expect("still served");
+    });
+    let (status, _) = client.wait();
+    assert!(status.success(), "{status}");
 }
 
 #[test]
