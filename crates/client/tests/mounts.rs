@@ -365,6 +365,67 @@ fn a_second_signal_ends_it_at_once() {
     end_by_signals(&bench, client, reader);
 }
 
+/// Another file system over a mount, which then cannot be unmounted.
+struct Cover<'a>(&'a Path);
+
+impl Cover<'_> {
+    fn over(path: &Path) -> Cover<'_> {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", path, "tmpfs", flags, None).expect("mount a tmpfs");
+        Cover(path)
+    }
+}
+
+impl Drop for Cover<'_> {
+    fn drop(&mut self) {
+        let flags = rustix::mount::UnmountFlags::NOFOLLOW;
+        rustix::mount::unmount(self.0, flags).expect("unmount the tmpfs");
+    }
+}
+
+#[test]
+fn a_mount_that_cannot_be_unmounted_is_served_until_it_can() {
+    for (busy, last) in [(false, 1), (true, 2)] {
+        let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+        let path = bench.file("big");
+        let file = busy.then(|| within("open", move || File::open(path)).expect("open"));
+        let cover = Cover::over(&bench.mountpoint);
+        let mut words = client.words();
+        for _ in 0..3 {
+            client.signal(Signal::TERM);
+            words.until("the mount goes on");
+        }
+        drop(cover);
+        use_mount(&bench);
+        for nth in 1..=last {
+            client.signal(Signal::INT);
+            if nth < last {
+                words.until("is in use");
+            }
+        }
+        let (status, _) = client.wait();
+        let code = if busy { 3 } else { 0 };
+        assert!(status.code() == Some(code) && !bench.is_mounted(), "{status}");
+        drop(file);
+    }
+}
+
+#[test]
+fn whoever_has_stopped_listening_is_told_nothing() {
+    let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+    drop(client.child.as_mut().expect("running").stderr.take());
+    let path = bench.file("big");
+    let file = within("open", move || File::open(path)).expect("open");
+    client.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    within("a late read", move || {
+        let mut buffer = [0; 16];
+        file.read_at(&mut buffer, 0).expect("still served");
+    });
+    let (status, _) = client.wait();
+    assert!(status.success(), "{status}");
+}
+
 #[test]
 fn a_dead_mount_can_be_removed() {
     let (bench, client) = mounted(Terms::default(), "lanes=2");

@@ -216,7 +216,18 @@ fn signals_reach_the_client_that_is_there() {
     bench.host.assert_no_faults();
 }
 
-/// By ustat(2), which other machines do not have.
+/// Who reads the superblock, by ustat(2), which other machines do not have: no use of the mount,
+/// but an unmount waits for it.
+#[cfg(target_arch = "x86_64")]
+fn stat_superblock(bench: &Bench) -> Reader {
+    let dev = status_of(bench)["dev_minor"].as_u64().expect("a mount table");
+    let dev = (dev & 0xff) | (dev & !0xff) << 12;
+    let code = "my ($dev, $out) = ($ARGV[0] + 0, '0' x 32); syscall(136, $dev, $out)";
+    let mut command = Command::new("perl");
+    command.args(["-e", code, &dev.to_string()]);
+    Reader { child: command.spawn().expect("perl") }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn a_client_may_die_while_its_mount_is_unmounted() {
@@ -225,13 +236,7 @@ fn a_client_may_die_while_its_mount_is_unmounted() {
     }
     let (bench, client) = mounted(Terms::default(), "lanes=2");
     let pid = worker(&bench);
-    // It holds what an unmount waits for, and is no use of the mount.
-    let dev = status_of(&bench)["dev_minor"].as_u64().expect("a mount table");
-    let dev = (dev & 0xff) | (dev & !0xff) << 12;
-    let code = "my ($dev, $out) = ($ARGV[0] + 0, '0' x 32); syscall(136, $dev, $out)";
-    let mut command = Command::new("perl");
-    command.args(["-e", code, &dev.to_string()]);
-    let asker = Reader { child: command.spawn().expect("perl") };
+    let asker = stat_superblock(&bench);
     let (lane, at) = bench.host.wait_for("a STATFS", |seen| seen.hanging.first().copied());
     client.signal(Signal::TERM);
     wait_until("the unmount", || !bench.is_mounted());
@@ -242,6 +247,26 @@ fn a_client_may_die_while_its_mount_is_unmounted() {
     let (status, stderr) = client.wait();
     assert!(status.success(), "{status} {stderr}");
     assert_nothing_left(&bench);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_second_signal_ends_an_unmount_that_hangs() {
+    for killed in [false, true] {
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
+        let (pid, asker) = (worker(&bench), stat_superblock(&bench));
+        bench.host.wait_for("a STATFS", |seen| seen.hanging.first().copied());
+        client.signal(Signal::TERM);
+        wait_until("the unmount", || !bench.is_mounted());
+        if killed && kernel_resends("a_second_signal_ends_an_unmount_that_hangs") {
+            kill_process(pid, Signal::KILL).expect("kill");
+            wait_repeats(&bench, 1);
+        }
+        client.signal(Signal::TERM);
+        asker.wait();
+        let (status, stderr) = client.wait();
+        assert_eq!(status.code(), Some(3), "{stderr}");
+    }
 }
 
 #[test]

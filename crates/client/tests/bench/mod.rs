@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -165,6 +165,17 @@ impl Client {
         })
     }
 
+    /// Standard error as it comes, which [`Client::wait`] does not see.
+    pub fn words(&mut self) -> Words {
+        let stderr = self.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
+            lines.try_for_each(|line| sender.send(line))
+        });
+        Words(lines)
+    }
+
     pub fn wait(mut self) -> (ExitStatus, String) {
         let mut child = self.child.take().expect("running");
         let pid = Pid::from_child(&child);
@@ -178,6 +189,22 @@ impl Client {
             let _ = kill_process(pid, Signal::KILL);
             panic!("the client does not end")
         })
+    }
+}
+
+/// What a client says.
+pub struct Words(Receiver<String>);
+
+impl Words {
+    /// The next line that has `words`.
+    pub fn until(&mut self, words: &str) -> String {
+        loop {
+            let line = self.0.recv_timeout(LIMIT);
+            let line = line.unwrap_or_else(|error| panic!("no \"{words}\": {error}"));
+            if line.contains(words) {
+                return line;
+            }
+        }
     }
 }
 
