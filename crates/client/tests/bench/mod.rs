@@ -80,6 +80,11 @@ impl Bench {
         is_mounted(&self.mountpoint)
     }
 
+    /// Its line of the mount table.
+    pub fn mount_line(&self) -> String {
+        mount_line(&self.mountpoint).expect("it is mounted")
+    }
+
     pub fn file(&self, name: &str) -> PathBuf {
         self.mountpoint.join(name)
     }
@@ -102,9 +107,26 @@ impl Drop for Bench {
     }
 }
 
+/// A host, and a mount of it.
+pub fn mounted(terms: Terms, options: &str) -> (Bench, Client) {
+    let bench = Bench::new(terms);
+    let client = bench.mount(options);
+    (bench, client)
+}
+
 pub fn is_mounted(path: &Path) -> bool {
+    mount_line(path).is_some()
+}
+
+fn mount_line(path: &Path) -> Option<String> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+    let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == path.to_str());
+    lines.next().map(str::to_owned)
+}
+
+/// What a command said of its failure.
+pub fn stderr_of(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 pub struct Client {
@@ -200,8 +222,12 @@ pub struct Reader {
 }
 
 impl Reader {
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("kill");
+    }
+
     pub fn kill(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("kill");
+        self.signal(Signal::KILL);
     }
 
     pub fn wait(self) -> Output {
@@ -225,12 +251,6 @@ pub fn signalled(bench: &Bench, code: &str) -> Reader {
     command.args(["-e", &code, "--"]).arg(&bench.mountpoint);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     Reader { child: command.spawn().expect("perl") }
-}
-
-impl Reader {
-    pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("kill");
-    }
 }
 
 pub fn status_of(bench: &Bench) -> serde_json::Value {
