@@ -47,7 +47,7 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/passthrough.rs", "the crate's traits are stated in libc types"),
     ("crates/server-uring/src/fork.rs", "the worker's process: fork, close_range, signal"),
     ("crates/server-uring/src/handles.rs", "fds taken from the crate by a checked cast"),
-    ("crates/server-uring/src/fdops.rs", "system calls on an open fd that rustix lacks"),
+    ("crates/server-uring/src/fdops/sys.rs", "system calls on an open fd that rustix lacks"),
     ("crates/server-uring/src/creds.rs", "credentials of one thread, which rustix refuses"),
     ("crates/server-uring/src/import/sys.rs", "file handles: name_to_handle_at, open_by_handle_at"),
     ("crates/server-uring/src/sandbox/filter.rs", "system calls by their numbers: no call"),
