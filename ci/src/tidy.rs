@@ -54,7 +54,9 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/sandbox/root.rs", "mount_setattr, which rustix lacks"),
     ("crates/server-uring/tests/sandbox/main.rs", "what whoever takes a worker over would call"),
     ("crates/mapping/src/lib.rs", "a session's file as memory, which mmap gives"),
-    ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
+    ("benches/peers/src/engine_ab/main.rs", "bare rings, to compare ways of driving one"),
+    ("benches/peers/src/engine_ab/registered.rs", "the same: reads"),
+    ("benches/peers/src/engine_ab/receive.rs", "the same: receives"),
     ("fuser-fork/src/sys.rs", "/dev/fuse: clones, queue entries lent to the kernel; mallopt"),
 ];
 
