@@ -93,7 +93,8 @@ struct Cli {
     /// (a million: --work growth-known-1m), up to 10,000 open files
     #[arg(long)]
     growth: bool,
-    /// Instead: one READ loop on pread, on tokio-uring and on our way of driving a ring
+    /// Instead: one READ loop on pread, on tokio-uring and on our way of driving a ring; the same
+    /// with registered files and buffers; multishot receives
     #[arg(long)]
     engine_ab: bool,
     /// Print the names of works and end

@@ -16,6 +16,7 @@ mod fuzz;
 mod guard;
 mod hostile;
 mod lex;
+mod mode;
 mod mounts;
 mod package;
 mod paths;

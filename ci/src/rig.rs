@@ -23,10 +23,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::guard::{self, Guard, Undo};
-use crate::mounts;
 use crate::paths::Bins;
 use crate::proc::{self, Cmd, Process};
 use crate::sandbox::{Sandbox, wait_unmounted};
+use crate::{mode, mounts};
 
 /// How long a daemon or a mount may take to come up, to go, or to settle.
 pub const SETTLE: Duration = Duration::from_secs(15);
@@ -176,7 +176,8 @@ impl Daemon {
         let socket = sandbox.path(&format!("{name}.sock"));
         let control = sandbox.path(&format!("{name}.ctl"));
         let log = sandbox.path(&format!("{name}.log"));
-        let mut arguments: Vec<OsString> = Vec::new();
+        let mut arguments: Vec<OsString> =
+            mode::Mode::current().daemon_arguments().iter().map(OsString::from).collect();
         for share in shares {
             arguments.extend(["--share".into(), share.into()]);
         }
@@ -500,8 +501,10 @@ fn launch(ringfsd: &Path, arguments: &[OsString], log: &Path) -> Result<Process>
 fn mount_cmd(ringfs: &Path, socket: &Path, share: &str, dir: &Path, options: &str) -> Cmd {
     let source = format!("{share}@unix:{}", socket.display());
     let mut cmd = Cmd::new(ringfs).arg("mount").arg(source).arg(dir);
-    if !options.is_empty() {
-        cmd = cmd.args(["-o", options]);
+    for options in [mode::Mode::current().mount_options(), options] {
+        if !options.is_empty() {
+            cmd = cmd.args(["-o", options]);
+        }
     }
     cmd.limit(SETTLE)
 }

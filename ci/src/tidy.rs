@@ -47,14 +47,16 @@ const LOW_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/passthrough.rs", "the crate's traits are stated in libc types"),
     ("crates/server-uring/src/fork.rs", "the worker's process: fork, close_range, signal"),
     ("crates/server-uring/src/handles.rs", "fds taken from the crate by a checked cast"),
-    ("crates/server-uring/src/fdops.rs", "system calls on an open fd that rustix lacks"),
+    ("crates/server-uring/src/fdops/sys.rs", "system calls on an open fd that rustix lacks"),
     ("crates/server-uring/src/creds.rs", "credentials of one thread, which rustix refuses"),
-    ("crates/server-uring/src/import.rs", "file handles: name_to_handle_at, open_by_handle_at"),
+    ("crates/server-uring/src/import/sys.rs", "file handles: name_to_handle_at, open_by_handle_at"),
     ("crates/server-uring/src/sandbox/filter.rs", "system calls by their numbers: no call"),
     ("crates/server-uring/src/sandbox/root.rs", "mount_setattr, which rustix lacks"),
     ("crates/server-uring/tests/sandbox/main.rs", "what whoever takes a worker over would call"),
     ("crates/mapping/src/lib.rs", "a session's file as memory, which mmap gives"),
-    ("benches/peers/src/engine_ab.rs", "a bare ring, to compare engines: no part of the product"),
+    ("benches/peers/src/engine_ab/main.rs", "bare rings, to compare ways of driving one"),
+    ("benches/peers/src/engine_ab/registered.rs", "the same: reads"),
+    ("benches/peers/src/engine_ab/receive.rs", "the same: receives"),
     ("fuser-fork/src/sys.rs", "/dev/fuse: clones, queue entries lent to the kernel; mallopt"),
 ];
 
@@ -69,7 +71,6 @@ const SINGLE_FILE: &[(&str, &str)] =
 /// Files that know the crate's traits besides passthrough.rs, and why.
 const FUSE_BACKEND_FILES: &[(&str, &str)] = &[
     ("crates/server-uring/src/handles.rs", "the spy writer that takes the real fd"),
-    ("crates/server-uring/src/import.rs", "looks nodes up by component"),
     ("crates/server-uring/tests/import_spike.rs", "proves how the crate treats imported nodes"),
 ];
 

@@ -382,23 +382,27 @@ impl Mount {
     }
 
     /// Unmounts: cleanly, or lazily where it is in use. The lanes should still be running.
-    pub fn unmount(self) -> Result<Unmounted, MountError> {
+    pub fn unmount(mut self) -> Result<Unmounted, MountError> {
         let program = self.fusermount.clone();
-        self.unmount_by(|path, lazy| take_down(path, lazy, program.as_deref()))
+        let done = self.unmount_by(|path, lazy| take_down(path, lazy, program.as_deref()));
+        self.leave();
+        done
     }
 
-    /// The same by what unmounts a path, `true`: lazily.
+    /// The same by what unmounts a path, `true`: lazily. With an error it may be tried again; else
+    /// dropping does nothing any more.
     pub fn unmount_by(
-        mut self,
+        &mut self,
         mut by: impl FnMut(&Path, bool) -> Result<(), MountError>,
     ) -> Result<Unmounted, MountError> {
-        self.armed = false;
-        match self.take_down(false, &mut by) {
+        let done = match self.take_down(false, &mut by) {
             Err(MountError::Busy { .. } | MountError::Elsewhere { .. }) => {
                 self.take_down(true, &mut by)
             }
             done => done,
-        }
+        };
+        self.armed &= done.is_err();
+        done
     }
 
     /// Aborts the connection: see [`abort`].

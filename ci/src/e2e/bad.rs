@@ -310,10 +310,12 @@ fn foreground(
 ) -> Result<(Process, std::path::PathBuf, Guard)> {
     let dir = rig.sandbox.make_dir(name)?;
     let guard = Guard::new(Undo::Mount(dir.clone()));
-    let client = daemon.mount_cmd("d", &dir, "").arg("-f");
-    let client = client.spawn(&rig.sandbox.path(&format!("{name}.log")))?;
-    let up = guard::poll_until(SETTLE, || Ok(!mounts::at(&dir)?.is_empty()))?;
-    ensure!(up, "not mounted: {}", crate::proc::tail_of(&rig.sandbox.path(&format!("{name}.log"))));
+    let log = rig.sandbox.path(&format!("{name}.log"));
+    let client = daemon.mount_cmd("d", &dir, "").arg("-f").spawn(&log)?;
+    // It serves before it says so; a signal in between finds a mount that is not ready.
+    let is_ready = || Ok(fs::read_to_string(&log)?.contains("is mounted on"));
+    let up = guard::poll_until(SETTLE, is_ready)?;
+    ensure!(up, "not mounted: {}", crate::proc::tail_of(&log));
     fs::write(dir.join(name), "x")?;
     Ok((client, dir, guard))
 }

@@ -27,7 +27,7 @@ pub fn client_growth_max(lanes: u64) -> u64 {
     lanes * (slots + PARK_BYTES_MAX + FORGETS_BYTES_MAX + IN_HAND_BYTES_MAX)
 }
 
-/// Of a slot: the reply that is kept, with its mark (`wire/src/table.rs`).
+/// Of a slot: the reply that is kept, with its mark (`wire/src/table/cell.rs`).
 const CELL_BYTES: u64 = 176;
 /// Of a slot: the intent (`server-uring/src/intent.rs`).
 const INTENT_BYTES: u64 = 64;

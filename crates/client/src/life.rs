@@ -12,11 +12,12 @@ use crate::service::Service;
 use crate::session::{End, Session};
 use crate::status::{Ask, Facts, Publisher, Report, own_dir};
 use crate::{apart, interrupts, pump, takeover, uring_lane};
-use fuser_fork::mount::{Mount, MountError, Unmounted};
+use fuser_fork::mount::{Mount, MountError, Unmounted, mount_at};
 use ringfs_wire::hello::Reason;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::collections::VecDeque;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +27,12 @@ use std::time::{Duration, Instant};
 
 /// How long the last unmount may take before the connection is aborted.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(10);
+/// How long a second signal waits for what the first one has begun: one that fails is told, and the
+/// mount goes on; what is in flight hinders one that hangs.
+const SECOND_LIMIT: Duration = Duration::from_secs(1);
+
+/// A mount, given back by who was to unmount it, and what came of that.
+type Unmounting = Receiver<(Mount, Result<Unmounted, MountError>)>;
 
 /// What a mount is begun with.
 pub struct Parts {
@@ -59,9 +66,13 @@ pub struct Life {
     /// What the mount is.
     pub facts: Facts,
     publisher: Option<Publisher>,
-    /// `None` once a thread unmounts it.
+    /// `None`: a thread unmounts it, or it is unmounted or detached.
     mount: Option<Mount>,
-    unmounting: Option<Receiver<Result<Unmounted, MountError>>>,
+    unmounting: Option<Unmounting>,
+    /// Signals that were heeded.
+    heeded: u32,
+    /// A second signal has come: when the session ends, if it is not unmounted by then.
+    end_due: Option<Instant>,
     mountpoint: PathBuf,
     dev_minor: Option<u32>,
 }
@@ -84,6 +95,8 @@ impl Life {
             dev_minor: mount.dev_minor(),
             mount: Some(mount),
             unmounting: None,
+            heeded: 0,
+            end_due: None,
         }
     }
 
@@ -310,23 +323,41 @@ impl Life {
                 };
             }
             self.look_at_unmount();
-            if self.wait(None)? {
-                match self.service.signals_seen() {
-                    1 => self.begin_unmount(),
-                    _ => self.session.end(End::Aborted),
-                }
+            self.heed_signals();
+            let limit = self.end_due.map(|due| due.saturating_duration_since(Instant::now()));
+            if limit.is_some_and(|limit| limit.is_zero()) {
+                self.session.end(End::Aborted);
+                continue;
             }
+            self.wait(limit)?;
+        }
+    }
+
+    /// A signal unmounts; another one ends what was only detached, or hangs. Nobody ends a mount
+    /// that would stay behind, dead: that one is tried again.
+    fn heed_signals(&mut self) {
+        while self.heeded < self.service.signals_seen() {
+            self.heeded += 1;
+            if self.mount.is_some() {
+                self.begin_unmount();
+                continue;
+            }
+            let hangs = self.unmounting.is_some();
+            let patience = if hangs { SECOND_LIMIT } else { Duration::ZERO };
+            self.end_due.get_or_insert(Instant::now() + patience);
         }
     }
 
     /// By a thread of its own: it may take as long as the daemon takes (apart.rs), and this thread
     /// has signals to see.
     fn begin_unmount(&mut self) {
-        let Some(mount) = self.mount.take() else { return };
+        let Some(mut mount) = self.mount.take() else { return };
         let (sender, outcome) = channel();
         self.unmounting = Some(outcome);
         let spawned = self.spawn_loose("unmount", move |session| {
-            let _ = sender.send(mount.unmount_by(apart::unmount));
+            let done = mount.unmount_by(apart::unmount);
+            // Who does not want it any more has ended.
+            let _ = sender.send((mount, done));
             session.notify();
         });
         if let Err(error) = spawned {
@@ -338,18 +369,25 @@ impl Life {
     fn look_at_unmount(&mut self) {
         let Some(unmounting) = &self.unmounting else { return };
         let path = self.mountpoint.display();
-        match unmounting.try_recv() {
-            Ok(Ok(Unmounted::Detached)) => eprintln!(
-                "ringfs: {path} is in use: it is detached now, and served until its last user is \
-                 done (a second signal ends it at once)"
-            ),
-            Ok(Ok(Unmounted::Clean | Unmounted::AlreadyGone)) => {}
-            Ok(Err(error)) => {
-                eprintln!("ringfs: {error}; going on (a second signal ends it at once)");
+        // Whoever has asked for its end has waited for this.
+        let end_due = self.end_due.map(|_| Instant::now());
+        self.end_due = match unmounting.try_recv() {
+            Ok((_, Ok(Unmounted::Clean))) => None,
+            Ok((_, Ok(Unmounted::AlreadyGone))) | Err(TryRecvError::Disconnected) => end_due,
+            Ok((_, Ok(Unmounted::Detached))) => {
+                say(format_args!(
+                    "{path} is in use: it is detached now, and served until its last user is done \
+                     (a second signal ends it at once)"
+                ));
+                end_due
+            }
+            Ok((mount, Err(error))) => {
+                say(format_args!("{error}; the mount goes on (another signal tries it again)"));
+                self.mount = Some(mount);
+                None
             }
             Err(TryRecvError::Empty) => return,
-            Err(TryRecvError::Disconnected) => {}
-        }
+        };
         self.unmounting = None;
     }
 
@@ -378,19 +416,35 @@ impl Life {
         if aborted { Err(Failure::AbortedOutside) } else { outcome }
     }
 
-    fn wait_for_unmount(&self, unmounting: &Receiver<Result<Unmounted, MountError>>) {
-        match unmounting.recv_timeout(UNMOUNT_LIMIT) {
-            Ok(Ok(_)) | Err(RecvTimeoutError::Disconnected) => return,
-            Ok(Err(error)) => tracing::warn!(%error, "the unmount failed; trying lazily"),
-            Err(RecvTimeoutError::Timeout) => tracing::warn!("the unmount hangs; aborting"),
-        }
-        if let Some(minor) = self.dev_minor {
-            // Without control files the end of this process does the same.
-            let outcome = fuser_fork::mount::abort(minor);
-            tracing::debug!(?outcome, "aborted");
-        }
-        if let Err(error) = apart::unmount(&self.mountpoint, true) {
-            tracing::debug!(%error, "nothing left to unmount");
+    fn wait_for_unmount(&self, unmounting: &Unmounting) {
+        let done = match unmounting.recv_timeout(UNMOUNT_LIMIT) {
+            Ok((_, Ok(_))) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok((mut mount, Err(error))) => {
+                tracing::warn!(%error, "the unmount failed; trying lazily");
+                let done = mount.unmount_by(|path, _| apart::unmount(path, true));
+                mount.leave();
+                done.map(drop)
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                tracing::warn!("the unmount hangs; aborting");
+                if let Some(minor) = self.dev_minor {
+                    // Without control files the end of this process does the same.
+                    let outcome = fuser_fork::mount::abort(minor);
+                    tracing::debug!(?outcome, "aborted");
+                }
+                let done = apart::unmount(&self.mountpoint, true);
+                let is_there = mount_at(&self.mountpoint).is_ok();
+                if is_there { done } else { Ok(()) }
+            }
+        };
+        if let Err(error) = done {
+            let path = self.mountpoint.display();
+            say(format_args!("a dead mount stays behind: {error}; then `ringfs umount {path}`"));
         }
     }
+}
+
+/// To whoever listens still.
+fn say(words: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "ringfs: {words}");
 }

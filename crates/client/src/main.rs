@@ -147,7 +147,8 @@ Users who may not mount do it by `fusermount3` (package fuse3): on a directory o
 them alone; `allow_other` needs the line user_allow_other in /etc/fuse.conf.
 
 Ctrl-C or SIGTERM unmounts; if files are in use the mount is detached and served until they are
-closed; a second signal ends it at once.";
+closed; a second signal ends it at once. What cannot be unmounted at all (another mount covers it)
+goes on, and the next signal tries it again.";
 
 #[derive(Debug, Parser)]
 #[command(name = "ringfs", version, about = "Mount directories that a host shares (see ringfsd)")]

@@ -41,6 +41,20 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The same for a test that kills clients.
+fn killing(test: &str) -> Option<MutexGuard<'static, ()>> {
+    kernel_resends(test).then(alone)
+}
+
+/// A mount that is a service, ready.
+fn serving(options: &str) -> (Bench, Manager, Client) {
+    let bench = Bench::new(Terms::default());
+    let manager = Manager::new(&bench);
+    let keeper = manager.start(&bench, "data", options);
+    manager.wait_ready(1);
+    (bench, manager, keeper)
+}
+
 #[derive(Debug, Default)]
 struct Unit {
     main: Option<Pid>,
@@ -220,23 +234,14 @@ fn writing(bench: &Bench) -> Reader {
 
 fn written(writer: Reader) -> u64 {
     let output = writer.wait();
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = stderr_of(&output);
     assert!(output.status.success(), "{stderr}");
     String::from_utf8_lossy(&output.stdout).parse().expect("bytes")
 }
 
-/// The line of the mount table.
-fn mount_line(bench: &Bench) -> String {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    let path = bench.mountpoint.to_str();
-    let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == path);
-    lines.next().expect("it is mounted").to_owned()
-}
-
 fn stop(bench: &Bench, manager: &Manager, keeper: Client) {
     keeper.signal(Signal::TERM);
-    let (status, stderr) = keeper.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    ended(bench, keeper);
     // Both were sent before its end.
     wait_until("the store's end", || manager.names().is_empty());
     assert_eq!(manager.see(|unit| (unit.stopping, unit.wrong.len())), (1, 0));
@@ -245,32 +250,24 @@ fn stop(bench: &Bench, manager: &Manager, keeper: Client) {
 
 #[test]
 fn a_kill_of_all_its_processes_is_survived() {
-    if !kernel_resends("a_kill_of_all_its_processes_is_survived") {
-        return;
-    }
-    let _alone = alone();
+    let Some(_alone) = killing("a_kill_of_all_its_processes_is_survived") else { return };
     for (options, keeper_first) in [("lanes=2", true), ("lanes=3,cache=never", false)] {
-        let bench = Bench::new(Terms::default());
-        let manager = Manager::new(&bench);
-        let mut keeper = manager.start(&bench, "data", options);
-        manager.wait_ready(1);
+        let (bench, manager, mut keeper) = serving(options);
         let lanes = status_of(&bench)["lanes"]["got"].as_u64().expect("lanes") as usize;
         assert_eq!(manager.names().len(), 1 + lanes);
         assert_eq!(manager.see(|unit| unit.barriers), 1);
         let status = status_of(&bench);
         assert!(status["alone_why"].is_null() && status["is_stored"] == true, "{status}");
-        let line = mount_line(&bench);
+        let line = bench.mount_line();
         let held = hold(&bench, &["hello"]);
         let reader = hanging(&bench);
-        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
         for round in 1..4 {
             let stderr = kill_all(&bench, keeper, keeper_first);
             assert!(!stderr.contains("unmounted"), "{stderr}");
-            assert_eq!(mount_line(&bench), line);
+            assert_eq!(bench.mount_line(), line);
             keeper = manager.start(&bench, "data", options);
             manager.wait_ready(round as u32 + 1);
-            let again = |seen: &mut host::Seen| (seen.repeats_running >= round).then_some(());
-            bench.host.wait_for("the read again", again);
+            wait_repeats(&bench, round);
             use_mount(&bench);
             // A client alone is the keeper's to replace, also of one that began with stored fds.
             kill_worker(&bench, Signal::KILL);
@@ -279,46 +276,32 @@ fn a_kill_of_all_its_processes_is_survived() {
             assert_eq!(manager.names().len(), 1 + lanes);
         }
         assert_eq!(bench.host.wait_for("reads", |seen| Some(seen.hanging.len())), 1);
-        bench.host.answer_hanging(lane, at, 13);
-        assert!(!reader.wait().status.success());
+        deny_read(&bench, reader);
         drop(held);
-        assert_eq!(mount_line(&bench), line);
+        assert_eq!(bench.mount_line(), line);
         stop(&bench, &manager, keeper);
     }
 }
 
 #[test]
 fn what_was_given_up_is_stored_no_more() {
-    if !kernel_resends("what_was_given_up_is_stored_no_more") {
-        return;
-    }
-    let _alone = alone();
-    let bench = Bench::new(Terms::default());
-    let manager = Manager::new(&bench);
-    let keeper = manager.start(&bench, "data", "lanes=2");
-    manager.wait_ready(1);
+    let Some(_alone) = killing("what_was_given_up_is_stored_no_more") else { return };
+    let (bench, manager, keeper) = serving("lanes=2");
     assert!(!manager.names().is_empty());
     for _ in 0..6 {
         kill_worker(&bench, Signal::ABORT);
     }
-    let (status, stderr) = keeper.wait();
-    assert_eq!(status.code(), Some(3), "{stderr}");
-    assert!(stderr.contains("it dies again and again"), "{stderr}");
-    assert!(!bench.is_mounted());
+    failed(&bench, keeper, "it dies again and again");
     wait_until("the store's end", || manager.names().is_empty());
 }
 
 #[test]
 fn a_service_that_is_stopped_without_a_client_leaves_nothing() {
-    if !kernel_resends("a_service_that_is_stopped_without_a_client_leaves_nothing") {
+    let Some(_alone) = killing("a_service_that_is_stopped_without_a_client_leaves_nothing") else {
         return;
-    }
-    let _alone = alone();
+    };
     for signal_first in [false, true] {
-        let bench = Bench::new(Terms::default());
-        let manager = Manager::new(&bench);
-        let mut keeper = manager.start(&bench, "data", "lanes=2");
-        manager.wait_ready(1);
+        let (bench, manager, mut keeper) = serving("lanes=2");
         let (pid, reader) = (worker(&bench), hanging(&bench));
         if signal_first {
             keeper.signal(Signal::TERM);
@@ -347,14 +330,8 @@ fn a_service_that_is_stopped_without_a_client_leaves_nothing() {
 
 #[test]
 fn kills_of_all_under_load_lose_and_double_nothing() {
-    if !kernel_resends("kills_of_all_under_load_lose_and_double_nothing") {
-        return;
-    }
-    let _alone = alone();
-    let bench = Bench::new(Terms::default());
-    let manager = Manager::new(&bench);
-    let mut keeper = manager.start(&bench, "data", "lanes=2,cache=never");
-    manager.wait_ready(1);
+    let Some(_alone) = killing("kills_of_all_under_load_lose_and_double_nothing") else { return };
+    let (bench, manager, mut keeper) = serving("lanes=2,cache=never");
     let writers: Vec<_> = (0..3).map(|_| writing(&bench)).collect();
     for round in 1..13 {
         let stderr = kill_all(&bench, keeper, round % 2 == 0);
@@ -370,39 +347,29 @@ fn kills_of_all_under_load_lose_and_double_nothing() {
 
 #[test]
 fn a_client_does_not_outlive_its_keeper() {
-    if !kernel_resends("a_client_does_not_outlive_its_keeper") {
-        return;
-    }
-    let _alone = alone();
-    let bench = Bench::new(Terms::default());
-    let manager = Manager::new(&bench);
-    let keeper = manager.start(&bench, "data", "lanes=2");
-    manager.wait_ready(1);
-    let line = mount_line(&bench);
+    let Some(_alone) = killing("a_client_does_not_outlive_its_keeper") else { return };
+    let (bench, manager, keeper) = serving("lanes=2");
+    let line = bench.mount_line();
     keeper.signal(Signal::KILL);
     let (_, stderr) = keeper.wait();
     wait_until("the client's end", || processes(&bench).is_empty());
     assert!(stderr.contains("the service manager starts the next one"), "{stderr}");
-    assert_eq!(mount_line(&bench), line);
+    assert_eq!(bench.mount_line(), line);
     let keeper = manager.start(&bench, "data", "lanes=2");
     manager.wait_ready(2);
     use_mount(&bench);
-    assert_eq!(mount_line(&bench), line);
+    assert_eq!(bench.mount_line(), line);
     stop(&bench, &manager, keeper);
 }
 
 #[test]
 fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
-    if !kernel_resends("what_cannot_be_taken_over_is_removed_and_mounted_anew") {
+    let Some(_alone) = killing("what_cannot_be_taken_over_is_removed_and_mounted_anew") else {
         return;
-    }
-    let _alone = alone();
+    };
     let check = |fault: fn(&Bench, &Manager), share: &str, words: &str, starts: u32| {
-        let bench = Bench::new(Terms::default());
-        let manager = Manager::new(&bench);
-        let mut keeper = manager.start(&bench, "data", "lanes=2");
-        manager.wait_ready(1);
-        let line = mount_line(&bench);
+        let (bench, manager, mut keeper) = serving("lanes=2");
+        let line = bench.mount_line();
         kill_all(&bench, keeper, true);
         fault(&bench, &manager);
         let mut said = String::new();
@@ -416,12 +383,10 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
         manager.wait_ready(2);
         use_mount(&bench);
         // The kernel may give the same numbers again, not to another source.
-        assert!(share == "data" || mount_line(&bench) != line);
+        assert!(share == "data" || bench.mount_line() != line);
         assert_eq!(manager.names().len(), 3, "those of the new mount");
         keeper.signal(Signal::TERM);
-        let (status, stderr) = keeper.wait();
-        said += &stderr;
-        assert!(status.success() && !bench.is_mounted(), "{status} {said}");
+        said += &ended(&bench, keeper);
         assert!(said.contains(words), "{said}");
         wait_until("the store's end", || manager.names().is_empty());
     };
@@ -451,14 +416,10 @@ fn what_cannot_be_taken_over_is_removed_and_mounted_anew() {
 #[test]
 fn a_mount_that_cannot_be_taken_over_says_that_it_is_not_stored() {
     let _alone = alone();
-    let bench = Bench::new(Terms::default());
-    let manager = Manager::new(&bench);
-    let keeper = manager.start(&bench, "data", "lanes=2,nokeep");
-    manager.wait_ready(1);
+    let (bench, manager, keeper) = serving("lanes=2,nokeep");
     assert!(manager.names().is_empty() && status_of(&bench)["is_stored"] == false);
     keeper.signal(Signal::TERM);
-    let (status, stderr) = keeper.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    let stderr = ended(&bench, keeper);
     assert!(stderr.contains("nothing is kept by the service manager why=\"nokeep\""), "{stderr}");
 }
 
@@ -467,7 +428,7 @@ fn without_a_manager_it_is_refused() {
     let bench = Bench::new(Terms::default());
     let path = bench.mountpoint.display().to_string();
     let output = bench.run(&["mount", "-f", "--fd-store", &bench.source("data"), &path]);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = stderr_of(&output);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains("NOTIFY_SOCKET") && !bench.is_mounted(), "{stderr}");
     let output = bench.run(&["mount", "--fd-store", &bench.source("data"), &path]);

@@ -5,7 +5,8 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use bench::{Bench, PROGRAM, Reader, signalled, status_of, wait_until, within};
+use bench::uses::*;
+use bench::*;
 use host::{BIG_BYTES, HANG, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Reason, feature};
@@ -19,11 +20,17 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+/// Nobody uses the mount any more, so it goes at once, and nothing is left.
+fn umount_at_once(bench: &Bench, client: Client) {
+    assert!(bench.umount(&[]).status.success());
+    ended(bench, client);
+    assert_nothing_left(bench);
+}
+
 #[test]
 fn files_are_read_and_written_through_the_mount() {
     for options in ["lanes=2", "lanes=2,spin=0,checksum=on", "lanes=4,slots=1", "lanes=1,ro"] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount(options);
+        let (bench, client) = mounted(Terms::default(), options);
         let root = bench.mountpoint.clone();
         within("the use of the mount", move || {
             assert_eq!(std::fs::read(root.join("hello")).expect("hello"), HELLO_TEXT, "{options}");
@@ -83,15 +90,13 @@ fn read_big(path: &Path, thread: usize) {
 
 #[test]
 fn what_the_kernel_forgets_is_given_back() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let path = bench.file("hello");
     within("a stat", move || assert!(std::fs::metadata(path).is_ok()));
-    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+    drop_caches();
     let nodeid = bench.host.wait_for("a forget", |seen| seen.forgets.first().map(|f| f.nodeid));
     assert_eq!(nodeid, 2);
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
+    umount_at_once(&bench, client);
 }
 
 #[test]
@@ -109,8 +114,7 @@ fn in_the_background_the_command_returns_when_the_mount_answers() {
         let output = within("mount", move || command.output()).expect("run");
         assert!(output.status.success(), "{output:?}");
         assert!(bench.is_mounted());
-        let hello = bench.file("hello");
-        within("a read", move || assert_eq!(std::fs::read(hello).expect("hello"), HELLO_TEXT));
+        use_mount(&bench);
         let subdir =
             bench.host.wait_for("hello", |seen| seen.hellos.first().map(|h| h.subdir.clone()));
         assert_eq!(subdir, b"sub/dir");
@@ -144,7 +148,7 @@ fn a_refused_mount_says_why_and_leaves_nothing() {
         for background in [&["-f"][..], &[]] {
             let args = [&["mount"], background, mount_args, &[&source, &path]].concat();
             let output = bench.run(&args);
-            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+            let stderr = stderr_of(&output);
             assert!(stderr.contains(expected), "{expected}: {stderr}");
             assert!(!output.status.success() && !bench.is_mounted(), "{output:?}");
             assert_eq!(stderr.lines().count(), 1, "{stderr}");
@@ -166,14 +170,14 @@ fn a_peer_that_does_not_answer_is_given_up() {
     let bench = Bench::new(Terms { root_errno: HANG, ..Terms::default() });
     let path = bench.mountpoint.display().to_string();
     let output = bench.run(&["mount", &bench.source("data"), &path]);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = stderr_of(&output);
     assert!(stderr.contains("did not answer the first GETATTR"), "{stderr}");
     assert!(!output.status.success() && !bench.is_mounted());
 
     let socket = bench.dir.path().join("mute.sock");
     let mute = UnixListener::bind(&socket).expect("bind");
     let output = bench.run(&["mount", &format!("data@unix:{}", socket.display()), &path]);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = stderr_of(&output);
     assert!(stderr.contains("did not answer within 5 s"), "{stderr}");
     assert!(!output.status.success() && !bench.is_mounted());
     drop(mute);
@@ -185,7 +189,7 @@ fn bad_places_are_refused_before_anything_is_mounted() {
     let run = |source: &str, path: &Path| {
         let output = bench.run(&["mount", source, path.to_str().expect("utf-8")]);
         assert!(!output.status.success());
-        String::from_utf8_lossy(&output.stderr).into_owned()
+        stderr_of(&output)
     };
     let gone = run("data@unix:/nonexistent/s", &bench.mountpoint);
     assert!(gone.contains("unix:/nonexistent/s") && gone.contains("start `ringfsd"), "{gone}");
@@ -196,33 +200,26 @@ fn bad_places_are_refused_before_anything_is_mounted() {
     let client = bench.mount("lanes=1");
     let taken = run(&bench.source("data"), &bench.mountpoint);
     assert!(taken.contains("mount point already"), "{taken}");
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
+    umount_at_once(&bench, client);
     let none = bench.umount(&[]);
     assert!(String::from_utf8_lossy(&none.stderr).contains("no ringfs mount at"));
 }
 
 #[test]
 fn a_killed_reader_gets_out_and_the_daemon_is_told() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let reader = hanging(&bench);
     reader.kill();
     assert_eq!(reader.wait().status.signal(), Some(9));
     // One for the READ, and one for the FLUSH of a killed process if the kernel is quick enough.
     bench.host.wait_for("a cancel", |seen| (seen.cancels >= 1).then_some(()));
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
-    assert_eq!(bench.host.slots_in_use(), 0);
+    umount_at_once(&bench, client);
 }
 
 #[test]
 fn a_parked_reader_gets_out_without_the_daemon() {
-    let bench = Bench::new(Terms { slots: 1, ..Terms::default() });
-    let client = bench.mount("lanes=1");
-    let first = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms { slots: 1, ..Terms::default() }, "lanes=1");
+    let first = hanging(&bench);
     // It parks with its LOOKUP.
     let second = bench.cat("hang");
     wait_until("the park", || status_of(&bench)["parked"] == 1);
@@ -238,8 +235,7 @@ fn a_parked_reader_gets_out_without_the_daemon() {
 
 #[test]
 fn a_caught_signal_disturbs_neither_what_is_parked_nor_what_is_in_flight() {
-    let bench = Bench::new(Terms { slots: 1, ..Terms::default() });
-    let client = bench.mount("lanes=1");
+    let (bench, client) = mounted(Terms { slots: 1, ..Terms::default() }, "lanes=1");
     let read = "open F, '<', \"$ARGV[0]/hang\"; sysread F, $b, 9; print $!+0, \" $n\\n\"";
     let first = signalled(&bench, read);
     let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
@@ -264,15 +260,12 @@ fn a_caught_signal_disturbs_neither_what_is_parked_nor_what_is_in_flight() {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     };
     assert_eq!((said(first), said(second)), ("121 1".to_owned(), "0 1".to_owned()));
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
-    assert_eq!(bench.host.slots_in_use(), 0);
+    umount_at_once(&bench, client);
 }
 
 #[test]
 fn a_reader_that_is_killed_after_another_signal_is_told_of() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let reader = signalled(&bench, "open F, '<', \"$ARGV[0]/hang\"; sysread F, $b, 9");
     bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
     reader.signal(Signal::USR1);
@@ -280,14 +273,12 @@ fn a_reader_that_is_killed_after_another_signal_is_told_of() {
     reader.kill();
     assert_eq!(reader.wait().status.signal(), Some(9));
     assert!(bench.host.wait_for("a cancel", |seen| (seen.cancels > 0).then_some(seen.cancels)) > 0);
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
+    umount_at_once(&bench, client);
 }
 
 #[test]
 fn many_waiting_requests_are_parked_and_all_answered() {
-    let bench = Bench::new(Terms { slots: 2, ..Terms::default() });
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms { slots: 2, ..Terms::default() }, "lanes=2");
     let path = bench.file("big");
     within("40 readers", move || {
         std::thread::scope(|scope| {
@@ -297,9 +288,7 @@ fn many_waiting_requests_are_parked_and_all_answered() {
             }
         });
     });
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
-    assert_eq!(bench.host.slots_in_use(), 0);
+    umount_at_once(&bench, client);
 }
 
 #[test]
@@ -319,24 +308,19 @@ fn a_daemon_that_breaks_the_protocol_or_refuses_to_go_on_ends_the_mount() {
         (invented, "broke the protocol"),
         (forgotten, "does not know this session"),
     ] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount("lanes=2");
-        let reader = bench.cat("hang");
-        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
+        let reader = hanging(&bench);
         fault(&bench.host);
         let output = reader.wait();
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        let words = stderr_of(&output);
         assert!(words.contains("Input/output error"), "{expected}: {output:?}");
-        let (status, stderr) = client.wait();
-        assert_eq!(status.code(), Some(3), "{stderr}");
-        assert!(stderr.contains(expected) && !bench.is_mounted(), "{expected}: {stderr}");
+        failed(&bench, client, expected);
     }
 }
 
 #[test]
 fn pings_are_answered_and_optional_records_skipped() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2,checksum=on");
+    let (bench, client) = mounted(Terms::default(), "lanes=2,checksum=on");
     bench.host.wait_for("both connections", |seen| (seen.hellos.len() == 2).then_some(()));
     bench.host.say(Kind::Ping as u8, 0, &[]);
     bench.host.say(200, 0, b"from the future");
@@ -351,20 +335,16 @@ fn pings_are_answered_and_optional_records_skipped() {
     });
     let features = bench.host.wait_for("hello", |seen| Some(seen.hellos[0].features));
     assert_eq!(features, feature::PAYLOAD_CRC | feature::RESTORE);
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
+    umount_at_once(&bench, client);
 }
 
 #[test]
 fn a_signal_unmounts_and_a_busy_mount_is_served_until_it_is_free() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     client.signal(Signal::INT);
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{stderr}");
+    ended(&bench, client);
 
-    let bench = Bench::new(Terms::default());
-    let mut client = bench.mount("lanes=2");
+    let (bench, mut client) = mounted(Terms::default(), "lanes=2");
     let path = bench.file("big");
     let file = within("open", move || File::open(path)).expect("open");
     client.signal(Signal::TERM);
@@ -380,28 +360,79 @@ fn a_signal_unmounts_and_a_busy_mount_is_served_until_it_is_free() {
 
 #[test]
 fn a_second_signal_ends_it_at_once() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let reader = hanging(&bench);
+    end_by_signals(&bench, client, reader);
+}
+
+/// Another file system over a mount, which then cannot be unmounted.
+struct Cover<'a>(&'a Path);
+
+impl Cover<'_> {
+    fn over(path: &Path) -> Cover<'_> {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", path, "tmpfs", flags, None).expect("mount a tmpfs");
+        Cover(path)
+    }
+}
+
+impl Drop for Cover<'_> {
+    fn drop(&mut self) {
+        let flags = rustix::mount::UnmountFlags::NOFOLLOW;
+        rustix::mount::unmount(self.0, flags).expect("unmount the tmpfs");
+    }
+}
+
+#[test]
+fn a_mount_that_cannot_be_unmounted_is_served_until_it_can() {
+    for (busy, last) in [(false, 1), (true, 2)] {
+        let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+        let path = bench.file("big");
+        let file = busy.then(|| within("open", move || File::open(path)).expect("open"));
+        let cover = Cover::over(&bench.mountpoint);
+        let mut words = client.words();
+        for _ in 0..3 {
+            client.signal(Signal::TERM);
+            words.until("the mount goes on");
+        }
+        drop(cover);
+        use_mount(&bench);
+        for nth in 1..=last {
+            client.signal(Signal::INT);
+            if nth < last {
+                words.until("is in use");
+            }
+        }
+        let (status, _) = client.wait();
+        let code = if busy { 3 } else { 0 };
+        assert!(status.code() == Some(code) && !bench.is_mounted(), "{status}");
+        drop(file);
+    }
+}
+
+#[test]
+fn whoever_has_stopped_listening_is_told_nothing() {
+    let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+    drop(client.child.as_mut().expect("running").stderr.take());
+    let path = bench.file("big");
+    let file = within("open", move || File::open(path)).expect("open");
     client.signal(Signal::TERM);
     wait_until("the detached mount", || !bench.is_mounted());
-    client.signal(Signal::TERM);
-    let output = reader.wait();
-    assert!(!output.status.success(), "{output:?}");
-    let (status, stderr) = client.wait();
-    assert!(stderr.contains("second signal"), "{status} {stderr}");
-    assert_eq!(status.code(), Some(3));
+    within("a late read", move || {
+        let mut buffer = [0; 16];
+        file.read_at(&mut buffer, 0).expect("still served");
+    });
+    let (status, _) = client.wait();
+    assert!(status.success(), "{status}");
 }
 
 #[test]
 fn a_dead_mount_can_be_removed() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
-    let worker = status_of(&bench)["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let worker = worker(&bench);
     // Nobody is left to clean up.
     client.signal(Signal::STOP);
-    kill_process(worker.expect("a pid"), Signal::KILL).expect("kill");
+    kill_process(worker, Signal::KILL).expect("kill");
     client.signal(Signal::KILL);
     assert_eq!(client.wait().0.signal(), Some(9));
     assert!(bench.is_mounted());
@@ -412,13 +443,8 @@ fn a_dead_mount_can_be_removed() {
 
 #[test]
 fn a_late_answer_to_a_hanging_read_arrives() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    bench.host.answer_hanging(lane, at, 13);
-    let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
-    assert!(words.contains("Permission denied"), "{words}");
-    assert!(bench.umount(&[]).status.success());
-    assert!(client.wait().0.success());
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
+    let reader = hanging(&bench);
+    deny_read(&bench, reader);
+    umount_at_once(&bench, client);
 }

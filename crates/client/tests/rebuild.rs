@@ -42,15 +42,13 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
         ("lanes=3", false, Some(2)),
         ("lanes=1,checksum=on,spin=0", false, None),
     ] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount(options);
+        let (bench, client) = mounted(Terms::default(), options);
         let path = bench.file("big");
         let flags = (OFlags::NONBLOCK | OFlags::EXCL).bits() as i32;
         let file = within("an open", move || {
             File::options().read(true).write(true).custom_flags(flags).open(path).expect("open")
         });
-        let reader = bench.cat("hang");
-        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let reader = hanging(&bench);
         let first = bench.host.wait_for("hellos", |seen| seen.hellos.last().cloned());
         for round in 1..4 {
             bench.host.restart(knows_slots, cut_lane);
@@ -76,7 +74,7 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
                 assert!(bytes.iter().enumerate().all(|(i, &b)| b == big_byte(100_000 + i)));
             });
             use_mount(&bench);
-            wait_until("the connections", || status_of(&bench)["connected"] == true);
+            wait_connected(&bench);
             forget_until("the forget", || lookups(&bench).keys().eq(&[3, 4]));
             wait_until("what is known", || known(&bench) == (2, 2));
         }
@@ -97,9 +95,7 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
         assert_eq!((&status["handles_restored"], &status["nodes_lost"]), (&2.into(), &0.into()));
         let text = String::from_utf8(bench.run(&["status"]).stdout).expect("text");
         assert!(text.contains("rebuilds 3, the last one of 2 nodes (0 lost)"), "{text}");
-        bench.host.answer_hanging(lane, at, 13);
-        let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
-        assert!(words.contains("Permission denied"), "{words}");
+        deny_read(&bench, reader);
         drop(file);
         let stderr = umount(&bench, client);
         assert!(stderr.contains("rebuilt"), "{stderr}");
@@ -108,8 +104,8 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
 
 #[test]
 fn counts_are_what_the_kernel_gives_back() {
-    let bench = Bench::new(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() });
-    let client = bench.mount("lanes=2");
+    let (bench, client) =
+        mounted(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() }, "lanes=2");
     let root = bench.mountpoint.clone();
     let look_around = move || {
         for _ in 0..3 {
@@ -144,8 +140,7 @@ fn counts_are_what_the_kernel_gives_back() {
 #[test]
 fn what_was_lost_or_let_go_gives_nothing() {
     for knows_slots in [false, true] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount("lanes=1");
+        let (bench, client) = mounted(Terms::default(), "lanes=1");
         let held = hold(&bench, &["hello"]);
         bench.host.set_mood(Mood::LosesEntries);
         let killed = bench.cat("n5");
@@ -172,8 +167,7 @@ fn what_was_lost_or_let_go_gives_nothing() {
 #[test]
 fn forgets_in_flight_are_told_as_not_given_back() {
     for knows_slots in [false, true] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount("lanes=1");
+        let (bench, client) = mounted(Terms::default(), "lanes=1");
         let held = hold(&bench, &["hello"]);
         let before = lookups(&bench);
         bench.host.set_mood(Mood::LosesForgets);
@@ -194,8 +188,7 @@ fn forgets_in_flight_are_told_as_not_given_back() {
 #[test]
 fn a_rebuild_that_is_cut_begins_anew_with_the_newest_ticket() {
     const FILES: u64 = 5000;
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let root = bench.mountpoint.clone();
     within("many files", move || {
         for n in 0..FILES {
@@ -210,7 +203,7 @@ fn a_rebuild_that_is_cut_begins_anew_with_the_newest_ticket() {
         check_told(&told);
         most_records = most_records.max(told.records);
         use_mount(&bench);
-        wait_until("the connections", || status_of(&bench)["connected"] == true);
+        wait_connected(&bench);
         forget_until("the forgets", || lookups(&bench).is_empty());
         let root = bench.mountpoint.clone();
         within("many files", move || {
@@ -259,19 +252,14 @@ fn mounts_that_end_instead_say_why() {
         ("lanes=2", fewer, "fewer slots"),
         ("lanes=2", featureless, "cannot have it rebuilt"),
     ] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount(options);
-        let reader = bench.cat("hang");
-        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let (bench, client) = mounted(Terms::default(), options);
+        let reader = hanging(&bench);
         fault(&bench);
-        let (status, stderr) = client.wait();
-        assert_eq!(status.code(), Some(3), "{words}: {stderr}");
-        assert!(stderr.contains(words), "{words}: {stderr}");
-        assert!(!reader.wait().status.success() && !bench.is_mounted());
+        failed(&bench, client, words);
+        assert!(!reader.wait().status.success());
     }
     // A daemon that cannot do it is none that a mount has to do without.
-    let bench = Bench::new(Terms { features: 0, ..Terms::default() });
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms { features: 0, ..Terms::default() }, "lanes=2");
     use_mount(&bench);
     let status = status_of(&bench);
     assert_eq!((&status["nodes_known"], &status["nodes_seen"]), (&0.into(), &0.into()));

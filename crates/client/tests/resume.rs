@@ -9,7 +9,7 @@ mod host;
 
 use bench::uses::*;
 use bench::*;
-use host::{Host, Mood, Terms, big_byte};
+use host::{Hidden, Host, Mood, Terms, big_byte};
 use ringfs_wire::hello::Reason;
 use rustix::process::Signal;
 use std::fs::File;
@@ -42,13 +42,16 @@ fn join(what: &str, thread: JoinHandle<()>) {
     within(what, move || thread.join()).expect("it has what it wanted");
 }
 
-fn wait_resumes(host: &Host, at_least: u64) {
-    host.wait_for("resumes", |seen| (seen.resumes >= at_least).then_some(()));
+/// Both lanes lose their connections, and get no others while what this gives lives.
+fn cut_off(bench: &Bench) -> Hidden {
+    let hidden = bench.host.hide();
+    bench.host.cut();
+    wait_until("the cut", || status_of(bench)["lanes_without_connection"] == 2);
+    hidden
 }
 
-/// The request that hangs has come again: only then may a reply leave by the new connection.
-fn wait_repeats(host: &Host, at_least: u64) {
-    host.wait_for("the request again", |seen| (seen.repeats_running >= at_least).then_some(()));
+fn wait_resumes(host: &Host, at_least: u64) {
+    host.wait_for("resumes", |seen| (seen.resumes >= at_least).then_some(()));
 }
 
 #[test]
@@ -59,20 +62,16 @@ fn whoever_waits_goes_on_with_the_next_connection() {
     for (options, fault) in
         [("lanes=2", cut), ("lanes=1,checksum=on,spin=0", goodbye), ("lanes=2", babble)]
     {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount(options);
+        let (bench, client) = mounted(Terms::default(), options);
         let lanes = if options.contains("lanes=2") { 2 } else { 1 };
-        let reader = bench.cat("hang");
-        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let reader = hanging(&bench);
         for round in 1..4 {
             fault(&bench.host);
             wait_resumes(&bench.host, round * lanes);
-            wait_repeats(&bench.host, round);
+            wait_repeats(&bench, round);
             use_mount(&bench);
         }
-        bench.host.answer_hanging(lane, at, 13);
-        let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
-        assert!(words.contains("Permission denied"), "{words}");
+        deny_read(&bench, reader);
         let status = status_of(&bench);
         assert_eq!((&status["connected"], &status["resuming"]), (&true.into(), &false.into()));
         assert_eq!(
@@ -86,8 +85,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
 
 #[test]
 fn a_request_whose_reply_was_lost_runs_once() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     use_mount(&bench);
     // A large frame, and small ones before it: LOOKUP and OPEN.
     bench.host.set_mood(Mood::LosesReplies);
@@ -113,8 +111,7 @@ fn a_request_whose_reply_was_lost_runs_once() {
 
 #[test]
 fn batches_are_cut_in_the_middle_both_ways() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     for (round, mood) in
         [Mood::CutsReply, Mood::CutsRequest].into_iter().cycle().take(20).enumerate()
     {
@@ -131,8 +128,7 @@ fn batches_are_cut_in_the_middle_both_ways() {
 
 #[test]
 fn many_large_writes_are_kept() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
     // Warm, so that the replies lost are those of WRITEs.
     join("a write", write(&bench, &[0]));
     bench.host.set_mood(Mood::LosesReplies);
@@ -162,10 +158,8 @@ fn many_large_writes_are_kept() {
 
 #[test]
 fn a_refused_reconnect_is_tried_until_it_is_accepted() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let reader = hanging(&bench);
     bench.host.refuse(Some(Reason::Limit));
     bench.host.cut();
     bench.host.wait_for("refusals", |seen| (seen.refusals >= 4).then_some(()));
@@ -175,9 +169,8 @@ fn a_refused_reconnect_is_tried_until_it_is_accepted() {
     assert!(text.contains("RESUMING"), "{text}");
     bench.host.refuse(None);
     wait_resumes(&bench.host, 2);
-    wait_repeats(&bench.host, 1);
-    bench.host.answer_hanging(lane, at, 13);
-    assert!(!reader.wait().status.success());
+    wait_repeats(&bench, 1);
+    deny_read(&bench, reader);
     let stderr = umount(&bench, client);
     let tries = stderr.lines().filter(|line| line.contains("trying on")).count();
     assert!(tries == 1 && stderr.contains("at its limit"), "told once: {stderr}");
@@ -185,13 +178,9 @@ fn a_refused_reconnect_is_tried_until_it_is_accepted() {
 
 #[test]
 fn killed_processes_get_out_while_it_is_cut() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
-    let in_flight = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    let hidden = bench.host.hide();
-    bench.host.cut();
-    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let in_flight = hanging(&bench);
+    let hidden = cut_off(&bench);
     let parked = bench.cat("hello");
     wait_until("the park", || status_of(&bench)["parked"] == 1);
     for reader in [in_flight, parked] {
@@ -213,10 +202,8 @@ fn killed_processes_get_out_while_it_is_cut() {
 
 #[test]
 fn a_killed_process_gets_out_when_the_cut_comes_after_its_cancel() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
+    let reader = hanging(&bench);
     // The CANCEL is not heard.
     bench.host.go_silent();
     let hidden = bench.host.hide();
@@ -231,17 +218,13 @@ fn a_killed_process_gets_out_when_the_cut_comes_after_its_cancel() {
 
 #[test]
 fn a_soft_mount_fails_what_waits_too_long_and_works_again_later() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2,soft,timeout=1");
-    let in_flight = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    let hidden = bench.host.hide();
-    bench.host.cut();
-    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+    let (bench, client) = mounted(Terms::default(), "lanes=2,soft,timeout=1");
+    let in_flight = hanging(&bench);
+    let hidden = cut_off(&bench);
     let parked = bench.cat("hello");
     for reader in [in_flight, parked] {
         let output = reader.wait();
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        let words = stderr_of(&output);
         assert!(words.contains("Input/output error"), "{output:?}");
     }
     drop(hidden);
@@ -257,18 +240,16 @@ fn a_soft_mount_fails_what_waits_too_long_and_works_again_later() {
 
 #[test]
 fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let path = bench.mountpoint.display().to_string();
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let reader = hanging(&bench);
     for round in 1..4 {
         assert!(bench.run(&["reconnect", &path]).status.success());
         let waited = bench.run(&["wait", "--resumed", "--timeout", "20", &path]);
         assert!(waited.status.success(), "{waited:?}");
         wait_resumes(&bench.host, 2 * round);
         assert_eq!(status_of(&bench)["resumes"], 2 * round);
-        wait_repeats(&bench.host, round);
+        wait_repeats(&bench, round);
     }
     let hidden = bench.host.hide();
     assert!(bench.run(&["reconnect", &path]).status.success());
@@ -276,9 +257,8 @@ fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
     assert_eq!(waited.status.code(), Some(4), "{waited:?}");
     drop(hidden);
     assert!(bench.run(&["wait", "--resumed", &path]).status.success());
-    wait_repeats(&bench.host, 4);
-    bench.host.answer_hanging(lane, at, 13);
-    assert!(!reader.wait().status.success());
+    wait_repeats(&bench, 4);
+    deny_read(&bench, reader);
     let none = bench.run(&["wait", "--resumed", "/nonexistent"]);
     assert_eq!(none.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&none.stderr).contains("no ringfs mount at"), "{none:?}");
@@ -289,12 +269,11 @@ fn reconnect_drops_what_looks_alive_and_wait_tells_when_it_is_done() {
 
 #[test]
 fn forgets_are_given_back_once() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
     let path = bench.file("hello");
     within("a stat", move || assert!(std::fs::metadata(path).is_ok()));
     bench.host.set_mood(Mood::LosesReplies);
-    std::fs::write("/proc/sys/vm/drop_caches", "2").expect("root");
+    drop_caches();
     bench.host.wait_for("a forget", |seen| seen.forgets.first().map(|f| f.nodeid));
     bench.host.wait_for("a lost reply", |seen| (seen.lost > 0).then_some(()));
     bench.host.set_mood(Mood::Fair);
@@ -309,47 +288,38 @@ fn forgets_are_given_back_once() {
 
 #[test]
 fn a_silent_death_is_found_by_asking() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
+    let reader = hanging(&bench);
     bench.host.go_silent();
     let begun = Instant::now();
     wait_resumes(&bench.host, 1);
     let found = begun.elapsed();
     // 2 s (heart.rs), and what a loaded machine takes to notice.
     assert!(found < Duration::from_secs(8), "after {found:?}");
-    wait_repeats(&bench.host, 1);
-    bench.host.answer_hanging(lane, at, 13);
-    assert!(!reader.wait().status.success());
+    wait_repeats(&bench, 1);
+    deny_read(&bench, reader);
     let stderr = umount(&bench, client);
     assert!(stderr.contains("silent"), "{stderr}");
 }
 
 #[test]
 fn answers_that_fill_up_what_was_lost_of_a_batch_are_no_life() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
+    let reader = hanging(&bench);
     bench.host.lose_a_tail();
     wait_resumes(&bench.host, 1);
-    wait_repeats(&bench.host, 1);
-    bench.host.answer_hanging(lane, at, 13);
-    assert!(!reader.wait().status.success());
+    wait_repeats(&bench, 1);
+    deny_read(&bench, reader);
     let stderr = umount(&bench, client);
     assert!(stderr.contains("silent"), "{stderr}");
 }
 
 #[test]
 fn a_slow_daemon_that_answers_pings_is_not_cut() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
+    let reader = hanging(&bench);
     bench.host.wait_for("pings", |seen| (seen.pings >= 3).then_some(()));
-    bench.host.answer_hanging(lane, at, 13);
-    assert!(!reader.wait().status.success());
+    deny_read(&bench, reader);
     assert_eq!(bench.host.wait_for("resumes", |seen| Some(seen.resumes)), 0);
     assert_eq!(umount(&bench, client), "");
 }
@@ -359,28 +329,16 @@ fn a_mount_that_is_cut_can_be_taken_off() {
     let by_command: fn(&Bench, &Client) = |bench, _| assert!(bench.umount(&[]).status.success());
     let by_signal: fn(&Bench, &Client) = |_, client| client.signal(Signal::TERM);
     for take_off in [by_command, by_signal] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount("lanes=2");
-        let hidden = bench.host.hide();
-        bench.host.cut();
-        wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
+        let hidden = cut_off(&bench);
         take_off(&bench, &client);
-        let (status, stderr) = client.wait();
-        assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+        ended(&bench, client);
         drop(hidden);
     }
     // With somebody inside, a second signal ends it.
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    let hidden = bench.host.hide();
-    bench.host.cut();
-    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 2);
-    client.signal(Signal::TERM);
-    wait_until("the detached mount", || !bench.is_mounted());
-    client.signal(Signal::TERM);
-    assert!(!reader.wait().status.success());
-    assert_eq!(client.wait().0.code(), Some(3));
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let reader = hanging(&bench);
+    let hidden = cut_off(&bench);
+    end_by_signals(&bench, client, reader);
     drop(hidden);
 }

@@ -8,7 +8,7 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use bench::uses::{self, umount};
+use bench::uses::{self, deny_read, end_by_signals, ended, hanging, umount};
 use bench::*;
 use host::{BIG_BYTES, HELLO_TEXT, Mood, Terms, big_byte};
 use rustix::process::Signal;
@@ -47,12 +47,6 @@ impl Drop for Switched {
     fn drop(&mut self) {
         let _ = std::fs::write(SWITCH, self.before.trim());
     }
-}
-
-fn mounted(terms: Terms, options: &str) -> (Bench, Client) {
-    let bench = Bench::new(terms);
-    let client = bench.mount(options);
-    (bench, client)
 }
 
 fn rings(bench: &Bench) -> serde_json::Value {
@@ -166,8 +160,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
     let (bench, client) = mounted(Terms::default(), "uring=on");
     let path = bench.mountpoint.display().to_string();
     let lanes = bench.host.wait_for("hellos", |seen| Some(seen.hellos.len() as u64));
-    let reader = bench.cat("hang");
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let reader = hanging(&bench);
     for round in 1..4 {
         // Silence, that only a PING finds, in the last one.
         if round == 3 {
@@ -203,10 +196,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
     bench.host.wait_for("repeats", |seen| {
         (seen.repeats_ended > 0 && seen.repeats_running >= 4).then_some(())
     });
-    bench.host.answer_hanging(lane, at, 13);
-    let output = reader.wait();
-    let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(words.contains("Permission denied"), "{output:?}");
+    deny_read(&bench, reader);
     wait_until("the slots", || bench.host.slots_in_use() == 0);
     umount(&bench, client);
 }
@@ -218,8 +208,7 @@ fn killed_and_overdue_readers_get_out_while_it_is_cut() {
     for options in ["uring=on", "uring=on,soft,timeout=1"] {
         let is_soft = options.contains("soft");
         let (bench, client) = mounted(Terms::default(), options);
-        let in_flight = bench.cat("hang");
-        bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+        let in_flight = hanging(&bench);
         let hidden = bench.host.hide();
         bench.host.cut();
         wait_until("the cut", || status_of(&bench)["resuming"] == true);
@@ -231,7 +220,7 @@ fn killed_and_overdue_readers_get_out_while_it_is_cut() {
         }
         for reader in [in_flight, parked] {
             let output = reader.wait();
-            let words = String::from_utf8_lossy(&output.stderr).into_owned();
+            let words = stderr_of(&output);
             assert_eq!(words.contains("Input/output error"), is_soft, "{output:?}");
         }
         assert!(status_of(&bench)["abandoned"].as_u64() >= Some(1));
@@ -250,21 +239,12 @@ fn signals_end_it() {
     let Some(_on) = Switched::to("Y", "signals_end_it") else { return };
     let (bench, client) = mounted(Terms::default(), "uring=on");
     client.signal(Signal::INT);
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{stderr}");
+    ended(&bench, client);
 
     // The second one ends a request that hangs.
     let (bench, client) = mounted(Terms::default(), "uring=on");
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
-    client.signal(Signal::TERM);
-    wait_until("the detached mount", || !bench.is_mounted());
-    client.signal(Signal::TERM);
-    let output = reader.wait();
-    assert!(!output.status.success(), "{output:?}");
-    let (status, stderr) = client.wait();
-    assert!(stderr.contains("second signal"), "{status} {stderr}");
-    assert_eq!(status.code(), Some(3));
+    let reader = hanging(&bench);
+    end_by_signals(&bench, client, reader);
 }
 
 #[test]
@@ -272,8 +252,7 @@ fn a_killed_client_leaves_tasks_free_and_no_mount() {
     let name = "a_killed_client_leaves_tasks_free_and_no_mount";
     let Some(_on) = Switched::to("Y", name) else { return };
     let (bench, client) = mounted(Terms::default(), "uring=on");
-    let reader = bench.cat("hang");
-    bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    let reader = hanging(&bench);
     client.signal(Signal::KILL);
     assert_eq!(client.wait().0.signal(), Some(9));
     let output = reader.wait();

@@ -28,10 +28,8 @@ fn what_is_in_flight_goes_on_with_the_next_client() {
         return;
     }
     for options in ["lanes=2", "lanes=1,checksum=on,spin=0", "lanes=3,slots=2"] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount(options);
+        let (bench, client) = mounted(Terms::default(), options);
         let reader = hanging(&bench);
-        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
         for round in 1..4 {
             let pid = worker(&bench);
             if round == 3 {
@@ -40,17 +38,14 @@ fn what_is_in_flight_goes_on_with_the_next_client() {
             let signal = if round == 2 { Signal::ABORT } else { Signal::KILL };
             kill_process(pid, signal).expect("kill");
             wait_until("the next client", || worker(&bench) != pid);
-            let again = |seen: &mut host::Seen| (seen.repeats_running >= round).then_some(());
-            bench.host.wait_for("the read again", again);
+            wait_repeats(&bench, round);
             use_mount(&bench);
         }
         wait_connected(&bench);
         let status = status_of(&bench);
         assert_eq!((&status["takeovers"], &status["alone_why"]), (&3.into(), &().into()));
         assert_eq!(bench.host.wait_for("reads", |seen| Some(seen.hanging.len())), 1, "{options}");
-        bench.host.answer_hanging(lane, at, 13);
-        let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
-        assert!(words.contains("Permission denied"), "{words}");
+        deny_read(&bench, reader);
         let stderr = umount(&bench, client);
         assert!(stderr.contains("another one takes the mount over"), "{stderr}");
     }
@@ -62,8 +57,8 @@ fn kills_under_load_lose_and_double_nothing() {
         return;
     }
     static STOP: AtomicBool = AtomicBool::new(false);
-    let bench = Bench::new(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() });
-    let client = bench.mount("lanes=2,cache=never");
+    let (bench, client) =
+        mounted(Terms { init_flags: DO_READDIRPLUS, ..Terms::default() }, "lanes=2,cache=never");
     let writers: Vec<_> = (0..3).map(|_| writer(&bench, &STOP)).collect();
     let root = bench.mountpoint.clone();
     let looker = std::thread::spawn(move || {
@@ -112,8 +107,7 @@ fn replies_and_forgets_that_were_on_their_way_count_once() {
         return;
     }
     for mood in [Mood::LosesReplies, Mood::LosesEntries] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount("lanes=1");
+        let (bench, client) = mounted(Terms::default(), "lanes=1");
         let held = hold(&bench, &["hello"]);
         bench.host.set_mood(mood);
         let reader = bench.cat("n5");
@@ -154,8 +148,7 @@ fn nodes_that_were_given_back_are_not_kept_for_ever() {
         return;
     }
     const NODES: u64 = 2000;
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let pass = |round: u64| {
         let root = bench.mountpoint.clone();
         within("lookups", move || {
@@ -179,8 +172,7 @@ fn who_is_killed_without_a_client_gets_out() {
     if !kernel_resends("who_is_killed_without_a_client_gets_out") {
         return;
     }
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let reader = hanging(&bench);
     // Stopped, the keeper sees nothing of the death.
     client.signal(Signal::STOP);
@@ -204,19 +196,16 @@ fn client_and_daemon_may_go_together() {
         return;
     }
     for knows_slots in [false, true] {
-        let bench = Bench::new(Terms::default());
-        let client = bench.mount("lanes=2");
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
         let reader = hanging(&bench);
-        let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
         bench.host.restart(knows_slots, None);
         kill_worker(&bench, Signal::KILL);
         let twice = |seen: &mut host::Seen| (seen.hanging.len() > 1).then_some(());
         bench.host.wait_for("the read again", twice);
         kill_worker(&bench, Signal::KILL);
-        bench.host.wait_for("and again", |seen| (seen.repeats_running > 0).then_some(()));
+        wait_repeats(&bench, 1);
         use_mount(&bench);
-        bench.host.answer_hanging(lane, at, 13);
-        assert!(!reader.wait().status.success());
+        deny_read(&bench, reader);
         umount(&bench, client);
     }
 }
@@ -226,38 +215,39 @@ fn signals_reach_the_client_that_is_there() {
     if !kernel_resends("signals_reach_the_client_that_is_there") {
         return;
     }
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     kill_worker(&bench, Signal::KILL);
     client.signal(Signal::TERM);
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    ended(&bench, client);
     bench.host.assert_no_faults();
 }
 
-/// By ustat(2), which other machines do not have.
+/// Who reads the superblock, by ustat(2), which other machines do not have: no use of the mount,
+/// but an unmount waits for it.
+#[cfg(target_arch = "x86_64")]
+fn stat_superblock(bench: &Bench) -> Reader {
+    let dev = status_of(bench)["dev_minor"].as_u64().expect("a mount table");
+    let dev = (dev & 0xff) | (dev & !0xff) << 12;
+    let code = "my ($dev, $out) = ($ARGV[0] + 0, '0' x 32); syscall(136, $dev, $out)";
+    let mut command = Command::new("perl");
+    command.args(["-e", code, &dev.to_string()]);
+    Reader { child: command.spawn().expect("perl") }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn a_client_may_die_while_its_mount_is_unmounted() {
     if !kernel_resends("a_client_may_die_while_its_mount_is_unmounted") {
         return;
     }
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let pid = worker(&bench);
-    // It holds what an unmount waits for, and is no use of the mount.
-    let dev = status_of(&bench)["dev_minor"].as_u64().expect("a mount table");
-    let dev = (dev & 0xff) | (dev & !0xff) << 12;
-    let code = "my ($dev, $out) = ($ARGV[0] + 0, '0' x 32); syscall(136, $dev, $out)";
-    let mut command = Command::new("perl");
-    command.args(["-e", code, &dev.to_string()]);
-    let asker = Reader { child: command.spawn().expect("perl") };
+    let asker = stat_superblock(&bench);
     let (lane, at) = bench.host.wait_for("a STATFS", |seen| seen.hanging.first().copied());
     client.signal(Signal::TERM);
     wait_until("the unmount", || !bench.is_mounted());
     kill_process(pid, Signal::KILL).expect("kill");
-    let again = |seen: &mut host::Seen| (seen.repeats_running > 0).then_some(());
-    bench.host.wait_for("the STATFS again", again);
+    wait_repeats(&bench, 1);
     bench.host.answer_hanging(lane, at, 5);
     asker.wait();
     let (status, stderr) = client.wait();
@@ -265,19 +255,36 @@ fn a_client_may_die_while_its_mount_is_unmounted() {
     assert_nothing_left(&bench);
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_second_signal_ends_an_unmount_that_hangs() {
+    for killed in [false, true] {
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
+        let (pid, asker) = (worker(&bench), stat_superblock(&bench));
+        bench.host.wait_for("a STATFS", |seen| seen.hanging.first().copied());
+        client.signal(Signal::TERM);
+        wait_until("the unmount", || !bench.is_mounted());
+        if killed && kernel_resends("a_second_signal_ends_an_unmount_that_hangs") {
+            kill_process(pid, Signal::KILL).expect("kill");
+            wait_repeats(&bench, 1);
+        }
+        client.signal(Signal::TERM);
+        asker.wait();
+        let (status, stderr) = client.wait();
+        assert_eq!(status.code(), Some(3), "{stderr}");
+    }
+}
+
 #[test]
 fn a_mount_that_nobody_takes_over_is_cleaned_up_and_says_so() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2,nokeep");
+    let (bench, client) = mounted(Terms::default(), "lanes=2,nokeep");
     assert_eq!(status_of(&bench)["alone_why"], "nokeep");
     let reader = hanging(&bench);
     let begun = Instant::now();
     kill_process(worker(&bench), Signal::KILL).expect("kill");
     assert!(!reader.wait().status.success());
-    let (status, stderr) = client.wait();
-    assert_eq!(status.code(), Some(3), "{stderr}");
-    assert!(stderr.contains("nobody can take over (nokeep): it is unmounted"), "{stderr}");
-    assert!(!bench.is_mounted() && begun.elapsed() < Duration::from_secs(5));
+    failed(&bench, client, "nobody can take over (nokeep): it is unmounted");
+    assert!(begun.elapsed() < Duration::from_secs(5));
 }
 
 #[test]
@@ -303,8 +310,7 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
         return;
     }
     for passes in [true, false] {
-        let bench = Bench::new(Terms::default());
-        let mut client = bench.mount("lanes=2");
+        let (bench, mut client) = mounted(Terms::default(), "lanes=2");
         let reader = hanging(&bench);
         let before = without_fds(client.pid(), 2);
         kill_process(worker(&bench), Signal::KILL).expect("kill");
@@ -334,8 +340,7 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
 
 #[test]
 fn a_keeper_that_fails_leaves_no_client() {
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=2");
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
     let (pid, reader) = (worker(&bench), hanging(&bench));
     // It does not end by itself when its keeper is gone.
     kill_process(pid, Signal::STOP).expect("stop");
@@ -355,16 +360,12 @@ fn a_client_that_cannot_live_is_given_up() {
     if !kernel_resends("a_client_that_cannot_live_is_given_up") {
         return;
     }
-    let bench = Bench::new(Terms::default());
-    let client = bench.mount("lanes=1");
+    let (bench, client) = mounted(Terms::default(), "lanes=1");
     let reader = hanging(&bench);
     for _ in 0..5 {
         kill_worker(&bench, Signal::ABORT);
     }
     kill_process(worker(&bench), Signal::ABORT).expect("kill");
     assert!(!reader.wait().status.success());
-    let (status, stderr) = client.wait();
-    assert_eq!(status.code(), Some(3), "{stderr}");
-    assert!(stderr.contains("it dies again and again"), "{stderr}");
-    assert!(!bench.is_mounted());
+    failed(&bench, client, "it dies again and again");
 }

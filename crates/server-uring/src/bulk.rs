@@ -8,7 +8,7 @@
 //! Invariant: a reply that is put off counts in its connection's `running`, is looked at again (its
 //! connection is touched, sends, or waits for room), and is forgotten when its stream is cut.
 
-use super::serve::{Cached, read_cached};
+use super::file_io::{Cached, read_cached};
 use super::*;
 use crate::fdops;
 use std::os::fd::AsFd;

@@ -6,7 +6,7 @@
 //! parent fd + name -> openat2, one component --------------------------.
 //! file handle -> open_by_handle_at -> /proc/self/fd -> path below root -+-> identity compared
 //! ```
-//! A [`Recipe`] comes from a guest and may be forged, the handle too (it is two small numbers).
+//! A [`Recipe`] comes from a guest and may be forged, its [`Handle`] too (it is two small numbers).
 //!
 //! Invariants: the fd that is given back was reached by a walk from the share's root (or from a
 //! parent that was) with openat2, RESOLVE_BENEATH and no symbolic links: a path read from the
@@ -14,34 +14,31 @@
 //! device. Another file never takes the place of the one that is gone.
 //!
 //! It must not keep node ids or counts (that is `nodes.rs`) or call the pass-through crate.
-//!
-//! Exception to the rule that raw libc stands in `ring.rs` alone: `mod sys` at the end holds the
-//! file handle calls and FS_IOC_GETVERSION, which rustix lacks.
+
+mod handle;
+mod packed;
+mod recipe;
+mod sys;
+
+pub use handle::{Handle, HandleKind};
+pub(crate) use packed::Packed;
+pub use recipe::{MountIdentity, Recipe};
+pub use sys::HANDLE_BYTES_MAX;
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use zerocopy::little_endian::{I32, I64, U16, U32, U64};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::fdops::{self, ProcPath};
-
-pub use sys::HANDLE_BYTES_MAX;
+use recipe::{Seen, fs_id};
 
 /// File systems of one share that handles can be opened on; beyond them nodes come back by name.
 pub const MOUNTS_MAX: usize = 256;
 
 /// RESOLVE_BENEATH answers EAGAIN when a rename anywhere may have disturbed it (openat2(2)).
 const WALK_TRIES_MAX: usize = 16;
-
-/// `handle_type` of overlayfs (`OVL_FILEID_V1`, fs/overlayfs/overlayfs.h): the file system and
-/// handle of the layer that the file first came from.
-const OVERLAY_HANDLE: i32 = 0xf8;
-
-/// Type, link count, inode number and birth time.
-const IDENTITY_MASK: u32 = 0x0001 | 0x0004 | 0x0100 | 0x0800;
 
 const O_PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -78,399 +75,6 @@ impl ImportError {
             other => ImportError::Host(other),
         }
     }
-}
-
-/// What a file handle is good for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum HandleKind {
-    /// `AT_HANDLE_CONNECTABLE` (Linux 6.13): opens to a true path, also when nothing is cached.
-    Connectable,
-    /// Opens; a path is known for directories, and for files that the host has cached.
-    Plain,
-    /// `AT_HANDLE_FID` (Linux 6.5): cannot be opened, only compared.
-    IdentityOnly,
-}
-
-/// A file handle: inode number and generation in the file system's own form.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Handle {
-    kind: HandleKind,
-    raw_type: i32,
-    bytes: Box<[u8]>,
-}
-
-impl Handle {
-    /// From a record of a peer; `None` beyond [`HANDLE_BYTES_MAX`] bytes.
-    pub fn new(kind: HandleKind, raw_type: i32, bytes: &[u8]) -> Option<Handle> {
-        let fits = bytes.len() <= HANDLE_BYTES_MAX;
-        fits.then(|| Handle { kind, raw_type, bytes: bytes.into() })
-    }
-
-    /// What it is good for.
-    pub const fn kind(&self) -> HandleKind {
-        self.kind
-    }
-
-    /// `handle_type` of `struct file_handle`.
-    pub const fn raw_type(&self) -> i32 {
-        self.raw_type
-    }
-
-    /// The opaque bytes, at most [`HANDLE_BYTES_MAX`].
-    pub const fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// The upper half of the type are the kernel's own flags (`FILEID_IS_CONNECTABLE` and others),
-    /// which may differ between kernels.
-    const fn file_system_type(&self) -> i32 {
-        self.raw_type & 0xffff
-    }
-
-    const fn is_overlay(&self) -> bool {
-        self.file_system_type() == OVERLAY_HANDLE
-    }
-
-    fn same_file(&self, other: &Handle) -> bool {
-        self.file_system_type() == other.file_system_type() && self.bytes == other.bytes
-    }
-
-    /// The best handle that the kernel and the file system give for `name` in `dir`, which `fd`
-    /// is; `None` where there is none. Needs no privilege. Source: name_to_handle_at(2).
-    pub fn of(dir: BorrowedFd<'_>, name: &CStr, fd: BorrowedFd<'_>) -> Option<Handle> {
-        use HandleKind::{Connectable, IdentityOnly, Plain};
-        let mut kinds = [Connectable, Plain, IdentityOnly].into_iter();
-        kinds.find_map(|kind| Handle::of_kind(kind, dir, name, fd))
-    }
-
-    /// One that does not depend on the name: the same for all links of a file.
-    fn nameless(fd: BorrowedFd<'_>) -> Option<Handle> {
-        use HandleKind::{IdentityOnly, Plain};
-        [Plain, IdentityOnly].into_iter().find_map(|kind| Handle::of_kind(kind, fd, c"", fd))
-    }
-
-    /// The bytes of one that does not depend on the name, of `name` in `dir`: its type and length.
-    pub(crate) fn read(
-        kind: HandleKind,
-        dir: BorrowedFd<'_>,
-        name: &CStr,
-        into: &mut [u8; HANDLE_BYTES_MAX],
-    ) -> Result<(i32, usize), Errno> {
-        let flags = match kind {
-            HandleKind::Connectable => 0x2,
-            HandleKind::Plain => 0,
-            HandleKind::IdentityOnly => 0x200,
-        };
-        let (raw_type, len, _mount_id) = sys::name_to_handle(dir, name, flags, into)?;
-        Ok((raw_type, len))
-    }
-
-    fn of_kind(
-        kind: HandleKind,
-        dir: BorrowedFd<'_>,
-        name: &CStr,
-        fd: BorrowedFd<'_>,
-    ) -> Option<Handle> {
-        let mut bytes = [0; HANDLE_BYTES_MAX];
-        let got = match kind {
-            // Excludes AT_EMPTY_PATH. If another file takes the name just now, handle and inode
-            // number disagree, and the import ends in ESTALE.
-            HandleKind::Connectable => sys::name_to_handle(dir, name, 0x2, &mut bytes),
-            HandleKind::Plain => sys::name_to_handle(fd, c"", 0x1000, &mut bytes),
-            HandleKind::IdentityOnly => sys::name_to_handle(fd, c"", 0x1200, &mut bytes),
-        };
-        let (raw_type, len, _mount_id) = got.ok()?;
-        Handle::new(kind, raw_type, bytes.get(..len)?)
-    }
-}
-
-/// Which file system: `f_fsid` of statfs(2) stays over remounts for ext4 and btrfs; the device
-/// number tells apart, while they are mounted, what has no such id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MountIdentity {
-    /// `f_fsid`; 0 where the file system has none.
-    pub fs_id: u64,
-    /// Major and minor device number of statx(2).
-    pub device: (u32, u32),
-}
-
-/// What rebuilds one node: the content of a NODE record.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recipe {
-    /// Where the file system has one.
-    pub handle: Option<Handle>,
-    /// The file system.
-    pub mount: MountIdentity,
-    /// Inode number on the host.
-    pub ino: u64,
-    /// `S_IFMT` bits: a file does not change its kind.
-    pub kind: u16,
-    /// Birth time, seconds and nanoseconds, where the file system keeps it.
-    pub btime: Option<(i64, u32)>,
-    /// FS_IOC_GETVERSION; only asked for without a handle (which contains it).
-    pub generation: Option<u32>,
-    /// The guest's id of the directory that it was found in.
-    pub parent: u64,
-    /// Its name there: one component.
-    pub name: CString,
-}
-
-impl Recipe {
-    /// Describes `name` in `dir` (which the guest knows as `parent`).
-    ///
-    /// # Errors
-    /// [`ImportError::Stale`] if it is not there; [`ImportError::Host`], with `EINVAL` for what is
-    /// not one component.
-    pub fn of(dir: BorrowedFd<'_>, name: &CStr, parent: u64) -> Result<Recipe, ImportError> {
-        fdops::check_name(name).map_err(ImportError::Host)?;
-        let fd =
-            rustix::fs::openat(dir, name, O_PATH, Mode::empty()).map_err(ImportError::from_walk)?;
-        Recipe::of_fd(dir, name, parent, fd.as_fd())
-    }
-
-    /// As [`Recipe::of`], with the fd of the file in hand: spares the open.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn of_fd(
-        dir: BorrowedFd<'_>,
-        name: &CStr,
-        parent: u64,
-        fd: BorrowedFd<'_>,
-    ) -> Result<Recipe, ImportError> {
-        Recipe::with(Handle::of(dir, name, fd), name, parent, fd)
-    }
-
-    /// As [`Recipe::of`], for as long as this daemon runs: the handle does not depend on the name,
-    /// so that any link of the file can be compared with it.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn brief(dir: BorrowedFd<'_>, name: &CStr, parent: u64) -> Result<Recipe, ImportError> {
-        fdops::check_name(name).map_err(ImportError::Host)?;
-        let fd =
-            rustix::fs::openat(dir, name, O_PATH, Mode::empty()).map_err(ImportError::from_walk)?;
-        Recipe::with(Handle::nameless(fd.as_fd()), name, parent, fd.as_fd())
-    }
-
-    /// As [`Recipe::brief`] with the file's fd, for a name that cannot be looked at now: whether it
-    /// leads there the import will see.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn brief_of_fd(
-        fd: BorrowedFd<'_>,
-        name: &CStr,
-        parent: u64,
-    ) -> Result<Recipe, ImportError> {
-        Recipe::with(Handle::nameless(fd), name, parent, fd)
-    }
-
-    /// Whether it tells its file from another one that got the same inode number.
-    pub fn proves_identity(&self) -> bool {
-        self.handle.is_some() || self.btime.is_some() || self.generation.is_some()
-    }
-
-    fn with(
-        handle: Option<Handle>,
-        name: &CStr,
-        parent: u64,
-        fd: BorrowedFd<'_>,
-    ) -> Result<Recipe, ImportError> {
-        let seen = Seen::of(fd).map_err(ImportError::Host)?;
-        let generation = if handle.is_none() { generation(fd, seen.kind) } else { None };
-        let mount =
-            MountIdentity { fs_id: fs_id(fd).map_err(ImportError::Host)?, device: seen.device };
-        let Seen { ino, kind, btime, .. } = seen;
-        Ok(Recipe { handle, mount, ino, kind, btime, generation, parent, name: name.into() })
-    }
-
-    /// Is the file at its name in `dir`, open as `fd`, the one that was described?
-    ///
-    /// # Errors
-    /// The host could not look.
-    pub fn describes(&self, dir: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-        let seen = Seen::of(fd)?;
-        if seen.links == 0 || seen.kind != self.kind {
-            return Ok(false);
-        }
-        let now = self.handle.as_ref().and_then(|h| Handle::of_kind(h.kind, dir, &self.name, fd));
-        match (&self.handle, now) {
-            // The first write to a lower file gives it another birth time, and this handle stays.
-            (Some(handle), Some(now)) if handle.is_overlay() => Ok(handle.same_file(&now)),
-            // Inode number, generation and birth time: enough on whatever device it is now.
-            (Some(handle), Some(now)) => Ok(handle.same_file(&now) && self.resembles(&seen)),
-            (Some(_) | None, _) => {
-                // Where a handle cannot be had now, it proves nothing.
-                if self.btime.is_none() && self.generation.is_none() {
-                    return Ok(false);
-                }
-                let same_generation =
-                    self.generation.is_none() || self.generation == generation(fd, seen.kind);
-                Ok(self.resembles(&seen) && same_generation && fs_id(fd)? == self.mount.fs_id)
-            }
-        }
-    }
-
-    /// In few bytes: [`Packed`], the handle, the name.
-    pub fn pack(&self) -> Box<[u8]> {
-        let handle = self.handle.as_ref();
-        let handle = handle.map(|handle| (handle.kind, handle.raw_type, &*handle.bytes));
-        let mut packed = Vec::with_capacity(size_of::<Packed>() + 32 + self.name.count_bytes());
-        Packed::new(self.mount, self.ino, self.kind, self.parent)
-            .born(self.btime)
-            .generation(self.generation)
-            .write(handle, &self.name, &mut packed);
-        packed.into()
-    }
-
-    /// The opposite of [`Recipe::pack`]; `None` for what it did not make.
-    pub fn unpack(bytes: &[u8]) -> Option<Recipe> {
-        let (head, rest) = Packed::read_from_prefix(bytes).ok()?;
-        if head.form != FORM {
-            return None;
-        }
-        let (handle, name) = rest.split_at_checked(head.handle_bytes.into())?;
-        let handle_kind = match head.handle_kind {
-            1 => Some(HandleKind::Connectable),
-            2 => Some(HandleKind::Plain),
-            3 => Some(HandleKind::IdentityOnly),
-            _ => None,
-        };
-        let handle = handle_kind.map(|kind| Handle::new(kind, head.handle_type.get(), handle));
-        Some(Recipe {
-            handle: handle.flatten(),
-            mount: MountIdentity {
-                fs_id: head.fs_id.get(),
-                device: (head.device[0].get(), head.device[1].get()),
-            },
-            ino: head.ino.get(),
-            kind: head.kind.get(),
-            btime: (head.has & 1 != 0).then_some((head.btime_sec.get(), head.btime_nsec.get())),
-            generation: (head.has & 2 != 0).then_some(head.generation.get()),
-            parent: head.parent.get(),
-            name: CString::new(name).ok()?,
-        })
-    }
-
-    fn resembles(&self, seen: &Seen) -> bool {
-        let same_birth = self.btime.is_none() || self.btime == seen.btime;
-        seen.links > 0 && (self.ino, self.kind) == (seen.ino, seen.kind) && same_birth
-    }
-}
-
-/// Which layout of [`Packed`] this is: recipes outlive the daemon that made them.
-const FORM: u8 = 1;
-
-/// The head of a packed recipe, before the handle and the name; see [`Recipe`] for the fields.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub(crate) struct Packed {
-    ino: U64,
-    fs_id: U64,
-    device: [U32; 2],
-    btime_sec: I64,
-    btime_nsec: U32,
-    generation: U32,
-    parent: U64,
-    handle_type: I32,
-    kind: U16,
-    /// 0: there is none.
-    handle_kind: u8,
-    /// Bit 0: a birth time; bit 1: a generation.
-    has: u8,
-    handle_bytes: u8,
-    /// [`FORM`].
-    form: u8,
-}
-
-/// The longest that [`Packed::write`] makes fits a NODE.
-const _: () = assert!(
-    size_of::<Packed>() + HANDLE_BYTES_MAX + fdops::NAME_BYTES_MAX
-        <= ringfs_wire::limits::RECIPE_BYTES_MAX
-);
-
-impl Packed {
-    pub(crate) fn new(mount: MountIdentity, ino: u64, kind: u16, parent: u64) -> Packed {
-        Packed {
-            ino: ino.into(),
-            fs_id: mount.fs_id.into(),
-            device: [mount.device.0.into(), mount.device.1.into()],
-            parent: parent.into(),
-            kind: kind.into(),
-            form: FORM,
-            ..Packed::new_zeroed()
-        }
-    }
-
-    pub(crate) fn born(self, btime: Option<(i64, u32)>) -> Packed {
-        let Some((sec, nsec)) = btime else { return self };
-        Packed { btime_sec: sec.into(), btime_nsec: nsec.into(), has: self.has | 1, ..self }
-    }
-
-    fn generation(self, generation: Option<u32>) -> Packed {
-        let Some(generation) = generation else { return self };
-        Packed { generation: generation.into(), has: self.has | 2, ..self }
-    }
-
-    pub(crate) fn write(
-        mut self,
-        handle: Option<(HandleKind, i32, &[u8])>,
-        name: &CStr,
-        out: &mut Vec<u8>,
-    ) {
-        let mut bytes = &[][..];
-        if let Some((kind, raw_type, handle)) = handle {
-            self.handle_type = raw_type.into();
-            self.handle_bytes = handle.len() as u8;
-            self.handle_kind = match kind {
-                HandleKind::Connectable => 1,
-                HandleKind::Plain => 2,
-                HandleKind::IdentityOnly => 3,
-            };
-            bytes = handle;
-        }
-        out.extend_from_slice(self.as_bytes());
-        out.extend_from_slice(bytes);
-        out.extend_from_slice(name.to_bytes());
-    }
-}
-
-/// What one statx tells.
-pub(crate) struct Seen {
-    ino: u64,
-    kind: u16,
-    links: u32,
-    btime: Option<(i64, u32)>,
-    device: (u32, u32),
-}
-
-impl Seen {
-    fn of(fd: BorrowedFd<'_>) -> Result<Seen, Errno> {
-        let got = fdops::statx(fd, IDENTITY_MASK, 0)?;
-        let btime = (got.btime.tv_sec, got.btime.tv_nsec);
-        Ok(Seen {
-            ino: got.ino,
-            kind: got.mode & 0o170_000,
-            links: got.nlink,
-            btime: (got.mask & 0x0800 != 0).then_some(btime),
-            device: (got.dev_major, got.dev_minor),
-        })
-    }
-}
-
-fn fs_id(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
-    Ok(rustix::fs::fstatvfs(fd)?.f_fsid)
-}
-
-/// Wants a real fd, so only for what may be opened without harm.
-fn generation(fd: BorrowedFd<'_>, kind: u16) -> Option<u32> {
-    let harmless = [FileType::RegularFile, FileType::Directory];
-    if !harmless.contains(&FileType::from_raw_mode(kind.into())) {
-        return None;
-    }
-    let real = fdops::reopen(fd, OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
-    sys::generation(real.as_fd()).ok()
 }
 
 struct Mount {
@@ -597,13 +201,11 @@ impl Root {
     /// The file, whatever its name, and wherever it is: not for guests.
     pub(crate) fn open_handle(&self, recipe: &Recipe) -> Result<(OwnedFd, Seen), ImportError> {
         let Some(handle) = &recipe.handle else { return Err(ImportError::Stale) };
-        if handle.kind == HandleKind::IdentityOnly {
+        if handle.kind() == HandleKind::IdentityOnly {
             return Err(ImportError::Stale);
         }
         let mount = self.mount_of(&recipe.mount).ok_or(ImportError::Stale)?;
-        let flags = (libc::O_PATH | libc::O_NOFOLLOW) | libc::O_CLOEXEC;
-        let open = || sys::open_by_handle(mount.dir.as_fd(), handle.raw_type, &handle.bytes, flags);
-        let opened = fdops::retry_on_nomem(open).map_err(|errno| match errno {
+        let opened = handle.open(mount.dir.as_fd()).map_err(|errno| match errno {
             Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::IO | Errno::INTR => {
                 ImportError::Host(errno)
             }
@@ -700,102 +302,6 @@ fn path_of(fd: BorrowedFd<'_>) -> Result<CString, ImportError> {
         Errno::NAMETOOLONG => ImportError::Stale,
         other => ImportError::Host(other),
     })
-}
-
-/// The raw calls; see the head of the file for why each is here.
-#[allow(unsafe_code, reason = "system calls that rustix lacks")]
-mod sys {
-    use std::ffi::CStr;
-    use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-
-    use rustix::io::{Errno, Result};
-
-    /// Bytes of a file handle at most (`MAX_HANDLE_SZ`, linux/exportfs.h).
-    pub const HANDLE_BYTES_MAX: usize = 128;
-
-    /// `struct file_handle` with room for the longest one.
-    #[repr(C)]
-    struct RawHandle {
-        handle_bytes: u32,
-        handle_type: i32,
-        bytes: [u8; HANDLE_BYTES_MAX],
-    }
-
-    fn last_errno() -> Errno {
-        Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
-    }
-
-    /// name_to_handle_at(2): writes the handle's bytes, returns (type, length, mount id).
-    pub(super) fn name_to_handle(
-        dir: BorrowedFd<'_>,
-        name: &CStr,
-        flags: i32,
-        into: &mut [u8; HANDLE_BYTES_MAX],
-    ) -> Result<(i32, usize, i32)> {
-        let mut raw = RawHandle {
-            handle_bytes: HANDLE_BYTES_MAX as u32,
-            handle_type: 0,
-            bytes: [0; HANDLE_BYTES_MAX],
-        };
-        let mut mount_id = 0i32;
-        // SAFETY: the fd is open, the name ends in NUL; `raw` has the layout of struct file_handle
-        // with `handle_bytes` bytes behind its header, and both pointers are valid for the call.
-        let rc = unsafe {
-            libc::syscall(
-                libc::SYS_name_to_handle_at,
-                dir.as_raw_fd(),
-                name.as_ptr(),
-                &raw mut raw,
-                &raw mut mount_id,
-                flags,
-            )
-        };
-        if rc != 0 {
-            return Err(last_errno());
-        }
-        let len = (raw.handle_bytes as usize).min(HANDLE_BYTES_MAX);
-        *into = raw.bytes;
-        Ok((raw.handle_type, len, mount_id))
-    }
-
-    /// open_by_handle_at(2). Wants CAP_DAC_READ_SEARCH; `mount` is any fd on the file system.
-    pub(super) fn open_by_handle(
-        mount: BorrowedFd<'_>,
-        handle_type: i32,
-        handle: &[u8],
-        flags: i32,
-    ) -> Result<OwnedFd> {
-        let mut raw = RawHandle { handle_bytes: 0, handle_type, bytes: [0; HANDLE_BYTES_MAX] };
-        let target = raw.bytes.get_mut(..handle.len()).ok_or(Errno::INVAL)?;
-        target.copy_from_slice(handle);
-        raw.handle_bytes = handle.len() as u32;
-        // SAFETY: the fd is open; `raw` has the layout of struct file_handle and holds
-        // `handle_bytes` bytes; the kernel only reads it, during the call.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_open_by_handle_at,
-                mount.as_raw_fd(),
-                &raw const raw,
-                flags | libc::O_CLOEXEC,
-            )
-        };
-        match i32::try_from(fd) {
-            // SAFETY: the kernel has just made this fd for us; nobody else owns it.
-            Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-            _ => Err(last_errno()),
-        }
-    }
-
-    /// FS_IOC_GETVERSION: the inode's generation. Not on `O_PATH` fds.
-    pub(super) fn generation(fd: BorrowedFd<'_>) -> Result<u32> {
-        // The request is _IOR('v', 1, long), but every file system writes an int; a long's room
-        // is right for either.
-        let mut version: libc::c_long = 0;
-        // SAFETY: the fd is open; the pointer is valid for writes of a long during the call.
-        let rc =
-            unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_GETVERSION as _, &raw mut version) };
-        if rc == 0 { Ok(version as u32) } else { Err(last_errno()) }
-    }
 }
 
 #[cfg(test)]

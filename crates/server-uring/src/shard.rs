@@ -7,22 +7,20 @@
 
 use crate::buffers::{Buf, BufferPool};
 use crate::connection::{Connection, reply_header};
-use crate::dispatch::{Request, Route};
+use crate::dispatch::Request;
 use crate::handles::OpenFile;
 use crate::limits::*;
-use crate::link::{BODY_AT, Next, SPLICE_HEAD_BYTES};
+use crate::link::{BODY_AT, Next};
 use crate::mailbox::{Mail, Mailbox};
 use crate::notes::Notes;
 use crate::op::{Io, Op, Place, RequestTag, Tag};
-use crate::pool::{Body, Done, Job, Pool};
+use crate::pool::{Done, Pool};
 use crate::registry::Registry;
 use crate::ring::{IoResult, Ring};
 use crate::splice::{SendBuffer, Splicer};
 use crate::stats::{ShardStats, add};
-use ringfs_wire::abi::{ForgetOne, WriteOut};
 use ringfs_wire::batch::{Kind, RecordHeader, cancel};
 use ringfs_wire::hello::Reason;
-use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
 use ringfs_wire::session::LinkError;
 use ringfs_wire::spin::Spin;
 use ringfs_wire::table::{Abandon, Begin, Fate};
@@ -41,6 +39,8 @@ mod account;
 mod bulk;
 #[path = "fair.rs"]
 mod fair;
+#[path = "file_io.rs"]
+mod file_io;
 #[path = "join.rs"]
 mod join;
 #[path = "once.rs"]
@@ -271,77 +271,6 @@ impl<R: Ring> Shard<R> {
                 self.ending = Some(Instant::now());
                 let keys: Vec<usize> = self.conns.iter().map(|(key, _)| key).collect();
                 keys.into_iter().for_each(|key| self.close(key, Reason::Shutdown));
-            }
-        }
-    }
-
-    fn receive(&mut self, key: usize, buf: Buf, range: Range<usize>) {
-        let conn = &mut self.conns[key];
-        let link = &mut conn.link;
-        link.in_flight += 1;
-        if buf.is_large() {
-            conn.large_at = None;
-            link.receiving_since.get_or_insert_with(Instant::now);
-        }
-        self.listen(key, buf, range);
-    }
-
-    fn received(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
-        let conn = &mut self.conns[key];
-        let link = &mut conn.link;
-        link.in_flight -= 1;
-        match result {
-            Ok(n) if n > 0 => {
-                if n == range.len() {
-                    // A large buffer is filled up to the end of its batch.
-                    link.receiving_since = None;
-                }
-                link.handle_received(buf, 0..range.start + n, &mut self.buffers);
-                link.asked.iter_mut().for_each(|asked| asked.heard = true);
-                self.touched.push(key);
-            }
-            Err(Errno::INTR | Errno::AGAIN) => self.receive(key, buf, range),
-            end => {
-                self.buffers.give(buf);
-                link.end_receiving();
-                let (session, conn) = (conn.session.id, conn.index);
-                match end {
-                    Err(error) if link.closing.is_none() => {
-                        tracing::info!(session, conn, %error, "connection lost");
-                    }
-                    _ => tracing::debug!(session, conn, "connection closed by the peer"),
-                }
-                self.hang_up(key, Reason::Unmounted);
-            }
-        }
-    }
-
-    fn send(&mut self, key: usize, buf: Buf, range: Range<usize>) {
-        let link = &mut self.conns[key].link;
-        let Some(socket) = link.socket.clone() else { return self.buffers.give(buf) };
-        link.in_flight += 1;
-        link.sending_since.get_or_insert_with(Instant::now);
-        self.submit(Op { io: Io::Send { socket, buf, range }, tag: Tag::Stream(key) });
-    }
-
-    fn sent(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
-        let conn = &mut self.conns[key];
-        conn.link.in_flight -= 1;
-        let done = match result {
-            Ok(n) => n,
-            Err(Errno::INTR | Errno::AGAIN) => 0,
-            Err(error) => {
-                tracing::debug!(session = conn.session.id, %error, "cannot send");
-                self.buffers.give(buf);
-                return self.hang_up(key, Reason::Unmounted);
-            }
-        };
-        match conn.link.handle_sent(buf, range, done, &mut self.buffers) {
-            Some((buf, rest)) => self.send(key, buf, rest),
-            None => {
-                conn.link.sending_since = None;
-                add(&self.shared.stats.batches_out, 1);
-                self.touched.push(key);
             }
         }
     }

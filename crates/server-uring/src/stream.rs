@@ -12,6 +12,47 @@ use rustix::net::{RecvFlags, SendFlags};
 pub(super) type Listening = (usize, Buf, Range<usize>);
 
 impl<R: Ring> Shard<R> {
+    pub(super) fn receive(&mut self, key: usize, buf: Buf, range: Range<usize>) {
+        let conn = &mut self.conns[key];
+        let link = &mut conn.link;
+        link.in_flight += 1;
+        if buf.is_large() {
+            conn.large_at = None;
+            link.receiving_since.get_or_insert_with(Instant::now);
+        }
+        self.listen(key, buf, range);
+    }
+
+    pub(super) fn received(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
+        let conn = &mut self.conns[key];
+        let link = &mut conn.link;
+        link.in_flight -= 1;
+        match result {
+            Ok(n) if n > 0 => {
+                if n == range.len() {
+                    // A large buffer is filled up to the end of its batch.
+                    link.receiving_since = None;
+                }
+                link.handle_received(buf, 0..range.start + n, &mut self.buffers);
+                link.asked.iter_mut().for_each(|asked| asked.heard = true);
+                self.touched.push(key);
+            }
+            Err(Errno::INTR | Errno::AGAIN) => self.receive(key, buf, range),
+            end => {
+                self.buffers.give(buf);
+                link.end_receiving();
+                let (session, conn) = (conn.session.id, conn.index);
+                match end {
+                    Err(error) if link.closing.is_none() => {
+                        tracing::info!(session, conn, %error, "connection lost");
+                    }
+                    _ => tracing::debug!(session, conn, "connection closed by the peer"),
+                }
+                self.hang_up(key, Reason::Unmounted);
+            }
+        }
+    }
+
     /// Has the connection wait for input in `buf[range]`.
     pub(super) fn listen(&mut self, key: usize, buf: Buf, range: Range<usize>) {
         if self.spin.is_on() && !self.ring.takes_all() && self.listening.len() < LISTENING_MAX {
@@ -98,6 +139,36 @@ impl<R: Ring> Shard<R> {
             }
         }
         any
+    }
+
+    pub(super) fn send(&mut self, key: usize, buf: Buf, range: Range<usize>) {
+        let link = &mut self.conns[key].link;
+        let Some(socket) = link.socket.clone() else { return self.buffers.give(buf) };
+        link.in_flight += 1;
+        link.sending_since.get_or_insert_with(Instant::now);
+        self.submit(Op { io: Io::Send { socket, buf, range }, tag: Tag::Stream(key) });
+    }
+
+    pub(super) fn sent(&mut self, key: usize, buf: Buf, range: Range<usize>, result: IoResult) {
+        let conn = &mut self.conns[key];
+        conn.link.in_flight -= 1;
+        let done = match result {
+            Ok(n) => n,
+            Err(Errno::INTR | Errno::AGAIN) => 0,
+            Err(error) => {
+                tracing::debug!(session = conn.session.id, %error, "cannot send");
+                self.buffers.give(buf);
+                return self.hang_up(key, Reason::Unmounted);
+            }
+        };
+        match conn.link.handle_sent(buf, range, done, &mut self.buffers) {
+            Some((buf, rest)) => self.send(key, buf, rest),
+            None => {
+                conn.link.sending_since = None;
+                add(&self.shared.stats.batches_out, 1);
+                self.touched.push(key);
+            }
+        }
     }
 
     /// Sends what the socket takes now, and leaves the rest to the ring; whether all is gone.

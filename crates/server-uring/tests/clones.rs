@@ -11,7 +11,7 @@ use ringfs_wire::hello::{Hello, Reason, Ticket, feature, welcome_flag};
 use ringfs_wire::limits::RESTORE_BODY_BYTES_MAX;
 use ringfs_wire::restore::{End as Totals, Restore, push_restore};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Barrier;
@@ -162,12 +162,6 @@ fn ask_again(guest: &mut Guest, opcode: Opcode, node: u64, args: &[u8]) -> Resul
     result
 }
 
-fn goodbye(mut guest: Guest) {
-    guest.add(Kind::Goodbye as u8, NONE, Reason::Unmounted as u32, &[]);
-    guest.flush();
-    guest.ending();
-}
-
 /// All clones at once; how many have the original's session, and the longest time to an answer.
 fn clones_come(daemon: &Daemon, memory: &Memory) -> (usize, Duration) {
     let (begin, lived) = (Barrier::new(CLONES as usize), AtomicU64::new(0));
@@ -301,8 +295,7 @@ fn a_forget_from_before_a_rebuild_runs_for_the_daemon_after_the_next_one_too() {
         };
         give_back(&mut heir);
         let (epoch, ticket) = (heir.welcome.epoch, heir.welcome.ticket);
-        let worker = Pid::from_raw(daemon.worker_pid() as i32).expect("a pid");
-        kill_process(worker, Signal::KILL).expect("kill");
+        kill(daemon.worker_pid(), Signal::KILL);
         assert_eq!(heir.ending(), End::Closed);
         let mut heir = memory.come_rebuilt(&daemon, epoch, ticket);
         give_back(&mut heir);

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 fn status(daemon: &Daemon) -> ringfs_server::status::Status {
-    control::ask_status(&daemon.path("c")).expect("a status")
+    daemon.status()
 }
 
 #[test]
@@ -115,15 +115,6 @@ fn file(dir: &Path, shares: &[&str], listeners: &[&str], top: &str) -> String {
     text
 }
 
-fn mount(daemon: &Daemon, listener: &str, share: &str) -> Result<Guest, Reason> {
-    let stream = UnixStream::connect(daemon.path(listener)).expect("it listens");
-    stream.set_read_timeout(Some(LIMIT)).expect("timeout");
-    Guest::greet(stream, &hello(share)).map_err(|end| match end {
-        End::Goodbye(Some(reason), _) => reason,
-        end => panic!("{end:?}"),
-    })
-}
-
 #[test]
 fn a_reload_changes_shares_and_listeners_under_running_sessions() {
     let daemon = Daemon::start_with_file(|dir| file(dir, &["a", "b"], &["s", "t"], "grace = 5"));
@@ -134,7 +125,7 @@ fn a_reload_changes_shares_and_listeners_under_running_sessions() {
         let text = |bytes| String::from_utf8(bytes).expect("text");
         (output.status.code(), text(output.stdout), text(output.stderr))
     };
-    let mut a = mount(&daemon, "t", "a").expect("a session");
+    let mut a = mount(&daemon.path("t"), "a").expect("a session");
     let (node, fh) = a.create("file").expect("create");
 
     // Wrong files change nothing.
@@ -149,7 +140,7 @@ fn a_reload_changes_shares_and_listeners_under_running_sessions() {
         assert!(told.config.errors.iter().any(|error| error.contains(why)), "{told:?}");
         assert!(told.to_text(None).contains("THE LAST RELOAD FAILED"));
         assert_eq!((told.shares.len(), told.config.listeners.len()), (2, 2));
-        drop(mount(&daemon, "s", "b").expect("b is shared still"));
+        drop(mount(&daemon.path("s"), "b").expect("b is shared still"));
     }
 
     // A share and a listener go, others come, and what cannot change says so.
@@ -161,15 +152,15 @@ fn a_reload_changes_shares_and_listeners_under_running_sessions() {
     let told = status(&daemon);
     assert_eq!((told.config.errors.len(), told.config.reloads), (0, 4));
     assert!(!daemon.path("t").exists() && daemon.path("u").exists());
-    drop(mount(&daemon, "u", "c").expect("c is shared"));
-    assert_eq!(mount(&daemon, "u", "a").err(), Some(Reason::UnknownShare));
+    drop(mount(&daemon.path("u"), "c").expect("c is shared"));
+    assert_eq!(mount(&daemon.path("u"), "a").err(), Some(Reason::UnknownShare));
     // Who has it mounted goes on.
     assert_eq!(a.write(node, fh, 0, b"still here"), Ok(10));
     let gone = told.shares.iter().find(|share| share.name == "a").expect("a");
     assert!(gone.removed && gone.sessions == 1, "{gone:?}");
 
     // Unless that is not wanted.
-    let mut b = mount(&daemon, "s", "b").expect("a session");
+    let mut b = mount(&daemon.path("s"), "b").expect("a session");
     let text = file(&dir, &["c"], &["s"], "grace = 5\ndrop-removed = true");
     let (code, said, _) = reload(text);
     assert_eq!((code, said.contains("removed share b")), (Some(0), true), "{said}");
@@ -183,11 +174,10 @@ fn a_reload_changes_shares_and_listeners_under_running_sessions() {
 fn a_share_that_is_served_otherwise_is_so_for_those_who_come() {
     let text = |dir: &Path| file(dir, &["a"], &["s"], "grace = 0");
     let daemon = Daemon::start_with_file(text);
-    let mut old = mount(&daemon, "s", "a").expect("a session");
+    let mut old = mount(&daemon.path("s"), "a").expect("a session");
     std::fs::write(daemon.path("ringfsd.toml"), text(&daemon.path("")) + "ro = true\n").expect("w");
-    let output = daemon.command(&["reload"]);
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "changed share a\n");
-    let mut new = mount(&daemon, "s", "a").expect("a session");
+    assert_eq!(daemon.reload(), "changed share a\n");
+    let mut new = mount(&daemon.path("s"), "a").expect("a session");
     assert_eq!(new.create("new").err(), Some(libc::EROFS as u32));
     assert!(old.create("old").is_ok());
     drop((old, new));

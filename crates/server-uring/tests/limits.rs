@@ -32,8 +32,7 @@ fn file(dir: &Path, limits: &str) -> String {
 fn reload(daemon: &Daemon, limits: &str) {
     let path = daemon.path("ringfsd.toml");
     std::fs::write(&path, file(path.parent().expect("a directory"), limits)).expect("write");
-    let output = daemon.command(&["reload"]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    daemon.reload();
 }
 
 /// How long so many requests take that do nothing.
@@ -61,7 +60,7 @@ fn operations_and_bytes_a_second_are_delayed_and_none_is_lost() {
     assert!(time_for(&mut guest, 250) >= Duration::from_millis(390));
     // Another session has its own; on another share, too.
     let mut second = daemon.guest();
-    let mut other = Guest::greet(daemon.connect(), &hello("other")).expect("welcome");
+    let mut other = daemon.mount("other").expect("welcome");
     for guest in [&mut second, &mut other] {
         assert!(time_for(guest, 100) >= Duration::from_millis(90));
     }
@@ -154,7 +153,7 @@ fn files_and_nodes_of_a_session_are_bounded() {
     assert_eq!(open.len(), 3);
     assert_eq!(guest.open(nodes[0], 0), Err(NFILE));
     // The share that says something else has that.
-    let mut other = Guest::greet(daemon.connect(), &hello("other")).expect("welcome");
+    let mut other = daemon.mount("other").expect("welcome");
     let node = other.lookup(1, "file-1").expect("there").nodeid;
     assert!((0..20).all(|_| other.open(node, 0).is_ok()));
     // More now, for the session that is there.
@@ -194,7 +193,7 @@ fn large_requests_that_wait_keep_no_buffers_from_others() {
             foes.push(foe);
         }
     }
-    let mut friend = Guest::greet(daemon.connect(), &hello("other")).expect("welcome");
+    let mut friend = daemon.mount("other").expect("welcome");
     let (node, fh) = friend.create("friend").expect("create");
     let data = pattern(1, 1 << 20);
     assert_eq!(friend.write(node, fh, 0, &data), Ok(1 << 20));

@@ -3,7 +3,6 @@
 mod common;
 
 use common::*;
-use ringfs_server::control;
 use ringfs_wire::abi::{self, Opcode};
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, Write};
@@ -124,7 +123,7 @@ fn limits_tell_what_they_are_and_what_they_did() {
         command.arg(format!("--share=limited={},{limited}", share.display()));
         command
     });
-    let mut guest = Guest::greet(daemon.connect(), &hello("limited")).expect("welcome");
+    let mut guest = daemon.mount("limited").expect("welcome");
     let made = (0..9).filter(|n| guest.create(&format!("file-{n}")).is_ok()).count();
     assert_eq!(made, 2);
     let (mut asked, begun) = (9, std::time::Instant::now());
@@ -190,14 +189,14 @@ fn a_slow_operation_is_told_with_where_it_was() {
         command.stderr(log.try_clone().expect("dup"));
         command
     });
-    let mut guest = Guest::greet(daemon.connect(), &hello("share")).expect("a session");
+    let mut guest = daemon.mount("share").expect("a session");
     let (node, fh) = guest.create("big").expect("create");
     let fallocate = abi::FallocateIn { fh, length: SLOW_BYTES, ..Default::default() };
     let at = guest.start(Opcode::Fallocate, node, fallocate.as_bytes());
     guest.flush();
     assert_eq!(guest.reply().expect("a reply"), (at, Ok(Vec::new())));
     // What the guest calls it.
-    let told = control::ask_status(&daemon.path("c")).expect("a status");
+    let told = daemon.status();
     let session = told.sessions.first().expect("the session").id;
     let name = format!("{session}.0.{}.{}", at.slot, at.seq);
     let slow = told.slow.iter().find(|slow| slow.op == name).expect("it is told");

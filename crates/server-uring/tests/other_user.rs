@@ -4,11 +4,10 @@
 mod common;
 
 use common::*;
-use ringfs_server::control;
 use ringfs_wire::abi::{Opcode, SetattrIn, fattr};
-use ringfs_wire::hello::{Hello, feature};
+use ringfs_wire::hello::{Hello, Reason, feature};
 use std::os::unix::fs::{MetadataExt, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use zerocopy::IntoBytes;
 
@@ -43,6 +42,30 @@ fn daemon_of_user(engine: &str, script: &str, options: &[&str]) -> Daemon {
         }
         command
     })
+}
+
+/// A directory of that user, with these in it.
+fn dirs_of_user(names: [&str; 2]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("directory");
+    chown(dir.path(), Some(UID), Some(GID)).expect("chown");
+    for path in names.map(|name| dir.path().join(name)) {
+        std::fs::create_dir(&path).expect("mkdir");
+        chown(&path, Some(UID), Some(GID)).expect("chown");
+    }
+    dir
+}
+
+/// A configuration file, and the option that names it.
+fn config_in(dir: &Path, text: &str) -> (PathBuf, String) {
+    let file = dir.join("ringfsd.toml");
+    std::fs::write(&file, text).expect("write");
+    let option = format!("--config={}", file.display());
+    (file, option)
+}
+
+/// A share, as it stands there.
+fn table(name: &str, path: &Path) -> String {
+    format!("[share.{name}]\npath = {path:?}\n")
 }
 
 fn proc_of_worker(daemon: &Daemon, file: &str) -> String {
@@ -102,7 +125,7 @@ fn its_state_directory_leads_nowhere() {
         assert_eq!(files(), sessions, "a file a session");
         no_directory_is_from_outside(&daemon);
         assert!(has_locked(&daemon, &state), "whoever is left of the daemon has it");
-        kill_worker(&daemon, daemon.worker_pid());
+        daemon.kill_worker();
     }
     let user = ["setpriv", &format!("--reuid={UID}"), &format!("--regid={GID}"), "--clear-groups"];
     let said = says_with(&user, dir.path(), &[&option, "--grace=60"]);
@@ -110,7 +133,7 @@ fn its_state_directory_leads_nowhere() {
     assert_eq!(without(&daemon), "");
     // Somebody has moved it: guests are served all the same.
     std::fs::rename(&state, dir.path().join("moved")).expect("rename");
-    kill_worker(&daemon, daemon.worker_pid());
+    daemon.kill_worker();
     assert!(without(&daemon).contains("state-dir"), "{}", without(&daemon));
     daemon.guest().create("file").expect("create");
     daemon.stop_well();
@@ -143,36 +166,27 @@ fn a_share_that_is_away_costs_the_others_nothing() {
     if !is_root() {
         return;
     }
-    let dir = tempfile::tempdir().expect("directory");
-    for path in ["", "stays", "goes"] {
-        let _ = std::fs::create_dir(dir.path().join(path));
-        chown(dir.path().join(path), Some(UID), Some(GID)).expect("chown");
-    }
-    let file = dir.path().join("ringfsd.toml");
-    let share = |name: &str| format!("[share.{name}]\npath = {:?}\n", dir.path().join(name));
-    std::fs::write(&file, share("goes") + &share("stays")).expect("write");
-    let daemon = daemon_of_user("uring", "", &[&format!("--config={}", file.display())]);
-    let greet = |name| Guest::greet(daemon.connect(), &hello(name));
-    greet("goes").expect("a session").create("file").expect("create");
+    let dir = dirs_of_user(["stays", "goes"]);
+    let share = |name: &str| table(name, &dir.path().join(name));
+    let (_, option) = config_in(dir.path(), &(share("goes") + &share("stays")));
+    let daemon = daemon_of_user("uring", "", &[&option]);
+    daemon.mount("goes").expect("a session").create("file").expect("create");
     let away = dir.path().join("away");
     std::fs::rename(dir.path().join("goes"), &away).expect("rename");
     std::fs::create_dir(dir.path().join("goes")).expect("another");
-    kill_worker(&daemon, daemon.worker_pid());
-    greet("stays").expect("a session").create("file").expect("create");
-    let refused = greet("goes").err();
-    let Some(End::Goodbye(Some(reason), _)) = refused else { panic!("{refused:?}") };
-    assert!(reason.is_passing(), "{reason:?}");
+    daemon.kill_worker();
+    daemon.mount("stays").expect("a session").create("file").expect("create");
+    let refused = daemon.mount("goes").err();
+    assert!(refused.is_some_and(Reason::is_passing), "{refused:?}");
     let said = without(&daemon);
     assert!(said.starts_with("share goes (") && said.contains("another directory"), "{said}");
     std::fs::remove_dir(dir.path().join("goes")).expect("rmdir");
     let output = daemon.command(&["reload"]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     std::fs::rename(&away, dir.path().join("goes")).expect("rename");
-    let output = daemon.command(&["reload"]);
-    let said = String::from_utf8(output.stdout).expect("text");
-    assert_eq!(said.trim(), "once more share goes");
+    assert_eq!(daemon.reload(), "once more share goes\n");
     assert_eq!(without(&daemon), "");
-    let mut guest = greet("goes").expect("it is there again");
+    let mut guest = daemon.mount("goes").expect("it is there again");
     guest.lookup(1, "file").expect("its file");
     drop(guest);
     daemon.stop_well();
@@ -230,39 +244,30 @@ fn shares_come_and_go_while_it_serves() {
     if !is_root() {
         return;
     }
-    let dir = tempfile::tempdir().expect("directory");
-    for path in ["", "one", "two"] {
-        let _ = std::fs::create_dir(dir.path().join(path));
-        chown(dir.path().join(path), Some(UID), Some(GID)).expect("chown");
-    }
+    let dir = dirs_of_user(["one", "two"]);
     std::fs::write(dir.path().join("two/file"), "of two").expect("write");
-    let file = dir.path().join("ringfsd.toml");
-    let share = |name: &str| format!("[share.{name}]\npath = {:?}\n", dir.path().join(name));
-    std::fs::write(&file, share("one")).expect("write");
-    let config = format!("--config={}", file.display());
+    let share = |name: &str| table(name, &dir.path().join(name));
+    let (file, config) = config_in(dir.path(), "");
     for (sandbox, expected) in [("namespace", true), ("landlock", false)] {
         std::fs::write(&file, share("one")).expect("write");
         let sandbox = format!("--sandbox={sandbox}");
         let daemon = daemon_of_user("uring", "", &[&config, &sandbox]);
         serves(&daemon);
-        let greet = |name| Guest::greet(daemon.connect(), &hello(name));
-        let mut one = greet("one").expect("a session");
+        let mut one = daemon.mount("one").expect("a session");
         one.create(&format!("{expected}")).expect("create");
-        assert!(greet("two").is_err());
+        assert!(daemon.mount("two").is_err());
         std::fs::write(&file, share("two")).expect("write");
-        let output = daemon.command(&["reload"]);
-        assert!(output.status.success(), "{output:?}");
-        let said = String::from_utf8(output.stdout).expect("text");
+        let said = daemon.reload();
         assert_eq!(said.contains("the worker is without share two"), !expected, "{said}");
         // It is a worker's directories that landlock settles at its start: the next one has it.
-        let two = greet("two");
+        let two = daemon.mount("two");
         assert_eq!(two.is_ok(), expected, "{sandbox}");
         if let Ok(mut two) = two {
             let node = two.lookup(1, "file").expect("its file").nodeid;
             let fh = two.open(node, libc::O_RDONLY).expect("open");
             assert_eq!(two.read(node, fh, 0, 10), Ok(b"of two".to_vec()));
         }
-        assert!(greet("one").is_err());
+        assert!(daemon.mount("one").is_err());
         drop(one);
         daemon.stop_well();
     }
@@ -275,23 +280,13 @@ fn landlock_keeps_a_worker_to_what_it_began_with() {
     if !is_root() {
         return;
     }
-    let dir = tempfile::tempdir().expect("directory");
-    for path in ["", "looked-at", "later"] {
-        let _ = std::fs::create_dir(dir.path().join(path));
-        chown(dir.path().join(path), Some(UID), Some(GID)).expect("chown");
-    }
-    let file = dir.path().join("ringfsd.toml");
-    let share = |name: &str, more: &str| {
-        format!("[share.{name}]\npath = {:?}\n{more}\n", dir.path().join(name))
-    };
-    let config = format!("--config={}", file.display());
-    std::fs::write(&file, share("looked-at", "ro = true")).expect("write");
+    let dir = dirs_of_user(["looked-at", "later"]);
+    let share = |name: &str, more: &str| table(name, &dir.path().join(name)) + more + "\n";
+    let (file, config) = config_in(dir.path(), &share("looked-at", "ro = true"));
     let daemon = daemon_of_user("uring", "", &[&config, "--sandbox=landlock"]);
     let waits = |text: String, expected: &[&str]| {
         std::fs::write(&file, text).expect("write");
-        let output = daemon.command(&["reload"]);
-        assert!(output.status.success(), "{output:?}");
-        let said = String::from_utf8(output.stdout).expect("text");
+        let said = daemon.reload();
         let has = |name: &&str| said.contains(&format!("without share {name} (by --sandbox"));
         let waiting: Vec<_> = ["looked-at", "later"].into_iter().filter(has).collect();
         assert_eq!(waiting, expected, "{said}");
@@ -305,27 +300,15 @@ fn landlock_keeps_a_worker_to_what_it_began_with() {
         share("looked-at", "nosuid = true") + &share("later", "nosuid = true"),
         &["looked-at", "later"],
     );
-    let greet = |name| Guest::greet(daemon.connect(), &hello(name));
-    let mut guest = greet("looked-at").expect("as it was");
+    let mut guest = daemon.mount("looked-at").expect("as it was");
     assert_eq!(guest.create("file").err(), Some(libc::EROFS as u32));
     drop(guest);
-    assert!(greet("later").is_err());
-    let worker = daemon.worker_pid();
-    kill_worker(&daemon, worker);
+    assert!(daemon.mount("later").is_err());
+    daemon.kill_worker();
     assert_eq!(without(&daemon), "");
-    greet("looked-at").expect("of the next worker").create("file").expect("create");
-    greet("later").expect("of the next worker").create("file").expect("create");
+    daemon.mount("looked-at").expect("of the next worker").create("file").expect("create");
+    daemon.mount("later").expect("of the next worker").create("file").expect("create");
     daemon.stop_well();
-}
-
-fn kill_worker(daemon: &Daemon, worker: u32) {
-    let pid = rustix::process::Pid::from_raw(worker as i32).expect("a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
-    until("another worker", || {
-        // While there is none nobody answers.
-        control::ask_status(&daemon.path("c")).ok()?;
-        (daemon.worker_pid() != worker).then_some(())
-    });
 }
 
 /// Another daemon, which knows nothing of the session and may open no handle.
@@ -468,13 +451,10 @@ fn with_lent_ids_other_groups_do_not_count() {
     assert!(said.contains("cannot have state-dir"), "{said}");
 
     let script = lends_ids(dir.path()).expect("as before");
-    let config = dir.path().join("ringfsd.toml");
-    std::fs::write(&config, "").expect("write");
-    let option = format!("--config={}", config.display());
+    let (config, option) = config_in(dir.path(), "");
     let daemon = daemon_of_user("uring", &script, &["--subordinate-ids", &option]);
-    std::fs::write(&config, format!("[share.more]\npath = {below:?}\n")).expect("write");
-    let output = daemon.command(&["reload"]);
-    assert!(output.status.success(), "{output:?}");
+    std::fs::write(&config, table("more", &below)).expect("write");
+    daemon.reload();
     let said = without(&daemon);
     assert!(said.starts_with("share more (") && said.contains("do not count"), "{said}");
     serves(&daemon);
@@ -489,9 +469,7 @@ fn guests_users_are_those_that_are_lent_to_it() {
     }
     let dir = tempfile::tempdir().expect("directory");
     let Some(script) = lends_ids(dir.path()) else { return };
-    let config = dir.path().join("ringfsd.toml");
-    std::fs::write(&config, "").expect("write");
-    let option = format!("--config={}", config.display());
+    let (config, option) = config_in(dir.path(), "");
     let daemon = daemon_of_user("uring", &script, &["--subordinate-ids", &option]);
     let uid_of = |file: &str| {
         let meta = std::fs::metadata(daemon.share().join(file)).expect("a file");
@@ -515,11 +493,9 @@ fn guests_users_are_those_that_are_lent_to_it() {
     assert!(guest.create("of-nobody").is_err());
     assert!(proc_of_worker(&daemon, "uid_map").contains("500000"));
     // It has had ids that are not its parent's.
-    let more = format!("[share.more]\npath = {:?}\n", daemon.share());
-    std::fs::write(&config, more).expect("write");
-    let output = daemon.command(&["reload"]);
-    assert!(output.status.success(), "{output:?}");
-    let mut more = Guest::greet(daemon.connect(), &hello("more")).expect("a new share");
+    std::fs::write(&config, table("more", &daemon.share())).expect("write");
+    daemon.reload();
+    let mut more = daemon.mount("more").expect("a new share");
     more.lookup(1, "of-seven").expect("its file");
     drop(more);
     no_directory_is_from_outside(&daemon);
@@ -599,7 +575,7 @@ fn root_without_rights_is_shut_in_by_landlock() {
         let status = proc_of_worker(&daemon, "status");
         let line = |name| status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
         assert_eq!((line("NoNewPrivs:").trim(), line("Seccomp:").trim()), ("1", "2"));
-        assert_eq!(control::ask_status(&daemon.path("c")).expect("a status").sessions.len(), 1);
+        assert_eq!(daemon.status().sessions.len(), 1);
         drop(guest);
         daemon.stop_well();
     }

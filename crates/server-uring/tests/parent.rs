@@ -5,27 +5,12 @@
 mod common;
 
 use common::*;
-use ringfs_server::control;
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::hello::{Hello, Reason, feature};
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, test_kill_process};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-
-fn pid(raw: u32) -> Pid {
-    Pid::from_raw(raw as i32).expect("a pid")
-}
-
-/// The worker that serves once the one of this pid is dead.
-fn next_worker(daemon: &Daemon, old: u32) -> u32 {
-    until("another worker", || {
-        // While there is none nobody answers.
-        control::ask_status(&daemon.path("c")).ok()?;
-        let worker = daemon.worker_pid();
-        (worker != old).then_some(worker)
-    })
-}
 
 #[test]
 fn a_worker_that_dies_is_replaced_and_its_guests_go_on() {
@@ -44,13 +29,11 @@ fn a_worker_that_dies_is_replaced_and_its_guests_go_on() {
         assert_eq!(guest.write(node, fh, 0, b"before"), Ok(6));
         let nodes = vec![(node, guest.recipes.as_ref().expect("recipes")[&node].clone())];
 
-        let mut worker = daemon.worker_pid();
-        let session = || control::ask_status(&daemon.path("c")).expect("a status").sessions[0].id;
+        let session = || daemon.status().sessions[0].id;
         let mut names = vec![session()];
         for deaths in 1..=3 {
-            kill_process(pid(worker), Signal::KILL).expect("kill");
+            daemon.kill_worker();
             assert_eq!(guest.ending(), End::Closed);
-            worker = next_worker(&daemon, worker);
             guest = rebuilt(&daemon, &asked, &nodes, &[(fh, node, libc::O_RDWR)]);
             let text = format!("after {deaths}");
             assert_eq!(guest.write(node, fh, 0, text.as_bytes()), Ok(text.len() as u32));
@@ -73,8 +56,9 @@ fn a_worker_ends_with_its_parent() {
         });
         let (worker, mut guest) = (daemon.worker_pid(), daemon.guest());
         guest.create("file").expect("create");
-        kill_process(pid(daemon.pid()), Signal::KILL).expect("kill");
-        until("the worker's end", || test_kill_process(pid(worker)).is_err().then_some(()));
+        kill(daemon.pid(), Signal::KILL);
+        let worker = Pid::from_raw(worker as i32).expect("a pid");
+        until("the worker's end", || test_kill_process(worker).is_err().then_some(()));
         assert_eq!(guest.ending(), End::Closed);
     }
 }
@@ -90,13 +74,6 @@ fn file(dir: &Path, shares: &[&str], pattern: &str) -> String {
         text += &format!("[share.{name}]\npath = {path:?}\n");
     }
     text
-}
-
-fn mount(socket: &Path, share: &str) -> Result<Guest, Reason> {
-    Guest::greet(connect(socket), &hello(share)).map_err(|end| match end {
-        End::Goodbye(Some(reason), _) => reason,
-        end => panic!("{end:?}"),
-    })
 }
 
 /// The share is served, and it is this one.
@@ -156,9 +133,7 @@ fn sockets_of_a_pattern_come_and_go_with_their_directories() {
     reads_its_file(&mut first, "a");
 
     // The worker dies: the sockets are the parent's, and stay.
-    let worker = daemon.worker_pid();
-    kill_process(pid(worker), Signal::KILL).expect("kill");
-    next_worker(&daemon, worker);
+    daemon.kill_worker();
     reads_its_file(&mut mount(&socket("1"), "a").expect("a session"), "a");
     reads_its_file(&mut mount(&socket("3"), "a").expect("a session"), "a");
     drop((first, moved));
@@ -179,7 +154,7 @@ fn shares_and_patterns_come_and_go_by_sighup() {
     });
     appears(&one);
     let mut a = mount(&one, "a").expect("a session");
-    let reloads = || control::ask_status(&daemon.path("c")).expect("a status").config.reloads;
+    let reloads = || daemon.status().config.reloads;
     let reload = |text: String| {
         std::fs::write(daemon.path("ringfsd.toml"), text).expect("write");
         let before = reloads();
@@ -203,9 +178,7 @@ fn shares_and_patterns_come_and_go_by_sighup() {
     vanishes(&one);
     reads_its_file(&mut mount(&other, "c").expect("a session"), "c");
     // A worker that comes now has what is in force now.
-    let worker = daemon.worker_pid();
-    kill_process(pid(worker), Signal::KILL).expect("kill");
-    next_worker(&daemon, worker);
+    daemon.kill_worker();
     reads_its_file(&mut mount(&other, "c").expect("a session"), "c");
     assert_eq!(mount(&other, "b0").err(), Some(Reason::UnknownShare));
     assert!(a.try_call(Opcode::Getattr, 1, &[0; 16]).is_err(), "it was cut off");
@@ -248,9 +221,8 @@ fn a_daemon_in_a_chroot_shuts_its_worker_in_too() {
     assert!(shown.contains(&"/shares/0") && !shown.contains(&"/usr"), "{shown:?}");
     let text = format!("[share.new]\npath = {share:?}\n");
     std::fs::write(&config, text).expect("write");
-    let output = daemon.command(&["reload"]);
-    assert!(output.status.success(), "{output:?}");
-    reads_its_file(&mut mount(&daemon.path("s"), "new").expect("a new share"), "new");
+    daemon.reload();
+    reads_its_file(&mut daemon.mount("new").expect("a new share"), "new");
     drop(guest);
     daemon.stop_well();
 }
@@ -281,22 +253,19 @@ fn a_share_that_was_unmounted_costs_the_others_nothing() {
     let usb = || mount_and_look(&daemon, "usb");
     assert!(usb().is_ok());
     there("umount -l \"$1\"");
-    let worker = daemon.worker_pid();
-    kill_process(pid(worker), Signal::KILL).expect("kill");
-    next_worker(&daemon, worker);
+    daemon.kill_worker();
     daemon.guest().create("file").expect("create");
     assert!(usb().is_err_and(Reason::is_passing), "its guests wait");
-    let lacks = || control::ask_status(&daemon.path("c")).expect("a status").config.lacks;
+    let lacks = || daemon.status().config.lacks;
     assert!(matches!(&lacks()[..], [one] if one.starts_with("share usb (")), "{:?}", lacks());
     there(mount);
-    let output = daemon.command(&["reload"]);
-    assert!(output.status.success(), "{output:?}");
+    daemon.reload();
     assert_eq!((usb(), lacks()), (Ok(()), Vec::<String>::new()));
     daemon.stop_well();
 }
 
 fn mount_and_look(daemon: &Daemon, share: &str) -> Result<(), Reason> {
-    mount(&daemon.path("s"), share)?.lookup(1, "of").expect("its file");
+    daemon.mount(share)?.lookup(1, "of").expect("its file");
     Ok(())
 }
 
@@ -311,6 +280,6 @@ fn peers_outside_of_its_pid_namespace_are_served() {
     });
     let mut guest = daemon.guest();
     guest.create("file").expect("create");
-    let told = control::ask_status(&daemon.path("c")).expect("a status");
+    let told = daemon.status();
     assert!(told.sessions[0].peer.ends_with(" pid 0"), "{}", told.sessions[0].peer);
 }

@@ -35,12 +35,6 @@ fn on_both(check: impl Fn(&Daemon)) {
     }
 }
 
-fn goodbye(mut guest: Guest) {
-    guest.add(Kind::Goodbye as u8, SlotUse { slot: 0, seq: 0 }, Reason::Unmounted as u32, &[]);
-    guest.flush();
-    guest.ending();
-}
-
 fn create_args(file: &str) -> Vec<u8> {
     let flags = (libc::O_RDWR | libc::O_CREAT | libc::O_EXCL) as u32;
     let create = abi::CreateIn { flags, mode: 0o100_644, umask: 0o22, open_flags: 0 };
@@ -65,6 +59,15 @@ fn telling_requests(round: usize, log: (u64, u64)) -> Vec<(Opcode, u64, Vec<u8>)
         (Opcode::Unlink, 1, name(&format!("old-{round}"))),
         (Opcode::Syncfs, 1, vec![0; 8]),
     ]
+}
+
+/// A session of two connections, and how each says HELLO.
+fn two_connections(daemon: &Daemon) -> ([Guest; 2], [Hello; 2]) {
+    let first = Hello { lanes: 2, conns: 2, ..hello("share") };
+    let one = Guest::greet(daemon.connect(), &first).expect("welcome");
+    let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first.clone() };
+    let two = Guest::greet(daemon.connect(), &second).expect("welcome");
+    ([one, two], [first, second])
 }
 
 #[test]
@@ -259,15 +262,14 @@ fn tickets_change_and_the_welcome_may_be_lost() {
         assert_ne!(first, second);
         // The daemon welcomes somebody who is not there any more.
         for _ in 0..3 {
-            guest.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+            guest.cut();
             let lost = Hello { ticket: second, ..hello("share") };
             drop(Guest::hail(daemon.connect(), &lost));
         }
         guest.cut_and_resume(daemon);
         assert_ne!(guest.welcome.ticket, second);
         let old = Hello { ticket: first, ..hello("share") };
-        let end = Guest::greet(daemon.connect(), &old).err().expect("a used ticket");
-        assert!(matches!(end, End::Goodbye(Some(Reason::UnknownSession), _)), "{end:?}");
+        assert_eq!(Guest::hail(daemon.connect(), &old).ended_for(), Some(Reason::UnknownSession));
         assert!(guest.lookup(1, "none").is_err());
         goodbye(guest);
     });
@@ -279,7 +281,7 @@ fn a_hello_that_comes_twice_uses_up_no_ticket() {
     on_both(|daemon| {
         let mut guest = daemon.guest();
         assert!(guest.lookup(1, "none").is_err());
-        guest.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+        guest.cut();
         let hello = Hello { ticket: guest.welcome.ticket, ..hello("share") };
         let mut twice = Guest::greet(daemon.connect(), &hello).expect("welcome");
         twice.tx = LinkTx::new(true);
@@ -302,10 +304,9 @@ fn a_copy_of_the_guest_that_comes_late_finds_nothing() {
         guest.cut_and_resume(daemon);
         // Its first request shows that it has the new ticket, though it has not come back by it.
         let (node, fh) = guest.create("file").expect("create");
-        guest.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+        guest.cut();
         let copy = Hello { ticket: first, ..hello("share") };
-        let end = Guest::greet(daemon.connect(), &copy).err().expect("an old ticket");
-        assert!(matches!(end, End::Goodbye(Some(Reason::UnknownSession), _)), "{end:?}");
+        assert_eq!(Guest::hail(daemon.connect(), &copy).ended_for(), Some(Reason::UnknownSession));
         guest.cut_and_resume(daemon);
         assert_eq!(guest.write(node, fh, 0, b"abc"), Ok(3));
         goodbye(guest);
@@ -331,10 +332,7 @@ fn a_silent_old_connection_is_taken_for_dead() {
 #[test]
 fn all_connections_are_asked_when_somebody_comes_for_one() {
     on_both(|daemon| {
-        let first = Hello { lanes: 2, conns: 2, ..hello("share") };
-        let mut one = Guest::greet(daemon.connect(), &first).expect("welcome");
-        let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first.clone() };
-        let mut two = Guest::greet(daemon.connect(), &second).expect("welcome");
+        let ([mut one, mut two], [first, second]) = two_connections(daemon);
         let (node, fh) = one.create("file").expect("create");
         one.resume(daemon.connect(), &first).expect("resumed");
         // The answer to that counts for then, and not for when somebody comes for this one.
@@ -522,11 +520,8 @@ fn a_session_that_nobody_resumes_is_dropped_after_its_grace_time() {
     for engine in ["uring", "threads"] {
         let daemon = Daemon::start_with_grace(engine, 1);
         let before = daemon.gauges_at_rest();
-        let two = Hello { lanes: 2, conns: 2, ..hello("share") };
-        let mut one = Guest::greet(daemon.connect(), &two).expect("welcome");
+        let ([mut one, mut other], [first, _]) = two_connections(&daemon);
         let ticket = one.welcome.ticket;
-        let other = Hello { ticket, conn: 1, ..two.clone() };
-        let mut other = Guest::greet(daemon.connect(), &other).expect("welcome");
         let (node, fh) = one.create("file").expect("create");
         for i in 0..40 {
             other.start(Opcode::Read, node, &read_args(fh, 0, MIB as u32));
@@ -538,9 +533,8 @@ fn a_session_that_nobody_resumes_is_dropped_after_its_grace_time() {
         assert!(daemon.counters()["sessions"] == 1);
         drop(other);
         daemon.settles_at(&before);
-        let late = Hello { ticket, ..two };
-        let end = Guest::greet(daemon.connect(), &late).err().expect("too late");
-        assert!(matches!(end, End::Goodbye(Some(Reason::UnknownSession), _)), "{end:?}");
+        let late = Hello { ticket, ..first };
+        assert_eq!(Guest::hail(daemon.connect(), &late).ended_for(), Some(Reason::UnknownSession));
         daemon.stop_well();
     }
 }
@@ -548,18 +542,15 @@ fn a_session_that_nobody_resumes_is_dropped_after_its_grace_time() {
 #[test]
 fn a_session_with_one_of_two_connections_goes_on() {
     let check = |daemon: &Daemon| {
-        let first = Hello { lanes: 2, conns: 2, ..hello("share") };
-        let mut one = Guest::greet(daemon.connect(), &first).expect("welcome");
-        let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first.clone() };
-        let mut two = Guest::greet(daemon.connect(), &second).expect("welcome");
+        let ([mut one, mut two], [first, second]) = two_connections(daemon);
         let (node, fh) = one.create("file").expect("create");
         for round in 0..5 {
-            one.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+            one.cut();
             assert_eq!(two.write(node, fh, round, b"x"), Ok(1));
             one.welcome.ticket = two.welcome.ticket;
             one.resume(daemon.connect(), &first).expect("resumed");
             assert_eq!(one.read(node, fh, round, 1), Ok(b"x".to_vec()));
-            two.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+            two.cut();
             two.welcome.ticket = one.welcome.ticket;
             two.resume(daemon.connect(), &second).expect("resumed");
         }
@@ -592,9 +583,9 @@ fn a_record_that_comes_twice_on_one_connection_ends_the_session() {
             guest.flush();
             let ticket = guest.welcome.ticket;
             assert_eq!(guest.ended_for(), Some(Reason::Protocol));
-            let end = Guest::greet(daemon.connect(), &Hello { ticket, ..hello("share") }).err();
-            let end = end.expect("it has ended");
-            assert!(matches!(end, End::Goodbye(Some(Reason::UnknownSession), _)), "{end:?}");
+            let late = Hello { ticket, ..hello("share") };
+            let end = Guest::hail(daemon.connect(), &late).ended_for();
+            assert_eq!(end, Some(Reason::UnknownSession));
         }
     });
 }
@@ -621,9 +612,6 @@ fn damaged_bytes_are_a_cut() {
 #[test]
 fn a_session_without_requests_is_not_kept() {
     on_both(|daemon| {
-        let first = Hello { lanes: 2, conns: 2, ..hello("share") };
-        let one = Guest::greet(daemon.connect(), &first).expect("welcome");
-        let second = Hello { ticket: one.welcome.ticket, conn: 1, ..first };
-        drop((Guest::greet(daemon.connect(), &second).expect("welcome"), one));
+        drop(two_connections(daemon));
     });
 }

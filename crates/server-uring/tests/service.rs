@@ -79,8 +79,7 @@ fn sockets_are_passed_to_it() {
     assert_eq!((told.sessions.len(), told.pid), (1, child.0.id()));
     assert_eq!(told.config.listeners, [format!("unix:{}", at("s").display())]);
     drop(guest);
-    let pid = rustix::process::Pid::from_raw(child.0.id() as i32).expect("a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
+    kill(child.0.id(), rustix::process::Signal::TERM);
     assert!(child.0.wait().expect("wait").success());
     // They are not its to remove.
     assert!(at("s").exists() && at("c").exists());
@@ -201,7 +200,7 @@ fn threads_follow(group: &Group) {
             move |masks: &BTreeMap<String, Vec<String>>| masks.values().flatten().all(|m| m == list)
         };
         settles(&daemon, "all on CPU 0", all_on("0"));
-        assert_eq!(control::ask_status(&daemon.path("c")).expect("a status").shards, 1);
+        assert_eq!(daemon.status().shards, 1);
         let mut guest = daemon.guest();
         let (node, fh) = guest.create("file").expect("create");
         group.set("cpuset.cpus", "1").expect("another one");
@@ -222,7 +221,7 @@ fn threads_follow(group: &Group) {
         group.set("cpuset.cpus", "0").expect("one is taken away");
         settles(&daemon, "all on CPU 0", all_on("0"));
         until("the status", || {
-            let told = control::ask_status(&daemon.path("c")).expect("a status");
+            let told = daemon.status();
             (told.cpus == [0] && told.shards == 2).then_some(())
         });
         group.set("cpuset.cpus", "0-1").expect("and comes back");
@@ -246,7 +245,7 @@ fn it_has_as_many_shards_as_its_quota_can_drive() {
 
 fn one_shard(group: &Group) {
     let daemon = group.daemon("uring");
-    let told = control::ask_status(&daemon.path("c")).expect("a status");
+    let told = daemon.status();
     assert_eq!(told.shards, 1);
     let all = std::fs::read_to_string("/proc/self/status").expect("status");
     let all = all.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
@@ -277,7 +276,7 @@ fn stays_below(group: &Group) {
     const MIB: usize = 1 << 20;
     for engine in ["uring", "threads"] {
         let daemon = group.daemon(engine);
-        let told = control::ask_status(&daemon.path("c")).expect("a status");
+        let told = daemon.status();
         // A quarter of the limit, in pieces of a little more than 1 MiB.
         let all = told.large_buffers * told.shards;
         assert!((16..=24).contains(&all) && told.large_buffers >= 8, "{all} large buffers");

@@ -1,165 +1,21 @@
-//! The daemon's half of the session table: what became of the last request of each slot.
+//! The daemon's half of the session table: what becomes of each request that comes on a slot.
 //!
-//! Each request runs once, however often it comes: a slot's cell says that it is running, keeps its
-//! reply, or says that it may run again. A cell outlives connections, and is plain bytes, so that a
-//! table can lie in a file and outlive the daemon. Invariant: a reply leaves only by a connection
-//! on which its request came or was named, and once at most by each.
+//! Each request runs once, however often it comes: a slot's cell (`table/cell.rs`) says that it is
+//! running, keeps its reply, or says that it may run again. What nobody took is given back
+//! (`table/given.rs`). Invariant: a reply leaves only by a connection on which its request came or
+//! was named, and once at most by each.
 
-use crate::abi::{self, Opcode};
+mod cell;
+mod given;
+
+pub use cell::{Cell, REPLY_KEPT_BYTES_MAX, are_whole, rebuild, replies};
+pub use given::Given;
+
+use crate::abi::Opcode;
 use crate::slot::{SlotError, SlotUse};
+use cell::{EINTR, EIO, Mark, State};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
-
-/// The longest reply that is kept: an entry and an open handle, and some room.
-pub const REPLY_KEPT_BYTES_MAX: usize = 160;
-
-const _: () =
-    assert!(REPLY_KEPT_BYTES_MAX >= size_of::<abi::EntryOut>() + size_of::<abi::OpenOut>());
-
-const EIO: u32 = 5;
-const EINTR: u32 = 4;
-
-/// One slot. All zero: never used.
-///
-/// ```text
-///  0      8      12      16
-///  | mark | link | spare | reply ... 176
-/// ```
-///
-/// The cell may lie in a file and its daemon may be killed at any instruction, so what the next one
-/// must not find half done is one store of the mark, and the reply is whole before a mark says so.
-#[repr(C)]
-#[derive(FromBytes, IntoBytes, KnownLayout)]
-pub struct Cell {
-    /// A [`Mark`].
-    mark: AtomicU64,
-    /// The connection, by its number in this lane's life, on which the request came last.
-    link: u32,
-    spare: u32,
-    reply: [u8; REPLY_KEPT_BYTES_MAX],
-}
-
-const _: () = assert!(size_of::<Cell>() == 176);
-
-/// What a cell says, but for the bytes of its reply: in 64 bits from the lowest seq 32, errno 12,
-/// length of the reply 8, opcode 8, state 4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mark {
-    /// Of the request that is running, or was the last; while fresh, of the first.
-    seq: u32,
-    errno: u32,
-    len: usize,
-    /// Its low byte: all opcodes that we know are below, and one that we do not is not kept apart.
-    opcode: u32,
-    state: State,
-}
-
-const OPCODE_UNKNOWN: u32 = 0xff;
-const _: () = assert!(REPLY_KEPT_BYTES_MAX <= 0xff);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum State {
-    /// Never used.
-    Fresh = 0,
-    /// Its request is being executed.
-    Running = 1,
-    /// The same, and nobody will take the reply.
-    Abandoned = 2,
-    /// Its request is over, and the reply is here.
-    Kept = 3,
-    /// Its request is over, and may run again.
-    Rerun = 4,
-    /// Its request was running when its daemon died.
-    Orphan = 5,
-    /// Its request is over, and what its reply gave died with its daemon.
-    Lost = 6,
-    /// The same, and it is being given anew.
-    Again = 7,
-    /// Not used since the session was rebuilt; the guest knows how often it was before.
-    Rebuilt = 8,
-    /// The same; and its next request may have run for a daemon of which nothing is known.
-    Unsure = 9,
-}
-
-impl Mark {
-    fn running(seq: u32, opcode: u32) -> Mark {
-        Mark { seq, errno: 0, len: 0, opcode: opcode.min(OPCODE_UNKNOWN), state: State::Running }
-    }
-
-    fn pack(self) -> u64 {
-        // No errno of the kernel is longer.
-        u64::from(self.seq)
-            | u64::from(self.errno & 0xfff) << 32
-            | (self.len as u64) << 44
-            | u64::from(self.opcode) << 52
-            | (self.state as u64) << 60
-    }
-
-    /// Numbers that cannot be can only come from a damaged file: nothing may run on such a slot.
-    fn unpack(bits: u64) -> Option<Mark> {
-        use State::*;
-        let states = [Fresh, Running, Abandoned, Kept, Rerun, Orphan, Lost, Again, Rebuilt, Unsure];
-        let mark = Mark {
-            seq: bits as u32,
-            errno: (bits >> 32) as u32 & 0xfff,
-            len: (bits >> 44) as usize & 0xff,
-            opcode: (bits >> 52) as u32 & 0xff,
-            state: *states.get((bits >> 60) as usize)?,
-        };
-        (mark.len <= REPLY_KEPT_BYTES_MAX).then_some(mark)
-    }
-
-    fn is_busy(self) -> bool {
-        matches!(self.state, State::Running | State::Abandoned | State::Again)
-    }
-}
-
-impl Cell {
-    fn mark(&self) -> Option<Mark> {
-        Mark::unpack(self.mark.load(Ordering::Relaxed))
-    }
-
-    /// With all that was written before.
-    fn set(&mut self, mark: Mark) {
-        self.mark.store(mark.pack(), Ordering::Release);
-    }
-
-    fn keep(&mut self, mark: Mark, errno: u32, body: &[u8]) {
-        // None that is kept is longer (a test of dispatch.rs says so). Better an error than half.
-        let (errno, body) =
-            if body.len() > REPLY_KEPT_BYTES_MAX { (EIO, &[][..]) } else { (errno, body) };
-        self.reply[..body.len()].copy_from_slice(body);
-        self.set(Mark { errno, len: body.len(), state: State::Kept, ..mark });
-    }
-
-    fn reply(&self, mark: Mark) -> &[u8] {
-        self.reply.get(..mark.len).unwrap_or_default()
-    }
-}
-
-/// The cells of one lane, of a table that its daemon left: whether all say what can be.
-pub fn are_whole(cells: &[Cell]) -> bool {
-    cells.iter().all(|cell| cell.mark().is_some())
-}
-
-/// Makes cells that are all zero those of a session that is rebuilt without what another daemon
-/// kept of them: whichever use of a slot comes first is the next.
-pub fn rebuild(cells: &mut [Cell]) {
-    for cell in cells {
-        cell.set(Mark { state: State::Rebuilt, ..Mark::running(0, 0) });
-    }
-}
-
-/// The replies in cells of requests that succeeded, with their opcodes.
-pub fn replies(cells: &[Cell]) -> impl Iterator<Item = (u32, &[u8])> {
-    cells.iter().filter_map(|cell| {
-        let mark = cell.mark()?;
-        let over = matches!(mark.state, State::Kept | State::Lost | State::Again);
-        (over && mark.errno == 0).then(|| (mark.opcode, cell.reply(mark)))
-    })
-}
+use zerocopy::FromZeros;
 
 /// What became of a request whose daemon died; see [`Begin::Decide`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,55 +70,6 @@ pub enum Abandon {
     Running,
     /// Its reply has left by this very connection, and counts.
     Void,
-}
-
-/// What a reply gives that must be given back some day.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Given {
-    /// One lookup of each.
-    pub nodes: Vec<u64>,
-    /// An open file or directory.
-    pub handle: Option<u64>,
-}
-
-impl Given {
-    /// Reads a reply without error.
-    pub fn by(opcode: u32, body: &[u8]) -> Given {
-        let opened = |body: &[u8]| abi::OpenOut::read_from_prefix(body).ok().map(|(o, _)| o.fh);
-        let mut given = Given::default();
-        match Opcode::from_u32(opcode) {
-            Some(
-                Opcode::Lookup | Opcode::Symlink | Opcode::Mknod | Opcode::Mkdir | Opcode::Link,
-            ) => given.entry(body),
-            Some(Opcode::Create | Opcode::Tmpfile) => {
-                given.entry(body);
-                given.handle = body.get(size_of::<abi::EntryOut>()..).and_then(opened);
-            }
-            Some(Opcode::Open | Opcode::Opendir) => given.handle = opened(body),
-            Some(Opcode::Readdirplus) => given.entries(body),
-            Some(_) | None => {}
-        }
-        given
-    }
-
-    /// Node id 0 says that there is no such name.
-    fn entry(&mut self, body: &[u8]) {
-        let entry = abi::EntryOut::read_from_prefix(body).ok();
-        self.nodes.extend(entry.map(|(entry, _)| entry.nodeid).filter(|&id| id != 0));
-    }
-
-    fn entries(&mut self, mut body: &[u8]) {
-        while let Ok((plus, rest)) = abi::DirentPlus::read_from_prefix(body) {
-            self.nodes.extend(Some(plus.entry_out.nodeid).filter(|&id| id != 0));
-            let name = (plus.dirent.namelen as usize).next_multiple_of(8);
-            body = rest.get(name..).unwrap_or_default();
-        }
-    }
-
-    /// Nothing at all.
-    pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty() && self.handle.is_none()
-    }
 }
 
 /// The slots of one lane, in memory `C`.
@@ -539,6 +346,8 @@ fn wrong(at: SlotUse, expected: u32) -> SlotError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi;
+    use zerocopy::{FromBytes, IntoBytes};
 
     const MKDIR: u32 = Opcode::Mkdir as u32;
     const READ: u32 = Opcode::Read as u32;
@@ -616,11 +425,11 @@ mod tests {
         table.give_up(at(u32::MAX)).expect("granted");
         assert_eq!(table.kept(at(u32::MAX)), Some((EIO, &[][..])));
         assert!(table.begin(at(u32::MAX), MKDIR).is_err());
-        let mut table = SlotTable::adopt(left(&table));
+        let mut table = SlotTable::adopt(table.cells);
         assert_eq!(table.begin(at(u32::MAX), MKDIR), Ok(Begin::Replay));
         assert_eq!(table.begin(at(0), MKDIR), Ok(Begin::Execute));
         // Killed before it was settled; or nobody waits for it.
-        let mut table = SlotTable::adopt(left(&doubted(3)));
+        let mut table = SlotTable::adopt(doubted(3).cells);
         assert_eq!(table.begin(at(3), MKDIR), Ok(Begin::Unsure));
         assert_eq!(table.abandon(at(3)), Ok(Abandon::Over(Given::default())));
         assert_eq!(table.begin(at(4), MKDIR), Ok(Begin::Execute));
@@ -751,26 +560,14 @@ mod tests {
         );
     }
 
-    /// The cells of a table as its daemon left them.
-    fn left(table: &SlotTable) -> Box<[Cell]> {
-        let bytes = table.cells.as_ref().iter().map(|cell| Cell {
-            mark: AtomicU64::new(cell.mark.load(Ordering::Relaxed)),
-            link: cell.link,
-            spare: 0,
-            reply: cell.reply,
-        });
-        bytes.collect()
-    }
-
     #[test]
     fn what_a_daemon_leaves_is_decided_given_anew_or_over() {
         let made: &'static [u8] = entry(7).leak();
         let check = |name: &str, story: &[Event], then: &[(Event, &str)]| {
             let mut table = SlotTable::new(1);
             story.iter().for_each(|&event| drop(said(&mut table, event)));
-            let cells = left(&table);
-            assert!(are_whole(&cells));
-            let mut next = SlotTable::adopt(cells);
+            assert!(are_whole(&table.cells));
+            let mut next = SlotTable::adopt(table.cells);
             for (step, &(event, expected)) in then.iter().enumerate() {
                 assert_eq!(said(&mut next, event), expected, "{name}: step {step}");
             }
@@ -841,89 +638,16 @@ mod tests {
             said(&mut table, Ask(0, MKDIR));
             end.into_iter().for_each(|end| drop(said(&mut table, end)));
             for _ in 0..3 {
-                table = SlotTable::adopt(left(&table));
+                table = SlotTable::adopt(table.cells);
                 assert_eq!(said(&mut table, Ask(0, MKDIR)), expected);
             }
         }
     }
 
-    /// What the file holds at each store of a request's life; the reply is torn on purpose.
-    #[test]
-    fn killed_at_any_store_a_cell_is_idle_running_or_whole() {
-        let reply: &[u8] = &[5; 128];
-        let mut cell = Cell::new_zeroed();
-        cell.set(Mark { state: State::Kept, len: 16, ..Mark::running(8, MKDIR) });
-        cell.reply[..16].fill(1);
-        let mut states = Vec::new();
-        let mut see = |cell: &Cell| {
-            let table = SlotTable::adopt(left(&SlotTable::of(Box::new([Cell {
-                mark: AtomicU64::new(cell.mark.load(Ordering::Relaxed)),
-                link: cell.link,
-                spare: 0,
-                reply: cell.reply,
-            }]))));
-            let mark = table.cells[0].mark().expect("a mark that can be");
-            states.push((mark.seq, format!("{:?}", mark.state)));
-            if mark.state == State::Lost {
-                let whole = if mark.seq == 8 { &[1; 16][..] } else { reply };
-                assert_eq!(table.cells[0].reply(mark), whole);
-            }
-        };
-        see(&cell);
-        cell.link = 4;
-        see(&cell);
-        cell.set(Mark::running(9, MKDIR));
-        see(&cell);
-        let mark = cell.mark().expect("running");
-        for n in 1..=reply.len() {
-            cell.reply[..n].copy_from_slice(&reply[..n]);
-            see(&cell);
-        }
-        cell.keep(mark, 0, reply);
-        see(&cell);
-        states.dedup();
-        let expected = [(8, "Lost"), (9, "Orphan"), (9, "Lost")];
-        assert_eq!(states, expected.map(|(seq, state)| (seq, state.to_owned())));
-    }
-
-    #[test]
-    fn a_mark_is_what_was_packed() {
-        for state in 0..16 {
-            let state = Mark::unpack(state << 60).map(|mark| mark.state);
-            for (seq, errno, len, opcode) in [(0, 0, 0, 0), (u32::MAX, 0xfff, 160, 0xff)] {
-                let Some(state) = state else { continue };
-                let mark = Mark { seq, errno, len, opcode, state };
-                assert_eq!(Mark::unpack(mark.pack()), Some(mark));
-            }
-        }
-        assert_eq!(Mark::unpack(10 << 60), None);
-        assert_eq!(Mark::unpack(161 << 44), None, "longer than what is kept");
-    }
-
-    #[test]
-    fn what_a_reply_gives() {
-        let check = |opcode: Opcode, body: &[u8], nodes: &[u64], handle: Option<u64>| {
-            let given = Given::by(opcode as u32, body);
-            assert_eq!((&given.nodes[..], given.handle), (nodes, handle), "{opcode:?}");
-            for n in 0..body.len() {
-                let _ = Given::by(opcode as u32, &body[..n]); // must not panic
-            }
-        };
-        let opened = abi::OpenOut { fh: 5, ..Default::default() };
-        let made = [&entry(3)[..], opened.as_bytes()].concat();
-        check(Opcode::Lookup, &entry(3), &[3], None);
-        check(Opcode::Lookup, &entry(0), &[], None);
-        check(Opcode::Create, &made, &[3], Some(5));
-        check(Opcode::Tmpfile, &made, &[3], Some(5));
-        check(Opcode::Opendir, opened.as_bytes(), &[], Some(5));
-        check(Opcode::Getattr, &made, &[], None);
-        check(Opcode::Readdirplus, &[0xff; 400], &[u64::MAX], None);
-    }
-
     #[test]
     fn a_cell_of_no_known_state_runs_nothing() {
-        let mut table = SlotTable::new(1);
-        table.cells[0].mark = AtomicU64::new(15 << 60);
+        let cells: Box<[Cell]> = Box::new([Cell::read_from_bytes(&[0xff; 176]).expect("a cell")]);
+        let mut table = SlotTable::of(cells);
         let at = SlotUse { slot: 0, seq: 0 };
         assert_eq!(table.begin(at, MKDIR), Err(SlotError::Busy { slot: 0 }));
         assert_eq!(table.abandon(at), Err(SlotError::Busy { slot: 0 }));

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -80,6 +80,11 @@ impl Bench {
         is_mounted(&self.mountpoint)
     }
 
+    /// Its line of the mount table.
+    pub fn mount_line(&self) -> String {
+        mount_line(&self.mountpoint).expect("it is mounted")
+    }
+
     pub fn file(&self, name: &str) -> PathBuf {
         self.mountpoint.join(name)
     }
@@ -102,9 +107,26 @@ impl Drop for Bench {
     }
 }
 
+/// A host, and a mount of it.
+pub fn mounted(terms: Terms, options: &str) -> (Bench, Client) {
+    let bench = Bench::new(terms);
+    let client = bench.mount(options);
+    (bench, client)
+}
+
 pub fn is_mounted(path: &Path) -> bool {
+    mount_line(path).is_some()
+}
+
+fn mount_line(path: &Path) -> Option<String> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+    let mut lines = table.lines().filter(|line| line.split(' ').nth(4) == path.to_str());
+    lines.next().map(str::to_owned)
+}
+
+/// What a command said of its failure.
+pub fn stderr_of(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 pub struct Client {
@@ -143,6 +165,17 @@ impl Client {
         })
     }
 
+    /// Standard error as it comes, which [`Client::wait`] does not see.
+    pub fn words(&mut self) -> Words {
+        let stderr = self.child.as_mut().and_then(|child| child.stderr.take()).expect("piped");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
+            lines.try_for_each(|line| sender.send(line))
+        });
+        Words(lines)
+    }
+
     pub fn wait(mut self) -> (ExitStatus, String) {
         let mut child = self.child.take().expect("running");
         let pid = Pid::from_child(&child);
@@ -156,6 +189,22 @@ impl Client {
             let _ = kill_process(pid, Signal::KILL);
             panic!("the client does not end")
         })
+    }
+}
+
+/// What a client says.
+pub struct Words(Receiver<String>);
+
+impl Words {
+    /// The next line that has `words`.
+    pub fn until(&mut self, words: &str) -> String {
+        loop {
+            let line = self.0.recv_timeout(LIMIT);
+            let line = line.unwrap_or_else(|error| panic!("no \"{words}\": {error}"));
+            if line.contains(words) {
+                return line;
+            }
+        }
     }
 }
 
@@ -173,8 +222,12 @@ pub struct Reader {
 }
 
 impl Reader {
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("kill");
+    }
+
     pub fn kill(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("kill");
+        self.signal(Signal::KILL);
     }
 
     pub fn wait(self) -> Output {
@@ -198,12 +251,6 @@ pub fn signalled(bench: &Bench, code: &str) -> Reader {
     command.args(["-e", &code, "--"]).arg(&bench.mountpoint);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     Reader { child: command.spawn().expect("perl") }
-}
-
-impl Reader {
-    pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("kill");
-    }
 }
 
 pub fn status_of(bench: &Bench) -> serde_json::Value {

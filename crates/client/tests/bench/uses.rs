@@ -1,8 +1,8 @@
 //! What tests do with a mount, and see of it: reads that hang, files held open, clients that are
 //! killed, and what is left at the end.
 
-use super::{Bench, Client, Reader, status_of, wait_until, within};
-use crate::host::{HELLO_TEXT, big_byte};
+use super::{Bench, Client, Reader, status_of, stderr_of, wait_until, within};
+use crate::host::{HELLO_TEXT, Seen, big_byte};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -35,10 +35,33 @@ pub fn use_mount(bench: &Bench) {
 /// The mount goes as any other does, and nothing is left.
 pub fn umount(bench: &Bench, client: Client) -> String {
     wait_until("the unmount", || bench.umount(&[]).status.success());
-    let (status, stderr) = client.wait();
-    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    let stderr = ended(bench, client);
     assert_nothing_left(bench);
     stderr
+}
+
+/// The client ends well, and so does the mount: what it said.
+pub fn ended(bench: &Bench, client: Client) -> String {
+    let (status, stderr) = client.wait();
+    assert!(status.success() && !bench.is_mounted(), "{status} {stderr}");
+    stderr
+}
+
+/// The client cannot go on, and cleans up: it says why.
+pub fn failed(bench: &Bench, client: Client, words: &str) {
+    let (status, stderr) = client.wait();
+    assert_eq!(status.code(), Some(3), "{words}: {stderr}");
+    assert!(stderr.contains(words) && !bench.is_mounted(), "{words}: {stderr}");
+}
+
+/// Two signals take off a mount that is in use, and fail what the host does not answer.
+pub fn end_by_signals(bench: &Bench, client: Client, reader: Reader) {
+    client.signal(Signal::TERM);
+    wait_until("the detached mount", || !bench.is_mounted());
+    client.signal(Signal::TERM);
+    let output = reader.wait();
+    assert!(!output.status.success(), "{output:?}");
+    failed(bench, client, "second signal");
 }
 
 pub fn assert_nothing_left(bench: &Bench) {
@@ -53,6 +76,20 @@ pub fn hanging(bench: &Bench) -> Reader {
     let reader = bench.cat("hang");
     bench.host.wait_for("a read", |seen| (seen.hanging.len() > before).then_some(()));
     reader
+}
+
+/// The host answers the first read that hangs, and its reader is told.
+pub fn deny_read(bench: &Bench, reader: Reader) {
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.first().copied());
+    bench.host.answer_hanging(lane, at, 13);
+    let words = stderr_of(&reader.wait());
+    assert!(words.contains("Permission denied"), "{words}");
+}
+
+/// The request that hangs has come again: only then may a reply leave by the new connection.
+pub fn wait_repeats(bench: &Bench, at_least: u64) {
+    let repeats = |seen: &mut Seen| (seen.repeats_running >= at_least).then_some(());
+    bench.host.wait_for("the request again", repeats);
 }
 
 /// Writes the pattern to the start of `big` until it is told to stop: bytes written.

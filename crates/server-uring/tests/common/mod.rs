@@ -2,8 +2,10 @@
 //! can also speak it wrongly.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+mod daemon;
 mod rebuild;
 
+pub use daemon::Daemon;
 #[allow(unused_imports, reason = "each test program uses its part")]
 pub use rebuild::rebuilt;
 
@@ -15,20 +17,17 @@ use ringfs_wire::limits::*;
 use ringfs_wire::restore::Nodes;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
+use rustix::process::{Pid, Signal, kill_process};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::path::Path;
+use std::process::Child;
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// No test waits longer for anything.
 pub const LIMIT: Duration = Duration::from_secs(20);
-
-/// Counters that must be back where they were once the guests are gone.
-pub const GAUGES: &[&str] =
-    &["sessions", "nodes", "handles", "slots_in_use", "buffers_in_use", "connections", "fds"];
 
 /// Waits for `what`, a state of another process that nothing announces.
 pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
@@ -42,216 +41,6 @@ pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// The daemon's program: what cargo built for this test, or where the environment says.
-fn ringfsd() -> String {
-    let built = option_env!("CARGO_BIN_EXE_ringfsd").map(str::to_owned);
-    built.or_else(|| std::env::var("RINGFSD").ok()).expect("RINGFSD names the daemon's program")
-}
-
-/// A running `ringfsd` with two shares, `share` and `ro`, of one directory.
-pub struct Daemon {
-    child: Held,
-    dir: tempfile::TempDir,
-}
-
-impl Daemon {
-    /// One whose sessions end with their last connection.
-    pub fn start(engine: &str) -> Daemon {
-        Daemon::start_as(engine, |daemon, _| Command::new(daemon))
-    }
-
-    /// One that keeps sessions that were cut for so many seconds.
-    pub fn start_with_grace(engine: &str, seconds: u32) -> Daemon {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let grace = format!("--grace={seconds}");
-        Daemon::start_in(dir, engine, |daemon, _| {
-            let mut command = Command::new(daemon);
-            command.arg(grace);
-            command
-        })
-    }
-
-    /// One whose share lies in memory (tmpfs).
-    pub fn start_in_memory(engine: &str) -> Daemon {
-        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in /dev/shm");
-        Daemon::start_in(dir, engine, |daemon, _| Command::new(daemon))
-    }
-
-    /// One on one CPU whose share lies in memory.
-    pub fn start_for_rate() -> Daemon {
-        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in /dev/shm");
-        Daemon::start_in(dir, "uring", |daemon, _| {
-            let mut command = Command::new(daemon);
-            command.arg("--cpus=0");
-            command
-        })
-    }
-
-    /// `command` makes the command that runs the daemon at the first path over the second's share.
-    pub fn start_as(engine: &str, command: impl FnOnce(&str, &Path) -> Command) -> Daemon {
-        Daemon::start_in(tempfile::tempdir().expect("a temporary directory"), engine, command)
-    }
-
-    /// The same below that directory.
-    pub fn start_in(
-        dir: tempfile::TempDir,
-        engine: &str,
-        command: impl FnOnce(&str, &Path) -> Command,
-    ) -> Daemon {
-        let share = dir.path().join("share");
-        std::fs::create_dir(&share).expect("the share's directory");
-        let at = |name: &str| dir.path().join(name).display().to_string();
-        let mut command = command(&ringfsd(), &share);
-        if !command.get_args().any(|arg| arg.to_string_lossy().starts_with("--grace")) {
-            command.arg("--grace=0");
-        }
-        let child = command
-            .args(["--share", &format!("share={}", share.display())])
-            .args(["--share", &format!("ro={},ro", share.display())])
-            .args(["--listen", &format!("unix:{}", at("s"))])
-            .args(["--control", &at("c")])
-            .arg(format!("--engine={engine}"))
-            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or("error".into()))
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("ringfsd starts");
-        let daemon = Daemon { child: Held(child), dir };
-        until("the control socket", || UnixStream::connect(daemon.path("c")).ok());
-        daemon
-    }
-
-    /// One that has all but its control socket from a file, which `text` makes for its directory.
-    pub fn start_with_file(text: impl FnOnce(&Path) -> String) -> Daemon {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        std::fs::create_dir(dir.path().join("share")).expect("the share's directory");
-        std::fs::write(dir.path().join("ringfsd.toml"), text(dir.path())).expect("write");
-        let child = Command::new(ringfsd())
-            .arg("--config")
-            .arg(dir.path().join("ringfsd.toml"))
-            .arg("--control")
-            .arg(dir.path().join("c"))
-            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or("off".into()))
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("ringfsd starts");
-        let daemon = Daemon { child: Held(child), dir };
-        until("the control socket", || UnixStream::connect(daemon.path("c")).ok());
-        daemon
-    }
-
-    /// Runs a subcommand of `ringfsd` on this daemon.
-    pub fn command(&self, words: &[&str]) -> Output {
-        let mut command = Command::new(ringfsd());
-        command.args(words).arg("--control").arg(self.path("c")).output().expect("ringfsd runs")
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    pub fn share(&self) -> PathBuf {
-        self.path("share")
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.0.id()
-    }
-
-    pub fn counters(&self) -> BTreeMap<String, u64> {
-        let mut text = String::new();
-        let mut stream = UnixStream::connect(self.path("c")).expect("the control socket");
-        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
-        stream.write_all(b"{\"ask\":\"counters\"}\n").expect("ask");
-        stream.read_to_string(&mut text).expect("counters");
-        let pairs = text.split(['{', '}', ',']).filter_map(|pair| pair.split_once(':'));
-        pairs
-            .filter_map(|(name, n)| Some((name.trim_matches('"').to_owned(), n.parse().ok()?)))
-            .collect()
-    }
-
-    pub fn gauges(&self) -> Vec<(&'static str, u64)> {
-        let counters = self.counters();
-        GAUGES.iter().map(|&name| (name, counters[name])).collect()
-    }
-
-    /// The gauges once nothing is in flight: a connection then has its one buffer to receive into.
-    pub fn gauges_at_rest(&self) -> Vec<(&'static str, u64)> {
-        until("rest", || {
-            let gauges = self.gauges();
-            let value = |name| gauges.iter().find(|(found, _)| *found == name).map(|(_, n)| *n);
-            let rests = value("buffers_in_use") == value("connections");
-            (rests && value("slots_in_use") == Some(0)).then_some(gauges)
-        })
-    }
-
-    /// The daemon holds again what it held before, no more and no less.
-    pub fn settles_at(&self, before: &[(&'static str, u64)]) {
-        let start = Instant::now();
-        loop {
-            let now = self.gauges();
-            if now == before {
-                return;
-            }
-            assert!(start.elapsed() < LIMIT, "left behind:\n{now:?}\n{before:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// The process that serves guests.
-    pub fn worker_pid(&self) -> u32 {
-        // Answered by it: then it is there, and what has made it is gone.
-        self.counters();
-        let path = format!("/proc/{0}/task/{0}/children", self.pid());
-        let children = std::fs::read_to_string(path).expect("proc");
-        children.trim().parse().expect("one child")
-    }
-
-    /// The worker's resident memory.
-    pub fn memory_kib(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.worker_pid());
-        let status = std::fs::read_to_string(path).expect("proc");
-        let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("VmRSS");
-        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
-    }
-
-    pub fn threads(&self) -> usize {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.worker_pid()));
-        tasks.expect("the daemon runs").count()
-    }
-
-    pub fn connect(&self) -> UnixStream {
-        connect(&self.path("s"))
-    }
-
-    pub fn guest(&self) -> Guest {
-        Guest::greet(self.connect(), &hello("share")).expect("welcome")
-    }
-
-    pub fn signal_to_reload(&self) {
-        let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("a pid");
-        rustix::process::kill_process(pid, rustix::process::Signal::HUP).expect("kill");
-    }
-
-    pub fn signal_to_end(&self) {
-        let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("a pid");
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
-    }
-
-    /// Ends the daemon by SIGTERM: it must exit by itself, and its sockets must be gone.
-    pub fn stop(mut self) -> ExitStatus {
-        self.signal_to_end();
-        let status = until("the daemon's end", || self.child.0.try_wait().expect("wait"));
-        for name in ["s", "c"] {
-            assert!(!self.path(name).exists(), "the socket {name} was left behind");
-        }
-        status
-    }
-
-    pub fn stop_well(self) {
-        assert_eq!(self.stop().code(), Some(0));
-    }
-}
-
 /// A process that does not outlive its test, however that ends.
 pub struct Held(pub Child);
 
@@ -260,6 +49,26 @@ impl Drop for Held {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+pub fn kill(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).expect("a pid"), signal).expect("kill");
+}
+
+/// A session with the daemon that listens there, or why there is none.
+pub fn mount(socket: &Path, share: &str) -> Result<Guest, Reason> {
+    Guest::greet(connect(socket), &hello(share)).map_err(|end| match end {
+        End::Goodbye(Some(reason), _) => reason,
+        end => panic!("{end:?}"),
+    })
+}
+
+/// Ends a session as an unmount does.
+pub fn goodbye(mut guest: Guest) {
+    let none = SlotUse { slot: 0, seq: 0 };
+    guest.add(Kind::Goodbye as u8, none, Reason::Unmounted as u32, &[]);
+    guest.flush();
+    guest.ending();
 }
 
 /// A connection to the daemon that listens there.
@@ -372,6 +181,10 @@ impl Guest {
         Ok(())
     }
 
+    pub fn cut(&self) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+    }
+
     /// Cuts the connection and goes on with another one: the slots stay as they are. Gives the
     /// old stream, for those who let it live.
     pub fn resume(&mut self, stream: UnixStream, hello: &Hello) -> Result<UnixStream, End> {
@@ -387,7 +200,7 @@ impl Guest {
 
     /// The same, where the old stream is closed first.
     pub fn cut_and_resume(&mut self, daemon: &Daemon) {
-        self.stream.shutdown(std::net::Shutdown::Both).expect("cut");
+        self.cut();
         self.resume(daemon.connect(), &hello("share")).expect("resumed");
     }
 

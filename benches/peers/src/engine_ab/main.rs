@@ -3,21 +3,23 @@
 //!
 //! The shard's `UringRing` takes files that only a session opens, so the loop here repeats its way
 //! of submitting: one issuer, deferred task work, operations that lie still in a table whose key is
-//! `user_data`, one enter a turn, completions copied out before they are stepped. The only unsafe
-//! code is the push of an entry, whose memory the table owns.
-
-#![allow(unsafe_code, reason = "an entry carries pointers into buffers that the table owns")]
+//! `user_data`, one enter a turn, completions copied out before they are stepped.
+//!
+//! Then the same ring with what it does not use: registered files and buffers (`registered.rs`),
+//! multishot receives into provided buffers (`receive.rs`).
 
 use anyhow::{Context, Result, ensure};
-use io_uring::{IoUring, opcode, types};
+use io_uring::IoUring;
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
+
+mod receive;
+mod registered;
 
 const FILE_BYTES: u64 = 64 << 20;
 const BLOCK: usize = 4096;
@@ -48,47 +50,76 @@ fn main() -> Result<()> {
         "{:<12} {:>5} {:>8} {:>12} {:>9}",
         "directory", "depth", "pread", "tokio-uring", "our ring"
     );
-    for dir in dirs {
-        let path = dir.join(format!("ringfs-engine-ab.{}", std::process::id()));
-        let outcome = compare(&dir, &path);
-        let _ = fs::remove_file(&path);
-        outcome?;
+    for dir in &dirs {
+        on_a_file(dir, compare)?;
     }
-    Ok(())
+    registered::head();
+    for dir in &dirs {
+        on_a_file(dir, registered::compare)?;
+    }
+    receive::compare()
 }
 
-fn compare(dir: &Path, path: &Path) -> Result<()> {
+fn on_a_file(dir: &Path, compare: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<()> {
+    let path = dir.join(format!("ringfs-engine-ab.{}", std::process::id()));
+    let outcome = fill(&path).and_then(|()| compare(dir, &path));
+    let _ = fs::remove_file(&path);
+    outcome
+}
+
+fn fill(path: &Path) -> Result<()> {
     let mut file = File::create(path).with_context(|| format!("create {path:?}"))?;
     let chunk = vec![0x5a; 1 << 20];
     for _ in 0..FILE_BYTES >> 20 {
         file.write_all(&chunk)?;
     }
+    Ok(file.sync_all()?)
+}
+
+fn compare(dir: &Path, path: &Path) -> Result<()> {
     for depth in DEPTHS {
-        let (mut rates, mut ratios) = ([vec![], vec![], vec![]], vec![]);
-        for round in 0..ROUNDS {
-            let mut now = [0.0; 3];
-            // Another one begins each round.
-            for turn in 0..3 {
-                let who = (round + turn) % 3;
-                now[who] = match who {
-                    0 => by_pread(path)?,
-                    1 => by_tokio(path, depth)?,
-                    _ => by_ring(path, depth)?,
-                };
-            }
-            (0..3).for_each(|who| rates[who].push(now[who]));
-            ratios.push(now[2] / now[1]);
-        }
-        let [pread, tokio, ring] = rates.map(|mut rates| median(&mut rates) / 1e3);
-        let ratio = median(&mut ratios);
-        let (least, most) = (ratios[0], ratios[ROUNDS - 1]);
+        let measured = rounds(|who| match who {
+            0 => by_pread(path),
+            1 => by_tokio(path, depth),
+            _ => registered::run(path, depth, registered::PLAIN),
+        })?;
+        let [pread, tokio, ring] = measured.rates;
+        let ratio = measured.ratio(2, 1);
         println!(
-            "{:<12} {depth:>5} {pread:>8.0} {tokio:>12.0} {ring:>9.0}   \
-             ring / tokio-uring {ratio:.2} ({least:.2}-{most:.2})",
+            "{:<12} {depth:>5} {pread:>8.0} {tokio:>12.0} {ring:>9.0}   ring / tokio-uring {ratio}",
             dir.display(),
         );
     }
     Ok(())
+}
+
+/// What `N` contenders did.
+struct Measured<const N: usize> {
+    /// Medians, in thousands a second.
+    rates: [f64; N],
+    rounds: Vec<[f64; N]>,
+}
+
+/// Has each of `N` contenders run in each round, another one first.
+fn rounds<const N: usize>(run: impl Fn(usize) -> Result<f64>) -> Result<Measured<N>> {
+    let mut rounds = vec![[0.0; N]; ROUNDS];
+    for (round, now) in rounds.iter_mut().enumerate() {
+        for turn in 0..N {
+            let who = (round + turn) % N;
+            now[who] = run(who)?;
+        }
+    }
+    let rate = |who| median(&mut rounds.iter().map(|now| now[who]).collect::<Vec<_>>()) / 1e3;
+    Ok(Measured { rates: std::array::from_fn(rate), rounds })
+}
+
+impl<const N: usize> Measured<N> {
+    /// Of two contenders within a round: the median, the least and the most.
+    fn ratio(&self, of: usize, to: usize) -> String {
+        let mut ratios: Vec<_> = self.rounds.iter().map(|now| now[of] / now[to]).collect();
+        let middle = median(&mut ratios);
+        format!("{middle:.2} ({:.2}-{:.2})", ratios[0], ratios[ROUNDS - 1])
+    }
 }
 
 /// Sorts, and gives the one in the middle: rounds are odd.
@@ -97,9 +128,19 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
-fn rate(reads: u64, start: Instant) -> Result<f64> {
-    ensure!(reads > 0, "nothing was read");
-    Ok(reads as f64 / start.elapsed().as_secs_f64())
+fn rate(done: u64, start: Instant) -> Result<f64> {
+    ensure!(done > 0, "nothing was done");
+    Ok(done as f64 / start.elapsed().as_secs_f64())
+}
+
+fn ring() -> Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_coop_taskrun()
+        .setup_taskrun_flag()
+        .build(256)
+        .context("a ring")
 }
 
 fn by_pread(path: &Path) -> Result<f64> {
@@ -136,48 +177,6 @@ fn by_tokio(path: &Path, depth: usize) -> Result<f64> {
         }
         rate(reads.get(), start)
     })
-}
-
-fn by_ring(path: &Path, depth: usize) -> Result<f64> {
-    let file = File::open(path)?;
-    let mut uring: IoUring = IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_coop_taskrun()
-        .build(256)
-        .context("a ring")?;
-    let mut table: Vec<(Vec<u8>, Places)> =
-        (0..depth).map(|task| (vec![0; BLOCK], Places(task as u64 * 2 + 7))).collect();
-    let (start, mut reads, mut in_flight) = (Instant::now(), 0, 0);
-    let mut due: Vec<usize> = (0..depth).collect();
-    let mut done = Vec::with_capacity(depth);
-    loop {
-        let over = start.elapsed() >= RUN;
-        for key in due.drain(..).filter(|_| !over) {
-            let (buffer, places) = &mut table[key];
-            let fd = types::Fd(file.as_raw_fd());
-            let read = opcode::Read::new(fd, buffer.as_mut_ptr(), BLOCK as u32);
-            let entry = read.offset(places.next()).build().user_data(key as u64);
-            // SAFETY: buffer and file outlive the operation: the table is neither moved nor shrunk,
-            // each key has one read in flight, and the function returns only when none is left or
-            // aborts the process.
-            unsafe { uring.submission().push(&entry) }
-                .unwrap_or_else(|_| abort("the ring is full"));
-            in_flight += 1;
-        }
-        if in_flight == 0 {
-            return rate(reads, start);
-        }
-        uring.submit_and_wait(1).unwrap_or_else(|_| abort("the ring cannot be entered"));
-        done.extend(uring.completion().map(|cqe| (cqe.user_data() as usize, cqe.result())));
-        for (key, result) in done.drain(..) {
-            if result != BLOCK as i32 {
-                abort("a read failed or was short");
-            }
-            (reads, in_flight) = (reads + 1, in_flight - 1);
-            due.push(key);
-        }
-    }
 }
 
 /// An early return with reads in flight would free memory that the kernel writes to.
