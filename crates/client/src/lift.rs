@@ -1,9 +1,10 @@
-//! Large replies to READ from the socket to the device without a copy of ours: socket, pipe, device.
+//! Large replies to READ from the socket to the device without a copy of ours.
 //!
-//! While such a reply is due, the front of the next batch alone is received: what the head checksum
-//! covers. If it is that reply, the pipe gets the FUSE header and the data that came with the front,
-//! then, as it comes, the rest from the socket, and the device gets the whole frame at once. What
-//! does not fit into the pipe, though it should, goes back to where batches are received.
+//! While such a reply is due, the front of the next batch alone is received: what the head
+//! checksum covers. If it is that reply, the pipe gets the FUSE header and the data that came with
+//! the front, then, as it comes, the rest from the socket, and the device gets the whole frame at
+//! once. What does not fit into the pipe, though it should, goes back to where batches are
+//! received.
 //!
 //! Invariant: between two replies the pipe is empty, and what is in it is the beginning of one
 //! frame, of which the kernel has seen nothing: a cut discards it, and the request is in flight as
@@ -148,7 +149,8 @@ impl Lift {
         Ok(done)
     }
 
-    /// The pipe is full, though more is to come: what is in it goes where batches are received, as it came.
+    /// The pipe is full, though more is to come: what is in it goes where batches are received, as
+    /// it came.
     fn put_back(&mut self, half: &mut ConnRx) -> Result<(), Errno> {
         let (Some(pipe), Some(lifted)) = (&self.pipe, self.lifted.take()) else { return Ok(()) };
         let bytes = BATCH_HEADER_BYTES + lifted.bytes();
