@@ -184,7 +184,8 @@ pub fn run(args: &Args) -> Result<String> {
     }
     let sandbox = Sandbox::new()?;
     let backing = LoopFs::new(&sandbox, "backing", LoopShape::ext4(IMAGE_BYTES))?;
-    let account = Account::default();
+    let in_parts = args.daemon_args.split_whitespace().any(|arg| arg == "--state-dir=none");
+    let account = Account::new(in_parts);
     let limit = Duration::from_secs(args.seconds) * (MORE_TIMES + 1) + SLACK;
     if args.bare {
         let time = Duration::from_secs(args.seconds);

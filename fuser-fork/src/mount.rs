@@ -545,6 +545,23 @@ pub fn abort(dev_minor: u32) -> Result<AbortOutcome, MountError> {
     abort_at(Path::new(CONTROL_PATH), dev_minor)
 }
 
+/// [`abort`], and by a forced unmount where that cannot be: for who holds an fd of the session and
+/// must not keep it alive.
+pub fn abort_or_unmount(dev_minor: u32) -> Result<AbortOutcome, MountError> {
+    let done = abort(dev_minor);
+    if matches!(done, Ok(AbortOutcome::Aborted | AbortOutcome::NoConnection)) {
+        return done;
+    }
+    let mounts = all_mounts().map_err(|source| MountError::MountInfo { source })?;
+    let ours = |mount: &&MountInfo| mount.dev_minor == dev_minor && mount.is_ringfs();
+    let Some(ours) = mounts.iter().find(ours) else { return done };
+    let (path, flags) = (&ours.mount_point, UnmountFlags::FORCE | UnmountFlags::DETACH);
+    match rustix::mount::unmount(path, flags | UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(AbortOutcome::Aborted),
+        Err(source) => Err(MountError::Os { what: "unmount", path: path.clone(), source }),
+    }
+}
+
 /// [`abort`] by control files that are mounted elsewhere.
 pub fn abort_at(control: &Path, dev_minor: u32) -> Result<AbortOutcome, MountError> {
     let path = control.join(dev_minor.to_string()).join("abort");

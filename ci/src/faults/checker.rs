@@ -46,6 +46,8 @@ pub struct Account {
     pub slowest_ms: AtomicU64,
     /// Errors that were allowed because the daemon was killed.
     pub tolerated: AtomicU64,
+    /// The daemon leaves nothing of what it has done: see [`World::with_parts`].
+    pub in_parts: bool,
     /// Threads that have not ended.
     pub working: AtomicU64,
     /// How often the daemon was killed.
@@ -57,6 +59,11 @@ pub struct Account {
 }
 
 impl Account {
+    /// Nothing yet.
+    pub fn new(in_parts: bool) -> Account {
+        Account { in_parts, ..Account::default() }
+    }
+
     /// Something that must not be.
     pub fn problem(&self, what: String) {
         self.count.fetch_add(1, Relaxed);
@@ -133,9 +140,12 @@ impl<'a> Worker<'a> {
             thread,
             threads,
             rng: Rng::of(&[seed, thread, 99]),
-            own: World::new(own, Workload::new(seed, thread, "")).with_names_good(NAMES_GOOD),
+            own: World::new(own, Workload::new(seed, thread, ""))
+                .with_names_good(NAMES_GOOD)
+                .with_parts(account.in_parts),
             common: World::new(common, Workload::new(seed, thread, &prefix))
-                .with_names_good(NAMES_GOOD),
+                .with_names_good(NAMES_GOOD)
+                .with_parts(account.in_parts),
             log: None,
             blocks,
             block_seq: 0,

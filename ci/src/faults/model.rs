@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::op::{Handle, Kind, Op, Outcome, Renaming, Setting, Subject, content};
+use super::op::{Handle, Kind, Op, Outcome, Renaming, Setting, Subject, Tag, content};
 
 /// Number of an inode.
 type Id = u64;
@@ -88,6 +88,22 @@ impl Model {
     /// Whether the file behind an open handle has no name left.
     pub fn nameless(&self, handle: Handle) -> bool {
         self.open.get(&handle).is_some_and(|open| self.nodes[&open.id].names == 0)
+    }
+
+    /// Where an operation appends, and what; `None`: it does not.
+    pub fn appending(&self, op: &Op) -> Option<(usize, Tag)> {
+        let (id, tag) = match op {
+            Op::AppendTo { path, tag } => (self.file(path).ok()?, *tag),
+            Op::Write { handle, tag, .. } => {
+                let open = self.opened(*handle).ok().filter(|open| open.append)?;
+                (open.id, *tag)
+            }
+            _ => return None,
+        };
+        match &self.nodes[&id].body {
+            Body::File(data) => Some((data.len(), tag)),
+            Body::Dir(_) | Body::Link(_) => None,
+        }
     }
 
     /// What stands at a path, without following its end.

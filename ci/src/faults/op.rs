@@ -184,6 +184,15 @@ impl Op {
         }
     }
 
+    /// The same with the first `len` bytes of what it writes.
+    pub fn cut(&self, len: usize) -> Op {
+        let mut op = self.clone();
+        if let Op::Write { tag, .. } | Op::AppendTo { tag, .. } = &mut op {
+            tag.len = len;
+        }
+        op
+    }
+
     /// The open file that it uses or makes.
     pub fn handle(&self) -> Option<Handle> {
         match self {
@@ -218,6 +227,8 @@ pub enum Outcome {
     Done,
     /// It failed.
     Fail(Errno),
+    /// So many bytes were told to be written; the next write failed.
+    Part(usize, Errno),
     /// Content.
     Bytes(Vec<u8>),
     /// Attributes; `size` is 0 for a directory.
@@ -235,6 +246,7 @@ impl fmt::Debug for Outcome {
         match self {
             Outcome::Done => write!(f, "done"),
             Outcome::Fail(errno) => write!(f, "{errno}"),
+            Outcome::Part(bytes, errno) => write!(f, "{bytes} bytes, then {errno}"),
             Outcome::Bytes(bytes) => write!(f, "{} bytes", bytes.len()),
             Outcome::Stat { kind, size, nlink, mode } => {
                 write!(f, "{kind:?} of {size} bytes, nlink {nlink}, mode {mode:o}")

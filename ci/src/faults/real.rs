@@ -69,7 +69,7 @@ impl Real {
             }
             Op::Write { handle, at, tag } => {
                 let (fd, bytes) = (self.fd(*handle)?, content(*tag));
-                whole(bytes.len(), |done| pwrite(fd, &bytes[done..], *at + done as u64))?;
+                return whole(bytes.len(), |done| pwrite(fd, &bytes[done..], *at + done as u64));
             }
             Op::Read { handle } => return read_all(self.fd(*handle)?).map(Outcome::Bytes),
             Op::Resize { handle, len } => ftruncate(self.fd(*handle)?, *len)?,
@@ -79,7 +79,7 @@ impl Real {
                 let flags = OFlags::WRONLY | OFlags::APPEND | OPEN;
                 let fd = open(self.path(path), flags, Mode::empty())?;
                 let bytes = content(*tag);
-                whole(bytes.len(), |done| write(&fd, &bytes[done..]))?;
+                return whole(bytes.len(), |done| write(&fd, &bytes[done..]));
             }
             Op::ReadAll { path } => {
                 let fd = open(self.path(path), OFlags::RDONLY | OPEN, Mode::empty())?;
@@ -90,7 +90,10 @@ impl Real {
                 let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
                 let fd = open(self.path(parents), flags, Mode::from_raw_mode(0o600))?;
                 let bytes = content(*tag);
-                whole(bytes.len(), |done| write(&fd, &bytes[done..]))?;
+                let written = whole(bytes.len(), |done| write(&fd, &bytes[done..]))?;
+                if written != Outcome::Done {
+                    return Ok(written);
+                }
                 let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
                 linkat(CWD, name, CWD, self.path(path), AtFlags::SYMLINK_FOLLOW)?;
             }
@@ -190,15 +193,15 @@ impl Subject for Real {
 
 /// Writes with `put` from there on. The kernel makes several requests of one write(2): the error of
 /// a later one comes with the next write(2). That there is none is an error itself.
-fn whole(asked: usize, put: impl Fn(usize) -> Result<usize, Errno>) -> Result<(), Errno> {
-    let mut done = put(0)?;
+fn whole(asked: usize, put: impl Fn(usize) -> Result<usize, Errno>) -> Result<Outcome, Errno> {
+    let done = put(0)?;
     if done == asked {
-        return Ok(());
+        return Ok(Outcome::Done);
     }
-    while done < asked {
-        done += put(done)?.max(1);
+    match put(done) {
+        Err(errno) => Ok(Outcome::Part(done, errno)),
+        Ok(_) => Err(Errno::MSGSIZE),
     }
-    Err(Errno::MSGSIZE)
 }
 
 fn read_all(fd: impl AsFd) -> Result<Vec<u8>, Errno> {

@@ -4,7 +4,7 @@
 //! allowed (docs/faults.md: only after the daemon was killed), the tree must then be as it was
 //! before the operation or as it had to be after it, and the model becomes that.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -12,6 +12,10 @@ use super::model::Model;
 use super::op::{Op, Outcome, Subject, differ};
 use super::real::Real;
 use super::workload::Workload;
+
+const PAGE_BYTES: usize = 4096;
+/// Until a name is looked at again that may be gone.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// A tree under work.
 #[derive(Debug)]
@@ -21,6 +25,9 @@ pub struct World<S> {
     workload: Workload,
     /// How long a kernel may go on with a name that it does not know to be gone.
     names_good: Duration,
+    /// Of an append that failed the kernel may have made several requests, of which the first ones
+    /// were done, and one may have been cut short: both at the end of a page.
+    in_parts: bool,
 }
 
 /// How an operation went.
@@ -47,12 +54,23 @@ impl Forget for Real {
 impl<S: Forget> World<S> {
     /// An empty tree.
     pub fn new(subject: S, workload: Workload) -> Self {
-        Self { model: Model::default(), subject, workload, names_good: Duration::ZERO }
+        Self {
+            model: Model::default(),
+            subject,
+            workload,
+            names_good: Duration::ZERO,
+            in_parts: false,
+        }
     }
 
     /// On a mount whose names are good for that long.
     pub fn with_names_good(self, names_good: Duration) -> Self {
         Self { names_good, ..self }
+    }
+
+    /// Nobody ends an append that a daemon was killed over.
+    pub fn with_parts(self, in_parts: bool) -> Self {
+        Self { in_parts, ..self }
     }
 
     /// The tree as it must be.
@@ -70,35 +88,70 @@ impl<S: Forget> World<S> {
             return Ok(Step::Same);
         }
         let what = format!("{op:?}: {}", differ(&expected, &found));
-        match found {
-            Outcome::Fail(errno) if killed() && allowed(&op, errno, &before) => {
-                self.settle(before, &op).map_err(|more| format!("{what}; then {more}"))?;
-                Ok(Step::Tolerated(what))
+        let (errno, told) = match found {
+            Outcome::Fail(errno) => (errno, 0),
+            Outcome::Part(told, errno) => (errno, told),
+            _ => return Err(what),
+        };
+        if !killed() || !allowed(&op, errno, &before) {
+            return Err(what);
+        }
+        let told = if errno == Errno::IO { told } else { 0 };
+        self.settle(before, &op, told).map_err(|more| format!("{what}; then {more}"))?;
+        Ok(Step::Tolerated(what))
+    }
+
+    /// Finds out whether an operation that failed was done, and goes on from there. Of what it was
+    /// to write so many bytes were `told` to be.
+    fn settle(&mut self, before: Model, op: &Op, told: usize) -> Result<(), String> {
+        let mut all = self.could_be(before, op, told);
+        if let Some(handle) = op.handle() {
+            self.subject.forget(handle);
+            for model in &mut all {
+                // Not all of them have ever had it.
+                let _ = model.apply(&Op::Close { handle });
             }
-            _ => Err(what),
+        }
+        // The kernel is soon told that a name may be gone, and knows some time later in any case.
+        let is_late = matches!(op, Op::Unlink { .. } | Op::Rmdir { .. } | Op::Rename { .. });
+        let limit = Instant::now() + if is_late { self.names_good } else { Duration::ZERO };
+        loop {
+            let is_last = Instant::now() >= limit;
+            let mut problems = Vec::new();
+            for model in &all {
+                match compare(model, &mut self.subject).into_iter().next() {
+                    Some(problem) => problems.push(problem),
+                    None => {
+                        self.model = model.clone();
+                        return Ok(());
+                    }
+                }
+            }
+            if is_last {
+                return Err(format!("neither done nor undone: {}", problems.join("; ")));
+            }
+            std::thread::sleep(LOOK_AGAIN);
         }
     }
 
-    /// Finds out whether an operation that failed was done, and goes on from there.
-    fn settle(&mut self, mut before: Model, op: &Op) -> Result<(), String> {
-        if let Some(handle) = op.handle() {
-            self.subject.forget(handle);
-            // One of the two has never had it.
-            let _ = before.apply(&Op::Close { handle });
-            let _ = self.model.apply(&Op::Close { handle });
+    /// What the tree may be by then: as it was, or as it had to be.
+    fn could_be(&self, before: Model, op: &Op, told: usize) -> Vec<Model> {
+        let mut all = Vec::new();
+        if self.in_parts
+            && let Some((at, tag)) = before.appending(op)
+        {
+            let ends = |len: &usize| *len == told || (at + len).is_multiple_of(PAGE_BYTES);
+            all.extend((told.max(1)..tag.len).filter(ends).map(|len| {
+                let mut model = before.clone();
+                let _ = model.apply(&op.cut(len));
+                model
+            }));
         }
-        // Told of an error, the kernel does not know that the name may be gone.
-        if matches!(op, Op::Unlink { .. } | Op::Rmdir { .. } | Op::Rename { .. }) {
-            std::thread::sleep(self.names_good);
+        if told == 0 {
+            all.insert(0, before);
         }
-        let Some(undone) = compare(&before, &mut self.subject).into_iter().next() else {
-            self.model = before;
-            return Ok(());
-        };
-        match compare(&self.model, &mut self.subject).into_iter().next() {
-            None => Ok(()),
-            Some(done) => Err(format!("neither done nor undone: {undone}; {done}")),
-        }
+        all.push(self.model.clone());
+        all
     }
 
     /// Closes what is open; gives what went wrong.
@@ -157,6 +210,7 @@ pub fn compare(model: &Model, subject: &mut impl Subject) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::faults::op::Kind;
     use crate::sandbox::Sandbox;
     use std::cell::Cell;
     use std::fs;
@@ -231,10 +285,14 @@ mod tests {
 
     /// Works on a file system that breaks; gives what was found.
     fn found_with(sabotage: Sabotage, killed: bool) -> (Vec<String>, u32) {
+        found_in_parts(sabotage, killed, false)
+    }
+
+    fn found_in_parts(sabotage: Sabotage, killed: bool, in_parts: bool) -> (Vec<String>, u32) {
         let sandbox = Sandbox::new().unwrap();
         let real = Real::new(sandbox.make_dir("tree").unwrap(), "");
         let broken = Broken { real, sabotage, patience: Cell::new(300) };
-        let mut world = World::new(broken, Workload::new(1, 1, ""));
+        let mut world = World::new(broken, Workload::new(1, 1, "")).with_parts(in_parts);
         let mut tolerated = 0;
         for _ in 0..OPS {
             match world.step(|| killed) {
@@ -311,6 +369,65 @@ mod tests {
             assert!(!problems.is_empty(), "not found: {what}");
         }
         assert_eq!(found_with(|_, _| None, false), (vec![], 0));
+    }
+
+    /// Appends what `len` says of the tag's bytes, to a file of so many.
+    fn append_some(real: &mut Real, op: &Op, len: fn(usize, usize) -> usize) -> Option<usize> {
+        let Op::AppendTo { path, tag } = op else { return None };
+        let stat = real.apply(&Op::Stat { path: path.clone() });
+        let Outcome::Stat { kind: Kind::File, size, .. } = stat else { return None };
+        let len = len(size as usize, tag.len);
+        if len > 0 {
+            real.apply(&op.cut(len));
+        }
+        Some(len)
+    }
+
+    /// Up to the first end of a page.
+    fn page(at: usize, len: usize) -> usize {
+        (PAGE_BYTES - at % PAGE_BYTES).min(len)
+    }
+
+    #[test]
+    fn an_append_that_failed_may_be_there_up_to_a_page() {
+        let fails: Sabotage = |real, op| {
+            append_some(real, op, page)?;
+            Some(Outcome::Fail(Errno::IO))
+        };
+        let told: Sabotage = |real, op| {
+            let len = append_some(real, op, page)?;
+            Some(Outcome::Part(len, Errno::IO))
+        };
+        for sabotage in [fails, told] {
+            let (problems, tolerated) = found_in_parts(sabotage, true, true);
+            assert!(problems.is_empty() && tolerated > 10, "{tolerated} {problems:?}");
+            assert!(!found_in_parts(sabotage, false, true).0.is_empty());
+            // A daemon that leaves what it has done has the rest follow.
+            assert!(!found_in_parts(sabotage, true, false).0.is_empty());
+        }
+        let lost: Sabotage = |real, op| {
+            append_some(real, op, |_, _| 0)?;
+            Some(Outcome::Part(1, Errno::IO))
+        };
+        let torn: Sabotage = |real, op| {
+            append_some(real, op, |at, len| (page(at, len) / 2).max(1))?;
+            Some(Outcome::Fail(Errno::IO))
+        };
+        let doubled: Sabotage = |real, op| {
+            append_some(real, op, page)?;
+            append_some(real, op, |_, len| len)?;
+            Some(Outcome::Fail(Errno::IO))
+        };
+        let untold: Sabotage = |real, op| {
+            append_some(real, op, |_, len| len)?;
+            Some(Outcome::Fail(Errno::MSGSIZE))
+        };
+        for (what, sabotage) in
+            [("lost", lost), ("torn", torn), ("doubled", doubled), ("untold", untold)]
+        {
+            let (problems, _) = found_in_parts(sabotage, true, true);
+            assert!(!problems.is_empty(), "not found: {what}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! reply leaves by the device of the lane whose slot it names.
 
 use crate::conn::{Conn, ConnRx};
+use crate::expire::{Name, names_of_record};
 use crate::handshake::goodbye_text;
 use crate::kept::Kept;
 use crate::known::{Asked, tag_of};
@@ -113,9 +114,8 @@ fn take_reply(
         return Err(End::Protocol("a reply for a lane of another connection"));
     }
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
-    let Some((unique, opcode)) = complete(session, lane, kept, record, bytes)? else {
-        return Ok(());
-    };
+    let Some(owed) = complete(session, lane, kept, record, bytes)? else { return Ok(()) };
+    let Owed { unique, opcode, doubted } = owed;
     if opcode == Opcode::Init as u32 {
         take_init(session, lane, unique, record.code, &bytes[RECORD_HEADER_BYTES..])?;
     } else if record.code == 0 {
@@ -126,7 +126,16 @@ fn take_reply(
         lane.answer_error(unique, errno_of(record.code));
     }
     lane.settled(at);
+    session.doubt_names(lane, doubted);
     Ok(())
+}
+
+/// What the kernel is owed for a reply.
+struct Owed {
+    unique: u64,
+    opcode: u32,
+    /// Names that are to be looked up again once it is told; of a READ none.
+    doubted: Vec<Name>,
 }
 
 /// A whole reply is in the pipe.
@@ -151,22 +160,31 @@ fn take_lifted(
     }
 }
 
-/// Ends the request of a reply: whom the kernel is to be answered, and what was asked. `body`:
-/// the record, or nothing of a READ.
+/// Ends the request of a reply. `bytes`: the record, or nothing of a READ's.
 fn complete(
     session: &Session,
     lane: &Lane,
     kept: &mut Kept,
     record: RecordHeader,
     bytes: &[u8],
-) -> Result<Option<(u64, u32)>, End> {
+) -> Result<Option<Owed>, End> {
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let request = lane.complete(at)?;
     let body = bytes.get(RECORD_HEADER_BYTES..).unwrap_or_default();
     let asked = kept.record(at.slot);
+    let doubted = match request.may_have_run(record.code) {
+        true => asked.map(names_of_record).unwrap_or_default(),
+        false => Vec::new(),
+    };
     let tag = tag_of(lane.index, at);
     match request {
         InFlight::Request { opcode, .. } => {
+            if opcode == Opcode::Write as u32
+                && request.may_have_run(record.code)
+                && let Some(asked) = asked.and_then(Asked::of_record)
+            {
+                session.known.doubt_write(&asked);
+            }
             let asked = || asked.and_then(Asked::of_record);
             session.known.answered(tag, opcode, asked, record.code, body);
         }
@@ -183,12 +201,13 @@ fn complete(
     kept.release(at.slot);
     let InFlight::Request { unique, opcode, .. } = request else {
         lane.settled(at);
+        session.doubt_names(lane, doubted);
         return Ok(None);
     };
     lane.delivering(at);
     LaneCounters::add(&lane.counters.replies, 1);
     LaneCounters::add(&lane.counters.bytes_down, record.len as usize);
-    Ok(Some((unique, opcode)))
+    Ok(Some(Owed { unique, opcode, doubted }))
 }
 
 /// A reply's body, or its errno.

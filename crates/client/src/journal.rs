@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! word: half << 63 | bytes      two halves: entries one after the other
-//! entry: kind u8, directory u8, recipe_len u16, extra u32, a u64, b u64, c u64, recipe, padding
+//! entry: kind u8, bits u8, recipe_len u16, extra u32, a u64, b u64, c u64, recipe, padding
 //! ```
 //!
 //! Invariant: what the word counts is whole entries; it is stored after they are. A half that is
@@ -62,6 +62,7 @@ pub enum Entry<'a> {
         node: u64,
         flags: u32,
         directory: bool,
+        doubted: bool,
         tag: u64,
     },
     Closed {
@@ -94,8 +95,8 @@ impl<'a> Entry<'a> {
                 (Head { kind: 2, a: id, b: count, ..head }, recipe)
             }
             Entry::Given { id, tag } => (Head { kind: 3, a: id, b: tag, ..head }, &[]),
-            Entry::Opened { fh, node, flags, directory, tag } => {
-                let directory = u8::from(directory);
+            Entry::Opened { fh, node, flags, directory, doubted, tag } => {
+                let directory = u8::from(directory) | u8::from(doubted) << 1;
                 (Head { kind: 4, directory, extra: flags, a: fh, b: node, c: tag, ..head }, &[])
             }
             Entry::Closed { fh } => (Head { kind: 5, a: fh, ..head }, &[]),
@@ -118,8 +119,8 @@ impl<'a> Entry<'a> {
             2 => Entry::Node { id: a, count: b, recipe: &padded[..len] },
             3 => Entry::Given { id: a, tag: b },
             4 => {
-                let directory = directory != 0;
-                Entry::Opened { fh: a, node: b, flags: extra, directory, tag: c }
+                let (directory, doubted) = (directory & 1 != 0, directory & 2 != 0);
+                Entry::Opened { fh: a, node: b, flags: extra, directory, doubted, tag: c }
             }
             5 => Entry::Closed { fh: a },
             6 => Entry::Forgotten { id: a, lookups: b, index: extra, tag: c },

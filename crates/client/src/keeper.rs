@@ -9,6 +9,8 @@
 //! keeper -> client   T stored path | fds          take over: the file that was left, and devices
 //!                    K                            from now on the service manager has them too
 //!                    S                            a signal: unmount
+//!                    L | fds                      a pipe: who has its other end, keeper or client,
+//!                                                 is there (expire.rs)
 //! ```
 //!
 //! Invariant: a mount whose client has died is either taken over or unmounted, and whichever it is
@@ -27,6 +29,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
+use rustix::pipe::PipeFlags;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGKILL, SIGTERM};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -300,6 +303,8 @@ pub fn run(orders: Orders<'_>) -> Result<i32, KeeperError> {
         held: stored.flatten().map(Held::from).unwrap_or_default(),
         signals_sent: 0,
         has_left: false,
+        alive: rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .map_err(|e| system("make a pipe")(e.into()))?,
     };
     let ended = keeper.serve();
     // The manager's next keeper takes the mount, if it is not to end.
@@ -321,6 +326,8 @@ struct Keeper<'a> {
     held: Held,
     signals_sent: u32,
     has_left: bool,
+    /// A pipe that the clients have too.
+    alive: (OwnedFd, OwnedFd),
 }
 
 impl Keeper<'_> {
@@ -338,6 +345,8 @@ impl Keeper<'_> {
                     tracing::debug!(%errno, "the client has died already");
                 }
             }
+            // It may have died; the next one gets it.
+            let _ = channel.send(b"L", &[self.alive.0.as_fd(), self.alive.1.as_fd()]);
             let watched = self.watch(&mut child, &channel);
             if watched.is_err() {
                 // Nobody would keep it: what is in flight is to fail, or to be the next keeper's.

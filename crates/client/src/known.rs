@@ -20,7 +20,7 @@ use ringfs_wire::restore::{End, NUMBER_MAX, Nodes, Restore, RestoreError, push_r
 use ringfs_wire::slot::SlotUse;
 use shard::{Handle, Keyed, Node, Shard, recent_of};
 use std::hash::BuildHasher;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use zerocopy::FromBytes;
 
@@ -51,6 +51,8 @@ pub struct Known {
     shards: Vec<Apart>,
     key: Keyed,
     turn: AtomicU64,
+    /// Open files that are doubted.
+    doubts: AtomicUsize,
 }
 
 /// How much was told to a daemon.
@@ -74,14 +76,24 @@ impl Known {
         let key = Keyed::new();
         let shards = if is_on { SHARDS } else { 0 };
         let shard = |_| Apart(Mutex::new(Shard::new(key, None)));
-        Known { shards: (0..shards).map(shard).collect(), key, turn: AtomicU64::new(0) }
+        Known {
+            shards: (0..shards).map(shard).collect(),
+            key,
+            turn: AtomicU64::new(0),
+            doubts: AtomicUsize::new(0),
+        }
     }
 
     /// Nothing yet, and changes go into these logs; and the key that finds them again.
     pub fn kept(logs: Vec<Log>) -> (Known, [u64; 2]) {
         let key = Keyed::new();
         let shards = logs.into_iter().map(|log| Apart(Mutex::new(Shard::new(key, Some(log)))));
-        let known = Known { shards: shards.collect(), key, turn: AtomicU64::new(0) };
+        let known = Known {
+            shards: shards.collect(),
+            key,
+            turn: AtomicU64::new(0),
+            doubts: AtomicUsize::new(0),
+        };
         (known, [key.start, key.factor])
     }
 
@@ -92,7 +104,10 @@ impl Known {
             let mut shard = Shard::new(key, Some(log));
             shard.replay().then_some(Apart(Mutex::new(shard)))
         });
-        Some(Known { shards: shards.collect::<Option<_>>()?, key, turn: AtomicU64::new(0) })
+        let shards = shards.collect::<Option<Vec<_>>>()?;
+        let doubted = |shard: &Apart| lock(&shard.0).handles.values().filter(|h| h.doubted).count();
+        let doubts = AtomicUsize::new(shards.iter().map(doubted).sum());
+        Some(Known { shards, key, turn: AtomicU64::new(0), doubts })
     }
 
     /// A turn begins: to be called when all is over that was in flight when the one before began.
@@ -166,7 +181,10 @@ impl Known {
         if is_in(RELEASE, opcode) {
             // Whatever came of it: the kernel has forgotten the handle.
             if let Some(fh) = asked().map(|asked| asked.fh()) {
-                self.shard(fh).close(fh);
+                let closed = self.shard(fh).close(fh);
+                if closed.is_some_and(|its| its.doubted) {
+                    self.doubts.fetch_sub(1, Ordering::AcqRel);
+                }
             }
             return;
         }
@@ -194,8 +212,41 @@ impl Known {
             let node = if is_in(OPEN, opcode) { Some(asked.nodeid) } else { entry };
             let directory = opcode == Opcode::Opendir as u32;
             if let Some(node) = node {
-                self.open(tag, fh, Handle { node, flags: asked.flags(), directory });
+                self.open(
+                    tag,
+                    fh,
+                    Handle { node, flags: asked.flags(), directory, doubted: false },
+                );
             }
+        }
+    }
+
+    /// A WRITE is about to be answered with an error although it may have been done. The kernel
+    /// makes several of one write(2), and tells a short count and no error where an earlier one was
+    /// done: who then appends the rest could have it there twice. So the next one fails too.
+    pub fn doubt_write(&self, asked: &Asked) {
+        if self.shards.is_empty() || asked.is_of_cache() {
+            return;
+        }
+        if self.shard(asked.fh()).doubt(asked.fh(), true) {
+            self.doubts.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether a WRITE is the first one by such a file, and is to fail.
+    pub fn is_doubted(&self, asked: impl FnOnce() -> Asked) -> Option<Asked> {
+        if self.doubts.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let asked = asked();
+        let is_doubted = |fh| self.shard(fh).handles.get(&fh).is_some_and(|its| its.doubted);
+        (!asked.is_of_cache() && is_doubted(asked.fh())).then_some(asked)
+    }
+
+    /// The kernel has the error: the next one need not fail.
+    pub fn doubt_is_told(&self, asked: &Asked) {
+        if self.shard(asked.fh()).doubt(asked.fh(), false) {
+            self.doubts.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
@@ -245,7 +296,7 @@ impl Known {
             let handles: Vec<(u64, Handle)> =
                 shard.handles.iter().map(|(&fh, &handle)| (fh, handle)).collect();
             drop(shard);
-            for (fh, Handle { node, flags, directory }) in handles {
+            for (fh, Handle { node, flags, directory, .. }) in handles {
                 bodies.make_room()?;
                 done.handles += 1;
                 bodies.put(&Restore::Handle { fh, node, flags, directory });

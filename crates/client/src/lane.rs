@@ -59,6 +59,16 @@ impl InFlight {
     pub fn request(unique: u64, opcode: u32, pid: u32) -> InFlight {
         InFlight::Request { unique, opcode, pid, cancelled: false, sent: false, unsure: false }
     }
+
+    /// Whether it may have run although the kernel is told, or was, that it has failed: with what
+    /// the daemon says of it in the end.
+    pub fn may_have_run(&self, code: u32) -> bool {
+        match self {
+            InFlight::Request { sent, .. } => *sent && code == Errno::IO.raw_os_error() as u32,
+            InFlight::Abandoned => true,
+            InFlight::Forget => false,
+        }
+    }
 }
 
 /// What the thread sends besides requests.

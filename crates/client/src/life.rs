@@ -81,6 +81,9 @@ impl Life {
     /// Of what there is, without a thread yet.
     pub fn of(parts: Parts) -> Life {
         let Parts { session, service, keep, terms, rings, facts, mount } = parts;
+        if let Some(minor) = mount.dev_minor() {
+            let _ = session.dev_minor.set(minor);
+        }
         Life {
             waiting: (0..session.lanes.len()).collect(),
             session: Arc::new(session),
@@ -294,6 +297,12 @@ impl Life {
             self.facts.alone_why = Some(why.to_owned());
         }
         self.facts.is_stored = self.service.is_stored;
+        if self.service.is_stored {
+            self.session.expire.is_stored();
+        }
+        if let Some(pipe) = self.service.alive.take() {
+            self.session.expire.watch(pipe);
+        }
         self.answer_askers(is_asked);
         Ok(self.service.signals_seen() > before)
     }

@@ -15,6 +15,7 @@ mod conn;
 mod connector;
 mod doctor;
 mod down;
+mod expire;
 mod fd_store;
 mod groups;
 mod handshake;
@@ -206,6 +207,15 @@ enum Cmd {
     /// Internal: whether the root of a mount answers
     #[command(hide = true)]
     Answers { dir: PathBuf },
+    /// Internal: tells the kernel which names to look up again
+    #[command(hide = true)]
+    Expire {
+        #[arg(long)]
+        dev_minor: Option<u32>,
+        #[arg(long)]
+        drops: bool,
+        names: Vec<OsString>,
+    },
     /// Write the man pages into a directory
     #[command(hide = true)]
     ManPages { dir: PathBuf },
@@ -279,6 +289,7 @@ fn main() -> ExitCode {
             }
         }
         Cmd::Answers { dir } => return apart::look(&dir),
+        Cmd::Expire { dev_minor, drops, names } => return expire::run(dev_minor, drops, &names),
         Cmd::Completions { shell } => {
             let mut out = std::io::stdout();
             clap_complete::generate(shell, &mut Cli::command(), "ringfs", &mut out);

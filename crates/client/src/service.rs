@@ -28,6 +28,8 @@ pub struct Service {
     pub is_stored: bool,
     /// The keeper is there.
     is_kept: bool,
+    /// The pipe that tells whether keeper or client are there, once it has come.
+    pub alive: Option<[OwnedFd; 2]>,
     signals: UnixStream,
     /// Signals that have come: to us, and to the keeper. A whole group may have got one.
     signalled: [u32; 2],
@@ -61,6 +63,7 @@ impl Service {
             is_foreground,
             is_stored: false,
             is_kept: true,
+            alive: None,
             signals: catch_signals(&[SIGINT, SIGTERM, SIGHUP])?,
             signalled: [0; 2],
         })
@@ -117,6 +120,7 @@ impl Service {
                 Ok(message) => match message.bytes.first() {
                     Some(b'S') => self.signalled[1] += 1,
                     Some(b'K') => self.is_stored = true,
+                    Some(b'L') => self.alive = message.fds.try_into().ok(),
                     _ => {}
                 },
                 Err(Errno::AGAIN | Errno::INTR) => break,

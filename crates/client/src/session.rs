@@ -5,16 +5,17 @@
 
 use crate::conn::Conn;
 use crate::connector::ResumeError;
+use crate::expire::{Expire, Manner, Name};
 use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
-use crate::known::Known;
+use crate::known::{Asked, Known};
 use crate::lane::{Lane, LaneCounters, lock};
 use crate::prune::Prune;
 use crate::resume::Resume;
 use fuser_fork::device::DeviceError;
 use fuser_fork::init::{self, InitError, Limits, Negotiated};
 use fuser_fork::uring::UringError;
-use ringfs_wire::abi::{self, InitIn};
+use ringfs_wire::abi::{self, InitIn, Opcode};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::{SlotError, SlotUse};
@@ -144,8 +145,14 @@ pub struct Session {
     turning: Mutex<()>,
     /// Optional records that this version does not know.
     pub records_skipped: AtomicU64,
+    /// Writes that were answered EIO here, behind an append that may have been done.
+    pub writes_refused: AtomicU64,
     /// Nodes that the daemon would like to have back.
     pub prune: Prune,
+    /// Names that it is to look up again.
+    pub expire: Expire,
+    /// The number of the connection, where it is known.
+    pub dev_minor: OnceLock<u32>,
     /// Requests whose tasks have signals.
     pub interrupts: Interrupts,
     limits: Limits,
@@ -176,7 +183,10 @@ impl Session {
             known,
             turning: Mutex::default(),
             records_skipped: AtomicU64::new(0),
+            writes_refused: AtomicU64::new(0),
             prune: Prune::default(),
+            expire: Expire::default(),
+            dev_minor: OnceLock::new(),
             interrupts: Interrupts::default(),
             limits,
             append_groups: AtomicBool::new(false),
@@ -318,6 +328,33 @@ impl Session {
     /// Lanes are there to serve queues: INIT may agree on rings.
     pub fn offer_rings(&self) {
         self.rings.store(true, Ordering::Relaxed);
+    }
+
+    /// A request that the kernel was told to have failed, or to be over, may have made these names
+    /// or taken them away. To be called when it was told.
+    pub fn doubt_names(&self, lane: &Lane, names: Vec<Name>) {
+        if names.is_empty() {
+            return;
+        }
+        let offered = self.agreed().map_or(0, |agreed| agreed.offered);
+        let drops = offered & abi::init::HAS_EXPIRE_ONLY == 0;
+        let manner = Manner { dev_minor: self.dev_minor.get().copied(), drops };
+        self.expire.look_again(&lane.device, manner, names);
+    }
+
+    /// Whether a request that has just come is to fail with EIO, and no daemon is to see it: it
+    /// writes on behind an append that was told to have failed, and may have been done.
+    /// [`Session::refused`] follows.
+    pub fn refuses(&self, opcode: u32, asked: impl FnOnce() -> Asked) -> Option<Asked> {
+        let is_write = opcode == Opcode::Write as u32;
+        is_write.then(|| self.known.is_doubted(asked)).flatten()
+    }
+
+    /// The kernel has that answer.
+    pub fn refused(&self, asked: &Asked) {
+        self.known.doubt_is_told(asked);
+        self.writes_refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!("a write behind an append that may have been done: answered EIO too");
     }
 
     /// The kernel has its answer to INIT.

@@ -166,6 +166,8 @@ pub struct Report {
     /// Requests answered here whose end the daemon has not told yet; and all so far.
     pub abandoned: u64,
     pub abandoned_total: u64,
+    /// Writes behind an append that may have been done: they fail here.
+    pub writes_refused: u64,
 }
 
 /// A mount as `ringfs status` shows it.
@@ -213,6 +215,7 @@ impl Report {
             rebuild_bytes: restored.bytes,
             rebuild_us: restored.took_us,
             records_skipped: session.records_skipped.load(Ordering::Relaxed),
+            writes_refused: session.writes_refused.load(Ordering::Relaxed),
             ..Report::default()
         };
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

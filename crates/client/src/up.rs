@@ -7,6 +7,7 @@
 use crate::conn::Conn;
 use crate::groups;
 use crate::kept::Kept;
+use crate::known::Asked;
 use crate::lane::{Claim, InFlight, Inherited, Lane, LaneCounters, Parked};
 use crate::resume::{Resend, unsent};
 use crate::session::{End, Session};
@@ -169,6 +170,11 @@ impl<'s> Intake<'s> {
             bytes = groups::append(self.builder.spare(&mut self.buffer), bytes, &groups);
         }
         let (unique, opcode, pid) = (header.unique, header.opcode, header.pid);
+        let args = &self.builder.spare(&mut self.buffer)[size_of::<InHeader>()..bytes];
+        if let Some(asked) = self.session.refuses(opcode, || Asked::new(header.nodeid, args)) {
+            self.lane.answer_error(unique, Errno::IO);
+            return self.session.refused(&asked);
+        }
         let claim = match self.kept.is_full() {
             false => self.lane.claim(InFlight::request(unique, opcode, pid)),
             true => Claim::Full,

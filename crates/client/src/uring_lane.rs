@@ -8,6 +8,7 @@
 //! INTERRUPT are lane 0's, by the device.
 
 use crate::conn::coarse_now;
+use crate::expire::{Name, names_of};
 use crate::groups;
 use crate::heart::Beat;
 use crate::known::Asked;
@@ -18,7 +19,7 @@ use crate::rings::Answer;
 use crate::session::{End, Session};
 use crate::{down, pump};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, WatchId};
-use ringfs_wire::abi::InHeader;
+use ringfs_wire::abi::{InHeader, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
@@ -277,13 +278,21 @@ impl<'s> RingLane<'s> {
 
     /// Has an entry's request put into the batch, parked, or answered.
     fn take_request(&mut self, id: EntryId) -> Result<(), End> {
-        let InHeader { unique, opcode, pid, .. } = match self.ring.request(id) {
-            Ok(parts) => *parts.header(),
+        let (InHeader { unique, opcode, pid, .. }, asked) = match self.ring.request(id) {
+            Ok(parts) => {
+                let header = *parts.header();
+                (header, Asked::new(header.nodeid, parts.first_arg()))
+            }
             Err(error) => {
                 tracing::error!(lane = self.lane.index, %error, "a kernel's frame is refused");
                 return Ok(self.ring.reply(id, Err(Errno::IO.raw_os_error()))?);
             }
         };
+        if let Some(asked) = self.session.refuses(opcode, || asked) {
+            self.ring.reply(id, Err(Errno::IO.raw_os_error()))?;
+            self.session.refused(&asked);
+            return Ok(());
+        }
         self.uniques[usize::from(id.0)] = Some(unique);
         // While a batch is being sent its buffer is in use.
         let claim = match self.has_room() {
@@ -501,15 +510,26 @@ impl<'s> RingLane<'s> {
                 }
                 let reply = &bytes[span];
                 let taken = take_reply(self.lane, &self.entry_of_slot, record, reply)?;
-                if let Some((id, opcode)) = taken {
+                if let Some((id, request @ InFlight::Request { opcode, .. })) = taken {
+                    let doubted = match request.may_have_run(record.code) {
+                        true => names_in(&mut self.ring, id),
+                        false => Vec::new(),
+                    };
                     self.uniques[usize::from(id.0)] = None;
                     let body = &reply[RECORD_HEADER_BYTES..];
-                    let asked = || {
+                    let mut asked = || {
                         let parts = self.ring.request(id).ok()?;
                         Some(Asked::new(parts.header().nodeid, parts.first_arg()))
                     };
+                    if opcode == Opcode::Write as u32
+                        && request.may_have_run(record.code)
+                        && let Some(asked) = asked()
+                    {
+                        self.session.known.doubt_write(&asked);
+                    }
                     self.session.known.answered(0, opcode, asked, record.code, body);
                     self.ring.reply(id, down::outcome_of(record, reply))?;
+                    self.session.doubt_names(self.lane, doubted);
                 }
                 self.lane.counted();
             }
@@ -519,13 +539,24 @@ impl<'s> RingLane<'s> {
     }
 }
 
+/// The names that an entry's request makes or takes away.
+fn names_in(ring: &mut Ring, id: EntryId) -> Vec<Name> {
+    let Ok(parts) = ring.request(id) else { return Vec::new() };
+    let mut frame = vec![0; parts.frame_bytes()];
+    let InHeader { opcode, nodeid, .. } = *parts.header();
+    match parts.copy_to(&mut frame) {
+        Some(_) => names_of(opcode, nodeid, &frame[size_of::<InHeader>()..]),
+        None => Vec::new(),
+    }
+}
+
 /// The slot of a reply is free; the entry that waits for it, if one does, and what it asked.
 fn take_reply(
     lane: &Lane,
     entry_of_slot: &[EntryId],
     record: RecordHeader,
     bytes: &[u8],
-) -> Result<Option<(EntryId, u32)>, End> {
+) -> Result<Option<(EntryId, InFlight)>, End> {
     if record.lane != lane.index {
         return Err(End::Protocol("a reply for a lane of another connection"));
     }
@@ -534,7 +565,7 @@ fn take_reply(
     LaneCounters::add(&lane.counters.replies, 1);
     LaneCounters::add(&lane.counters.bytes_down, bytes.len());
     match request {
-        InFlight::Request { opcode, .. } => Ok(Some((entry_of_slot[usize::from(at.slot)], opcode))),
+        InFlight::Request { .. } => Ok(Some((entry_of_slot[usize::from(at.slot)], request))),
         // The entry may have the next request by now.
         InFlight::Abandoned | InFlight::Forget => Ok(None),
     }

@@ -14,6 +14,7 @@ use ringfs_wire::hello::{Reason, feature};
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 /// The `nth` rebuild of which the guest has told all. Others are begun, where another lane than
@@ -100,6 +101,48 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
         let stderr = umount(&bench, client);
         assert!(stderr.contains("rebuilt"), "{stderr}");
     }
+}
+
+#[test]
+fn a_name_that_a_lost_daemon_may_have_removed_is_looked_up_again() {
+    // It knows the slot, or has to be told that nobody knows.
+    for knows_slots in [false, true] {
+        let bench = Bench::new(Terms { names_valid: 86_400, ..Terms::default() });
+        let client = bench.mount("lanes=2");
+        // In use the name stays as long as it is good, whoever drops the kernel's caches.
+        let held = hold(&bench, &["hello"]);
+        let remover = unlink_unanswered(&bench);
+        bench.host.restart(knows_slots, None);
+        let words = stderr_of(&remover.wait());
+        assert_eq!(words.contains("Input/output error"), !knows_slots, "{words}");
+        wait_unlinked(&bench);
+        drop(held);
+        umount(&bench, client);
+    }
+}
+
+#[test]
+fn who_writes_on_behind_an_append_that_may_have_run_is_told() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let file = append_halfway(&bench);
+    // Others' writes, and those at a place, are not concerned.
+    let path = bench.file("big");
+    within("another's write", move || {
+        let other = File::options().write(true).open(path).expect("open");
+        assert_eq!(other.write_at(&[big_byte(0)], 0).expect("write"), 1);
+    });
+    append_rest(&bench, &file);
+    drop(file);
+    // Nobody is told who opens the file anew.
+    let file = append_halfway(&bench);
+    drop(file);
+    let path = bench.file("big");
+    within("an append by another one", move || {
+        let mut file = File::options().append(true).open(path).expect("open");
+        assert_eq!(file.write(b"more").expect("append"), 4);
+    });
+    umount(&bench, client);
 }
 
 #[test]

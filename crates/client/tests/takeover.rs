@@ -11,6 +11,7 @@ use bench::uses::*;
 use bench::*;
 use host::{HANG, HELLO_TEXT, Mood, Terms, big_byte};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
+use ringfs_wire::slot::SlotUse;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -336,6 +337,83 @@ fn a_keeper_that_cannot_start_the_next_client_waits_or_cleans_up() {
         assert!(rest.contains("gives up: it is unmounted, and what was in flight"), "{rest}");
         assert!(!bench.is_mounted());
     }
+}
+
+#[test]
+fn the_next_client_knows_of_an_append_that_may_have_run() {
+    if !kernel_resends("the_next_client_knows_of_an_append_that_may_have_run") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let file = append_halfway(&bench);
+    kill_worker(&bench, Signal::KILL);
+    append_rest(&bench, &file);
+    drop(file);
+    umount(&bench, client);
+}
+
+/// Processes that tell the kernel of names, of the mount with that number.
+fn tellers(minor: &str) -> usize {
+    let is_teller = |entry: &std::fs::DirEntry| {
+        let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+        words.get(1) == Some(&&b"expire"[..]) && words.contains(&minor.as_bytes())
+    };
+    let all = std::fs::read_dir("/proc").expect("/proc");
+    all.filter_map(Result::ok).filter(is_teller).count()
+}
+
+/// The directory's lock is held by one who waits for the host, and who tells the kernel of a name
+/// that is gone waits for that lock.
+fn teller_waits(bench: &Bench) -> (Reader, (u8, SlotUse), String) {
+    let minor = status_of(bench)["dev_minor"].as_u64().expect("a mount table").to_string();
+    let first = unlink_unanswered(bench);
+    let second = unlink(bench, "hang");
+    let stat = format!("/proc/{}/stat", second.child.id());
+    wait_until("who waits for the lock", || {
+        let stat = std::fs::read_to_string(&stat).expect("a process");
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('D'))
+    });
+    bench.host.restart(false, None);
+    assert!(!first.wait().status.success());
+    let at = bench.host.wait_for("the second one", |seen| seen.hanging.first().copied());
+    wait_until("who tells the kernel", || tellers(&minor) == 1);
+    (second, at, minor)
+}
+
+#[test]
+fn who_tells_of_a_name_hinders_no_takeover() {
+    if !kernel_resends("who_tells_of_a_name_hinders_no_takeover") {
+        return;
+    }
+    let bench = Bench::new(Terms { names_valid: 86_400, ..Terms::default() });
+    let client = bench.mount("lanes=2");
+    let held = hold(&bench, &["hello"]);
+    let (second, (lane, at), minor) = teller_waits(&bench);
+    kill_worker(&bench, Signal::KILL);
+    bench.host.answer_hanging(lane, at, 13);
+    let words = stderr_of(&second.wait());
+    assert!(words.contains("Permission denied"), "{words}");
+    wait_unlinked(&bench);
+    wait_until("the end of who tells", || tellers(&minor) == 0);
+    drop(held);
+    umount(&bench, client);
+}
+
+#[test]
+fn who_tells_of_a_name_keeps_nobody_waiting_for_ever() {
+    let bench = Bench::new(Terms { names_valid: 86_400, ..Terms::default() });
+    let client = bench.mount("lanes=2");
+    let (second, _, minor) = teller_waits(&bench);
+    let worker = worker(&bench);
+    // Nobody is left but the one who tells, and has a copy of the session's fd.
+    client.signal(Signal::STOP);
+    kill_process(worker, Signal::KILL).expect("kill");
+    client.signal(Signal::KILL);
+    assert_eq!(client.wait().0.signal(), Some(9));
+    assert!(!second.wait().status.success());
+    wait_until("the end of who tells", || tellers(&minor) == 0);
 }
 
 #[test]

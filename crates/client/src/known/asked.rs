@@ -2,7 +2,7 @@
 //!
 //! Pure: it takes bytes. Invariant: what the kernel refuses gives nothing.
 
-use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, Opcode, OpenOut};
+use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_WRITE_CACHE, Opcode, OpenOut};
 use rustix::fs::{FileType, OFlags};
 use zerocopy::FromBytes;
 
@@ -68,9 +68,14 @@ impl Asked {
         self.word(0) & !FLAGS_ONCE.bits()
     }
 
-    /// The first argument of RELEASE and RELEASEDIR.
+    /// The first argument of RELEASE, RELEASEDIR and WRITE.
     pub(super) fn fh(&self) -> u64 {
         u64::from(self.word(0)) | u64::from(self.word(4)) << 32
+    }
+
+    /// Whether a WRITE is of pages that are written back.
+    pub(super) fn is_of_cache(&self) -> bool {
+        self.word(20) & FUSE_WRITE_CACHE != 0
     }
 
     /// Bytes that a READDIRPLUS wants at most.

@@ -9,6 +9,7 @@
 use crate::journal::{Entry as Change, Log};
 use ringfs_wire::limits::LANES_MAX;
 use ringfs_wire::restore::NUMBER_MAX;
+use rustix::fs::OFlags;
 use std::collections::hash_map::{Entry, RandomState};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
@@ -42,6 +43,8 @@ pub(super) struct Handle {
     pub(super) node: u64,
     pub(super) flags: u32,
     pub(super) directory: bool,
+    /// The last append by it was answered with an error, and may have been done.
+    pub(super) doubted: bool,
 }
 
 /// What the last reply of a lane has changed in a shard: should it not have reached the kernel.
@@ -140,9 +143,9 @@ impl Shard {
         });
         let opened_by = |fh: u64| recent.iter().find(|recent| recent.opened.contains(&fh));
         let handles = self.handles.iter().map(|(&fh, handle)| {
-            let Handle { node, flags, directory } = *handle;
+            let Handle { node, flags, directory, doubted } = *handle;
             let tag = opened_by(fh).map_or(0, |recent| recent.tag);
-            Change::Opened { fh, node, flags, directory, tag }
+            Change::Opened { fh, node, flags, directory, doubted, tag }
         });
         let recent = recent.iter().flat_map(|recent| {
             let tag = recent.tag;
@@ -185,11 +188,11 @@ impl Shard {
                 recent_of(recent, tag).given.push(id);
                 self.count_up(id);
             }
-            Change::Opened { fh, node, flags, directory, tag } => {
+            Change::Opened { fh, node, flags, directory, doubted, tag } => {
                 if tag != 0 {
                     recent_of(recent, tag).opened.push(fh);
                 }
-                self.put_handle(fh, Handle { node, flags, directory });
+                self.put_handle(fh, Handle { node, flags, directory, doubted });
             }
             Change::Closed { fh } => {
                 self.handles.remove(&fh);
@@ -239,8 +242,8 @@ impl Shard {
     }
 
     pub(super) fn open(&mut self, fh: u64, handle: Handle, tag: u64) {
-        let Handle { node, flags, directory } = handle;
-        self.log(&Change::Opened { fh, node, flags, directory, tag });
+        let Handle { node, flags, directory, doubted } = handle;
+        self.log(&Change::Opened { fh, node, flags, directory, doubted, tag });
         if let Some(recent) = self.recent(tag) {
             recent.opened.push(fh);
         }
@@ -254,11 +257,23 @@ impl Shard {
         }
     }
 
-    pub(super) fn close(&mut self, fh: u64) {
-        if self.handles.contains_key(&fh) {
-            self.log(&Change::Closed { fh });
-            self.handles.remove(&fh);
-        }
+    /// What it was.
+    pub(super) fn close(&mut self, fh: u64) -> Option<Handle> {
+        let known = self.handles.get(&fh).copied()?;
+        self.log(&Change::Closed { fh });
+        self.handles.remove(&fh);
+        Some(known)
+    }
+
+    /// Whether the handle is one to append by, and was not `doubted` so far.
+    pub(super) fn doubt(&mut self, fh: u64, doubted: bool) -> bool {
+        let appends = |its: &Handle| OFlags::from_bits_retain(its.flags).contains(OFlags::APPEND);
+        let known = self.handles.get(&fh).copied().filter(appends);
+        let Some(known) = known.filter(|its| its.doubted != doubted) else { return false };
+        let Handle { node, flags, directory, .. } = known;
+        self.log(&Change::Opened { fh, node, flags, directory, doubted, tag: 0 });
+        self.put_handle(fh, Handle { doubted, ..known });
+        true
     }
 
     pub(super) fn hear(&mut self, id: u64, recipe: &[u8]) {

@@ -6,7 +6,9 @@ use super::shard::{
 };
 use super::*;
 use crate::keep::Keep;
-use ringfs_wire::abi::{Attr, CreateIn, Dirent, DirentPlus, OpenIn, ReadIn, ReleaseIn};
+use ringfs_wire::abi::{
+    Attr, CreateIn, Dirent, DirentPlus, FUSE_WRITE_CACHE, OpenIn, ReadIn, ReleaseIn, WriteIn,
+};
 use ringfs_wire::restore::{Restores, push_node};
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
@@ -26,7 +28,10 @@ fn told(known: &Known) -> Told {
                     assert_eq!(nodes.insert(id, (count, recipe.to_vec())), None);
                 }
                 Restore::Handle { fh, node, flags, directory } => {
-                    assert_eq!(handles.insert(fh, Handle { node, flags, directory }), None);
+                    assert_eq!(
+                        handles.insert(fh, Handle { node, flags, directory, doubted: false }),
+                        None
+                    );
                 }
                 Restore::End(mark) => end = Some(mark),
             }
@@ -170,6 +175,35 @@ fn listings_are_walked_as_the_kernel_walks_them() {
 }
 
 #[test]
+fn the_first_write_behind_an_append_that_may_have_been_done_is_known() {
+    let known = Known::new(true);
+    open(&known, Opcode::Open, 9, OFlags::RDWR | OFlags::APPEND, 3);
+    open(&known, Opcode::Open, 9, OFlags::RDWR, 4);
+    let write = |fh, write_flags| {
+        let asked = WriteIn { fh, write_flags, ..WriteIn::default() };
+        Asked::new(9, asked.as_bytes())
+    };
+    let is_doubted = |asked| known.is_doubted(|| asked).is_some();
+    // One at a place may run again, and a page has its place.
+    known.doubt_write(&write(4, 0));
+    known.doubt_write(&write(3, FUSE_WRITE_CACHE));
+    assert!(!is_doubted(write(3, 0)) && !is_doubted(write(4, 0)));
+    for _ in 0..2 {
+        known.doubt_write(&write(3, 0));
+        known.doubt_write(&write(3, 0));
+        assert!(is_doubted(write(3, 0)) && !is_doubted(write(4, 0)));
+        assert!(!is_doubted(write(3, FUSE_WRITE_CACHE)));
+        known.doubt_is_told(&write(3, 0));
+        known.doubt_is_told(&write(3, 0));
+        assert!(!is_doubted(write(3, 0)));
+    }
+    known.doubt_write(&write(3, 0));
+    release(&known, Opcode::Release, 3, 0);
+    assert!(!is_doubted(write(3, 0)));
+    assert_eq!(known.doubts.load(Ordering::Relaxed), 0);
+}
+
+#[test]
 fn handles_are_as_they_were_opened_and_go_with_their_release() {
     let known = Known::new(true);
     let once = OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC | OFlags::NOCTTY;
@@ -179,7 +213,12 @@ fn handles_are_as_they_were_opened_and_go_with_their_release() {
     let asked = CreateIn { flags: (OFlags::WRONLY | once).bits(), ..CreateIn::default() };
     let body = [entry(7), opened(5)].concat();
     answer(&known, Opcode::Create, Asked::new(1, asked.as_bytes()), 0, &body);
-    let handle = |node, flags: OFlags, directory| Handle { node, flags: flags.bits(), directory };
+    let handle = |node, flags: OFlags, directory| Handle {
+        node,
+        flags: flags.bits(),
+        directory,
+        doubted: false,
+    };
     let all = BTreeMap::from([
         (3, handle(9, kept, false)),
         (4, handle(1, OFlags::DIRECTORY, true)),
@@ -493,7 +532,10 @@ fn random_sequences_come_to_what_a_plain_model_says() {
                 6 => {
                     open(&known, Opcode::Open, id, OFlags::RDWR, next_fh);
                     let flags = OFlags::RDWR.bits();
-                    handles.insert(next_fh, Handle { node: id, flags, directory: false });
+                    handles.insert(
+                        next_fh,
+                        Handle { node: id, flags, directory: false, doubted: false },
+                    );
                     next_fh += 1;
                 }
                 _ => {

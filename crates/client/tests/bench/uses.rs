@@ -2,13 +2,14 @@
 //! killed, and what is left at the end.
 
 use super::{Bench, Client, Reader, status_of, stderr_of, wait_until, within};
-use crate::host::{HELLO_TEXT, Seen, big_byte};
+use crate::host::{HELLO_TEXT, Mood, Seen, big_byte};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
@@ -105,6 +106,68 @@ pub fn writer(bench: &Bench, stop: &'static AtomicBool) -> JoinHandle<u64> {
         }
         written
     })
+}
+
+/// A process that removes a name.
+pub fn unlink(bench: &Bench, name: &str) -> Reader {
+    let mut command = Command::new("unlink");
+    command.arg(bench.file(name)).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Reader { child: command.spawn().expect("unlink") }
+}
+
+/// Has the host remove `hello`, which the kernel knows, and the answer be lost.
+pub fn unlink_unanswered(bench: &Bench) -> Reader {
+    let path = bench.file("hello");
+    within("a look", move || std::fs::metadata(path)).expect("hello");
+    bench.host.set_mood(Mood::LosesRemovals);
+    let before = bench.host.wait_for("replies", |seen| Some(seen.lost));
+    let remover = unlink(bench, "hello");
+    bench.host.wait_for("a lost reply", |seen| (seen.lost > before).then_some(()));
+    bench.host.set_mood(Mood::Fair);
+    remover
+}
+
+/// The kernel knows that `hello` is gone.
+pub fn wait_unlinked(bench: &Bench) {
+    wait_until("the end of the name", || {
+        let path = bench.file("hello");
+        let found = within("a look", move || std::fs::metadata(path));
+        found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+    });
+}
+
+/// Appends to `big` in one write(2), of which the kernel makes several requests; the daemon is lost
+/// over the second one.
+pub fn append_halfway(bench: &Bench) -> File {
+    let path = bench.file("big");
+    let file = within("an open", move || File::options().append(true).open(path));
+    let file = file.expect("open");
+    bench.host.set_mood(Mood::LosesLateAppends);
+    let before = bench.host.wait_for("replies", |seen| Some(seen.lost));
+    let appending = file.try_clone().expect("dup");
+    let writer = std::thread::spawn(move || (&appending).write(&vec![7; 2 * WRITE_BYTES]));
+    bench.host.wait_for("a lost reply", |seen| (seen.lost > before).then_some(()));
+    bench.host.set_mood(Mood::Fair);
+    bench.host.restart(false, None);
+    let written = within("the append", move || writer.join().expect("a thread"));
+    // As much as the pages of one request hold of a buffer that may begin within a page.
+    let written = written.expect("the first part");
+    assert!((WRITE_BYTES - 4096..=WRITE_BYTES).contains(&written), "{written}");
+    file
+}
+
+/// Appends the rest: it fails, as the host may have it; what comes then does not.
+pub fn append_rest(bench: &Bench, file: &File) {
+    let append = || {
+        let file = file.try_clone().expect("dup");
+        within("an append", move || (&file).write(&vec![7; WRITE_BYTES]))
+    };
+    let before = bench.host.wait_for("writes", |seen| Some(seen.writes));
+    let error = append().expect_err("the host may have it");
+    assert_eq!(error.raw_os_error(), Some(5), "{error}");
+    assert_eq!(bench.host.wait_for("writes", |seen| Some(seen.writes)), before);
+    assert_eq!(status_of(bench)["writes_refused"], 1);
+    assert_eq!(append().expect("what follows"), WRITE_BYTES);
 }
 
 /// A process that has a file open: other tests drop the kernel's caches. This process must not have

@@ -1,8 +1,8 @@
 //! A small daemon for tests: the wire over real Unix sockets, a tree in memory, faults on demand.
 //!
-//! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ is answered only when it is
-//! cancelled), and, not listed, `n0` and so on. It checks what a daemon may rely on: slots and
-//! their sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
+//! Files of the root: `hello` (text), `big` (a pattern), `hang` (a READ or UNLINK is answered only
+//! when it is cancelled), and, not listed, `n0` and so on. It checks what a daemon may rely on:
+//! slots and their sequence, whole batches, tickets, the order of a rebuild, counts of lookups.
 //! Its table of slots outlives connections, with every reply; a request runs once.
 
 use ringfs_wire::abi::*;
@@ -47,6 +47,8 @@ pub struct Terms {
     pub init_flags: u64,
     /// What a GETATTR of the root is answered with; 0: it.
     pub root_errno: u32,
+    /// Seconds that the kernel may go on with a name.
+    pub names_valid: u64,
     /// To a HELLO that resumes: `Some` refuses.
     pub refuses: Option<Reason>,
 }
@@ -54,9 +56,19 @@ pub struct Terms {
 impl Default for Terms {
     fn default() -> Terms {
         let (lanes, conns, slots) = (8, 8, 1024);
-        let (init_errno, init_flags, root_errno, refuses) = (0, 0, 0, None);
+        let (init_errno, init_flags, root_errno, names_valid, refuses) = (0, 0, 0, 0, None);
         let features = u64::MAX;
-        Terms { lanes, conns, slots, features, init_errno, init_flags, root_errno, refuses }
+        Terms {
+            lanes,
+            conns,
+            slots,
+            features,
+            init_errno,
+            init_flags,
+            root_errno,
+            names_valid,
+            refuses,
+        }
     }
 }
 
@@ -121,6 +133,10 @@ pub enum Mood {
     LosesEntries,
     /// The same for those to FORGETs.
     LosesForgets,
+    /// The same for those to UNLINKs.
+    LosesRemovals,
+    /// The same for those to WRITEs that append, but not at the end of `big`.
+    LosesLateAppends,
     /// Half of the next reply leaves, then its connection is cut.
     CutsReply,
     /// So many bytes of the next large reply leave, then its connection is cut.
@@ -175,6 +191,10 @@ struct Shared {
     /// Nodes whose recipes were sent.
     noted: Mutex<HashSet<u64>>,
     next_fh: AtomicU64,
+    /// Slots whose next request was said to have been sent before.
+    unsure: Mutex<HashSet<(u8, u16)>>,
+    /// Names that were unlinked.
+    removed: Mutex<HashSet<Vec<u8>>>,
 }
 
 type Held = (Arc<Conn>, RecordHeader, Vec<u8>);
@@ -215,6 +235,8 @@ impl Host {
             held: Mutex::default(),
             noted: Mutex::default(),
             next_fh: AtomicU64::new(1),
+            unsure: Mutex::default(),
+            removed: Mutex::default(),
         });
         let accepting = Arc::clone(&shared);
         // It ends with the test's process.

@@ -2,6 +2,7 @@
 
 use super::tree::answer;
 use super::*;
+use rustix::fs::OFlags;
 
 /// What a request's slot says of it.
 enum Begun {
@@ -108,10 +109,21 @@ pub(super) fn take(
                     (seen.requests, seen.writes) = (seen.requests + 1, seen.writes + write)
                 });
                 let (nodeid, args) = (u64::read_from_prefix(body).expect("nodeid").0, &body[24..]);
+                let appended_at = appended_at(record.code, args);
+                let is_unsure = shared.unsure.lock().expect("unsure").remove(&(lane, at.slot));
                 match answer(shared, record.code, nodeid, args) {
+                    // As a daemon of which nobody can tell what one before it has done.
+                    Ok(_) if is_unsure && appended_at.is_some() => {
+                        shared.finish(lane, at, (5, Vec::new()));
+                    }
                     Ok(body) => {
                         give(shared, conn, record.code, &body);
-                        shared.finish(lane, at, (0, body));
+                        let mood = match (record.code == Opcode::Unlink as u32, appended_at) {
+                            (true, _) => Some(Mood::LosesRemovals),
+                            (_, Some(at)) if at > BIG_BYTES => Some(Mood::LosesLateAppends),
+                            _ => None,
+                        };
+                        shared.finish_in(mood, lane, at, (0, body));
                     }
                     Err(HANG) => shared.note(|seen| seen.hanging.push((lane, at))),
                     Err(errno) => shared.finish(lane, at, (errno, Vec::new())),
@@ -127,7 +139,10 @@ pub(super) fn take(
         Some(Kind::Cancel) if record.code == cancel::ABANDON => abandon(shared, conn, lane, at)?,
         Some(Kind::Cancel) => interrupt(shared, lane, at),
         // What it says of a request is for a daemon that has ended its session.
-        Some(Kind::Unsure) => shared.note(|seen| seen.unsure += 1),
+        Some(Kind::Unsure) => {
+            shared.unsure.lock().expect("unsure").insert((lane, at.slot));
+            shared.note(|seen| seen.unsure += 1);
+        }
         Some(Kind::Restore) => restore(shared, conn, body)?,
         Some(Kind::Ping) => {
             let kind = Kind::Pong as u8;
@@ -139,6 +154,13 @@ pub(super) fn take(
         kind => return Err(format!("{kind:?} from a guest")),
     }
     Ok(())
+}
+
+/// Where a WRITE appends, as the guest sees it.
+fn appended_at(opcode: u32, args: &[u8]) -> Option<usize> {
+    let (write, _) = WriteIn::read_from_prefix(args).ok()?;
+    let appends = OFlags::from_bits_retain(write.flags).contains(OFlags::APPEND);
+    (opcode == Opcode::Write as u32 && appends).then_some(write.offset as usize)
 }
 
 /// Node ids come back.
@@ -157,12 +179,7 @@ fn forget(shared: &Shared, lane: u8, at: SlotUse, body: &[u8]) -> Result<(), Str
             }
         }
     });
-    let mood = *shared.mood.lock().expect("mood");
-    if mood == Mood::LosesForgets {
-        *shared.mood.lock().expect("mood") = Mood::LosesReplies;
-    }
-    shared.finish(lane, at, (0, Vec::new()));
-    *shared.mood.lock().expect("mood") = mood;
+    shared.finish_in(Some(Mood::LosesForgets), lane, at, (0, Vec::new()));
     Ok(())
 }
 

@@ -22,6 +22,24 @@ impl Shared {
         self.reply(lane, at, &reply, came_by);
     }
 
+    /// The same; in the mood `losing` its reply is lost.
+    pub(super) fn finish_in(
+        &self,
+        losing: Option<Mood>,
+        lane: u8,
+        at: SlotUse,
+        reply: (u32, Vec<u8>),
+    ) {
+        let mood = *self.mood.lock().expect("mood");
+        if losing == Some(mood) {
+            *self.mood.lock().expect("mood") = Mood::LosesReplies;
+        }
+        self.finish(lane, at, reply);
+        if losing == Some(mood) {
+            *self.mood.lock().expect("mood") = mood;
+        }
+    }
+
     pub(super) fn reply(
         &self,
         lane: u8,
@@ -40,6 +58,8 @@ impl Shared {
         match mood {
             Mood::Fair
             | Mood::LosesForgets
+            | Mood::LosesRemovals
+            | Mood::LosesLateAppends
             | Mood::CutsRequest
             | Mood::CutsRestore
             | Mood::RefusesRestore => {

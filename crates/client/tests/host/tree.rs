@@ -37,9 +37,11 @@ pub(super) fn answer(
                 let digits = std::str::from_utf8(name.strip_prefix(b"n")?).ok()?;
                 Some(NUMBERED + digits.parse::<u64>().ok()?)
             });
-            let nodeid = found.ok_or(ENOENT)?;
+            let is_removed = shared.removed.lock().expect("removed").contains(name);
+            let nodeid = found.filter(|_| !is_removed).ok_or(ENOENT)?;
             let attr = attr(nodeid).ok_or(ENOENT)?;
-            Ok(EntryOut { nodeid, attr, ..EntryOut::default() }.as_bytes().to_vec())
+            let entry_valid = shared.terms.lock().expect("terms").names_valid;
+            Ok(EntryOut { nodeid, attr, entry_valid, ..EntryOut::default() }.as_bytes().to_vec())
         }
         Opcode::Getattr => {
             let errno = shared.terms.lock().expect("terms").root_errno;
@@ -58,7 +60,8 @@ pub(super) fn answer(
         Opcode::Write => {
             let (write, data) = WriteIn::read_from_prefix(args).map_err(|_| 22u32)?;
             let at = write.offset as usize;
-            if data.iter().enumerate().any(|(i, &byte)| byte != big_byte(at + i)) {
+            let is_in_place = at < BIG_BYTES;
+            if is_in_place && data.iter().enumerate().any(|(i, &byte)| byte != big_byte(at + i)) {
                 return Err(5);
             }
             shared.note(|seen| seen.written += data.len() as u64);
@@ -66,6 +69,15 @@ pub(super) fn answer(
         }
         Opcode::Readdir => readdir(args),
         Opcode::Readdirplus => readdirplus(args),
+        Opcode::Unlink => {
+            let name = args.strip_suffix(b"\0").ok_or(22u32)?;
+            // Whoever comes a second time is told what nobody knows of the first.
+            match (name, shared.removed.lock().expect("removed").insert(name.to_vec())) {
+                (b"hang", _) => Err(HANG),
+                (_, true) => Ok(Vec::new()),
+                (_, false) => Err(5),
+            }
+        }
         Opcode::Statfs => Err(HANG),
         Opcode::Release | Opcode::Releasedir | Opcode::Flush => Ok(Vec::new()),
         _ => Err(ENOSYS),
