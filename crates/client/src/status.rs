@@ -133,6 +133,9 @@ pub struct Report {
     pub parked_total: u64,
     pub requests: u64,
     pub replies: u64,
+    /// Those that went from the connection to the kernel without a copy.
+    #[serde(default)]
+    pub replies_spliced: u64,
     pub refused_replies: u64,
     pub forgets: u64,
     pub interrupts: u64,
@@ -228,6 +231,7 @@ impl Report {
             report.parked_total += read(&counters.parked_total);
             report.requests += read(&counters.requests);
             report.replies += read(&counters.replies);
+            report.replies_spliced += read(&counters.replies_spliced);
             report.refused_replies += read(&counters.refused_replies);
             report.forgets += read(&counters.forgets);
             report.interrupts += read(&counters.interrupts);
