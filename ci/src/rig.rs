@@ -129,6 +129,14 @@ pub struct Told {
     pub handles_restored: u64,
     pub rebuild_bytes: u64,
     pub rebuild_us: u64,
+    pub rings: Rings,
+}
+
+/// FUSE-over-io_uring, as a client has it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Rings {
+    /// Queues that requests come by; 0: by /dev/fuse.
+    pub queues: u16,
 }
 
 /// Of what was asked for.
@@ -395,7 +403,15 @@ impl Daemon {
         let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
         cmd.run()?;
         ensure!(!mounts::at(dir)?.is_empty(), "`ringfs mount` ended with 0 and mounted nothing");
-        Ok(Mount { dir: dir.to_path_buf(), ringfs: self.ringfs.clone(), guard: Some(guard) })
+        let mount = Mount { dir: dir.into(), ringfs: self.ringfs.clone(), guard: Some(guard) };
+        if mode::Mode::current() == mode::Mode::Rings {
+            ensure!(
+                mount.told()?.rings.queues > 0,
+                "{}: no rings in the mode of rings",
+                dir.display()
+            );
+        }
+        Ok(mount)
     }
 
     /// The command that mounts `share` on `dir`, not run yet.

@@ -16,6 +16,7 @@ use std::time::Duration;
 use ringfs_wire::abi::OutHeader;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
 use zerocopy::FromBytes;
 
 use crate::sys;
@@ -232,6 +233,20 @@ impl Device {
         let len = parts.iter().map(|part| part.len()).sum();
         check_reply(parts.first().map_or(&[], |part| part), len)?;
         reply_outcome(rustix::io::writev(&self.fd, parts), len)
+    }
+
+    /// splice(2): one whole reply, header and body, which is all that the pipe holds.
+    ///
+    /// Of what the kernel did not take there may be something left in the pipe.
+    pub fn reply_spliced(
+        &self,
+        pipe: BorrowedFd<'_>,
+        header: &[u8; size_of::<OutHeader>()],
+    ) -> Result<ReplyOutcome, DeviceError> {
+        let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        check_reply(header, len)?;
+        let written = splice(pipe, None, &self.fd, None, len, SpliceFlags::empty());
+        reply_outcome(written, len)
     }
 
     /// write(2) of a notification; `Err` is the errno as the kernel gave it.

@@ -11,6 +11,7 @@ use ringfs_wire::deframe::Deframer;
 use ringfs_wire::hello::Reason;
 use ringfs_wire::session::{LinkRx, LinkTx};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, sockopt};
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -34,11 +35,15 @@ pub struct ConnRx {
     pub rx: LinkRx,
     /// The bytes that came and are not a whole batch yet.
     pub deframer: Deframer,
+    /// Bytes can leave the socket without a copy, and nobody has to see them.
+    pub can_lift: bool,
 }
 
 impl Conn {
     /// Takes a connection apart after its handshake.
     pub fn new(joined: Joined) -> (Conn, ConnRx) {
+        let is_unix = sockopt::socket_domain(&joined.socket) == Ok(AddressFamily::UNIX);
+        let can_lift = is_unix && !joined.rx.has_payload_crc();
         let conn = Conn {
             sent: AtomicU64::new(joined.tx.sent()),
             received: AtomicU64::new(joined.rx.received()),
@@ -46,7 +51,7 @@ impl Conn {
             socket: joined.socket,
             tx: Mutex::new(joined.tx),
         };
-        (conn, ConnRx { rx: joined.rx, deframer: joined.deframer })
+        (conn, ConnRx { rx: joined.rx, deframer: joined.deframer, can_lift })
     }
 
     /// Completes a batch in `buffer`: its length. It must be sent next, and

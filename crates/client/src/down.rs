@@ -5,11 +5,12 @@
 //! reply leaves by the device of the lane whose slot it names.
 
 use crate::conn::{Conn, ConnRx};
-use crate::expire::names_of_record;
+use crate::expire::{Name, names_of_record};
 use crate::handshake::goodbye_text;
 use crate::kept::Kept;
 use crate::known::{Asked, tag_of};
 use crate::lane::{Control, InFlight, Lane, LaneCounters};
+use crate::lift::{Lift, Lifted};
 use crate::session::{End, Session};
 use fuser_fork::frame::{error_reply, out_header};
 use ringfs_wire::abi::Opcode;
@@ -31,7 +32,13 @@ pub fn take_batches(
     conn: &Conn,
     half: &mut ConnRx,
     kept: &mut Kept,
+    lift: &mut Lift,
 ) -> Result<(), End> {
+    if let Some(Lifted { header, record, .. }) = lift.whole() {
+        half.rx.count(&header);
+        take_lifted(session, lane, kept, record, lift)?;
+        conn.set_received(half.rx.received());
+    }
     while let Some(bytes) = half.deframer.next_batch().map_err(LinkError::from)? {
         let header = half.rx.accept(bytes, conn.sent())?;
         let mut cursor = Cursor::new(&header);
@@ -107,7 +114,63 @@ fn take_reply(
         return Err(End::Protocol("a reply for a lane of another connection"));
     }
     let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+    let Some(owed) = complete(session, lane, kept, record, bytes)? else { return Ok(()) };
+    let Owed { unique, opcode, doubted } = owed;
+    if opcode == Opcode::Init as u32 {
+        take_init(session, lane, unique, record.code, &bytes[RECORD_HEADER_BYTES..])?;
+    } else if record.code == 0 {
+        let header = out_header(unique, bytes.len() - RECORD_HEADER_BYTES);
+        bytes[..RECORD_HEADER_BYTES].copy_from_slice(&header);
+        lane.answer(bytes);
+    } else {
+        lane.answer_error(unique, errno_of(record.code));
+    }
+    lane.settled(at);
+    session.doubt_names(lane, doubted);
+    Ok(())
+}
+
+/// What the kernel is owed for a reply.
+struct Owed {
+    unique: u64,
+    opcode: u32,
+    /// Names that are to be looked up again once it is told; of a READ none.
+    doubted: Vec<Name>,
+}
+
+/// A whole reply is in the pipe.
+fn take_lifted(
+    session: &Session,
+    lane: &Lane,
+    kept: &mut Kept,
+    record: RecordHeader,
+    lift: &mut Lift,
+) -> Result<(), End> {
+    match complete(session, lane, kept, record, &[]) {
+        Ok(Some(_)) => {
+            LaneCounters::add(&lane.counters.replies_spliced, 1);
+            lift.deliver(lane);
+            lane.settled(SlotUse { slot: record.slot, seq: record.slot_seq });
+            Ok(())
+        }
+        end => {
+            lift.discard();
+            end.map(drop)
+        }
+    }
+}
+
+/// Ends the request of a reply. `bytes`: the record, or nothing of a READ's.
+fn complete(
+    session: &Session,
+    lane: &Lane,
+    kept: &mut Kept,
+    record: RecordHeader,
+    bytes: &[u8],
+) -> Result<Option<Owed>, End> {
+    let at = SlotUse { slot: record.slot, seq: record.slot_seq };
     let request = lane.complete(at)?;
+    let body = bytes.get(RECORD_HEADER_BYTES..).unwrap_or_default();
     let asked = kept.record(at.slot);
     let doubted = match request.may_have_run(record.code) {
         true => asked.map(names_of_record).unwrap_or_default(),
@@ -123,7 +186,7 @@ fn take_reply(
                 session.known.doubt_write(&asked);
             }
             let asked = || asked.and_then(Asked::of_record);
-            session.known.answered(tag, opcode, asked, record.code, &bytes[RECORD_HEADER_BYTES..]);
+            session.known.answered(tag, opcode, asked, record.code, body);
         }
         InFlight::Forget => {
             session.known.forgotten(tag, asked.map_or(&[], |asked| &asked[RECORD_HEADER_BYTES..]));
@@ -139,26 +202,12 @@ fn take_reply(
     let InFlight::Request { unique, opcode, .. } = request else {
         lane.settled(at);
         session.doubt_names(lane, doubted);
-        return Ok(());
+        return Ok(None);
     };
     lane.delivering(at);
     LaneCounters::add(&lane.counters.replies, 1);
-    LaneCounters::add(&lane.counters.bytes_down, bytes.len());
-    if opcode == Opcode::Init as u32 {
-        take_init(session, lane, unique, record.code, &bytes[RECORD_HEADER_BYTES..])?;
-        lane.settled(at);
-        return Ok(());
-    }
-    if record.code == 0 {
-        let header = out_header(unique, bytes.len() - RECORD_HEADER_BYTES);
-        bytes[..RECORD_HEADER_BYTES].copy_from_slice(&header);
-        lane.answer(bytes);
-    } else {
-        lane.answer_error(unique, errno_of(record.code));
-    }
-    lane.settled(at);
-    session.doubt_names(lane, doubted);
-    Ok(())
+    LaneCounters::add(&lane.counters.bytes_down, record.len as usize);
+    Ok(Some(Owed { unique, opcode, doubted }))
 }
 
 /// A reply's body, or its errno.

@@ -6,8 +6,12 @@
 //! lane goes on with another one. Invariant: a slot in use has its frame here from when it is in a
 //! batch; what is kept is bounded. It must not do I/O; one thread owns it.
 
-use ringfs_wire::limits::{BATCH_BYTES_MAX, BATCH_TARGET_BYTES};
+use crate::lift::LIFT_BYTES_MIN;
+use ringfs_wire::abi::{InHeader, Opcode, ReadIn};
+use ringfs_wire::batch::RecordHeader;
+use ringfs_wire::limits::{BATCH_BYTES_MAX, BATCH_TARGET_BYTES, RECORD_HEADER_BYTES};
 use std::ops::Range;
+use zerocopy::FromBytes;
 
 /// Bytes of frames in flight; with more, requests wait in the park.
 pub const KEPT_BYTES_MAX: usize = 16 << 20;
@@ -39,6 +43,7 @@ enum Place {
 struct Frame {
     copy: Vec<u8>,
     place: Place,
+    is_large_read: bool,
 }
 
 /// What one lane has in flight.
@@ -57,9 +62,14 @@ pub struct Kept {
     copies: Vec<Vec<u8>>,
     /// Of frames in flight.
     bytes: usize,
+    /// READs whose replies can be large.
+    large_reads: usize,
     /// Of a new batch buffer: room for the largest frame so far, wherever it begins.
     touched: usize,
 }
+
+/// What of a frame's header a record's header leaves.
+const ARGS_AT: usize = size_of::<InHeader>() - RECORD_HEADER_BYTES;
 
 const PAGE_BYTES: usize = 4096;
 
@@ -76,10 +86,17 @@ pub fn touch(buffer: &mut [u8]) {
     buffer.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = std::hint::black_box(0));
 }
 
+fn is_large_read(record: &[u8]) -> bool {
+    let Ok((header, body)) = RecordHeader::read_from_prefix(record) else { return false };
+    let args = body.get(ARGS_AT..).map(ReadIn::read_from_prefix);
+    header.code == Opcode::Read as u32
+        && matches!(args, Some(Ok((read, _))) if read.size as usize >= LIFT_BYTES_MIN)
+}
+
 impl Kept {
     /// Nothing is in flight.
     pub fn new(slots: u16) -> Kept {
-        let frame = || Frame { copy: Vec::new(), place: Place::Nothing };
+        let frame = || Frame { copy: Vec::new(), place: Place::Nothing, is_large_read: false };
         Kept {
             frames: (0..slots).map(|_| frame()).collect(),
             in_batch: None,
@@ -89,6 +106,7 @@ impl Kept {
             since: 0,
             copies: Vec::new(),
             bytes: 0,
+            large_reads: 0,
             touched: TOUCHED_MIN,
         }
     }
@@ -97,6 +115,11 @@ impl Kept {
     /// any size be at once.
     pub fn first_buffer(&self, is_late: bool) -> Vec<u8> {
         batch_buffer(if is_late { BATCH_BYTES_MAX } else { self.touched })
+    }
+
+    /// Whether a READ is in flight whose reply can be large.
+    pub fn has_large_reads(&self) -> bool {
+        self.large_reads > 0
     }
 
     /// Whether a further request has to wait.
@@ -108,6 +131,8 @@ impl Kept {
     pub fn keep(&mut self, slot: u16, batch: &[u8], span: Range<usize>) {
         self.release(slot);
         let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
+        frame.is_large_read = is_large_read(&batch[span.clone()]);
+        self.large_reads += usize::from(frame.is_large_read);
         if span.len() > BATCH_TARGET_BYTES {
             let touched = (BATCH_TARGET_BYTES + span.len()).min(BATCH_BYTES_MAX);
             self.touched = self.touched.max(touched);
@@ -168,6 +193,7 @@ impl Kept {
     /// The slot is free, or nobody wants its request any more.
     pub fn release(&mut self, slot: u16) {
         let Some(frame) = self.frames.get_mut(usize::from(slot)) else { return };
+        self.large_reads -= usize::from(std::mem::take(&mut frame.is_large_read));
         match std::mem::replace(&mut frame.place, Place::Nothing) {
             Place::Nothing => {}
             Place::Copied => {

@@ -11,6 +11,7 @@ use fuser_fork::device::{Device, DeviceError, ReplyOutcome};
 use fuser_fork::frame::{UNIQUE_RESEND, error_reply};
 use ringfs_wire::abi::ForgetOne;
 use ringfs_wire::batch::{Kind, RecordHeader};
+use ringfs_wire::limits::RECORD_HEADER_BYTES;
 use ringfs_wire::slot::SlotUse;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -124,6 +125,7 @@ pub enum Interrupted {
 pub struct LaneCounters {
     pub requests: AtomicU64,
     pub replies: AtomicU64,
+    pub replies_spliced: AtomicU64,
     pub forgets: AtomicU64,
     pub interrupts: AtomicU64,
     pub cancels: AtomicU64,
@@ -254,11 +256,28 @@ impl Lane {
     /// Writes a reply; what the kernel thinks of it is counted and logged, since nobody else can
     /// act on it.
     pub fn answer(&self, reply: &[u8]) {
-        match self.device_of(reply).reply(reply) {
+        self.was_told(self.device_of(reply).reply(reply), reply.len());
+    }
+
+    /// The same of a reply that begins with `header` and is all that the pipe holds; whether the
+    /// kernel took it.
+    pub fn answer_from(
+        &self,
+        pipe: BorrowedFd<'_>,
+        header: &[u8; RECORD_HEADER_BYTES],
+        bytes: usize,
+    ) -> bool {
+        let told = self.device_of(header).reply_spliced(pipe, header);
+        let is_taken = matches!(told, Ok(ReplyOutcome::Delivered));
+        self.was_told(told, bytes);
+        is_taken
+    }
+
+    fn was_told(&self, told: Result<ReplyOutcome, DeviceError>, bytes: usize) {
+        match told {
             Ok(ReplyOutcome::Delivered | ReplyOutcome::Gone | ReplyOutcome::Unmounted) => {}
             Ok(ReplyOutcome::Refused) => {
                 LaneCounters::add(&self.counters.refused_replies, 1);
-                let bytes = reply.len();
                 tracing::warn!(lane = self.index, bytes, "the kernel refused a reply's length");
             }
             Err(error) => self.report(&error),

@@ -29,6 +29,7 @@ mod kept;
 mod known;
 mod lane;
 mod life;
+mod lift;
 mod mount_cmd;
 mod options;
 mod prune;

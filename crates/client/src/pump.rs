@@ -10,6 +10,7 @@ use crate::conn::{Conn, ConnRx, coarse_now};
 use crate::down;
 use crate::heart::{Beat, Heard, Heart, IDLE_PING_AFTER};
 use crate::lane::{Control, Lane, LaneCounters, PARK_BYTES_MAX, PARK_FRAMES_MAX};
+use crate::lift::Lift;
 use crate::session::{End, Session};
 use crate::up::{FORGETS_WAITING_MAX, Intake};
 use fuser_fork::device::ReadOutcome;
@@ -100,6 +101,8 @@ struct Pump<'s> {
     lane: &'s Lane,
     /// `None` while it is cut.
     link: Option<Link>,
+    /// A large reply on its way.
+    lift: Lift,
     /// What the connection before has received into.
     before: Option<Deframer>,
     overdue: Overdue,
@@ -150,6 +153,7 @@ impl<'s> Pump<'s> {
             session,
             lane,
             link: None,
+            lift: Lift::default(),
             before: None,
             overdue: Overdue::default(),
             intake,
@@ -242,12 +246,12 @@ impl<'s> Pump<'s> {
     /// Receives what is there; whether there was something, the connection's end included.
     fn receive(&mut self) -> bool {
         let Some(link) = &mut self.link else { return false };
-        match link.conn.try_receive(link.half.deframer.spare()) {
+        let is_due = self.intake.kept.has_large_reads();
+        match self.lift.receive(self.lane, &link.conn, &mut link.half, is_due) {
             Ok(0) => self.lose(End::Closed { conn: self.lane.index.into() }),
             Ok(bytes) => {
                 link.heard.bytes(bytes);
-                link.half.deframer.filled(bytes);
-                let held = link.half.deframer.pending();
+                let held = link.half.deframer.pending() + self.lift.held();
                 let left = self.take_batches();
                 // While large replies come on and on, what is asked must not wait for the last one.
                 let large = held - left >= BATCH_TARGET_BYTES;
@@ -263,8 +267,9 @@ impl<'s> Pump<'s> {
     fn take_batches(&mut self) -> usize {
         let Some(link) = &mut self.link else { return 0 };
         let kept = &mut self.intake.kept;
-        match down::take_batches(self.session, self.lane, &link.conn, &mut link.half, kept) {
-            Ok(()) => link.half.deframer.pending(),
+        let half = &mut link.half;
+        match down::take_batches(self.session, self.lane, &link.conn, half, kept, &mut self.lift) {
+            Ok(()) => half.deframer.pending() + self.lift.held(),
             Err(end) => {
                 self.lose(end);
                 0
@@ -279,6 +284,7 @@ impl<'s> Pump<'s> {
         // An error would say that it is not in there.
         let _ = epoll::delete(&self.few, link.conn.socket());
         let _ = epoll::delete(&self.all, link.conn.socket());
+        self.lift.discard();
         let unsent = self.intake.cut();
         self.overdue.begin(self.session.resume.soft);
         self.before = Some(link.half.deframer);
@@ -388,7 +394,7 @@ impl<'s> Pump<'s> {
 
     fn expects_bytes(&self) -> bool {
         let Some(link) = &self.link else { return false };
-        link.half.deframer.pending() > 0 || self.lane.in_flight() > 0
+        self.lift.held() > 0 || link.half.deframer.pending() > 0 || self.lane.in_flight() > 0
     }
 
     /// Before a sleep: how long it may be.

@@ -9,6 +9,8 @@ use crate::resume::Outlook;
 use crate::session::Session;
 use fuser_fork::mountinfo::{MountInfo, find_mounts};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -131,6 +133,9 @@ pub struct Report {
     pub parked_total: u64,
     pub requests: u64,
     pub replies: u64,
+    /// Those that went from the connection to the kernel without a copy.
+    #[serde(default)]
+    pub replies_spliced: u64,
     pub refused_replies: u64,
     pub forgets: u64,
     pub interrupts: u64,
@@ -226,6 +231,7 @@ impl Report {
             report.parked_total += read(&counters.parked_total);
             report.requests += read(&counters.requests);
             report.replies += read(&counters.replies);
+            report.replies_spliced += read(&counters.replies_spliced);
             report.refused_replies += read(&counters.refused_replies);
             report.forgets += read(&counters.forgets);
             report.interrupts += read(&counters.interrupts);
@@ -253,16 +259,12 @@ impl Publisher {
     pub fn bind(dir: &Path) -> io::Result<Publisher> {
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
         let path = dir.join(format!("{}.sock", std::process::id()));
-        // Between bind(2) and listen(2) it looks like a dead client's, which anybody removes.
-        let unready = path.with_extension("new");
         // Of a process that had our number and died.
-        let _ = std::fs::remove_file(&unready);
-        let listener = UnixListener::bind(&unready)?;
-        let mut publisher = Publisher { listener, path: unready, waiters: Vec::new() };
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        let publisher = Publisher { listener, path, waiters: Vec::new() };
         std::fs::set_permissions(&publisher.path, PermissionsExt::from_mode(0o600))?;
         publisher.listener.set_nonblocking(true)?;
-        std::fs::rename(&publisher.path, &path)?;
-        publisher.path = path;
         Ok(publisher)
     }
 
@@ -418,10 +420,17 @@ pub fn ask(socket: &Path, what: Ask, limit: Option<Duration>) -> io::Result<Repo
     answer(say(socket, what)?, limit)
 }
 
+/// Whether the process lives that a client's socket is named after.
+fn is_of_living(socket: &Path) -> bool {
+    let number = socket.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
+    number.and_then(Pid::from_raw).is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
+}
+
 fn say(socket: &Path, what: Ask) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).inspect_err(|error| {
-        if error.kind() == io::ErrorKind::ConnectionRefused {
-            // Its process is dead; if the file is not ours, it stays.
+        // A client that is between bind(2) and listen(2) refuses too.
+        if error.kind() == io::ErrorKind::ConnectionRefused && !is_of_living(socket) {
+            // If the file is not ours, it stays.
             let _ = std::fs::remove_file(socket);
         }
     })?;
@@ -451,7 +460,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut publisher = Publisher::bind(dir.path()).expect("bind");
         let dirs = [dir.path().to_owned()];
-        let dead = dir.path().join("1.sock");
+        let dead = dir.path().join(format!("{}.sock", i32::MAX));
+        let unready = dir.path().join("1.sock");
+        drop(UnixListener::bind(&unready).expect("bind"));
         drop(UnixListener::bind(&dead).expect("bind"));
         let stuck = UnixListener::bind(dir.path().join("0.sock")).expect("bind");
         let entry = |source: &str| Entry {
@@ -483,7 +494,9 @@ mod tests {
         assert_eq!((asked.client, asked.socket), (Some(report()), Some(publisher.path.clone())));
         assert!(!dead.exists());
         drop((publisher, stuck));
-        std::fs::remove_file(dir.path().join("0.sock")).expect("the stuck one's is left alone");
+        for alone in [dir.path().join("0.sock"), unready] {
+            std::fs::remove_file(alone).expect("the stuck one's is left alone, and a new one's");
+        }
         assert_eq!(std::fs::read_dir(dir.path()).expect("dir").count(), 0);
     }
 

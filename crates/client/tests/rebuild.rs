@@ -239,7 +239,11 @@ fn a_rebuild_that_is_cut_begins_anew_with_the_newest_ticket() {
         }
     });
     let mut most_records = 0;
-    for round in 0..3 {
+    // More than three only where somebody else on this machine drops its caches each time.
+    for round in 0..20 {
+        if round >= 3 && most_records > 3 {
+            break;
+        }
         bench.host.set_mood(Mood::CutsRestore);
         bench.host.restart(false, None);
         let told = rebuilt(&bench, round + 1);
@@ -255,7 +259,6 @@ fn a_rebuild_that_is_cut_begins_anew_with_the_newest_ticket() {
             }
         });
     }
-    // Unless somebody else on this machine dropped its caches each time.
     assert!(most_records > 3, "in parts: {most_records}");
     let tickets: Vec<_> = bench.host.wait_for("hellos", |seen| {
         Some(seen.hellos.iter().filter(|h| h.conn == 0).map(|h| h.ticket.0[0]).collect())

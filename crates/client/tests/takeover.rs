@@ -9,13 +9,14 @@ mod host;
 
 use bench::uses::*;
 use bench::*;
-use host::{HANG, HELLO_TEXT, Mood, Terms};
+use host::{HANG, HELLO_TEXT, Mood, Terms, big_byte};
 use ringfs_wire::abi::init::DO_READDIRPLUS;
 use ringfs_wire::slot::SlotUse;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -69,6 +70,11 @@ fn kills_under_load_lose_and_double_nothing() {
             }
             let bytes = std::fs::read(root.join("hello")).expect("read");
             assert_eq!(bytes, HELLO_TEXT);
+            // By the pipe: of what a dead client had in it the kernel has seen nothing.
+            let mut large = vec![0; 128 << 10];
+            let big = File::open(root.join("big")).expect("open");
+            big.read_exact_at(&mut large, 4096).expect("read");
+            assert!((4096..).zip(&large).all(|(at, &byte)| byte == big_byte(at)));
         }
     });
     for _ in 0..20 {

@@ -28,6 +28,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// `RF`, in the fifth and sixth byte of each batch.
 pub const BATCH_MAGIC: u16 = u16::from_le_bytes(*b"RF");
 
+/// What the head checksum covers of a batch of one large record.
+pub const BATCH_FRONT_BYTES: usize = BATCH_HEADER_BYTES + RECORD_HEAD_BYTES;
+
 /// Heads a batch.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -217,6 +220,20 @@ pub fn verify(bytes: &[u8], payload_crc: bool) -> Result<BatchHeader, BatchError
         return Err(BatchError::HeadCrc { found: header.head_crc, computed });
     }
     Ok(header)
+}
+
+/// The headers of a batch of one large record without padding or payload checksum, of which the
+/// front is there; `None`: it is another one, or is harmed.
+pub fn verify_front(front: &[u8; BATCH_FRONT_BYTES]) -> Option<(BatchHeader, RecordHeader)> {
+    let (header, rest) = BatchHeader::read_from_prefix(front).ok()?;
+    let (record, _) = RecordHeader::read_from_prefix(rest).ok()?;
+    let len = record.len as usize;
+    let fits = (RECORD_HEAD_BYTES..=RECORD_BYTES_MAX).contains(&len)
+        && len.is_multiple_of(RECORD_ALIGN)
+        && peek_len(front) == Ok(Some(BATCH_HEADER_BYTES + len));
+    let heads = crc32c::crc32c(&front[BATCH_HEADER_BYTES..]);
+    let is_whole = header.head_crc == Checksums { heads, payload: 0 }.head(front);
+    (fits && is_whole && header.count == 1 && header.payload_crc == 0).then_some((header, record))
 }
 
 /// Walks the records of a batch that [`verify`] accepted. It holds no borrow, so that a record may
@@ -428,6 +445,25 @@ mod tests {
             let in_padding = padding.iter().any(|p| p.contains(&(bit / 8)));
             assert_eq!(noticed, !in_padding, "bit {bit}");
         }
+    }
+
+    #[test]
+    fn the_front_of_one_large_record_is_known() {
+        let front = |bytes: &[u8]| *bytes.first_chunk().expect("a front");
+        let bytes = sample(&[1 << 20], false);
+        let (header, record) = verify_front(&front(&bytes)).expect("built by us");
+        assert_eq!(header, verify(&bytes, false).expect("built by us"));
+        assert_eq!((record.len, record.code), ((1 << 20) + 16, 15));
+        for bit in 0..BATCH_FRONT_BYTES * 8 {
+            let mut bad = front(&bytes);
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(verify_front(&bad), None, "bit {bit}");
+        }
+        for others in [&[300, 8][..], &[301], &[8, 300]] {
+            assert_eq!(verify_front(&front(&sample(others, false))), None, "{others:?}");
+        }
+        assert_eq!(verify_front(&front(&sample(&[1 << 20], true))), None);
+        assert!(verify_front(&front(&sample(&[240], false))).is_some());
     }
 
     #[test]

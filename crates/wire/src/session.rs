@@ -3,7 +3,7 @@
 //! The two halves may live on two threads; the only thing that passes between them is a number:
 //! [`LinkRx::received`] of the one is the `ack` that the other seals into its batches.
 
-use crate::batch::{self, BatchBuilder, BatchError, BatchHeader};
+use crate::batch::{self, BATCH_FRONT_BYTES, BatchBuilder, BatchError, BatchHeader, RecordHeader};
 use thiserror::Error;
 
 /// Why a received batch ends the connection.
@@ -75,6 +75,11 @@ impl LinkRx {
         self.received
     }
 
+    /// Whether payload checksums are checked.
+    pub fn has_payload_crc(&self) -> bool {
+        self.payload_crc
+    }
+
     /// How many of our batches the peer has processed.
     pub fn acked(&self) -> u64 {
         self.acked
@@ -88,14 +93,35 @@ impl LinkRx {
     /// Checks one whole batch; `sent` is how many batches went to the peer on this connection.
     pub fn accept(&mut self, bytes: &[u8], sent: u64) -> Result<BatchHeader, LinkError> {
         let header = batch::verify(bytes, self.payload_crc)?;
+        self.check(&header, sent)?;
+        self.count(&header);
+        Ok(header)
+    }
+
+    /// Looks at the front of the next batch; `None`: it is not of one large record, or would not be
+    /// accepted. Once its rest is there as well, [`LinkRx::count`] must be called.
+    pub fn look_at_front(
+        &self,
+        front: &[u8; BATCH_FRONT_BYTES],
+        sent: u64,
+    ) -> Option<(BatchHeader, RecordHeader)> {
+        let found = batch::verify_front(front).filter(|_| !self.payload_crc)?;
+        self.check(&found.0, sent).ok().map(|()| found)
+    }
+
+    /// A batch that [`LinkRx::look_at_front`] has seen is accepted.
+    pub fn count(&mut self, header: &BatchHeader) {
+        self.received += 1;
+        self.acked = header.ack;
+    }
+
+    fn check(&self, header: &BatchHeader, sent: u64) -> Result<(), LinkError> {
         if header.seq != self.received {
             return Err(LinkError::Sequence { found: header.seq, expected: self.received });
         }
         if header.ack > sent || header.ack < self.acked {
             return Err(LinkError::Ack { found: header.ack, sent });
         }
-        self.received += 1;
-        self.acked = header.ack;
-        Ok(header)
+        Ok(())
     }
 }

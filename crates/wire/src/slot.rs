@@ -82,6 +82,12 @@ impl<T> ClientSlots<T> {
         Ok(request)
     }
 
+    /// What that use of a slot is for, while it is in flight.
+    pub fn get(&self, at: SlotUse) -> Option<&T> {
+        let (seq, request) = self.slots.get(usize::from(at.slot))?;
+        request.as_ref().filter(|_| *seq == at.seq)
+    }
+
     /// What is in flight, with its slot.
     pub fn in_flight(&self) -> impl Iterator<Item = (SlotUse, &T)> {
         self.slots.iter().enumerate().filter_map(|(slot, (seq, request))| {

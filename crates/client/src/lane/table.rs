@@ -217,6 +217,16 @@ impl Lane {
         (table.park.len(), table.park_bytes)
     }
 
+    /// The id of the READ that has that use of a slot, unless it was answered here.
+    pub fn read_in(&self, at: SlotUse) -> Option<u64> {
+        match lock(&self.table).slots.get(at)? {
+            InFlight::Request { unique, opcode, .. } if *opcode == Opcode::Read as u32 => {
+                Some(*unique)
+            }
+            _ => None,
+        }
+    }
+
     /// Requests in flight, those that are abandoned included.
     pub fn in_flight(&self) -> usize {
         lock(&self.table).slots.in_use()

@@ -139,6 +139,10 @@ pub enum Mood {
     LosesLateAppends,
     /// Half of the next reply leaves, then its connection is cut.
     CutsReply,
+    /// So many bytes of the next large reply leave, then its connection is cut.
+    CutsLarge(usize),
+    /// Large replies leave in pieces of so many bytes.
+    Crumbles(usize),
     /// The next connection that brings something is cut before that is looked at, most likely in
     /// the middle of a large batch.
     CutsRequest,
@@ -357,6 +361,11 @@ impl Host {
         self.shared.finish(lane, at, (errno, Vec::new()));
     }
 
+    /// Answers it with data.
+    pub fn give_hanging(&self, lane: u8, at: SlotUse, data: Vec<u8>) {
+        self.shared.finish(lane, at, (0, data));
+    }
+
     /// What no test may end with.
     pub fn assert_no_faults(&self) {
         let faults = self.wait_for("faults", |seen| Some(seen.faults.clone()));
@@ -378,5 +387,7 @@ impl Drop for Hidden {
 
 /// No answer.
 pub const HANG: u32 = u32::MAX;
+/// What counts as large.
+const LARGE_BYTES: usize = 64 << 10;
 const ENOENT: u32 = 2;
 const ENOSYS: u32 = 38;

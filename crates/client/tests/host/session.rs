@@ -68,6 +68,16 @@ impl Shared {
             Mood::LosesEntries if body.len() != size_of::<EntryOut>() => {
                 conn.send(header, body, false);
             }
+            Mood::CutsLarge(_) | Mood::Crumbles(_) if body.len() < LARGE_BYTES => {
+                conn.send(header, body, false);
+            }
+            Mood::CutsLarge(bytes) => {
+                *self.mood.lock().expect("mood") = Mood::Fair;
+                conn.send_some(header, body, bytes);
+                conn.cut();
+                self.note(|seen| seen.lost += 1);
+            }
+            Mood::Crumbles(bytes) => conn.send_pieces(header, body, bytes, usize::MAX),
             Mood::LosesReplies | Mood::LosesEntries => self.note(|seen| seen.lost += 1),
             Mood::CutsReply => {
                 *self.mood.lock().expect("mood") = Mood::Fair;
@@ -93,6 +103,10 @@ impl Conn {
 
     /// Sends at most so many bytes of a batch.
     pub(super) fn send_some(&self, header: RecordHeader, body: &[u8], limit: usize) {
+        self.send_pieces(header, body, usize::MAX, limit);
+    }
+
+    fn send_pieces(&self, header: RecordHeader, body: &[u8], piece: usize, limit: usize) {
         let mut buffer = vec![0; BATCH_BYTES_MAX];
         let mut builder = BatchBuilder::new();
         assert!(builder.push(&mut buffer, header, body));
@@ -101,7 +115,8 @@ impl Conn {
         let bytes = &*tx.0.seal(&mut builder, &mut buffer, received);
         if !self.is_silent.load(Ordering::SeqCst) {
             // The guest may be gone.
-            let _ = (&self.stream).write_all(&bytes[..limit.min(bytes.len())]);
+            let mut pieces = bytes[..limit.min(bytes.len())].chunks(piece);
+            let _ = pieces.try_for_each(|piece| (&self.stream).write_all(piece));
         }
     }
 }

@@ -1,0 +1,170 @@
+//! Large reads, whose replies go from the connection to the kernel without a copy: who reads sees
+//! none of it, however they come. Needs root and FUSE.
+
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod bench;
+#[allow(dead_code, reason = "the other tests use more of it")]
+mod host;
+
+use bench::uses::*;
+use bench::*;
+use host::{BIG_BYTES, Mood, Terms, big_byte};
+use rustix::process::{Signal, kill_process};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+
+/// What goes by the pipe that the unprivileged have.
+const LARGE: usize = 512 << 10;
+
+/// Reads so much of `big`, or up to its end, in one read(2).
+fn read(bench: &Bench, at: usize, bytes: usize) {
+    let path = bench.file("big");
+    within("a read", move || {
+        let mut buffer = vec![0; bytes];
+        let file = File::open(path).expect("open");
+        let n = file.read_at(&mut buffer, at as u64).expect("read");
+        assert_eq!(n, bytes.min(BIG_BYTES - at));
+        let wrong = (0..n).find(|&i| buffer[i] != big_byte(at + i));
+        assert_eq!(wrong, None, "of {bytes} bytes at {at}");
+    });
+}
+
+/// How many replies went by the pipe.
+fn lifted(bench: &Bench) -> u64 {
+    status_of(bench)["replies_spliced"].as_u64().expect("a status")
+}
+
+/// Has it done again until a reply went by the pipe: one that comes behind another does not.
+fn until_lifted(bench: &Bench, what: &str, mut work: impl FnMut()) {
+    wait_until(what, || {
+        let before = lifted(bench);
+        work();
+        lifted(bench) > before
+    });
+}
+
+/// Data of a file that hangs: no more than the pipe takes that `cat` writes to.
+fn hung_data() -> Vec<u8> {
+    (0..64 << 10).map(big_byte).collect()
+}
+
+#[test]
+fn what_is_read_is_right() {
+    for (options, lifts) in
+        [("lanes=2", true), ("lanes=1,spin=0", true), ("lanes=2,checksum=on", false)]
+    {
+        let bench = Bench::new(Terms::default());
+        let client = bench.mount(options);
+        for (at, bytes, is_large) in [
+            (0, 64 << 10, true),
+            (4096, 128 << 10, true),
+            (1, 300_000, true),
+            (7, LARGE, true),
+            // A record that ends within eight bytes, and short ones.
+            (0, 99_999, false),
+            (0, 4096, false),
+            (BIG_BYTES - 100_000, LARGE, true),
+            (BIG_BYTES - 100, LARGE, false),
+            (BIG_BYTES, LARGE, false),
+        ] {
+            let what = format!("{bytes} at {at}, {options}");
+            if is_large && lifts {
+                until_lifted(&bench, &what, || read(&bench, at, bytes));
+                continue;
+            }
+            let before = lifted(&bench);
+            read(&bench, at, bytes);
+            assert_eq!(lifted(&bench), before, "{what}");
+        }
+        std::thread::scope(|scope| {
+            for bytes in [LARGE, 100_000, 4096, 128 << 10] {
+                let bench = &bench;
+                scope.spawn(move || {
+                    for at in (0..BIG_BYTES).step_by(200_000) {
+                        read(bench, at, bytes);
+                    }
+                });
+            }
+        });
+        umount(&bench, client);
+    }
+}
+
+#[test]
+fn a_reply_that_is_cut_comes_again() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    // The front that is received first has 288 bytes, the batch of a whole reply 48 and the data.
+    for bytes in [1, 47, 287, 288, 289, 5000, 70_000, 700_000, LARGE + 30] {
+        until_lifted(&bench, &format!("a cut behind {bytes}"), || {
+            let lost = bench.host.wait_for("losses", |seen| Some(seen.lost));
+            bench.host.set_mood(Mood::CutsLarge(bytes));
+            read(&bench, bytes, LARGE);
+            bench.host.wait_for("the loss", |seen| (seen.lost == lost + 1).then_some(()));
+        });
+    }
+    umount(&bench, client);
+}
+
+#[test]
+fn a_reply_that_comes_in_crumbs_is_right() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    // A pipe has 512 places at most, and each of these bytes' pieces takes one.
+    for (piece, fits) in [(500, false), (40_000, true), (100, false), (100_001, true)] {
+        bench.host.set_mood(Mood::Crumbles(piece));
+        if fits {
+            until_lifted(&bench, &format!("pieces of {piece}"), || read(&bench, 0, LARGE));
+            continue;
+        }
+        let before = lifted(&bench);
+        read(&bench, 0, LARGE);
+        assert_eq!(lifted(&bench), before, "{piece}");
+    }
+    umount(&bench, client);
+}
+
+#[test]
+fn errors_and_readers_that_are_killed() {
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=1");
+    let reader = hanging(&bench);
+    let last = |seen: &mut host::Seen| seen.hanging.last().copied();
+    let (lane, at) = bench.host.wait_for("a read", last);
+    read(&bench, 0, LARGE);
+    bench.host.answer_hanging(lane, at, 13);
+    let words = String::from_utf8_lossy(&reader.wait().stderr).into_owned();
+    assert!(words.contains("Permission denied"), "{words}");
+    let reader = hanging(&bench);
+    let (lane, at) = bench.host.wait_for("a read", last);
+    let pid = worker(&bench);
+    kill_process(pid, Signal::STOP).expect("stop");
+    reader.kill();
+    bench.host.give_hanging(lane, at, hung_data());
+    kill_process(pid, Signal::CONT).expect("go on");
+    assert_eq!(reader.wait().status.signal(), Some(9));
+    read(&bench, 0, LARGE);
+    umount(&bench, client);
+}
+
+#[test]
+fn the_next_client_has_it_from_the_device_that_read_the_request() {
+    if !kernel_resends("the_next_client_has_it_from_the_device_that_read_the_request") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let client = bench.mount("lanes=2");
+    let reader = hanging(&bench);
+    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.last().copied());
+    kill_worker(&bench, Signal::KILL);
+    bench.host.wait_for("the read again", |seen| (seen.repeats_running > 0).then_some(()));
+    let before = lifted(&bench);
+    bench.host.give_hanging(lane, at, hung_data());
+    let more = |seen: &mut host::Seen| seen.hanging.get(1).copied();
+    let (lane, at) = bench.host.wait_for("the read of what follows", more);
+    assert_eq!(lifted(&bench), before + 1);
+    bench.host.give_hanging(lane, at, Vec::new());
+    assert_eq!(reader.wait().stdout, hung_data());
+    umount(&bench, client);
+}
