@@ -237,7 +237,9 @@ impl Device {
 
     /// splice(2): one whole reply, header and body, which is all that the pipe holds.
     ///
-    /// Of what the kernel did not take there may be something left in the pipe.
+    /// Of what the kernel did not take there may be something left in the pipe. Never with
+    /// `SPLICE_F_MOVE`: FUSE would make the pages its own, and they can be those of the host's page
+    /// cache. Without it FUSE copies.
     pub fn reply_spliced(
         &self,
         pipe: BorrowedFd<'_>,

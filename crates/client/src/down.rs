@@ -147,9 +147,12 @@ fn take_lifted(
     lift: &mut Lift,
 ) -> Result<(), End> {
     match complete(session, lane, kept, record, &[]) {
-        Ok(Some(_)) => {
+        Ok(Some(Owed { unique, .. })) => {
+            // Before it is there: who reads it may look at once.
             LaneCounters::add(&lane.counters.replies_spliced, 1);
-            lift.deliver(lane);
+            if !lift.deliver(lane, unique) {
+                lane.counters.replies_spliced.fetch_sub(1, Ordering::Relaxed);
+            }
             lane.settled(SlotUse { slot: record.slot, seq: record.slot_seq });
             Ok(())
         }

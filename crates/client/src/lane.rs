@@ -8,7 +8,7 @@
 
 use crate::keep::LaneKeep;
 use fuser_fork::device::{Device, DeviceError, ReplyOutcome};
-use fuser_fork::frame::{UNIQUE_RESEND, error_reply};
+use fuser_fork::frame::{UNIQUE_RESEND, error_reply, out_header};
 use ringfs_wire::abi::ForgetOne;
 use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
@@ -256,47 +256,42 @@ impl Lane {
     /// Writes a reply; what the kernel thinks of it is counted and logged, since nobody else can
     /// act on it.
     pub fn answer(&self, reply: &[u8]) {
-        self.was_told(self.device_of(reply).reply(reply), reply.len());
-    }
-
-    /// The same of a reply that begins with `header` and is all that the pipe holds; whether the
-    /// kernel took it.
-    pub fn answer_from(
-        &self,
-        pipe: BorrowedFd<'_>,
-        header: &[u8; RECORD_HEADER_BYTES],
-        bytes: usize,
-    ) -> bool {
-        let told = self.device_of(header).reply_spliced(pipe, header);
-        let is_taken = matches!(told, Ok(ReplyOutcome::Delivered));
-        self.was_told(told, bytes);
-        is_taken
-    }
-
-    fn was_told(&self, told: Result<ReplyOutcome, DeviceError>, bytes: usize) {
-        match told {
-            Ok(ReplyOutcome::Delivered | ReplyOutcome::Gone | ReplyOutcome::Unmounted) => {}
-            Ok(ReplyOutcome::Refused) => {
-                LaneCounters::add(&self.counters.refused_replies, 1);
-                tracing::warn!(lane = self.index, bytes, "the kernel refused a reply's length");
-            }
-            Err(error) => self.report(&error),
-        }
-    }
-
-    /// The one that has read what `reply` answers.
-    fn device_of(&self, reply: &[u8]) -> &Device {
-        let Some(resent_by) = &self.resent_by else { return &self.device };
         let unique = reply.get(8..16).and_then(|id| id.try_into().ok()).map(u64::from_ne_bytes);
-        match unique {
-            Some(unique) if unique & UNIQUE_RESEND != 0 => resent_by,
-            _ => &self.device,
-        }
+        let _ = self.tell(unique.unwrap_or(0), |device| device.reply(reply));
     }
 
-    fn report(&self, error: &DeviceError) {
+    /// The same of a reply to `unique`, header and body, that is all that the pipe holds.
+    pub fn answer_from(&self, pipe: BorrowedFd<'_>, unique: u64, bytes: usize) -> ReplyOutcome {
+        let header = out_header(unique, bytes - RECORD_HEADER_BYTES);
+        self.tell(unique, |device| device.reply_spliced(pipe, &header))
+    }
+
+    fn tell(
+        &self,
+        unique: u64,
+        how: impl FnOnce(&Device) -> Result<ReplyOutcome, DeviceError>,
+    ) -> ReplyOutcome {
+        let device = self.device_of(unique);
+        match how(device) {
+            Ok(ReplyOutcome::Refused) => {
+                tracing::warn!(lane = self.index, "the kernel refused a reply's length");
+            }
+            Ok(told) => return told,
+            Err(error) => {
+                tracing::error!(lane = self.index, %error, "a reply could not be written");
+            }
+        }
         LaneCounters::add(&self.counters.refused_replies, 1);
-        tracing::error!(lane = self.index, %error, "a reply could not be written");
+        // It may not have looked whose reply it was, and whoever asked would wait for ever. If it
+        // has, there is nobody to be told.
+        let _ = device.reply(&error_reply(unique, Errno::IO.raw_os_error()));
+        ReplyOutcome::Refused
+    }
+
+    /// The one that has read that request.
+    fn device_of(&self, unique: u64) -> &Device {
+        let resent_by = self.resent_by.as_ref().filter(|_| unique & UNIQUE_RESEND != 0);
+        resent_by.unwrap_or(&self.device)
     }
 
     /// Wakes the thread, or has it look again before it sleeps.

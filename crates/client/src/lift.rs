@@ -3,8 +3,8 @@
 //! While such a reply is due, the front of the next batch alone is received: what the head
 //! checksum covers. If it is that reply, the pipe gets the FUSE header and the data that came with
 //! the front, then, as it comes, the rest from the socket, and the device gets the whole frame at
-//! once. What does not fit into the pipe, though it should, goes back to where batches are
-//! received.
+//! once. What the pipe does not take, though it should, goes back to where batches are received,
+//! and so does what splice(2) fails on: recv(2) knows better whether the connection is lost.
 //!
 //! Invariant: between two replies the pipe is empty, and what is in it is the beginning of one
 //! frame, of which the kernel has seen nothing: a cut discards it, and the request is in flight as
@@ -12,6 +12,7 @@
 
 use crate::conn::{Conn, ConnRx};
 use crate::lane::Lane;
+use fuser_fork::device::ReplyOutcome;
 use fuser_fork::frame::out_header;
 use ringfs_wire::batch::{BATCH_FRONT_BYTES, BatchHeader, Kind, RecordHeader};
 use ringfs_wire::limits::{BATCH_HEADER_BYTES, RECORD_HEADER_BYTES};
@@ -19,16 +20,17 @@ use ringfs_wire::slot::SlotUse;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use zerocopy::IntoBytes;
 
 /// READs that ask for so much are worth it.
 pub const LIFT_BYTES_MIN: usize = 64 << 10;
 
-/// What pipes are made for: twice the largest reply, as most of their pages are full.
-const PIPE_BYTES: usize = 2 << 20;
-/// What the unprivileged get.
-const PIPE_BYTES_SMALL: usize = 1 << 20;
+/// A pipe is twice as large as what goes through it, as most of its pages are full then; no larger,
+/// as a user may have so many pages of pipes (`fs.pipe-user-pages-soft`).
+const PIPE_BYTES_MAX: usize = 2 << 20;
 
 /// A reply on its way.
 #[derive(Clone, Copy, Debug)]
@@ -37,27 +39,30 @@ pub struct Lifted {
     pub header: BatchHeader,
     /// Heads its only record.
     pub record: RecordHeader,
-    /// The FUSE header that is in the pipe.
-    pub out: [u8; RECORD_HEADER_BYTES],
     /// Bytes that are still to come.
     left: usize,
 }
 
 /// The pipe of one lane, and what is in it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lift {
     pipe: Option<Pipe>,
-    /// The kernel gives no pipe of this size.
-    refused: bool,
+    /// The kernel gives no pipe for larger ones, or does not splice at all.
+    frame_bytes_max: usize,
     lifted: Option<Lifted>,
 }
 
 #[derive(Debug)]
 struct Pipe {
-    out: OwnedFd,
+    out: File,
     into: OwnedFd,
-    /// The largest frame that is put into it.
-    frame_bytes_max: usize,
+    bytes: usize,
+}
+
+impl Default for Lift {
+    fn default() -> Lift {
+        Lift { pipe: None, frame_bytes_max: frame_bytes_max(PIPE_BYTES_MAX), lifted: None }
+    }
 }
 
 impl Lift {
@@ -73,20 +78,23 @@ impl Lift {
         if self.lifted.is_some() {
             return self.raise(conn, half);
         }
-        if !is_due || !half.can_lift || half.deframer.pending() > 0 || self.refused {
+        if !is_due
+            || !half.can_lift
+            || half.deframer.pending() > 0
+            || self.frame_bytes_max < LIFT_BYTES_MIN
+        {
             return receive_bytes(conn, half);
         }
         let front = &mut half.deframer.spare()[..BATCH_FRONT_BYTES];
         let bytes = conn.try_receive(front)?;
         if bytes == BATCH_FRONT_BYTES && self.begin(lane, conn, half) {
-            return Ok(bytes + self.raise(conn, half).unwrap_or(0));
+            return bytes_and(bytes, self.raise(conn, half));
         }
         half.deframer.filled(bytes);
         if bytes < BATCH_FRONT_BYTES {
             return Ok(bytes);
         }
-        // Another batch: an error, or the end, will be there again.
-        Ok(bytes + receive_bytes(conn, half).unwrap_or(0))
+        bytes_and(bytes, receive_bytes(conn, half))
     }
 
     /// Whether a reply, of which the front has been received into the deframer's spare room and
@@ -105,65 +113,60 @@ impl Lift {
         else {
             return false;
         };
-        let Some(pipe) = self.pipe().filter(|pipe| len <= pipe.frame_bytes_max) else {
-            return false;
-        };
-        let out = out_header(unique, len - RECORD_HEADER_BYTES);
+        let Some(pipe) = self.pipe_for(len) else { return false };
         let mut frame = [0; BATCH_FRONT_BYTES - BATCH_HEADER_BYTES];
         frame.copy_from_slice(&front[BATCH_HEADER_BYTES..]);
+        let out = out_header(unique, len - RECORD_HEADER_BYTES);
         frame[..RECORD_HEADER_BYTES].copy_from_slice(&out);
         if rustix::io::write(&pipe.into, &frame) != Ok(frame.len()) {
             self.discard();
             return false;
         }
-        self.lifted = Some(Lifted { header, record, out, left: len - frame.len() });
+        self.lifted = Some(Lifted { header, record, left: len - frame.len() });
         true
     }
 
     /// Takes what is there of the rest.
     fn raise(&mut self, conn: &Conn, half: &mut ConnRx) -> Result<usize, Errno> {
-        let (Some(pipe), Some(lifted)) = (&self.pipe, &mut self.lifted) else { return Ok(0) };
+        let (Some(pipe), Some(lifted)) = (&self.pipe, &mut self.lifted) else {
+            return Err(Errno::IO);
+        };
         let mut done = 0;
         while lifted.left > 0 {
             let flags = SpliceFlags::NONBLOCK;
             match splice(conn.socket(), None, &pipe.into, None, lifted.left, flags) {
-                Ok(0) => break,
-                Ok(n) => {
+                Ok(n) if n > 0 => {
                     done += n;
                     lifted.left -= n;
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if !pipe.is_full() => {
-                    return if done > 0 { Ok(done) } else { Err(Errno::AGAIN) };
+                Err(Errno::AGAIN) if done > 0 || !pipe.is_full() => {
+                    return bytes_and(done, Err(Errno::AGAIN));
                 }
-                Err(Errno::AGAIN) => {
+                end => {
+                    if end != Err(Errno::AGAIN) {
+                        self.frame_bytes_max = 0;
+                    }
                     self.put_back(half)?;
-                    return match receive_bytes(conn, half) {
-                        Err(_) if done > 0 => Ok(done),
-                        more => more.map(|more| done + more),
-                    };
+                    return bytes_and(done, receive_bytes(conn, half));
                 }
-                Err(errno) => return Err(errno),
             }
         }
         Ok(done)
     }
 
-    /// The pipe is full, though more is to come: what is in it goes where batches are received, as
-    /// it came.
+    /// More is to come, and the pipe does not get it: what is in it goes where batches are received,
+    /// as it came. If it cannot, the connection goes no further.
     fn put_back(&mut self, half: &mut ConnRx) -> Result<(), Errno> {
-        let (Some(pipe), Some(lifted)) = (&self.pipe, self.lifted.take()) else { return Ok(()) };
+        let (Some(pipe), Some(lifted)) = (&self.pipe, self.lifted) else { return Err(Errno::IO) };
         let bytes = BATCH_HEADER_BYTES + lifted.bytes();
         let (header, frame) = half.deframer.spare()[..bytes].split_at_mut(BATCH_HEADER_BYTES);
         header.copy_from_slice(lifted.header.as_bytes());
-        let mut room = &mut *frame;
-        while !room.is_empty() {
-            match rustix::io::read(&pipe.out, &mut *room) {
-                Ok(n) if n > 0 => room = &mut room[n..],
-                Err(Errno::INTR) => {}
-                end => return Err(end.err().unwrap_or(Errno::IO)),
-            }
+        if (&pipe.out).read_exact(frame).is_err() {
+            self.pipe = None;
+            return Err(Errno::IO);
         }
+        self.lifted = None;
         frame[..RECORD_HEADER_BYTES].copy_from_slice(lifted.record.as_bytes());
         half.deframer.filled(bytes);
         Ok(())
@@ -179,26 +182,53 @@ impl Lift {
         self.lifted.map_or(0, |lifted| lifted.bytes())
     }
 
-    /// The whole reply goes to the kernel, by the lane of its slot.
-    pub fn deliver(&mut self, lane: &Lane) {
-        let (Some(pipe), Some(lifted)) = (&self.pipe, self.lifted.take()) else { return };
-        let is_taken = lane.answer_from(pipe.out.as_fd(), &lifted.out, lifted.bytes());
-        if !is_taken {
+    /// The whole reply to the request `unique` goes to the kernel, by the lane of its slot; whether
+    /// it was wanted.
+    pub fn deliver(&mut self, lane: &Lane, unique: u64) -> bool {
+        let (Some(pipe), Some(lifted)) = (&self.pipe, self.lifted.take()) else { return false };
+        let told = lane.answer_from(pipe.out.as_fd(), unique, lifted.bytes());
+        if told != ReplyOutcome::Delivered {
             self.discard();
         }
+        if told == ReplyOutcome::Refused {
+            self.frame_bytes_max = 0;
+        }
+        told == ReplyOutcome::Delivered
     }
 
-    /// Empties the pipe: the next use makes a new one.
+    /// Gives the pipe back, with what is in it: the next use makes a new one, and what was refused
+    /// is tried again.
     pub fn discard(&mut self) {
-        (self.pipe, self.lifted) = (None, None);
+        *self = Lift::default();
     }
 
-    fn pipe(&mut self) -> Option<&Pipe> {
-        if self.pipe.is_none() && !self.refused {
-            self.pipe = Pipe::new().ok();
-            self.refused = self.pipe.is_none();
+    /// A pipe that takes such a frame.
+    fn pipe_for(&mut self, frame_bytes: usize) -> Option<&Pipe> {
+        if frame_bytes > self.frame_bytes_max {
+            return None;
+        }
+        if self.pipe.as_ref().is_none_or(|pipe| frame_bytes > frame_bytes_max(pipe.bytes)) {
+            let bytes = (2 * (frame_bytes - RECORD_HEADER_BYTES)).next_power_of_two();
+            let Ok(pipe) = Pipe::new(bytes) else {
+                self.frame_bytes_max = frame_bytes_max(bytes / 2);
+                return None;
+            };
+            self.pipe = Some(pipe);
         }
         self.pipe.as_ref()
+    }
+}
+
+/// The largest frame that is put into such a pipe.
+const fn frame_bytes_max(pipe_bytes: usize) -> usize {
+    pipe_bytes / 2 + RECORD_HEADER_BYTES
+}
+
+/// So many bytes, and what came behind them: an error, or the end, will be there again.
+fn bytes_and(bytes: usize, more: Result<usize, Errno>) -> Result<usize, Errno> {
+    match more {
+        Err(_) if bytes > 0 => Ok(bytes),
+        more => more.map(|more| bytes + more),
     }
 }
 
@@ -216,16 +246,37 @@ impl Lifted {
 }
 
 impl Pipe {
-    fn new() -> Result<Pipe, Errno> {
+    fn new(bytes: usize) -> Result<Pipe, Errno> {
         let (out, into) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        let size = fcntl_setpipe_size(&into, PIPE_BYTES)
-            .or_else(|_| fcntl_setpipe_size(&into, PIPE_BYTES_SMALL))?;
-        tracing::debug!(size, "a pipe for large replies");
-        Ok(Pipe { out, into, frame_bytes_max: size / 2 + RECORD_HEADER_BYTES })
+        let bytes = fcntl_setpipe_size(&into, bytes)?;
+        tracing::debug!(bytes, "a pipe for large replies");
+        Ok(Pipe { out: out.into(), into, bytes })
     }
 
     fn is_full(&self) -> bool {
         let mut fds = [PollFd::new(&self.into, PollFlags::OUT)];
         poll(&mut fds, Some(&Timespec::default())) == Ok(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pipe_is_as_large_as_its_replies_and_goes_when_the_lane_rests() {
+        let mut lift = Lift::default();
+        for (data, expected) in [
+            (LIFT_BYTES_MIN, 128 << 10),
+            (128 << 10, 256 << 10),
+            (LIFT_BYTES_MIN, 256 << 10),
+            (300_000, 1 << 20),
+        ] {
+            let pipe = lift.pipe_for(data + RECORD_HEADER_BYTES).expect("a pipe");
+            assert_eq!(pipe.bytes, expected, "for {data}");
+        }
+        assert!(lift.pipe_for(2 << 20).is_none());
+        lift.discard();
+        assert!(lift.pipe.is_none());
     }
 }

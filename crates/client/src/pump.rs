@@ -409,6 +409,7 @@ impl<'s> Pump<'s> {
             Beat::Ping => {
                 if !is_expected {
                     self.intake.kept.shrink();
+                    self.lift.discard();
                     self.session.rest();
                 }
                 self.lane.queue(Control::Ping);

@@ -9,7 +9,13 @@ mod host;
 use bench::uses::*;
 use bench::*;
 use host::{BIG_BYTES, Mood, Terms, big_byte};
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
 use rustix::process::{Signal, kill_process};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
@@ -167,4 +173,47 @@ fn the_next_client_has_it_from_the_device_that_read_the_request() {
     bench.host.give_hanging(lane, at, Vec::new());
     assert_eq!(reader.wait().stdout, hung_data());
     umount(&bench, client);
+}
+
+/// This thread, and whoever it starts, does not splice with these flags.
+fn forbid_splice(flags: SpliceFlags) {
+    let (len, flags) = (SeccompCmpArgLen::Dword, u64::from(flags.bits()));
+    let is_so = SeccompCondition::new(5, len, SeccompCmpOp::Eq, flags).expect("a condition");
+    let rule = SeccompRule::new(vec![is_so]).expect("a rule");
+    let denied = SeccompAction::Errno(Errno::PERM.raw_os_error().unsigned_abs());
+    let arch = std::env::consts::ARCH.try_into().expect("a known machine");
+    let rules = [(nix::libc::SYS_splice, vec![rule])].into();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, denied, arch).expect("a filter");
+    let program: BpfProgram = filter.try_into().expect("a program");
+    seccompiler::apply_filter(&program).expect("seccomp");
+}
+
+#[test]
+fn where_splice_is_forbidden_nothing_is_cut_and_nobody_hangs() {
+    // From the socket the first one, to the device the second.
+    for flags in [SpliceFlags::NONBLOCK, SpliceFlags::empty()] {
+        let bench = Bench::new(Terms::default());
+        let client = std::thread::scope(|scope| {
+            let mounted = scope.spawn(|| {
+                forbid_splice(flags);
+                bench.mount("lanes=1")
+            });
+            mounted.join().expect("a mount")
+        });
+        if flags.is_empty() {
+            // The request that the kernel was not told of fails.
+            wait_until("a refusal", || {
+                let file = File::open(bench.file("big")).expect("open");
+                let read = within("a read", move || file.read_at(&mut vec![0; LARGE], 0));
+                assert!(read.is_ok() || read.is_err_and(|error| error.raw_os_error() == Some(5)));
+                status_of(&bench)["refused_replies"].as_u64().expect("a status") > 0
+            });
+        }
+        for at in 0..4 {
+            read(&bench, at, LARGE);
+        }
+        assert_eq!(lifted(&bench), 0, "{flags:?}");
+        assert_eq!(bench.host.wait_for("losses", |seen| Some(seen.lost)), 0, "{flags:?}");
+        umount(&bench, client);
+    }
 }
