@@ -11,7 +11,6 @@ use ringfs_wire::hello::{Hello, Reason, Ticket, feature, welcome_flag};
 use ringfs_wire::limits::RESTORE_BODY_BYTES_MAX;
 use ringfs_wire::restore::{End as Totals, Restore, push_restore};
 use ringfs_wire::slot::{ClientSlots, SlotUse};
-use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Barrier;
@@ -295,7 +294,7 @@ fn a_forget_from_before_a_rebuild_runs_for_the_daemon_after_the_next_one_too() {
         };
         give_back(&mut heir);
         let (epoch, ticket) = (heir.welcome.epoch, heir.welcome.ticket);
-        kill(daemon.worker_pid(), Signal::KILL);
+        daemon.kill_worker();
         assert_eq!(heir.ending(), End::Closed);
         let mut heir = memory.come_rebuilt(&daemon, epoch, ticket);
         give_back(&mut heir);
