@@ -49,6 +49,8 @@ pub enum Work {
     Fsx,
     /// Random writes with verification
     Fio,
+    /// The same with large ones, read back past the guest's cache
+    Large,
     /// One after the other
     All,
 }
@@ -95,10 +97,14 @@ pub struct Args {
     /// Delays and writes in pieces alone: no end may notice anything
     #[arg(long)]
     calm: bool,
+    /// Mount without payload checksums, so that large replies are spliced; without the faults that
+    /// only those find
+    #[arg(long)]
+    unchecked: bool,
     /// The checker on the bare directory, to see what it says itself
     #[arg(long)]
     bare: bool,
-    /// What CI runs, whatever else is given: a fixed seed, then a random one
+    /// What CI runs, whatever else is given: a fixed seed, then random ones, the last unchecked
     #[arg(long)]
     short: bool,
     /// More mount options
@@ -123,11 +129,20 @@ impl Args {
             threads: 6,
             gap: 2000,
             calm: false,
+            unchecked: false,
             bare: false,
             short: false,
             options: String::new(),
             daemon_args: String::new(),
         }
+    }
+
+    /// Whether the client has to splice; what a killed one did is not counted.
+    fn splices(&self) -> bool {
+        self.unchecked
+            && !self.rings
+            && self.kill_client_every.is_none()
+            && matches!(self.work, Work::Large | Work::All)
     }
 
     /// How to do the same again.
@@ -138,12 +153,14 @@ impl Args {
             Work::Checker => " --work checker",
             Work::Fsx => " --work fsx",
             Work::Fio => " --work fio",
+            Work::Large => " --work large",
             Work::All => "",
         };
         for (is, word) in [
             (self.engine == Engine::Threads, " --engine threads"),
             (self.rings, " --rings"),
             (self.calm, " --calm"),
+            (self.unchecked, " --unchecked"),
         ] {
             line += if is { word } else { "" };
         }
@@ -163,12 +180,14 @@ impl Args {
     }
 }
 
-/// Short enough for CI: a fixed seed, then a random one.
+/// Short enough for CI: a fixed seed, then random ones, the last without payload checksums.
 pub fn run_short() -> Result<String> {
     let args = Args::short();
     let first = run(&Args { seed: Some(CI_SEED), ..args.clone() })?;
     let second = run(&args)?;
-    Ok(format!("{first}; {second}"))
+    let work = Work::Large;
+    let third = run(&Args { unchecked: true, work, cuts: 5, gap: 200, ..args })?;
+    Ok(format!("{first}; {second}; unchecked: {third}"))
 }
 
 /// Runs with one seed; gives the closing line.
@@ -179,7 +198,7 @@ pub fn run(args: &Args) -> Result<String> {
     let seed = args.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000_000);
     println!("faults: seed {seed}: {}", args.line(seed));
     match args.work {
-        Work::Checker | Work::Fio => deps::debian(deps::TEST_PACKAGES)?,
+        Work::Checker | Work::Fio | Work::Large => deps::debian(deps::TEST_PACKAGES)?,
         Work::Fsx | Work::All => deps::all()?,
     }
     let sandbox = Sandbox::new()?;
@@ -213,6 +232,9 @@ pub fn run(args: &Args) -> Result<String> {
     let cuts = under.proxy.tally().cuts();
     if cuts < args.cuts && !args.calm {
         problems.push(format!("{cuts} cuts were made, {} are asked for", args.cuts));
+    }
+    if args.splices() && under.spliced() == 0 {
+        problems.push("no large reply was spliced".into());
     }
     verdict(&account, &problems, format!("seed {seed}, {closing}"))
         .with_context(|| format!("logs in {}; again: {}", logs.display(), args.line(seed)))

@@ -148,7 +148,7 @@ impl Guest {
         name: String,
         (part, n, more): (&str, usize, &[String]),
     ) -> Result<Self> {
-        let schedule = Schedule { seed: args.seed, gap_max: 1, calm: true };
+        let schedule = Schedule { seed: args.seed, gap_max: 1, calm: true, unchecked: false };
         let log = File::create(sandbox.path(&format!("p{n}.log")))?;
         let socket = sandbox.path(&format!("p{n}.sock"));
         let proxy = Proxy::start(&socket, &daemon.socket, schedule, log)?;

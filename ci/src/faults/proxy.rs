@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn without_cuts_every_byte_passes_in_pieces() {
         let sent = stream(300);
-        let calm = Schedule { seed: 1, gap_max: 10, calm: true };
+        let calm = Schedule { seed: 1, gap_max: 10, calm: true, unchecked: false };
         let (received, cuts, benign, findings, _) = pass(calm, &sent);
         assert!(received == sent && cuts == 0, "{} of {}", received.len(), sent.len());
         assert!(benign > 5 && findings.is_empty(), "{benign} {findings:?}");
@@ -308,7 +308,7 @@ mod tests {
         let sent = stream(100);
         let mut harmed = 0;
         for seed in 0..12 {
-            let schedule = Schedule { seed, gap_max: 20, calm: false };
+            let schedule = Schedule { seed, gap_max: 20, calm: false, unchecked: false };
             let first = pass(schedule, &sent);
             let again = pass(schedule, &sent);
             let decision = |log: &str| {
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn what_an_end_sends_wrongly_is_found() {
-        let calm = Schedule { seed: 1, gap_max: 10, calm: true };
+        let calm = Schedule { seed: 1, gap_max: 10, calm: true, unchecked: false };
         let mut twice = stream(3);
         let first = stream(1);
         twice.splice(first.len()..first.len(), first.iter().copied());

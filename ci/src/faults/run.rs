@@ -44,6 +44,7 @@ pub(super) struct Run<'a> {
     pub(super) proxy: Proxy,
     begun: Instant,
     client_kills: AtomicU64,
+    spliced: AtomicU64,
     _rings: Option<Guard>,
 }
 
@@ -74,13 +75,24 @@ impl<'a> Run<'a> {
             daemon.make_spares(kills.clamp(8, SPARES_MAX) as u32)?;
         }
         let start = daemon.counters_at_rest()?;
-        let schedule = Schedule { seed, gap_max: args.gap, calm: args.calm };
+        let schedule =
+            Schedule { seed, gap_max: args.gap, calm: args.calm, unchecked: args.unchecked };
         let log = File::create(sandbox.path("decisions.log"))?;
         let proxy = Proxy::start(&sandbox.path("p.sock"), &daemon.socket, schedule, log)?;
         let (daemon, begun) = (Mutex::new(daemon), Instant::now());
-        let client_kills = AtomicU64::new(0);
-        let _rings = rings;
-        Ok(Self { args, seed, sandbox, backing, daemon, start, proxy, begun, client_kills, _rings })
+        Ok(Self {
+            args,
+            seed,
+            sandbox,
+            backing,
+            daemon,
+            start,
+            proxy,
+            begun,
+            client_kills: AtomicU64::new(0),
+            spliced: AtomicU64::new(0),
+            _rings: rings,
+        })
     }
 
     /// All work that is asked for, with progress lines and kills beside it.
@@ -163,6 +175,12 @@ impl<'a> Run<'a> {
                 load::fio(&mount.dir, "mixed", &mixed)
             })?;
         }
+        if matches!(work, Work::Large | Work::All) {
+            self.mounted("cache=auto", account, |mount, _| {
+                let large = ["--bsrange=64k-256k", "--direct=1", "--ioengine=libaio"];
+                load::fio(&mount.dir, "large", &[&large[..], &["--iodepth=4"]].concat())
+            })?;
+        }
         Ok(())
     }
 
@@ -175,7 +193,8 @@ impl<'a> Run<'a> {
     ) -> Result<()> {
         let name = format!("m{}-{cache}", self.proxy.tally().conns.load(Relaxed));
         let dir = self.sandbox.make_dir(&name)?;
-        let mut options = format!("{cache},checksum=on");
+        let checksum = if self.args.unchecked { "off" } else { "on" };
+        let mut options = format!("{cache},checksum={checksum}");
         options += if self.args.rings { ",uring=on" } else { "" };
         if !self.args.options.is_empty() {
             options += &format!(",{}", self.args.options);
@@ -207,6 +226,9 @@ impl<'a> Run<'a> {
             bail!("the mount has ended{why}");
         }
         result?;
+        if self.args.unchecked {
+            self.spliced.fetch_add(mount.told()?.replies_spliced, Relaxed);
+        }
         mount.umount().context("after the faults")?;
         if self.args.kill_every.is_none() && account.count.load(Relaxed) == before {
             lock(&self.daemon).assert_back_at(&self.start)?;
@@ -262,6 +284,11 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Replies that the clients have spliced.
+    pub(super) fn spliced(&self) -> u64 {
+        self.spliced.load(Relaxed)
+    }
+
     /// The closing line, with what the daemon counted.
     pub(super) fn close(&self, account: &Account) -> Result<String> {
         let (tally, kills) = (self.proxy.tally(), account.kills.load(Relaxed));
@@ -292,6 +319,9 @@ impl<'a> Run<'a> {
         let client_kills = self.client_kills.load(Relaxed);
         if client_kills > 0 {
             closing += &format!(", {client_kills} kills of the client");
+        }
+        if self.args.unchecked {
+            closing += &format!(", {} replies spliced", self.spliced());
         }
         if kills > 0 {
             let tolerated = account.tolerated.load(Relaxed);

@@ -79,6 +79,11 @@ impl Fault {
         !matches!(self, Fault::Stall | Fault::StallLong | Fault::Swap)
     }
 
+    /// Whether it changes bytes that only a payload checksum covers.
+    fn needs_checksum(self) -> bool {
+        matches!(self, Fault::Flip | Fault::Lose)
+    }
+
     /// Its place in [`Fault::ALL`].
     pub fn index(self) -> usize {
         Fault::ALL.iter().position(|(fault, _)| *fault == self).unwrap_or_default()
@@ -114,13 +119,15 @@ pub struct Schedule {
     pub gap_max: u64,
     /// Only what no end may notice.
     pub calm: bool,
+    /// Only what is noticed without payload checksums.
+    pub unchecked: bool,
 }
 
 impl Schedule {
     /// What is due in one direction of connection `conn`.
     pub fn plan(&self, conn: u64, direction: Direction) -> Plan {
         let rng = Rng::of(&[self.seed, conn, direction as u64]);
-        let mut plan = Plan { rng, gap_max: self.gap_max, calm: self.calm, next: None };
+        let mut plan = Plan { rng, schedule: *self, next: None };
         plan.next = plan.draw(0);
         plan
     }
@@ -142,18 +149,22 @@ impl Schedule {
 #[derive(Clone, Debug)]
 pub struct Plan {
     rng: Rng,
-    gap_max: u64,
-    calm: bool,
+    schedule: Schedule,
     next: Option<Event>,
 }
 
 impl Plan {
     fn draw(&mut self, from: u64) -> Option<Event> {
-        if self.calm {
+        let Schedule { gap_max, calm, unchecked, .. } = self.schedule;
+        if calm {
             return None;
         }
-        let record = from + self.rng.magnitude(self.gap_max);
-        let index = self.rng.weighted(Fault::ALL.iter().map(|(_, weight)| *weight));
+        let record = from + self.rng.magnitude(gap_max);
+        let weights = Fault::ALL.iter().map(|(fault, weight)| match unchecked {
+            true if fault.needs_checksum() => 0,
+            _ => *weight,
+        });
+        let index = self.rng.weighted(weights);
         Some(Event { record, fault: Fault::ALL[index].0, dice: self.rng.next() })
     }
 
@@ -174,7 +185,7 @@ impl Plan {
 mod tests {
     use super::*;
 
-    const SCHEDULE: Schedule = Schedule { seed: 42, gap_max: 500, calm: false };
+    const SCHEDULE: Schedule = Schedule { seed: 42, gap_max: 500, calm: false, unchecked: false };
 
     fn events(schedule: &Schedule, conn: u64, direction: Direction) -> Vec<Event> {
         let mut plan = schedule.plan(conn, direction);
@@ -209,6 +220,11 @@ mod tests {
         }
         assert!(seen.iter().all(|count| *count > 10), "{seen:?}");
         assert!(handshakes > 10, "{handshakes}");
+        let unchecked = Schedule { unchecked: true, ..SCHEDULE };
+        for conn in 0..100 {
+            let events = events(&unchecked, conn, Direction::Down);
+            assert!(events.iter().all(|event| !event.fault.needs_checksum()));
+        }
         let calm = Schedule { calm: true, ..SCHEDULE };
         assert!((0..100).all(|conn| events(&calm, conn, Direction::Up).is_empty()));
     }

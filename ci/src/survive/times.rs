@@ -233,7 +233,7 @@ impl Place {
 
     /// A mount behind a proxy, which knows all files.
     fn proxied(&self, daemon: &Daemon, n: usize) -> Result<(Mount, Proxy)> {
-        let schedule = Schedule { seed: 0, gap_max: 1, calm: true };
+        let schedule = Schedule { seed: 0, gap_max: 1, calm: true, unchecked: false };
         let log = File::create(self.sandbox.path(&format!("p{n}.log")))?;
         let socket = self.sandbox.path(&format!("p{n}.sock"));
         let proxy = Proxy::start(&socket, &daemon.socket, schedule, log)?;

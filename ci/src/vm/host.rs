@@ -70,7 +70,7 @@ impl Host {
         start_echo(&run_dir.join(format!("{UDS_BASE}_{ECHO_PORT}")))?;
         let Some(program) = ringfsd else { return Ok(Self { share, daemon: None, proxy: None }) };
         let daemon = start_daemon(program, run_dir, &share, BEHIND)?;
-        let schedule = Schedule { seed: 0, gap_max: 1, calm: true };
+        let schedule = Schedule { seed: 0, gap_max: 1, calm: true, unchecked: false };
         let log = std::fs::File::create(run_dir.join("proxy.log"))?;
         let socket = run_dir.join(direct_socket());
         let proxy = Proxy::start(&socket, &run_dir.join(BEHIND), schedule, log)?;
