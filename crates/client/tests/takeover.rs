@@ -165,7 +165,7 @@ fn nodes_that_were_given_back_are_not_kept_for_ever() {
     (2..12).for_each(pass);
     let after = kept_bytes(&bench);
     // Each of 64 logs may have 8 KiB that are over; all that was told is over 1 MiB.
-    assert!(after <= before + (64 * 8 << 10), "{before} -> {after}");
+    assert!(after <= before + 64 * (8 << 10), "{before} -> {after}");
     umount(&bench, client);
 }
 
