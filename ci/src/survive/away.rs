@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
+use rustix::thread::sched_getaffinity;
 
 use super::memory::{self, mib};
 use super::work::{self, State};
@@ -21,6 +22,8 @@ use crate::rig::{self, Counters, Daemon, Mount, SETTLE};
 use crate::sandbox::Sandbox;
 
 const SAMPLE: Duration = Duration::from_millis(50);
+/// What the daemon gives without copying it.
+const LARGE_BYTES: usize = 1 << 20;
 /// Files that the guest knows and its kernel may give back.
 const KNOWN: usize = 20_000;
 const KNOWN_PER_DIR: usize = 1000;
@@ -128,13 +131,25 @@ impl Worker {
     }
 }
 
-/// What a daemon holds without guests, once it has had one: pipes are made at their first use.
+/// What a daemon holds without guests, once it has had some: each shard makes a pipe for its first
+/// large reply.
 pub fn warm(sandbox: &Sandbox, daemon: &Daemon) -> Result<Counters> {
     let mount = daemon.mount(sandbox, "x", "warm", "cache=never")?;
     let mut worker = Worker::start(sandbox, &mount.dir, "warmth", &["--threads=14".to_owned()])?;
     worker.wait_for_steps(1000)?;
     worker.stop()?;
     mount.umount()?;
+    // The only connection of each session is on the shard after the last one's. With more of them
+    // a shard may be asked for nothing large: with rings all may come from one CPU.
+    for n in 0..sched_getaffinity(None)?.count() {
+        let options = "cache=never,lanes=1,uring=off";
+        let mount = daemon.mount(sandbox, "x", &format!("warm{n}"), options)?;
+        let file = mount.dir.join("large");
+        fs::write(&file, vec![0; LARGE_BYTES])?;
+        ensure!(fs::read(&file)?.len() == LARGE_BYTES, "{} is another one", file.display());
+        fs::remove_file(&file)?;
+        mount.umount()?;
+    }
     let start = daemon.counters_at_rest()?;
     let held = (start.nodes, start.handles, start.slots_in_use);
     ensure!(held == (0, 0, 0), "nodes, handles and slots are left: {held:?}");

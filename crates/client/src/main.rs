@@ -17,6 +17,7 @@ mod doctor;
 mod down;
 mod expire;
 mod fd_store;
+mod forgets;
 mod groups;
 mod handshake;
 mod heart;

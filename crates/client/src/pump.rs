@@ -205,11 +205,11 @@ impl<'s> Pump<'s> {
     fn view(&self) -> View {
         let intake = &self.intake;
         let forgets_due = self.dry || intake.forgets.len() >= FORGETS_PER_RECORD_MAX;
+        let has_forgets = !intake.forgets.is_empty() || !self.session.forgets.is_empty();
         View {
             batch_due: intake.builder.is_due(),
             batch_empty: intake.builder.is_empty(),
-            backlog: intake.look
-                || !intake.forgets.is_empty() && !intake.forgets_blocked && forgets_due,
+            backlog: intake.look || has_forgets && !intake.forgets_blocked && forgets_due,
             dry: self.dry,
             park_full: self.is_park_full(),
         }

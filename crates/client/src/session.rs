@@ -6,6 +6,7 @@
 use crate::conn::Conn;
 use crate::connector::ResumeError;
 use crate::expire::{Expire, Manner, Name};
+use crate::forgets::Forgets;
 use crate::handshake::refusal;
 use crate::interrupts::Interrupts;
 use crate::known::{Asked, Known};
@@ -144,6 +145,8 @@ pub struct Session {
     pub nodes_seen: AtomicU64,
     /// What a daemon that does not know the session has to be told.
     pub known: Known,
+    /// Node ids to give back, by whichever lane can.
+    pub forgets: Forgets,
     /// Held by who sees whether a turn is over.
     turning: Mutex<()>,
     /// Optional records that this version does not know.
@@ -184,6 +187,7 @@ impl Session {
             watch: Watch::default(),
             nodes_seen: AtomicU64::new(0),
             known,
+            forgets: Forgets::default(),
             turning: Mutex::default(),
             records_skipped: AtomicU64::new(0),
             writes_refused: AtomicU64::new(0),

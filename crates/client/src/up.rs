@@ -5,6 +5,7 @@
 //! answered; what has a slot is kept until its reply. It must not wait for anything.
 
 use crate::conn::Conn;
+use crate::forgets::SHARED_PER_RECORD_MAX;
 use crate::groups;
 use crate::kept::Kept;
 use crate::known::Asked;
@@ -299,10 +300,17 @@ impl<'s> Intake<'s> {
     }
 
     fn put_forgets(&mut self) {
+        if self.session.forgets.is_shared() && !self.forgets_blocked {
+            self.share_forgets();
+        }
         if self.forgets.is_empty() || self.forgets_blocked {
             return;
         }
-        let n = self.forgets.len().min(FORGETS_PER_RECORD_MAX);
+        let most = match self.session.forgets.is_shared() {
+            true => SHARED_PER_RECORD_MAX,
+            false => FORGETS_PER_RECORD_MAX,
+        };
+        let n = self.forgets.len().min(most);
         let rest = self.forgets.len() - n;
         match self.lane.claim_forget(&self.forgets[rest..], rest) {
             Claim::Slot(at) => {
@@ -315,8 +323,25 @@ impl<'s> Intake<'s> {
                 self.forgets.truncate(rest);
                 LaneCounters::add(&self.lane.counters.forgets, n);
             }
-            Claim::Full => self.forgets_blocked = true,
+            Claim::Full => {
+                self.forgets_blocked = true;
+                if self.session.forgets.is_shared() {
+                    self.session.forgets.put(&mut self.forgets);
+                }
+            }
             Claim::Closed => self.forgets.clear(),
+        }
+    }
+
+    /// While the daemon has not answered the last ones, all that come are left to the lanes that it
+    /// answers; then what those have not taken is ours again.
+    fn share_forgets(&mut self) {
+        if self.lane.has_forget() {
+            self.session.forgets.put(&mut self.forgets);
+            self.forgets_blocked = true;
+            self.lane.starve();
+        } else if !self.session.forgets.is_empty() {
+            self.forgets.extend(self.session.forgets.take(SHARED_PER_RECORD_MAX));
         }
     }
 }

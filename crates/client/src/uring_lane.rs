@@ -5,10 +5,11 @@
 //! entry that fetched the request. Invariant: an entry's request is in the lane's table, in its
 //! park (its bytes stay in the entry until then), or answered; nothing is waited for but in the
 //! ring, so neither a full socket nor a daemon that is gone holds replies up. INIT, FORGET and
-//! INTERRUPT are lane 0's, by the device.
+//! INTERRUPT come to lane 0, by the device; of the nodes given back it leaves us some (forgets.rs).
 
 use crate::conn::coarse_now;
 use crate::expire::{Name, names_of};
+use crate::forgets::SHARED_PER_RECORD_MAX;
 use crate::groups;
 use crate::heart::Beat;
 use crate::known::Asked;
@@ -19,7 +20,7 @@ use crate::rings::Answer;
 use crate::session::{End, Session};
 use crate::{down, pump};
 use fuser_fork::uring::{EntryId, Event, Plan, Ring, WatchId};
-use ringfs_wire::abi::{InHeader, Opcode};
+use ringfs_wire::abi::{ForgetOne, InHeader, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};
 use ringfs_wire::deframe::Deframer;
 use ringfs_wire::limits::{BATCH_BYTES_MAX, RECORD_HEADER_BYTES};
@@ -31,6 +32,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use zerocopy::IntoBytes;
 
 /// What the main thread has a lane's thread do.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +130,8 @@ struct RingLane<'s> {
     /// What each entry's request is called, until it is answered.
     uniques: Vec<Option<u64>>,
     entry_of_slot: Vec<EntryId>,
+    /// What is given back and not answered; one record at a time.
+    forget: Option<(SlotUse, Vec<ForgetOne>)>,
 }
 
 #[derive(Clone, Copy)]
@@ -141,6 +145,7 @@ impl<'s> RingLane<'s> {
         let lane = &session.lanes[lane];
         let kick = ring.watch(lane.kick_fd()).map_err(End::Thread)?;
         lane.answers_by_ring();
+        session.forgets.share();
         Ok(RingLane {
             session,
             lane,
@@ -157,6 +162,7 @@ impl<'s> RingLane<'s> {
             has_parked: false,
             uniques: vec![None; ring.entries()],
             entry_of_slot: vec![EntryId(0); usize::from(lane.slots())],
+            forget: None,
             ring,
         })
     }
@@ -181,6 +187,7 @@ impl<'s> RingLane<'s> {
             self.put_resends();
             self.put_controls();
             self.put_parked()?;
+            self.put_forgets();
             self.send();
             if !self.lane.is_kicked() {
                 self.wait()?;
@@ -360,6 +367,9 @@ impl<'s> RingLane<'s> {
             }
             self.resends.as_mut().map(VecDeque::pop_front);
             match next {
+                Resend::Frame(at) if self.forget.as_ref().is_some_and(|its| its.0 == at) => {
+                    self.put_forget();
+                }
                 Resend::Frame(at) => {
                     let id = self.entry_of_slot[usize::from(at.slot)];
                     // A hostile daemon may have answered what it was not sent yet.
@@ -416,6 +426,32 @@ impl<'s> RingLane<'s> {
                 None => self.look = false,
             }
         }
+    }
+
+    /// Nodes that the kernel gives back, which another lane has read and cannot send yet.
+    fn put_forgets(&mut self) {
+        let can = self.link.is_some() && self.resends.is_none() && self.forget.is_none();
+        if !can || self.session.forgets.is_empty() || !self.has_room() {
+            return;
+        }
+        let Claim::Slot(at) = self.lane.claim(InFlight::Forget) else { return };
+        let forgets = self.session.forgets.take(SHARED_PER_RECORD_MAX);
+        if forgets.is_empty() {
+            // Others were faster. An error: the session has ended.
+            let _ = self.lane.unclaim(at);
+            return;
+        }
+        LaneCounters::add(&self.lane.counters.forgets, forgets.len());
+        self.forget = Some((at, forgets));
+        self.put_forget();
+    }
+
+    /// Puts them into the batch, which has room.
+    fn put_forget(&mut self) {
+        let Some((at, forgets)) = &self.forget else { return };
+        let record = self.lane.record(Kind::Forget, *at, 0, 0);
+        let fits = self.builder.push(&mut self.buffer, record, forgets.as_bytes());
+        debug_assert!(fits, "{} forgets", forgets.len());
     }
 
     /// Answers that others have found for requests of ours.
@@ -510,6 +546,10 @@ impl<'s> RingLane<'s> {
                 }
                 let reply = &bytes[span];
                 let taken = take_reply(self.lane, &self.entry_of_slot, record, reply)?;
+                let at = SlotUse { slot: record.slot, seq: record.slot_seq };
+                if let Some((_, forgets)) = self.forget.take_if(|its| its.0 == at) {
+                    self.session.known.forgotten(0, forgets.as_bytes());
+                }
                 if let Some((id, request @ InFlight::Request { opcode, .. })) = taken {
                     let doubted = match request.may_have_run(record.code) {
                         true => names_in(&mut self.ring, id),

@@ -8,7 +8,10 @@ mod bench;
 #[allow(dead_code, reason = "the other tests use more of it")]
 mod host;
 
-use bench::uses::{self, deny_read, end_by_signals, ended, hanging, umount};
+use bench::uses::{
+    self, deny_read, drop_caches, end_by_signals, ended, forget_until, hanging, known, lookups,
+    umount, wait_connected,
+};
 use bench::*;
 use host::{BIG_BYTES, HELLO_TEXT, Mood, Terms, big_byte};
 use rustix::process::Signal;
@@ -232,6 +235,37 @@ fn killed_and_overdue_readers_get_out_while_it_is_cut() {
         wait_until("the slots", || bench.host.slots_in_use() == 0);
         umount(&bench, client);
     }
+}
+
+#[test]
+fn what_the_device_lane_cannot_give_back_others_do() {
+    let name = "what_the_device_lane_cannot_give_back_others_do";
+    let Some(_on) = Switched::to("Y", name) else { return };
+    let (bench, client) = mounted(Terms::default(), "uring=on");
+    let look = |name: &str| {
+        let file = bench.file(name);
+        within("a look", move || file.metadata().expect("there").len())
+    };
+    let lanes = || bench.host.wait_for("lanes", |seen| Some(seen.forget_lanes.clone()));
+    bench.host.set_mood(Mood::LosesForgets);
+    look("hello");
+    forget_until("a forget", || !lanes().is_empty());
+    // Lane 0 waits for the answer; the lane that brings new nodes takes some back.
+    wait_until("another lane's", || {
+        look("big");
+        drop_caches();
+        lanes().len() > 1
+    });
+    let by = lanes();
+    assert!(by[0] == 0 && by[1..].iter().all(|&lane| lane != 0), "{by:?}");
+    bench.host.set_mood(Mood::Fair);
+    bench.host.cut();
+    bench.host.wait_for("both again", |seen| (seen.repeats_ended >= 2).then_some(()));
+    wait_connected(&bench);
+    use_mount(&bench);
+    forget_until("all", || lookups(&bench).is_empty() && known(&bench) == (0, 0));
+    wait_until("the slots", || bench.host.slots_in_use() == 0);
+    umount(&bench, client);
 }
 
 #[test]

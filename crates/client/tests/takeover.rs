@@ -122,7 +122,10 @@ fn replies_and_forgets_that_were_on_their_way_count_once() {
         // The FORGETs' replies are lost too, with the client that waits for them.
         bench.host.set_mood(Mood::LosesForgets);
         let lost = bench.host.wait_for("losses", |seen| Some(seen.lost));
+        // Others drop caches too: the ones above may be forgotten by now.
+        let other = bench.file("n7");
         forget_until("a lost FORGET", || {
+            std::fs::metadata(&other).expect("stat");
             bench.host.wait_for("losses", |seen| Some(seen.lost)) > lost
         });
         bench.host.set_mood(Mood::Fair);
@@ -165,7 +168,7 @@ fn nodes_that_were_given_back_are_not_kept_for_ever() {
     (2..12).for_each(pass);
     let after = kept_bytes(&bench);
     // Each of 64 logs may have 8 KiB that are over; all that was told is over 1 MiB.
-    assert!(after <= before + (64 * 8 << 10), "{before} -> {after}");
+    assert!(after <= before + 64 * (8 << 10), "{before} -> {after}");
     umount(&bench, client);
 }
 

@@ -232,6 +232,12 @@ impl Lane {
         lock(&self.table).slots.in_use()
     }
 
+    /// Whether the daemon has not answered yet what was given back last.
+    pub fn has_forget(&self) -> bool {
+        let table = lock(&self.table);
+        table.slots.in_flight().any(|(_, request)| *request == InFlight::Forget)
+    }
+
     /// Whether all is over that was in flight at the last [`Lane::begin_turn`].
     pub fn has_ended_turn(&self) -> bool {
         lock(&self.table).before_left == 0 && !self.counting.load(Ordering::Acquire)

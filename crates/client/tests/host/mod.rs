@@ -88,6 +88,8 @@ pub struct Seen {
     pub cancels: u64,
     pub abandons: u64,
     pub forgets: Vec<ForgetOne>,
+    /// The lanes whose records they were.
+    pub forget_lanes: Vec<u8>,
     /// Replies that were lost by order.
     pub lost: u64,
     /// Bytes that came in while the host was told to be silent.

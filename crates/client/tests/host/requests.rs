@@ -168,6 +168,7 @@ fn forget(shared: &Shared, lane: u8, at: SlotUse, body: &[u8]) -> Result<(), Str
     let forgets = <[ForgetOne]>::ref_from_bytes(body).map_err(|e| e.to_string())?;
     shared.note(|seen| {
         seen.forgets.extend(forgets);
+        seen.forget_lanes.push(lane);
         for forget in forgets {
             let count = seen.lookups.entry(forget.nodeid).or_default();
             *count -= forget.nlookup as i64;
