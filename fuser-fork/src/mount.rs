@@ -169,6 +169,8 @@ pub enum MountError {
 pub enum Unmounted {
     /// It is gone.
     Clean,
+    /// It is gone here; another namespace has it, or it was bound to another path.
+    Elsewhere,
     /// It was in use: detached from the tree, gone once its last user is.
     Detached,
     /// Somebody else had unmounted it.
@@ -445,7 +447,11 @@ impl Mount {
             Some(Some((path, false))) => return Err(MountError::Covered { path }),
         };
         by(&path, lazy)?;
-        Ok(if lazy { Unmounted::Detached } else { Unmounted::Clean })
+        Ok(match (lazy, self.session.connection()) {
+            (true, _) => Unmounted::Detached,
+            (false, Connection::Alive) => Unmounted::Elsewhere,
+            (false, _) => Unmounted::Clean,
+        })
     }
 }
 
@@ -552,12 +558,27 @@ pub fn abort_or_unmount(dev_minor: u32) -> Result<AbortOutcome, MountError> {
     if matches!(done, Ok(AbortOutcome::Aborted | AbortOutcome::NoConnection)) {
         return done;
     }
+    match unmount_by_force(dev_minor)? {
+        true => Ok(AbortOutcome::Aborted),
+        false => done,
+    }
+}
+
+/// Aborts a connection by unmounting it somewhere, never what covers it there; whether it was in
+/// the mount table.
+pub fn unmount_by_force(dev_minor: u32) -> Result<bool, MountError> {
     let mounts = all_mounts().map_err(|source| MountError::MountInfo { source })?;
-    let ours = |mount: &&MountInfo| mount.dev_minor == dev_minor && mount.is_ringfs();
-    let Some(ours) = mounts.iter().find(ours) else { return done };
-    let (path, flags) = (&ours.mount_point, UnmountFlags::FORCE | UnmountFlags::DETACH);
+    let is_top = |mount: &MountInfo| {
+        top_at(&mounts, &mount.mount_point).is_some_and(|top| top.mount_id == mount.mount_id)
+    };
+    let mut ours = mounts.iter().filter(|its| its.dev_minor == dev_minor && its.is_ringfs());
+    let Some(first) = ours.clone().next() else { return Ok(false) };
+    let Some(free) = ours.find(|mount| is_top(mount)) else {
+        return Err(MountError::Covered { path: first.mount_point.clone() });
+    };
+    let (path, flags) = (&free.mount_point, UnmountFlags::FORCE | UnmountFlags::DETACH);
     match rustix::mount::unmount(path, flags | UnmountFlags::NOFOLLOW) {
-        Ok(()) => Ok(AbortOutcome::Aborted),
+        Ok(()) => Ok(true),
         Err(source) => Err(MountError::Os { what: "unmount", path: path.clone(), source }),
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use common::*;
 use fuser_fork::mount::{Method, MountError, MountOptions, RootKind, Unmounted};
-use fuser_fork::mount::{mount, unmount_path};
+use fuser_fork::mount::{mount, unmount_by_force, unmount_path};
 use fuser_fork::mountinfo::find_mounts;
 use fuser_fork::reader::Clones;
 use ringfs_wire::abi::Opcode;
@@ -123,10 +123,14 @@ fn guards_take_down_their_own_mount_only() {
         let lane = serve(Arc::new(new_device));
         rustix::mount::mount("none", dir.mnt(), "tmpfs", flags, None).expect("tmpfs");
         let path = unmount_path(&dir.mnt(), true);
+        let number = new.dev_minor().expect("a connection number");
+        let forced = unmount_by_force(number);
         let none = rustix::mount::UnmountFlags::empty();
         rustix::mount::unmount(dir.mnt(), none).expect("tmpfs");
         assert!(matches!(path, Err(MountError::Covered { .. })), "{path:?}");
-        assert_eq!(new.unmount().expect("unmount"), Unmounted::Clean);
+        assert!(matches!(forced, Err(MountError::Covered { .. })), "{forced:?}");
+        assert!(new.is_mounted() && unmount_by_force(number).expect("unmount"));
+        assert!(!dir.is_mounted() && !unmount_by_force(number).expect("gone"));
         lane.join().expect("lane");
     });
 }

@@ -9,6 +9,7 @@
 //! of the session's fd. That copy keeps the connection from ending with keeper and client; so that
 //! process watches them, by a pipe that both hold, and ends the connection when they are gone.
 
+use crate::keeper::Channel;
 use crate::lane::lock;
 use fuser_fork::device::{DEVICE_PATH, Device, DeviceError};
 use fuser_fork::mount::abort_or_unmount;
@@ -17,12 +18,11 @@ use ringfs_wire::abi::{InHeader, Opcode};
 use ringfs_wire::batch::RecordHeader;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use std::ffi::{OsStr, OsString};
+use rustix::net::RecvFlags;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use zerocopy::FromBytes;
@@ -139,30 +139,48 @@ fn next_of(waiting: &Mutex<Waiting>) -> Option<Vec<Name>> {
 
 /// By another process, which may take as long as the directories' locks are held.
 fn tell(device: &Device, alive: Option<&Alive>, manner: Manner, names: &[Name]) -> io::Result<()> {
-    let watched = alive.map(|alive| alive.watched.try_clone()).transpose()?;
+    let (channel, mut teller) = start(manner)?;
+    let watched = alive.map(|alive| alive.watched.as_fd());
+    let fds: Vec<_> = std::iter::once(device.as_fd()).chain(watched).collect();
+    let message = |Name { parent, name }: &Name| [&parent.to_ne_bytes()[..], name].concat();
+    let sent = channel
+        .send(b"fds", &fds)
+        .and_then(|()| names.iter().try_for_each(|name| channel.send(&message(name), &[])));
+    drop(channel);
+    teller.wait()?;
+    Ok(sent?)
+}
+
+fn start(manner: Manner) -> io::Result<(Channel, Child)> {
+    let (channel, theirs) = Channel::pair()?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("ringfs").arg("expire");
-    command.stdin(Stdio::from(device.as_fd().try_clone_to_owned()?));
-    command.stdout(watched.map_or_else(Stdio::null, Stdio::from));
+    command.arg0("ringfs").arg("expire").stdin(Stdio::from(theirs)).stdout(Stdio::null());
     if let Some(minor) = manner.dev_minor {
         command.arg("--dev-minor").arg(minor.to_string());
     }
     if manner.drops {
         command.arg("--drops");
     }
-    command.arg("--");
-    for Name { parent, name } in names {
-        command.arg(parent.to_string()).arg(OsStr::from_bytes(name));
-    }
-    command.status().map(drop)
+    Ok((channel, command.spawn()?))
 }
 
-/// That process: standard input is the device, standard output the pipe. `words` are directories'
-/// node ids and names in turn.
-pub fn run(dev_minor: Option<u32>, drops: bool, words: &[OsString]) -> ExitCode {
-    let notices: Vec<Notice> =
-        words.as_chunks::<2>().0.iter().filter_map(|pair| notice(pair, drops)).collect();
-    let sender = std::thread::Builder::new().spawn(move || match send(&notices) {
+/// What that process gets by its standard input: the device and perhaps the pipe, then the names,
+/// each a message, which nobody else is to see as a command line would have it.
+fn receive(drops: bool) -> io::Result<(Device, Option<OwnedFd>, Vec<Notice>)> {
+    let channel = Channel::inherited()?;
+    let mut fds = channel.receive(RecvFlags::empty())?.fds.into_iter();
+    let device = Device::from_fd(fds.next().ok_or(Errno::BADF)?, DEVICE_PATH);
+    let mut notices = Vec::new();
+    while let Ok(message) = channel.receive(RecvFlags::empty()) {
+        notices.extend(notice(&message.bytes, drops));
+    }
+    Ok((device, fds.next(), notices))
+}
+
+/// That process.
+pub fn run(dev_minor: Option<u32>, drops: bool) -> ExitCode {
+    let Ok((device, watched, notices)) = receive(drops) else { return ExitCode::FAILURE };
+    let sender = std::thread::Builder::new().spawn(move || match send(&device, &notices) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
             tracing::warn!(%error, "the kernel may go on with names that are gone");
@@ -170,33 +188,42 @@ pub fn run(dev_minor: Option<u32>, drops: bool, words: &[OsString]) -> ExitCode 
         }
     });
     let Ok(sender) = sender else { return ExitCode::FAILURE };
-    // Nothing is wanted but the end of whoever has the other end.
-    let stdout = io::stdout();
-    let mut pipe = [PollFd::new(&stdout, PollFlags::empty())];
-    let mut seen = Err(Errno::INTR);
-    while seen == Err(Errno::INTR) {
-        seen = poll(&mut pipe, None);
-    }
-    if let (Ok(_), Some(minor)) = (seen, dev_minor) {
-        let ended = abort_or_unmount(minor);
-        tracing::warn!(?ended, "keeper and client are gone: the connection is to end");
+    if let Some(watched) = watched {
+        wait_for_end(&watched);
+        end(dev_minor);
     }
     let _ = sender.join();
     ExitCode::FAILURE
 }
 
-fn notice([parent, name]: &[OsString; 2], drops: bool) -> Option<Notice> {
-    let (parent, name) = (parent.to_str()?.parse().ok()?, name.as_bytes());
-    let notice = if drops { Notice::inval_entry } else { Notice::expire_entry };
-    notice(parent, name).ok()
+/// Of whoever has the other end.
+fn wait_for_end(pipe: &OwnedFd) {
+    let mut pipe = [PollFd::new(pipe, PollFlags::empty())];
+    while poll(&mut pipe, None) == Err(Errno::INTR) {}
 }
 
-fn send(notices: &[Notice]) -> Result<(), DeviceError> {
-    let fd = io::stdin().as_fd().try_clone_to_owned();
-    let Ok(fd) = fd else { return Ok(()) };
-    let device = Device::from_fd(fd, DEVICE_PATH);
+/// Of the connection.
+fn end(dev_minor: Option<u32>) {
+    let Some(minor) = dev_minor else { return };
+    match abort_or_unmount(minor) {
+        Ok(ended) => tracing::warn!(?ended, "keeper and client are gone: the connection ends"),
+        Err(error) => tracing::error!(
+            %error,
+            "keeper and client are gone, and without the control files of FUSE (fusectl at \
+             /sys/fs/fuse/connections) the connection cannot be ended"
+        ),
+    }
+}
+
+fn notice(message: &[u8], drops: bool) -> Option<Notice> {
+    let (parent, name) = message.split_first_chunk::<8>()?;
+    let notice = if drops { Notice::inval_entry } else { Notice::expire_entry };
+    notice(u64::from_ne_bytes(*parent), name).ok()
+}
+
+fn send(device: &Device, notices: &[Notice]) -> Result<(), DeviceError> {
     for notice in notices {
-        if notice.send(&device)? == NotifyOutcome::Unmounted {
+        if notice.send(device)? == NotifyOutcome::Unmounted {
             break;
         }
     }

@@ -182,7 +182,8 @@ impl FdStore {
         self.tell("READY=1");
     }
 
-    /// The mount is about to end.
+    /// The mount has ended, as it was asked to: told before that, the manager would kill what it
+    /// serves still.
     pub fn stopping(&self) {
         self.tell("STOPPING=1");
     }

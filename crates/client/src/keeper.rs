@@ -6,6 +6,7 @@
 //! ```text
 //! client -> keeper   M mount_id dev_minor path    mounted: this is to be cleaned up
 //!                    R text | fds                 ready; fds: how to take over, none: why not
+//!                    F signals                    the unmount failed that so many S asked for
 //! keeper -> client   T stored path | fds          take over: the file that was left, and devices
 //!                    K                            from now on the service manager has them too
 //!                    S                            a signal: unmount
@@ -102,19 +103,21 @@ pub struct Message {
 pub struct Channel(OwnedFd);
 
 impl Channel {
-    fn pair() -> Result<(Channel, OwnedFd), Errno> {
+    /// One end, and what is to be the other process's standard input.
+    pub fn pair() -> Result<(Channel, OwnedFd), Errno> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         Ok((Channel(ours), theirs))
     }
 
-    /// The client's end: its standard input.
+    /// The other process's end: its standard input.
     pub fn inherited() -> io::Result<Channel> {
         Ok(Channel(io::stdin().as_fd().try_clone_to_owned()?))
     }
 
-    fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    /// Sends a message: not an empty one, which would be taken for the end.
+    pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -160,6 +163,11 @@ impl Channel {
     /// It is ready, and cannot be taken over.
     pub fn tell_alone(&self, why: &str) -> Result<(), Errno> {
         self.send(&[b"R", why.as_bytes()].concat(), &[])
+    }
+
+    /// The unmount that so many signals asked for has failed.
+    pub fn tell_failed(&self, signals: u32) -> Result<(), Errno> {
+        self.send(&[&b"F"[..], &signals.to_ne_bytes()].concat(), &[])
     }
 }
 
@@ -312,7 +320,12 @@ pub fn run(orders: Orders<'_>) -> Result<i32, KeeperError> {
     if is_failure && keeper.held.is_stored && keeper.signals_sent == 0 {
         return ended;
     }
-    keeper.store.iter_mut().for_each(FdStore::forget);
+    if let Some(store) = &mut keeper.store {
+        if keeper.signals_sent > 0 {
+            store.stopping();
+        }
+        store.forget();
+    }
     ended.map_err(|error| keeper.held.fail(error))
 }
 
@@ -324,6 +337,7 @@ struct Keeper<'a> {
     children: UnixStream,
     store: Option<FdStore>,
     held: Held,
+    /// Those that came, but for those whose unmount failed.
     signals_sent: u32,
     has_left: bool,
     /// A pipe that the clients have too.
@@ -352,7 +366,7 @@ impl Keeper<'_> {
                 // Nobody would keep it: what is in flight is to fail, or to be the next keeper's.
                 let _ = child.kill().and_then(|()| child.wait());
                 while let Ok(message) = channel.receive(RecvFlags::DONTWAIT) {
-                    self.held.hear(message);
+                    self.hear(message);
                 }
             }
             let (status, was_ready) = watched?;
@@ -395,9 +409,18 @@ impl Keeper<'_> {
         let has_come = is_signalled(&self.signals);
         if has_come {
             self.signals_sent += 1;
-            self.store.iter().for_each(FdStore::stopping);
         }
         has_come
+    }
+
+    fn hear(&mut self, message: Message) {
+        match message.bytes.split_first_chunk::<5>() {
+            Some((&[b'F', a, b, c, d], _)) => {
+                let in_vain = u32::from_ne_bytes([a, b, c, d]);
+                self.signals_sent = self.signals_sent.saturating_sub(in_vain);
+            }
+            _ => self.held.hear(message),
+        }
     }
 
     fn try_start(&self) -> Result<(Child, Channel), KeeperError> {
@@ -420,7 +443,7 @@ impl Keeper<'_> {
                 match channel.receive(RecvFlags::DONTWAIT) {
                     Ok(message) => {
                         let is_ready = message.bytes.first() == Some(&b'R');
-                        self.held.hear(message);
+                        self.hear(message);
                         if is_ready && !std::mem::replace(&mut was_ready, true) {
                             self.is_ready(channel)?;
                         }

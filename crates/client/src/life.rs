@@ -3,6 +3,12 @@
 //! Invariant: no mount and no thread stays when it has ended. The main thread never waits without a
 //! limit for anything but a signal or the session's events, and never touches the mount point
 //! itself.
+//!
+//! Signals: one asks for the same whoever gets it, client or keeper; one to each within a second
+//! is one. It unmounts. Another one ends what is served still: detached, mounted elsewhere, or
+//! hanging in its unmount. An unmount that fails takes all signals back that came before, from the
+//! keeper's count too, and the mount goes on. The death of the keeper of a mount in the foreground
+//! is no signal: it unmounts too, and the client ends whatever comes of that.
 
 use crate::connector::{self, Terms};
 use crate::keep::Keep;
@@ -21,14 +27,13 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long the last unmount may take before the connection is aborted.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(10);
-/// How long a second signal waits for what the first one has begun: one that fails is told, and the
-/// mount goes on; what is in flight hinders one that hangs.
+/// How long an end waits for an unmount that has begun, and for the kernel to tell of it.
 const SECOND_LIMIT: Duration = Duration::from_secs(1);
 
 /// A mount, given back by who was to unmount it, and what came of that.
@@ -69,9 +74,7 @@ pub struct Life {
     /// `None`: a thread unmounts it, or it is unmounted or detached.
     mount: Option<Mount>,
     unmounting: Option<Unmounting>,
-    /// Signals that were heeded.
-    heeded: u32,
-    /// A second signal has come: when the session ends, if it is not unmounted by then.
+    /// When the session ends, if it is not unmounted by then.
     end_due: Option<Instant>,
     mountpoint: PathBuf,
     dev_minor: Option<u32>,
@@ -98,7 +101,6 @@ impl Life {
             dev_minor: mount.dev_minor(),
             mount: Some(mount),
             unmounting: None,
-            heeded: 0,
             end_due: None,
         }
     }
@@ -276,7 +278,7 @@ impl Life {
         }
     }
 
-    /// Sleeps until something happens; whether a signal came.
+    /// Sleeps until something happens; whether the mount is to end.
     fn wait(&mut self, limit: Option<Duration>) -> Result<bool, Failure> {
         let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         let asker = self.publisher.as_ref().map(AsFd::as_fd);
@@ -292,7 +294,6 @@ impl Life {
         }
         let is_asked = self.publisher.is_some() && !fds[0].revents().is_empty();
         self.session.drain_events();
-        let before = self.service.signals_seen();
         if let Some(why) = self.service.hear() {
             self.facts.alone_why = Some(why.to_owned());
         }
@@ -304,7 +305,7 @@ impl Life {
             self.session.expire.watch(pipe);
         }
         self.answer_askers(is_asked);
-        Ok(self.service.signals_seen() > before)
+        Ok(self.service.is_asked())
     }
 
     fn answer_askers(&mut self, is_asked: bool) {
@@ -331,30 +332,38 @@ impl Life {
                     _ => Err(Failure::Over(end)),
                 };
             }
-            self.look_at_unmount();
             self.heed_signals();
+            self.look_at_unmount();
             let limit = self.end_due.map(|due| due.saturating_duration_since(Instant::now()));
             if limit.is_some_and(|limit| limit.is_zero()) {
-                self.session.end(End::Aborted);
+                self.session.end(match self.service.is_forsaken() {
+                    true => End::Forsaken,
+                    false => End::Aborted,
+                });
                 continue;
             }
             self.wait(limit)?;
         }
     }
 
-    /// A signal unmounts; another one ends what was only detached, or hangs. Nobody ends a mount
-    /// that would stay behind, dead: that one is tried again.
+    /// Who is asked to end unmounts first; see the module.
     fn heed_signals(&mut self) {
-        while self.heeded < self.service.signals_seen() {
-            self.heeded += 1;
-            if self.mount.is_some() {
-                self.begin_unmount();
-                continue;
+        for _ in 0..self.service.take_signals() {
+            match self.mount.is_some() {
+                true => self.begin_unmount(),
+                false => self.end_soon(),
             }
-            let hangs = self.unmounting.is_some();
-            let patience = if hangs { SECOND_LIMIT } else { Duration::ZERO };
-            self.end_due.get_or_insert(Instant::now() + patience);
         }
+        if self.service.is_forsaken() {
+            self.begin_unmount();
+            self.end_soon();
+        }
+    }
+
+    fn end_soon(&mut self) {
+        let hangs = self.unmounting.is_some();
+        let patience = if hangs { SECOND_LIMIT } else { Duration::ZERO };
+        self.end_due.get_or_insert(Instant::now() + patience);
     }
 
     /// By a thread of its own: it may take as long as the daemon takes (apart.rs), and this thread
@@ -365,8 +374,10 @@ impl Life {
         self.unmounting = Some(outcome);
         let spawned = self.spawn_loose("unmount", move |session| {
             let done = mount.unmount_by(apart::unmount);
-            // Who does not want it any more has ended.
-            let _ = sender.send((mount, done));
+            // Who does not want it any more does the rest by itself.
+            if let Err(SendError((mount, _))) = sender.send((mount, done)) {
+                mount.leave();
+            }
             session.notify();
         });
         if let Err(error) = spawned {
@@ -378,22 +389,33 @@ impl Life {
     fn look_at_unmount(&mut self) {
         let Some(unmounting) = &self.unmounting else { return };
         let path = self.mountpoint.display();
-        // Whoever has asked for its end has waited for this.
-        let end_due = self.end_due.map(|_| Instant::now());
+        let after = |patience| self.end_due.map(|_| Instant::now() + patience);
+        let at_once = after(Duration::ZERO);
         self.end_due = match unmounting.try_recv() {
-            Ok((_, Ok(Unmounted::Clean))) => None,
-            Ok((_, Ok(Unmounted::AlreadyGone))) | Err(TryRecvError::Disconnected) => end_due,
+            Ok((_, Ok(Unmounted::Clean))) => after(SECOND_LIMIT),
+            Ok((_, Ok(Unmounted::AlreadyGone))) | Err(TryRecvError::Disconnected) => at_once,
             Ok((_, Ok(Unmounted::Detached))) => {
                 say(format_args!(
                     "{path} is in use: it is detached now, and served until its last user is done \
                      (a second signal ends it at once)"
                 ));
-                end_due
+                at_once
+            }
+            Ok((_, Ok(Unmounted::Elsewhere))) => {
+                say(format_args!(
+                    "{path} is unmounted, and served where it is still mounted: in another \
+                     namespace, or at another path (a second signal ends it at once)"
+                ));
+                at_once
             }
             Ok((mount, Err(error))) => {
-                say(format_args!("{error}; the mount goes on (another signal tries it again)"));
                 self.mount = Some(mount);
-                None
+                let is_forsaken = self.service.is_forsaken();
+                if !is_forsaken {
+                    self.service.tell_failed();
+                    say(format_args!("{error}; the mount goes on (another signal tries it again)"));
+                }
+                at_once.filter(|_| is_forsaken)
             }
             Err(TryRecvError::Empty) => return,
         };
@@ -429,18 +451,16 @@ impl Life {
         let done = match unmounting.recv_timeout(UNMOUNT_LIMIT) {
             Ok((_, Ok(_))) | Err(RecvTimeoutError::Disconnected) => return,
             Ok((mut mount, Err(error))) => {
-                tracing::warn!(%error, "the unmount failed; trying lazily");
+                tracing::warn!(%error, "the unmount failed; trying lazily, and aborting");
+                // First, as of an aborted one nobody can tell whether it is mounted.
                 let done = mount.unmount_by(|path, _| apart::unmount(path, true));
                 mount.leave();
+                self.abort();
                 done.map(drop)
             }
             Err(RecvTimeoutError::Timeout) => {
                 tracing::warn!("the unmount hangs; aborting");
-                if let Some(minor) = self.dev_minor {
-                    // Without control files the end of this process does the same.
-                    let outcome = fuser_fork::mount::abort(minor);
-                    tracing::debug!(?outcome, "aborted");
-                }
+                self.abort();
                 let done = apart::unmount(&self.mountpoint, true);
                 let is_there = mount_at(&self.mountpoint).is_ok();
                 if is_there { done } else { Ok(()) }
@@ -450,6 +470,12 @@ impl Life {
             let path = self.mountpoint.display();
             say(format_args!("a dead mount stays behind: {error}; then `ringfs umount {path}`"));
         }
+    }
+
+    /// Without control files the end of this process does the same.
+    fn abort(&self) {
+        let outcome = self.dev_minor.map(fuser_fork::mount::abort);
+        tracing::debug!(?outcome, "aborted");
     }
 }
 

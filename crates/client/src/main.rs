@@ -149,8 +149,9 @@ Users who may not mount do it by `fusermount3` (package fuse3): on a directory o
 them alone; `allow_other` needs the line user_allow_other in /etc/fuse.conf.
 
 Ctrl-C or SIGTERM unmounts; if files are in use the mount is detached and served until they are
-closed; a second signal ends it at once. What cannot be unmounted at all (another mount covers it)
-goes on, and the next signal tries it again.";
+closed (where it is mounted elsewhere too it is served there); a second signal ends it at once. What
+cannot be unmounted at all (another mount covers it) goes on, and the next signal tries it again,
+until `systemctl stop` of a service has its limit.";
 
 #[derive(Debug, Parser)]
 #[command(name = "ringfs", version, about = "Mount directories that a host shares (see ringfsd)")]
@@ -215,7 +216,6 @@ enum Cmd {
         dev_minor: Option<u32>,
         #[arg(long)]
         drops: bool,
-        names: Vec<OsString>,
     },
     /// Write the man pages into a directory
     #[command(hide = true)]
@@ -290,7 +290,7 @@ fn main() -> ExitCode {
             }
         }
         Cmd::Answers { dir } => return apart::look(&dir),
-        Cmd::Expire { dev_minor, drops, names } => return expire::run(dev_minor, drops, &names),
+        Cmd::Expire { dev_minor, drops } => return expire::run(dev_minor, drops),
         Cmd::Completions { shell } => {
             let mut out = std::io::stdout();
             clap_complete::generate(shell, &mut Cli::command(), "ringfs", &mut out);

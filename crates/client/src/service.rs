@@ -15,6 +15,10 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// How far apart keeper and client may get one signal that was sent to both.
+const SAME_LIMIT: Duration = Duration::from_secs(1);
 
 /// What the keeper wants of a client.
 #[derive(Debug)]
@@ -31,8 +35,19 @@ pub struct Service {
     /// The pipe that tells whether keeper or client are there, once it has come.
     pub alive: Option<[OwnedFd; 2]>,
     signals: UnixStream,
-    /// Signals that have come: to us, and to the keeper. A whole group may have got one.
-    signalled: [u32; 2],
+    /// Signals that are to be heeded.
+    pending: u32,
+    /// Who got the last one, and when, if the other one may get the same.
+    last: Option<(Whose, Instant)>,
+    /// The keeper's, but for those that it has been told to take back.
+    of_keeper: u32,
+}
+
+/// Who got a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    Ours,
+    Keepers,
 }
 
 /// What a client goes on with.
@@ -65,7 +80,9 @@ impl Service {
             is_kept: true,
             alive: None,
             signals: catch_signals(&[SIGINT, SIGTERM, SIGHUP])?,
-            signalled: [0; 2],
+            pending: 0,
+            last: None,
+            of_keeper: 0,
         })
     }
 
@@ -105,20 +122,48 @@ impl Service {
         std::iter::once(self.signals.as_fd()).chain(keeper)
     }
 
-    /// Signals so far.
-    pub fn signals_seen(&self) -> u32 {
-        self.signalled[0].max(self.signalled[1])
+    /// Whether the mount is to end.
+    pub fn is_asked(&self) -> bool {
+        self.pending > 0 || self.is_forsaken()
+    }
+
+    /// Signals that nobody has heeded.
+    pub fn take_signals(&mut self) -> u32 {
+        std::mem::take(&mut self.pending)
+    }
+
+    /// The keeper is gone, and whoever waited for it takes the mount for ended.
+    pub fn is_forsaken(&self) -> bool {
+        self.is_foreground && !self.is_kept
+    }
+
+    /// The unmount has failed: the next client is not to try it for the signals that came so far.
+    pub fn tell_failed(&mut self) {
+        self.last = None;
+        if self.is_kept {
+            // Its death is heard of.
+            let _ = self.channel.tell_failed(std::mem::take(&mut self.of_keeper));
+        }
+    }
+
+    /// One signal to both is one.
+    fn note_signal(&mut self, whose: Whose) {
+        self.of_keeper += u32::from(whose == Whose::Keepers);
+        let is_same = |(other, at): (Whose, Instant)| other != whose && at.elapsed() < SAME_LIMIT;
+        let is_same = self.last.is_some_and(is_same);
+        self.last = (!is_same).then(|| (whose, Instant::now()));
+        self.pending += u32::from(!is_same);
     }
 
     /// Takes what has come; `Some`: why nobody takes over from now on.
     pub fn hear(&mut self) -> Option<&'static str> {
         if (&self.signals).read(&mut [0; 16]).is_ok_and(|n| n > 0) {
-            self.signalled[0] += 1;
+            self.note_signal(Whose::Ours);
         }
         while self.is_kept {
             match self.channel.receive(RecvFlags::DONTWAIT) {
                 Ok(message) => match message.bytes.first() {
-                    Some(b'S') => self.signalled[1] += 1,
+                    Some(b'S') => self.note_signal(Whose::Keepers),
                     Some(b'K') => self.is_stored = true,
                     Some(b'L') => self.alive = message.fds.try_into().ok(),
                     _ => {}
@@ -128,9 +173,12 @@ impl Service {
                     self.leave_to_next();
                     self.is_kept = false;
                     let why = "the keeper was killed";
-                    tracing::error!("{why}: if this client dies too, the mount is dead");
-                    // Whoever waits for its end takes the mount for ended at once.
-                    self.signalled[1] += if self.is_foreground { 2 } else { 0 };
+                    match self.is_foreground {
+                        true => tracing::error!("{why}: the mount ends"),
+                        false => {
+                            tracing::error!("{why}: if this client dies too, the mount is dead");
+                        }
+                    }
                     return Some(why);
                 }
             }

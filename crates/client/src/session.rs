@@ -42,6 +42,8 @@ pub enum End {
     Unmounted,
     #[error("aborted by a second signal: what was in flight has failed")]
     Aborted,
+    #[error("the keeper was killed: what was in flight has failed")]
+    Forsaken,
     #[error("connection {conn} to the daemon is lost ({errno}): what was in flight has failed")]
     Lost { conn: usize, errno: Errno },
     #[error("the daemon closed connection {conn}: what was in flight has failed")]
@@ -83,6 +85,7 @@ impl End {
             End::Goodbye { reason, .. } => reason.is_some_and(|reason| reason.is_passing()),
             End::Unmounted
             | End::Aborted
+            | End::Forsaken
             | End::NotResumed(_)
             | End::Slot(_)
             | End::Protocol(_)

@@ -296,6 +296,22 @@ fn what_was_given_up_is_stored_no_more() {
 }
 
 #[test]
+fn a_service_stops_when_its_mount_has_ended() {
+    let Some(_alone) = killing("a_service_stops_when_its_mount_has_ended") else { return };
+    let (bench, manager, mut keeper) = serving("lanes=2");
+    let mut words = keeper.words();
+    let cover = Cover::over(&bench.mountpoint);
+    keeper.signal(Signal::TERM);
+    words.until("the mount goes on");
+    drop(cover);
+    kill_all(&bench, keeper, true);
+    assert_eq!(manager.see(|unit| unit.stopping), 0);
+    let keeper = manager.start(&bench, "data", "lanes=2");
+    manager.wait_ready(2);
+    stop(&bench, &manager, keeper);
+}
+
+#[test]
 fn a_service_that_is_stopped_without_a_client_leaves_nothing() {
     let Some(_alone) = killing("a_service_that_is_stopped_without_a_client_leaves_nothing") else {
         return;

@@ -365,24 +365,6 @@ fn a_second_signal_ends_it_at_once() {
     end_by_signals(&bench, client, reader);
 }
 
-/// Another file system over a mount, which then cannot be unmounted.
-struct Cover<'a>(&'a Path);
-
-impl Cover<'_> {
-    fn over(path: &Path) -> Cover<'_> {
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount("none", path, "tmpfs", flags, None).expect("mount a tmpfs");
-        Cover(path)
-    }
-}
-
-impl Drop for Cover<'_> {
-    fn drop(&mut self) {
-        let flags = rustix::mount::UnmountFlags::NOFOLLOW;
-        rustix::mount::unmount(self.0, flags).expect("unmount the tmpfs");
-    }
-}
-
 #[test]
 fn a_mount_that_cannot_be_unmounted_is_served_until_it_can() {
     for (busy, last) in [(false, 1), (true, 2)] {
@@ -391,8 +373,8 @@ fn a_mount_that_cannot_be_unmounted_is_served_until_it_can() {
         let file = busy.then(|| within("open", move || File::open(path)).expect("open"));
         let cover = Cover::over(&bench.mountpoint);
         let mut words = client.words();
-        for _ in 0..3 {
-            client.signal(Signal::TERM);
+        for pid in [worker(&bench), client.pid(), worker(&bench)] {
+            kill_process(pid, Signal::TERM).expect("kill");
             words.until("the mount goes on");
         }
         drop(cover);
@@ -408,6 +390,59 @@ fn a_mount_that_cannot_be_unmounted_is_served_until_it_can() {
         assert!(status.code() == Some(code) && !bench.is_mounted(), "{status}");
         drop(file);
     }
+}
+
+#[test]
+fn one_signal_to_both_processes_is_one() {
+    for client_first in [false, true] {
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
+        let held = hold(&bench, &["big"]);
+        let mut pids = [client.pid(), worker(&bench)];
+        pids.sort_by_key(|pid| (*pid == client.pid()) == client_first);
+        pids.into_iter().for_each(|pid| kill_process(pid, Signal::TERM).expect("kill"));
+        wait_until("the detached mount", || !bench.is_mounted());
+        drop(held);
+        ended(&bench, client);
+    }
+}
+
+#[test]
+fn a_mount_that_is_elsewhere_too_is_served_there() {
+    let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+    let elsewhere = Bound::of(&bench);
+    let mut words = client.words();
+    client.signal(Signal::TERM);
+    words.until("served where it is still mounted");
+    assert!(!bench.is_mounted());
+    client.signal(Signal::TERM);
+    words.until("aborted by a second signal");
+    let (status, _) = client.wait();
+    assert_eq!(status.code(), Some(3));
+    drop(elsewhere);
+
+    let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+    let elsewhere = Bound::of(&bench);
+    let mut words = client.words();
+    client.signal(Signal::TERM);
+    words.until("served where it is still mounted");
+    drop(elsewhere);
+    ended(&bench, client);
+}
+
+#[test]
+fn a_client_in_the_foreground_ends_with_its_keeper() {
+    let check = |hinder: fn(&Bench) -> Box<dyn std::any::Any>| {
+        let (bench, client) = mounted(Terms::default(), "lanes=2");
+        let pid = worker(&bench);
+        let hindrance = hinder(&bench);
+        client.signal(Signal::KILL);
+        wait_until("the client's end", || is_over(pid));
+        drop(hindrance);
+    };
+    check(|_| Box::new(()));
+    check(|bench| Box::new(hold(bench, &["big"])));
+    check(|bench| Box::new(Bound::of(bench)));
+    check(|bench| Box::new(Cover::over(&bench.mountpoint)));
 }
 
 #[test]

@@ -227,6 +227,29 @@ fn signals_reach_the_client_that_is_there() {
     bench.host.assert_no_faults();
 }
 
+#[test]
+fn the_next_client_is_not_asked_for_what_has_failed() {
+    if !kernel_resends("the_next_client_is_not_asked_for_what_has_failed") {
+        return;
+    }
+    let (bench, mut client) = mounted(Terms::default(), "lanes=2");
+    let mut words = client.words();
+    let cover = Cover::over(&bench.mountpoint);
+    for _ in 0..3 {
+        client.signal(Signal::TERM);
+        words.until("the mount goes on");
+    }
+    drop(cover);
+    let held = hold(&bench, &["big"]);
+    kill_worker(&bench, Signal::KILL);
+    use_mount(&bench);
+    client.signal(Signal::TERM);
+    words.until("is in use");
+    // It was the first one: who holds it is served.
+    drop(held);
+    ended(&bench, client);
+}
+
 /// Who reads the superblock, by ustat(2), which other machines do not have: no use of the mount,
 /// but an unmount waits for it.
 #[cfg(target_arch = "x86_64")]
@@ -362,7 +385,10 @@ fn tellers(minor: &str) -> usize {
     let is_teller = |entry: &std::fs::DirEntry| {
         let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
-        words.get(1) == Some(&&b"expire"[..]) && words.contains(&minor.as_bytes())
+        let is_one = words.get(1) == Some(&&b"expire"[..]) && words.contains(&minor.as_bytes());
+        // Whoever sees processes does not see names.
+        assert!(!is_one || !words.contains(&&b"hello"[..]));
+        is_one
     };
     let all = std::fs::read_dir("/proc").expect("/proc");
     all.filter_map(Result::ok).filter(is_teller).count()

@@ -62,7 +62,7 @@ pub fn end_by_signals(bench: &Bench, client: Client, reader: Reader) {
     client.signal(Signal::TERM);
     let output = reader.wait();
     assert!(!output.status.success(), "{output:?}");
-    failed(bench, client, "second signal");
+    failed(bench, client, "aborted by a second signal");
 }
 
 pub fn assert_nothing_left(bench: &Bench) {
@@ -189,6 +189,49 @@ pub fn hold(bench: &Bench, names: &[&str]) -> Vec<Holder> {
         Holder(command.spawn().expect("sleep"))
     };
     within("opens", move || paths.iter().map(holder).collect())
+}
+
+/// Another file system over a mount, which then cannot be unmounted.
+pub struct Cover(PathBuf);
+
+impl Cover {
+    pub fn over(path: &Path) -> Cover {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", path, "tmpfs", flags, None).expect("mount a tmpfs");
+        Cover(path.to_owned())
+    }
+}
+
+impl Drop for Cover {
+    fn drop(&mut self) {
+        let flags = rustix::mount::UnmountFlags::NOFOLLOW;
+        rustix::mount::unmount(&self.0, flags).expect("unmount the tmpfs");
+    }
+}
+
+/// The same mount at another path.
+pub struct Bound(PathBuf);
+
+impl Bound {
+    pub fn of(bench: &Bench) -> Bound {
+        let path = bench.dir.path().join("bound");
+        std::fs::create_dir(&path).expect("mkdir");
+        rustix::mount::mount_bind(&bench.mountpoint, &path).expect("bind");
+        Bound(path)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let flags = rustix::mount::UnmountFlags::DETACH;
+        rustix::mount::unmount(&self.0, flags).expect("unmount what is bound");
+    }
+}
+
+/// Whether a process has ended, though nobody may have waited for it.
+pub fn is_over(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()));
+    stat.map_or(true, |stat| stat.rsplit(')').next().is_some_and(|s| s.trim().starts_with('Z')))
 }
 
 /// Has the kernel forget every file that nobody holds.

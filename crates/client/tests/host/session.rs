@@ -12,14 +12,7 @@ impl Shared {
 
     /// A request ended: its reply is kept, and leaves by the lane's connection.
     pub(super) fn finish(&self, lane: u8, at: SlotUse, reply: (u32, Vec<u8>)) {
-        let mut slots = self.slots.lock().expect("slots");
-        let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
-        assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
-        let next = at.seq.wrapping_add(1);
-        let (counts, came_by, reply_kept) = (slot.counts, slot.came_by, Some(reply.clone()));
-        *slot = Slot { counts, next, came_by, reply: reply_kept, ..Slot::default() };
-        drop(slots);
-        self.reply(lane, at, &reply, came_by);
+        self.finish_in(None, lane, at, reply);
     }
 
     /// The same; in the mood `losing` its reply is lost.
@@ -30,16 +23,19 @@ impl Shared {
         at: SlotUse,
         reply: (u32, Vec<u8>),
     ) {
-        let mood = *self.mood.lock().expect("mood");
-        if losing == Some(mood) {
-            *self.mood.lock().expect("mood") = Mood::LosesReplies;
+        let is_lost = losing == Some(*self.mood.lock().expect("mood"));
+        let mut slots = self.slots.lock().expect("slots");
+        let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
+        assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
+        let next = at.seq.wrapping_add(1);
+        let (counts, came_by, reply_kept) = (slot.counts, slot.came_by, Some(reply.clone()));
+        *slot = Slot { counts, next, came_by, reply: reply_kept, ..Slot::default() };
+        drop(slots);
+        if is_lost {
+            return self.note(|seen| seen.lost += 1);
         }
-        self.finish(lane, at, reply);
-        if losing == Some(mood) {
-            *self.mood.lock().expect("mood") = mood;
-        }
+        self.reply(lane, at, &reply, came_by);
     }
-
     pub(super) fn reply(
         &self,
         lane: u8,
