@@ -155,8 +155,8 @@ impl Lift {
         Ok(done)
     }
 
-    /// More is to come, and the pipe does not get it: what is in it goes where batches are received,
-    /// as it came. If it cannot, the connection goes no further.
+    /// More is to come, and the pipe does not get it: what is in it goes where batches are
+    /// received, as it came. If it cannot, the connection goes no further.
     fn put_back(&mut self, half: &mut ConnRx) -> Result<(), Errno> {
         let (Some(pipe), Some(lifted)) = (&self.pipe, self.lifted) else { return Err(Errno::IO) };
         let bytes = BATCH_HEADER_BYTES + lifted.bytes();

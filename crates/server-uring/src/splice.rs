@@ -4,9 +4,9 @@
 //! what follows, and a short file or an error is answered as ever: nothing is promised that is not
 //! in hand. What the socket does not take at once is read out of the pipe and sent as bytes.
 //!
-//! The receiver sees a page as it is when the bytes are copied out of it, which a guest may leave to
-//! its kernel: as with any read that runs beside a write, each byte is one that the file had while
-//! the guest waited for the answer.
+//! The receiver sees a page as it is when the bytes are copied out of it, which a guest may leave
+//! to its kernel: as with any read that runs beside a write, each byte is one that the file had
+//! while the guest waited for the answer.
 //!
 //! Invariant: the pipe is empty between two replies. It must not wait, for the file or the socket:
 //! the caller asks for files that are in memory only, and for room in the socket first.
