@@ -107,8 +107,8 @@ impl Cold {
         self.count_again(&maps);
     }
 
-    /// Takes a node out; how many lookups the guest has of it.
-    pub(crate) fn remove(&self, id: u64) -> Option<u64> {
+    /// Takes a node out; how many lookups the guest has of it, and what rebuilds it.
+    pub(crate) fn remove(&self, id: u64) -> Option<(u64, Option<Recipe>)> {
         self.take(&mut self.lock(), id)
     }
 
@@ -129,10 +129,11 @@ impl Cold {
         Some((left, beyond))
     }
 
-    fn take(&self, maps: &mut Maps, id: u64) -> Option<u64> {
+    fn take(&self, maps: &mut Maps, id: u64) -> Option<(u64, Option<Recipe>)> {
         let entry = maps.by_id.remove(&id)?;
-        if let Some(recipe) = Recipe::unpack(&entry.recipe) {
-            maps.by_file.remove(&(key_of(&recipe), id));
+        let recipe = Recipe::unpack(&entry.recipe);
+        if let Some(recipe) = &recipe {
+            maps.by_file.remove(&(key_of(recipe), id));
         }
         // A guest that walked through millions of files and forgot them has its memory back.
         if maps.by_id.len() * 4 < maps.by_id.capacity() {
@@ -140,7 +141,7 @@ impl Cold {
             maps.by_id.shrink_to(room);
         }
         self.count_again(maps);
-        Some(entry.given)
+        Some((entry.given, recipe))
     }
 
     fn count_again(&self, maps: &Maps) {

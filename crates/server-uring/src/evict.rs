@@ -125,6 +125,7 @@ impl Nodes {
             return Ok(false);
         }
         let recipe = self.recipe_of(&node, inode, &stat, directory)?;
+        let recipe = Recipe { other: self.other_names.handle(node.id), ..recipe };
         Ok(recipe.proves_identity() && self.cool(node, inode, &recipe))
     }
 
@@ -287,7 +288,7 @@ impl Nodes {
         if (found.stat.dev, found.stat.ino) == (wanted.dev, wanted.ino) {
             let mut shard = self.inode_shard(found.inode);
             let free = shard.get(found.inode).is_none();
-            let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, place)).flatten();
+            let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, Some(place))).flatten();
             if let Some(node) = warmed {
                 return Ok(node);
             }
@@ -325,10 +326,9 @@ impl Nodes {
         let Ok(found) = self.backend.lookup(dir.inode()?, name) else { return Ok(None) };
         let twin = self.cold_twin(&found, dir, name);
         if let Ok(Some(id)) = twin {
-            let place = Place { parent: dir.id, name: name.into() };
             let mut shard = self.inode_shard(found.inode);
             let free = shard.get(found.inode).is_none();
-            let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, place)).flatten();
+            let warmed = free.then(|| self.warm(&mut shard, id, &found, 0, None)).flatten();
             if warmed.is_some() {
                 return Ok(warmed);
             }

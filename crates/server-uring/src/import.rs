@@ -21,7 +21,7 @@ mod recipe;
 mod sys;
 
 pub use handle::{Handle, HandleKind};
-pub(crate) use packed::Packed;
+pub(crate) use packed::{OTHER_HEAD_BYTES, Packed};
 pub use recipe::{MountIdentity, Recipe};
 pub use sys::HANDLE_BYTES_MAX;
 
@@ -168,7 +168,7 @@ impl Root {
     }
 
     /// Finds the file of a recipe: under its name in `parent` (which the caller has imported
-    /// already), else by its handle.
+    /// already), else by its handle, else by that of another name.
     ///
     /// # Errors
     /// See [`ImportError`].
@@ -183,7 +183,21 @@ impl Root {
                 other => return other,
             }
         }
-        self.by_handle(recipe)
+        match self.by_handle(recipe) {
+            Err(ImportError::Stale | ImportError::Outside) if recipe.other.is_some() => {
+                self.by_other_name(recipe)
+            }
+            found => found,
+        }
+    }
+
+    /// What the handle by another name leads to, if it is the file that the other handle names.
+    fn by_other_name(&self, recipe: &Recipe) -> Result<Found, ImportError> {
+        let other = Recipe { handle: recipe.other.clone(), ..recipe.clone() };
+        let found = self.by_handle(&other)?;
+        let now = Handle::nameless(found.fd());
+        let is_it = recipe.handle.as_ref().zip(now).is_some_and(|(then, now)| then.same_file(&now));
+        if is_it { Ok(found) } else { Err(ImportError::Stale) }
     }
 
     /// By parent and name alone: no privilege needed.

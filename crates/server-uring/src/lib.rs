@@ -36,6 +36,7 @@ pub mod nodes;
 pub mod notes;
 pub mod op;
 pub mod ops;
+mod other_names;
 pub mod parent;
 pub mod passthrough;
 pub mod pool;

@@ -170,14 +170,11 @@ impl Node {
         self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether it was seen elsewhere before.
-    pub(crate) fn seen_at(&self, parent: u64, name: &CStr) -> bool {
+    /// Where it was seen before, if elsewhere.
+    pub(crate) fn seen_at(&self, parent: u64, name: &CStr) -> Option<Place> {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let news = place.parent != parent || *place.name != *name;
-        if news {
-            *place = Place { parent, name: name.into() };
-        }
-        news
+        news.then(|| std::mem::replace(&mut *place, Place { parent, name: name.into() }))
     }
 
     /// May its fd be closed? Not the root's, and not that of a file that no name leads to.

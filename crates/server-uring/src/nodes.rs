@@ -28,6 +28,7 @@ use crate::fds::Fds;
 use crate::import::{self, Recipe};
 use crate::node::{Home, NO_INODE, Place, Shard};
 use crate::notes::{HandleKinds, Notes};
+use crate::other_names::OtherNames;
 use crate::passthrough::{Backend, Found, ROOT_INODE, Stat};
 use crate::quota::Quota;
 
@@ -95,6 +96,7 @@ pub struct Nodes {
     by_id: Vec<RwLock<Shard>>,
     by_inode: Vec<Mutex<Shard>>,
     pub(crate) cold: Cold,
+    pub(crate) other_names: OtherNames,
     next_id: AtomicU64,
     resident: AtomicUsize,
     bound: Bound,
@@ -126,6 +128,7 @@ impl Nodes {
             by_id: (0..SHARDS).map(|_| RwLock::new(Shard::by_id())).collect(),
             by_inode: (0..SHARDS).map(|_| Mutex::new(Shard::by_inode())).collect(),
             cold: Cold::default(),
+            other_names: OtherNames::default(),
             next_id: AtomicU64::new(first_id()),
             resident: AtomicUsize::new(0),
             bound,
@@ -187,7 +190,7 @@ impl Nodes {
         };
         let node = self.inode_shard(found.inode).get(found.inode).cloned();
         if let Some(node) = node {
-            node.seen_at(parent.id, name);
+            self.seen(&node, &found, parent, name);
             if let Some(notes) = notes {
                 self.note(&node, &found, parent, name, notes);
             }
@@ -222,13 +225,15 @@ impl Nodes {
         if let Some(node) = shard.get(found.inode) {
             node.given.fetch_add(1, Ordering::Relaxed);
             node.owed.fetch_add(1, Ordering::Relaxed);
-            let news = node.seen_at(parent.id, name);
-            return Ok(NodeGiven { node: Arc::clone(node), news });
+            let node = Arc::clone(node);
+            drop(shard);
+            let news = self.seen(&node, found, parent, name);
+            return Ok(NodeGiven { node, news });
         }
         let place = Place { parent: parent.id, name: name.into() };
         let node = match self.cold_twin(found, parent, name) {
             Ok(twin) => {
-                let warmed = twin.and_then(|id| self.warm(&mut shard, id, found, 1, place.clone()));
+                let warmed = twin.and_then(|id| self.warm(&mut shard, id, found, 1, None));
                 warmed.map_or_else(|| self.give_new(&mut shard, found, place), Ok)
             }
             Err(error) => Err(error),
@@ -237,8 +242,10 @@ impl Nodes {
         if node.is_err() {
             self.backend.forget(found.inode, 1);
         }
+        let node = node?;
         // A cold one has a recipe, but its place may be another by now.
-        node.map(|node| NodeGiven { node, news: true })
+        self.seen(&node, found, parent, name);
+        Ok(NodeGiven { node, news: true })
     }
 
     fn give_new(&self, shard: &mut Shard, found: &Found, place: Place) -> Result<Arc<Node>, Errno> {
@@ -283,17 +290,27 @@ impl Nodes {
     }
 
     /// A cold node becomes resident, and the guest is given `more` lookups of it; the crate counts
-    /// the one of `found`. `None`: the guest has forgotten it meanwhile, or it is resident already.
+    /// the one of `found`. It was found at `place`; without one the recipe's is kept, as the name
+    /// that it was met under may be taken away now. `None`: the guest has forgotten it meanwhile,
+    /// or it is resident already.
     pub(crate) fn warm(
         &self,
         shard: &mut Shard,
         id: u64,
         found: &Found,
         more: u64,
-        place: Place,
+        place: Option<Place>,
     ) -> Option<Arc<Node>> {
         let mut ids = self.lock_id(id);
-        let given = self.cold.remove(id)?.saturating_add(more);
+        let (given, recipe) = self.cold.remove(id)?;
+        let given = given.saturating_add(more);
+        // What was found has a recipe.
+        let recipe = recipe?;
+        let own = || Place { parent: recipe.parent, name: recipe.name.as_c_str().into() };
+        let place = place.unwrap_or_else(own);
+        if let Some(other) = recipe.other.clone() {
+            self.other_names.put(id, other);
+        }
         let node = Node::new(&self.home, id, found.stat.mode, (found.inode, 1), given, place);
         let node = Arc::new(node);
         shard.insert(&node);
@@ -453,6 +470,7 @@ impl Nodes {
     fn leave(&self, ids: &mut Shard, id: u64) {
         if ids.remove(id).is_some() {
             self.resident.fetch_sub(1, Ordering::Relaxed);
+            self.other_names.remove(id);
         }
     }
 

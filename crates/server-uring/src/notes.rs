@@ -24,12 +24,13 @@ use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
 use crate::dispatch::READDIRPLUS_BYTES_MAX;
-use crate::import::{Handle, HandleKind, MountIdentity, Packed};
+use crate::import::{Handle, HandleKind, MountIdentity, OTHER_HEAD_BYTES, Packed};
 use crate::nodes::{Node, NodeGiven, Nodes};
 use crate::passthrough::Found;
 
-/// Handles up to this are taken; the file systems that we know have at most 40 bytes (btrfs).
-const HANDLE_BYTES_NOTED_MAX: usize = 64;
+/// A node's handles up to this are taken; of the file systems that we know btrfs has the longest
+/// ones: 20 bytes, and 40 by another name.
+const HANDLE_BYTES_NOTED_MAX: usize = 71;
 
 // The request that gives most is a listing: the note of an entry is never longer than the entry.
 const _: () = {
@@ -231,7 +232,10 @@ impl Nodes {
         let kinds = if self.is_on_roots_device(mount) { &self.handle_kinds } else { &own };
         if let Some((kind, raw_type, len)) = kinds.read(dir, name, &mut bytes) {
             let handle = Some((kind, raw_type, &bytes[..len]));
-            return notes.push(node.id, |out| packed.write(handle, name, out));
+            let room = HANDLE_BYTES_NOTED_MAX - len;
+            let fits = |other: &Handle| OTHER_HEAD_BYTES + other.bytes().len() <= room;
+            let other = self.other_names.handle(node.id).filter(fits);
+            return notes.push(node.id, |out| packed.write(handle, other.as_ref(), name, out));
         }
         let flags = AtFlags::SYMLINK_NOFOLLOW;
         let Ok(seen) = rustix::fs::statx(dir, name, flags, StatxFlags::INO | StatxFlags::BTIME)
@@ -243,7 +247,7 @@ impl Nodes {
             return false;
         }
         let birth = Some((seen.stx_btime.tv_sec, seen.stx_btime.tv_nsec));
-        notes.push(node.id, |out| packed.born(birth).write(None, name, out))
+        notes.push(node.id, |out| packed.born(birth).write(None, None, name, out))
     }
 
     fn mount_of(&self, found: &Found) -> Option<MountIdentity> {

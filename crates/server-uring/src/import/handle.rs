@@ -14,6 +14,9 @@ use super::sys::{self, HANDLE_BYTES_MAX};
 /// handle of the layer that the file first came from.
 const OVERLAY_HANDLE: i32 = 0xf8;
 
+/// Longer ones by another name are not kept; btrfs has 40 bytes.
+pub(crate) const OTHER_BYTES_MAX: usize = 64;
+
 /// Tries of what the host has no memory for.
 const NOMEM_TRIES_MAX: usize = 64;
 
@@ -78,6 +81,14 @@ impl Handle {
         use HandleKind::{Connectable, IdentityOnly, Plain};
         let mut kinds = [Connectable, Plain, IdentityOnly].into_iter();
         kinds.find_map(|kind| Handle::of_kind(kind, dir, name, fd))
+    }
+
+    /// One that leads to `name` in `dir` also where the host has nothing cached, if it is short.
+    pub(crate) fn of_other_name(dir: BorrowedFd<'_>, name: &CStr) -> Option<Handle> {
+        let mut bytes = [0; HANDLE_BYTES_MAX];
+        let (raw_type, len) = Handle::read(HandleKind::Connectable, dir, name, &mut bytes).ok()?;
+        let bytes = bytes.get(..len).filter(|bytes| bytes.len() <= OTHER_BYTES_MAX)?;
+        Handle::new(HandleKind::Connectable, raw_type, bytes)
     }
 
     /// One that does not depend on the name: the same for all links of a file.

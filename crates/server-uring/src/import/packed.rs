@@ -1,4 +1,5 @@
-//! A recipe as bytes: a head, then the handle, then the name, up to the end.
+//! A recipe as bytes: a head, then the handle, perhaps one by another name, then the name, up to
+//! the end.
 //!
 //! A cold node is kept as such, and a NODE carries one to the guest, which keeps it for a daemon
 //! that comes later.
@@ -6,7 +7,10 @@
 //! 0     8       16       24          32           36           40       48
 //! | ino | fs_id | device | btime_sec | btime_nsec | generation | parent | handle_type ..
 //!       52     54            55    56             57     58
-//!    .. | kind | handle_kind | has | handle_bytes | form | handle .. name ..
+//!    .. | kind | handle_kind | has | handle_bytes | form | handle .. [other] name ..
+//!
+//! other:  0      4       5
+//!         | type | bytes | handle ..
 //! ```
 //! Invariant: bytes of any content and length may be read. They are the guest's word, and prove
 //! nothing by themselves.
@@ -16,7 +20,7 @@ use std::ffi::{CStr, CString};
 use zerocopy::little_endian::{I32, I64, U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::handle::{Handle, HandleKind};
+use super::handle::{Handle, HandleKind, OTHER_BYTES_MAX};
 use super::recipe::{MountIdentity, Recipe};
 use super::sys::HANDLE_BYTES_MAX;
 use crate::fdops;
@@ -39,7 +43,7 @@ pub(crate) struct Packed {
     kind: U16,
     /// 0: there is none.
     handle_kind: u8,
-    /// Bit 0: a birth time; bit 1: a generation.
+    /// Bit 0: a birth time; bit 1: a generation; bit 2: a handle by another name.
     has: u8,
     handle_bytes: u8,
     /// [`FORM`].
@@ -48,9 +52,16 @@ pub(crate) struct Packed {
 
 const _: () = assert!(size_of::<Packed>() == 58);
 
+/// Type and length of a handle by another name.
+pub(crate) const OTHER_HEAD_BYTES: usize = 5;
+
 /// The longest that [`Packed::write`] makes fits a NODE.
 const _: () = assert!(
-    size_of::<Packed>() + HANDLE_BYTES_MAX + fdops::NAME_BYTES_MAX
+    size_of::<Packed>()
+        + HANDLE_BYTES_MAX
+        + OTHER_HEAD_BYTES
+        + OTHER_BYTES_MAX
+        + fdops::NAME_BYTES_MAX
         <= ringfs_wire::limits::RECIPE_BYTES_MAX
 );
 
@@ -80,6 +91,7 @@ impl Packed {
     pub(crate) fn write(
         mut self,
         handle: Option<(HandleKind, i32, &[u8])>,
+        other: Option<&Handle>,
         name: &CStr,
         out: &mut Vec<u8>,
     ) {
@@ -94,8 +106,14 @@ impl Packed {
             };
             bytes = handle;
         }
+        self.has |= if other.is_some() { 4 } else { 0 };
         out.extend_from_slice(self.as_bytes());
         out.extend_from_slice(bytes);
+        if let Some(other) = other {
+            out.extend_from_slice(&other.raw_type().to_le_bytes());
+            out.push(other.bytes().len() as u8);
+            out.extend_from_slice(other.bytes());
+        }
         out.extend_from_slice(name.to_bytes());
     }
 }
@@ -109,7 +127,7 @@ impl Recipe {
         Packed::new(self.mount, self.ino, self.kind, self.parent)
             .born(self.btime)
             .generation(self.generation)
-            .write(handle, &self.name, &mut packed);
+            .write(handle, self.other.as_ref(), &self.name, &mut packed);
         packed.into()
     }
 
@@ -120,6 +138,7 @@ impl Recipe {
             return None;
         }
         let (handle, name) = rest.split_at_checked(head.handle_bytes.into())?;
+        let (other, name) = if head.has & 4 != 0 { unpack_other(name)? } else { (None, name) };
         let handle_kind = match head.handle_kind {
             1 => Some(HandleKind::Connectable),
             2 => Some(HandleKind::Plain),
@@ -129,6 +148,7 @@ impl Recipe {
         let handle = handle_kind.map(|kind| Handle::new(kind, head.handle_type.get(), handle));
         Some(Recipe {
             handle: handle.flatten(),
+            other,
             mount: MountIdentity {
                 fs_id: head.fs_id.get(),
                 device: (head.device[0].get(), head.device[1].get()),
@@ -141,4 +161,14 @@ impl Recipe {
             name: CString::new(name).ok()?,
         })
     }
+}
+
+/// A handle by another name, and the rest.
+fn unpack_other(bytes: &[u8]) -> Option<(Option<Handle>, &[u8])> {
+    let (head, rest) = bytes.split_first_chunk::<OTHER_HEAD_BYTES>()?;
+    let [raw_type @ .., len] = *head;
+    let (handle, rest) = rest.split_at_checked(len.into())?;
+    let is_kept = handle.len() <= OTHER_BYTES_MAX;
+    let handle = Handle::new(HandleKind::Connectable, i32::from_le_bytes(raw_type), handle);
+    Some((handle.filter(|_| is_kept), rest))
 }

@@ -32,6 +32,8 @@ pub struct MountIdentity {
 pub struct Recipe {
     /// Where the file system has one.
     pub handle: Option<Handle>,
+    /// By another name of the same file, where the guest has seen one: opens to a true path.
+    pub other: Option<Handle>,
     /// The file system.
     pub mount: MountIdentity,
     /// Inode number on the host.
@@ -115,7 +117,8 @@ impl Recipe {
         let mount =
             MountIdentity { fs_id: fs_id(fd).map_err(ImportError::Host)?, device: seen.device };
         let Seen { ino, kind, btime, .. } = seen;
-        Ok(Recipe { handle, mount, ino, kind, btime, generation, parent, name: name.into() })
+        let (other, name) = (None, name.into());
+        Ok(Recipe { handle, other, mount, ino, kind, btime, generation, parent, name })
     }
 
     /// Is the file at its name in `dir`, open as `fd`, the one that was described?

@@ -1,5 +1,6 @@
 //! A session that another daemon had: what the guest remembers of it is enough to go on.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use ringfs_server::dispatch::Request;
 use ringfs_server::fds::Fds;
 use ringfs_server::fs::{CacheMode, FsOptions};
+use ringfs_server::import::{HandleKind, Recipe};
 use ringfs_server::notes::Notes;
 use ringfs_server::restore::Restoring;
 use ringfs_wire::abi::{self, Opcode};
@@ -225,6 +227,57 @@ fn what_the_guest_renamed_is_found_by_its_last_name() {
             assert_eq!(guest.getattr(node).expect("found").ino, number);
         }
     });
+}
+
+#[test]
+fn a_file_is_found_by_the_name_that_is_left_where_nothing_is_cached() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, root) = (dir.path().join("image"), dir.path().join("ext4"));
+    std::fs::create_dir(&root).expect("directory");
+    let Some(ext4) = Mounted::ext4(&image, root.clone()) else { return };
+    std::fs::write(root.join("probe"), "").expect("file");
+    let opened = std::fs::File::open(&root).expect("open");
+    let probe = Recipe::of(opened.as_fd(), c"probe", ROOT).expect("recipe").handle;
+    drop(opened);
+    if probe.is_none_or(|handle| handle.kind() != HandleKind::Connectable) {
+        println!("SKIPPED: the kernel has no handles that lead to a name");
+        return;
+    }
+    let guest = Guest::new(&root, options());
+    let [one, two] = ["one", "two"].map(|name| guest.mkdir(ROOT, name).expect("mkdir").nodeid);
+    let create = |name| guest.create(one, name, O_RDWR).expect("create");
+    let (newest_gone, oldest_gone, renamed) = (create("a"), create("b"), create("c"));
+    guest.link(newest_gone.0.nodeid, two, "a").expect("link");
+    guest.unlink(two, "a").expect("unlink");
+    guest.link(oldest_gone.0.nodeid, two, "b").expect("link");
+    guest.lookup(one, "b").expect("lookup");
+    guest.unlink(one, "b").expect("unlink");
+    guest.link(renamed.0.nodeid, two, "c").expect("link");
+    guest.rename((two, "c"), (two, "c2"), 0).expect("rename");
+    guest.unlink(two, "c2").expect("unlink");
+    let files = [newest_gone, oldest_gone, renamed];
+    let open =
+        files.map(|(entry, fh)| Open { fh, node: entry.nodeid, flags: O_RDWR, directory: false });
+    let mut guest = guest;
+    // The guest may have forgotten the directory.
+    guest.forget(two, 1);
+    for n in 0..3 {
+        let memory = guest.memory.lock().expect("memory").clone();
+        drop(guest);
+        ext4.mount_again(&image);
+        guest = taken_over(&root, options(), &memory, &open);
+        for (entry, fh) in files {
+            assert_eq!(guest.getattr(entry.nodeid).expect("found").ino, entry.attr.ino);
+            assert_eq!(guest.write(entry.nodeid, fh, n, b"x"), Ok(1));
+        }
+        // And by what this daemon says of a file that was found so.
+        let two = guest.lookup(ROOT, "two").expect("lookup").nodeid;
+        assert_eq!(guest.lookup(two, "b").expect("lookup").nodeid, oldest_gone.0.nodeid);
+        guest.link(oldest_gone.0.nodeid, one, "b").expect("link");
+        guest.unlink(one, "b").expect("unlink");
+    }
+    assert_eq!(std::fs::read(root.join("two/b")).expect("host"), b"xxx");
+    drop(guest);
 }
 
 #[test]

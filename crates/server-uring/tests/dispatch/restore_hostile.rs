@@ -51,6 +51,8 @@ fn no_recipe_leads_out_of_the_share() {
                         recipes
                             .push(Recipe { handle, btime: None, ..whole.clone() }.pack().to_vec());
                         recipes.push(whole.pack().to_vec());
+                        let other = recipe.handle.clone();
+                        recipes.push(Recipe { other, ..whole }.pack().to_vec());
                     }
                 }
             }

@@ -405,6 +405,18 @@ impl Mounted {
         Mounted::ext4_of(image, path, "128")
     }
 
+    /// The same file system with nothing in the host's caches; nobody may use it.
+    pub fn mount_again(&self, image: &Path) {
+        rustix::mount::unmount(&self.0, UnmountFlags::empty()).expect("unmount");
+        Mounted::loop_mount(image, &self.0);
+    }
+
+    fn loop_mount(image: &Path, path: &Path) {
+        let mut mount = Command::new("mount");
+        let status = mount.args(["-o", "loop"]).arg(image).arg(path).status();
+        assert!(status.expect("run").success());
+    }
+
     fn ext4_of(image: &Path, path: PathBuf, inode_bytes: &str) -> Option<Mounted> {
         if !is_root() || !Path::new("/dev/loop-control").exists() {
             println!("SKIPPED: loop devices need root and /dev/loop-control");
@@ -416,7 +428,7 @@ impl Mounted {
         run(Command::new("mkfs.ext4")
             .args(["-q", "-F", "-I", inode_bytes, "-N", "16384"])
             .arg(image));
-        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&path));
+        Mounted::loop_mount(image, &path);
         Some(Mounted(path))
     }
 }
