@@ -104,7 +104,7 @@ impl<R: Ring> Shard<R> {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.shared.registry.metrics.slow(SlowOp {
             unix_s: unix.as_secs(),
-            share: session.share.clone(),
+            share: session.terms.share.clone(),
             session: session.id,
             op: OpName::of(session.id, tag).to_string(),
             opcode: opcode.map_or("UNKNOWN".into(), |op| format!("{op:?}").to_uppercase()),

@@ -78,10 +78,10 @@ pub struct Connection {
 impl Connection {
     /// A connection without a socket, no slot in use.
     pub fn new(session: Arc<Session>, index: u16) -> Connection {
-        let lanes = (index..session.lanes).step_by(usize::from(session.conns.max(1)));
+        let lanes = (index..session.terms.lanes).step_by(usize::from(session.terms.conns.max(1)));
         let table = |lane: u16| match &session.file {
             Some(file) => file.table(lane as u8),
-            None => Cells::table(session.slots, session.rebuilt.is_some()),
+            None => Cells::table(session.terms.slots, session.rebuild.is_some()),
         };
         let lanes = lanes.map(table).collect();
         Connection {
@@ -122,7 +122,7 @@ impl Connection {
     }
 
     fn lane(&mut self, lane: u8) -> Option<&mut SlotTable<Cells>> {
-        let conns = self.session.conns;
+        let conns = self.session.terms.conns;
         if u16::from(lane) % conns != self.index {
             return None;
         }
@@ -243,7 +243,7 @@ impl Connection {
     /// what [`Link::reply_room`] gave: its reply goes out.
     pub fn reply_made(&mut self, tag: &RequestTag, errno: u32, len: usize) {
         self.reserved -= tag.reserved as usize;
-        let conns = self.session.conns;
+        let conns = self.session.terms.conns;
         if let Some(slots) = self.lanes.get_mut(usize::from(u16::from(tag.lane) / conns)) {
             let finished = slots.finish(tag.at, errno, self.link.room(len));
             debug_assert_eq!(finished, Ok(Fate::Send), "a reply to {tag:?}");
@@ -259,7 +259,7 @@ impl Connection {
         notes: &Notes,
         buffers: &mut BufferPool,
     ) {
-        let conns = self.session.conns;
+        let conns = self.session.terms.conns;
         let Some(slots) = self.lanes.get(usize::from(u16::from(record.lane) / conns)) else {
             return;
         };

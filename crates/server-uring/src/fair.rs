@@ -119,7 +119,7 @@ impl<R: Ring> Shard<R> {
             turns.shared_until = None;
             return turns.active.clear();
         }
-        turns.look(sessions.map(|session| (session.id, session.owner)), now);
+        turns.look(sessions.map(|session| (session.id, session.terms.owner)), now);
         if several {
             let peers = turns.peers();
             if peers > 1 {

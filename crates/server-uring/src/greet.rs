@@ -261,7 +261,9 @@ impl Greeter {
         let hailed = Hailed { accepted, hello, rx };
         let ticket = hailed.hello.ticket;
         let found = self.registry.find(ticket);
-        if let Some(session) = found.filter(|session| hailed.accepted.is_offered(&session.share)) {
+        if let Some(session) =
+            found.filter(|session| hailed.accepted.is_offered(&session.terms.share))
+        {
             return self.join(hailed, Ok((session, ticket)));
         }
         if ticket != Ticket::NONE && !is_rebuild(&hailed.hello) {
@@ -338,8 +340,8 @@ impl Greeter {
             Err(refusal) => return say_goodbye(&accepted, &refusal),
         };
         let shard = self.registry.shard(&session, hello.conn).cloned();
-        let Some(shard) = shard.filter(|_| hello.conns == session.conns) else {
-            let text = format!("this session has {} connections", session.conns);
+        let Some(shard) = shard.filter(|_| hello.conns == session.terms.conns) else {
+            let text = format!("this session has {} connections", session.terms.conns);
             say_goodbye(&accepted, &refuse(Reason::Protocol, text));
             return let_go(session);
         };
@@ -404,9 +406,16 @@ impl Greeter {
             _ => refuse(reason, "no further session can be opened"),
         });
         let (session, ticket) = opened?;
-        let adopted = session.file.as_ref().is_some_and(|file| file.adopted);
-        let (id, share) = (session.id, &share.name);
-        tracing::info!(session = id, share, session.peer, rebuilt, adopted, "session opened");
+        let Terms { share, peer, rebuilt, .. } = &session.terms;
+        let (id, adopted) = (session.id, session.is_adopted());
+        tracing::info!(
+            session = id,
+            share,
+            session.peer = peer,
+            rebuilt,
+            adopted,
+            "session opened"
+        );
         Ok((session, ticket))
     }
 }

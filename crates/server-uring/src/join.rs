@@ -9,6 +9,7 @@ use super::*;
 use crate::fdops;
 use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
 use crate::link::{Asked, Link, Numbers};
+use crate::mailbox::News;
 use crate::restore::TakeOverError;
 use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
@@ -124,20 +125,23 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// The peer of another connection of that session is being asked.
-    pub(super) fn ask_too(&mut self, session: u64, index: u16) {
-        if let Some(key) = self.key_of(session, index) {
-            self.ask(key);
-            self.flush(key);
-        }
-    }
-
-    /// An orchestrator knows that the socket is dead, or wants another one.
-    pub(super) fn cut_off(&mut self, session: u64, index: u16) {
+    /// What the registry tells of a session.
+    pub(super) fn hear(&mut self, session: u64, index: u16, news: News) {
         let Some(key) = self.key_of(session, index) else { return };
-        if self.conns[key].is_attached() {
-            tracing::info!(session, conn = index, "cut off, as asked");
-            self.hang_up(key, Reason::Timeout);
+        match news {
+            News::End(reason) => self.session_ended(key, reason),
+            News::Ask => {
+                self.ask(key);
+                self.flush(key);
+            }
+            // An orchestrator knows that the socket is dead, or wants another one.
+            News::Cut if self.conns[key].is_attached() => {
+                tracing::info!(session, conn = index, "cut off, as asked");
+                self.hang_up(key, Reason::Timeout);
+            }
+            News::Cut => {}
+            // Requests that have waited for it may run.
+            News::Restored => self.touched.push(key),
         }
     }
 
@@ -186,10 +190,10 @@ impl<R: Ring> Shard<R> {
         let Numbers { mut tx, rx } = numbers;
         let welcome = Welcome {
             version,
-            lanes: session.lanes,
-            slots: session.slots,
-            conns: session.conns,
-            features: session.features,
+            lanes: session.terms.lanes,
+            slots: session.terms.slots,
+            conns: session.terms.conns,
+            features: session.terms.features,
             ticket,
             epoch: registry.epoch,
             grace_s: u32::try_from(registry.grace.as_secs()).unwrap_or(u32::MAX),
@@ -209,7 +213,7 @@ impl<R: Ring> Shard<R> {
         }
         // The ring waits for readiness itself; a non-blocking socket would answer EAGAIN instead.
         let _ = rustix::io::ioctl_fionbio(&socket, false);
-        let payload_crc = session.features & feature::PAYLOAD_CRC != 0;
+        let payload_crc = session.terms.features & feature::PAYLOAD_CRC != 0;
         let conn = &mut self.conns[key];
         conn.link = Link::new(Arc::new(socket), Numbers { tx, rx }, payload_crc);
         conn.link.unproven = Some(ticket).filter(|_| ticket != presented);
@@ -318,7 +322,7 @@ impl<R: Ring> Shard<R> {
                 tracing::info!(session = session.id, nodes, handles, "session rebuilt");
                 add(&self.shared.stats.rebuilds, 1);
                 self.shared.registry.tell_restored(&session);
-                self.shared.pool.warm(session.owner, session.fs.clone());
+                self.shared.pool.warm(session.terms.owner, session.fs.clone());
             }
             Err(error @ TakeOverError::TooMany) => {
                 tracing::warn!(session = session.id, %error, "cannot rebuild a session");
@@ -329,11 +333,6 @@ impl<R: Ring> Shard<R> {
             Err(error) => return Err(self.protocol(key, error)),
         }
         Ok(Step::Taken)
-    }
-
-    /// Requests that have waited for a rebuild may run.
-    pub(super) fn restored(&mut self, session: u64, index: u16) {
-        self.touched.extend(self.key_of(session, index));
     }
 
     /// Ends a connection and its session, with a GOODBYE.
@@ -371,8 +370,7 @@ impl<R: Ring> Shard<R> {
     }
 
     /// The session has ended, perhaps by another of its connections.
-    pub(super) fn session_ended(&mut self, session: u64, index: u16, reason: Reason) {
-        let Some(key) = self.key_of(session, index) else { return };
+    fn session_ended(&mut self, key: usize, reason: Reason) {
         let conn = &mut self.conns[key];
         conn.ended = true;
         // A guest that unmounts says so on each connection, or hangs up.

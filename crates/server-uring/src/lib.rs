@@ -62,6 +62,7 @@ pub mod state_hold;
 pub mod stats;
 pub mod status;
 pub mod systemd;
+mod tickets;
 pub mod top;
 pub mod worker;
 pub mod xattrmap;

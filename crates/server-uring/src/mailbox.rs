@@ -12,41 +12,33 @@ use std::sync::{Arc, Mutex};
 pub enum Mail {
     /// Somebody said HELLO, whose connection is this shard's or will be.
     Join(Box<Newcomer>),
-    /// A session has ended, of which this shard has a connection.
-    End {
-        /// Which session.
+    /// Something is new for a connection that this shard may have.
+    Of {
+        /// Of which session.
         session: u64,
         /// Which of its connections.
         conn: u16,
-        /// Why.
-        reason: Reason,
-    },
-    /// Somebody has come in the place of another connection of that session: this one's peer is to
-    /// be asked as well whether it lives.
-    Ask {
-        /// Which session.
-        session: u64,
-        /// Which of its connections.
-        conn: u16,
-    },
-    /// Somebody wants that connection to be joined anew: the socket goes, the tables stay.
-    Cut {
-        /// Which session.
-        session: u64,
-        /// Which of its connections.
-        conn: u16,
-    },
-    /// A session that is rebuilt has all that its requests need.
-    Restored {
-        /// Which session.
-        session: u64,
-        /// Which of its connections.
-        conn: u16,
+        /// What it is.
+        news: News,
     },
     /// A pool job is done.
     Done(Done),
     /// Say goodbye to everybody and end.
     Shutdown,
+}
+
+/// What a connection is told by those who see its whole session.
+#[derive(Clone, Copy, Debug)]
+pub enum News {
+    /// The session has ended.
+    End(Reason),
+    /// Somebody has come in the place of another connection of the session: this one's peer is to
+    /// be asked as well whether it lives.
+    Ask,
+    /// Somebody wants it to be joined anew: the socket goes, the tables stay.
+    Cut,
+    /// The session is rebuilt: there is all that its requests need.
+    Restored,
 }
 
 /// One shard's mailbox. Its length is bounded by connections and slots.

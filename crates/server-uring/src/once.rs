@@ -80,7 +80,7 @@ impl<R: Ring> Shard<R> {
         let session = &self.conns[key].session;
         if !given.is_empty() {
             let (fs, most) = (&session.fs, session.fs.blocks_freed_at_once());
-            self.shared.pool.give_back(session.owner, fs.give_back(given), most);
+            self.shared.pool.give_back(session.terms.owner, fs.give_back(given), most);
         }
     }
 
@@ -114,7 +114,7 @@ impl<R: Ring> Shard<R> {
             return;
         }
         let named = RequestTag::of(key, &header);
-        let (owner, session) = (conn.session.owner, conn.session.id);
+        let (owner, session) = (conn.session.terms.owner, conn.session.id);
         if let Some(job) = self.shared.pool.cancel(owner, session, named) {
             job.body.into_batch().into_iter().for_each(|batch| self.buffers.give_shared(batch));
             job.own.into_iter().for_each(|buf| self.buffers.give(buf));

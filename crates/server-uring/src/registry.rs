@@ -1,34 +1,35 @@
-//! The registry: the sessions of this daemon, who joins which by what ticket, and who is reaped.
+//! The registry: the sessions of this daemon, which connections each has, and who is reaped.
 //!
 //! A session lives until it is ended: by its guest, by a violation of the protocol, or because all
-//! its connections were cut for longer than the grace time. Invariant: a ticket leads to one
-//! session, and a session has the ticket that its guest has shown last, and at most one that is
-//! newer. Nothing here is touched on the way of a frame.
+//! its connections were cut for longer than the grace time. Invariant: whoever takes a session out
+//! tells the shards of all its connections, once the lock is free. Nothing here is touched on the
+//! way of a frame. By which ticket a session is found: tickets.rs.
 
-use crate::fs::Fs;
+use crate::fs::{Fs, FsCounts};
 use crate::limits::*;
-use crate::mailbox::{Mail, Mailbox};
+use crate::mailbox::{Mail, Mailbox, News};
 use crate::metrics::Metrics;
-use crate::session::{ConnWork, Rebuild, Session, Terms, let_go};
+use crate::session::{Session, Terms, let_go};
 use crate::state_dir::{StateDir, StateFile, StateTerms};
 use crate::status::SessionStatus;
+use crate::tickets::{self, Held, Tickets};
 use ringfs_wire::hello::{Reason, Ticket};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A session that has not ended.
 struct Live {
     session: Arc<Session>,
-    /// The newest ticket that the guest has used.
-    ticket: Ticket,
-    /// One that it was given since, and by which connection. Until the guest shows that it has it,
-    /// the WELCOME may be lost.
-    unused: Option<(Ticket, u16)>,
-    /// Another daemon had given the first ticket, and copies of the guest may have it.
-    adopted: bool,
-    /// Connections that a shard has a table of, a bit each.
+    tickets: Held,
+    here: Here,
+}
+
+/// What there is of a session's connections, a bit each.
+#[derive(Clone, Copy, Default)]
+struct Here {
+    /// Those that a shard has a table of.
     known: u32,
     /// Those of them that have a socket.
     joined: u32,
@@ -38,13 +39,17 @@ struct Live {
     used: bool,
 }
 
+/// A session that was taken out, whose connections have yet to hear of it.
+struct Ended {
+    session: Arc<Session>,
+    known: u32,
+    reason: Reason,
+}
+
 #[derive(Default)]
 struct Sessions {
     live: HashMap<u64, Live>,
-    tickets: HashMap<Ticket, u64>,
-    /// The last tickets of sessions that ended while their guests may come again, the oldest first,
-    /// and the sessions: as long as something of one runs, its shards hold it.
-    gone: VecDeque<(Ticket, Weak<Session>)>,
+    tickets: Tickets,
     stopped: bool,
 }
 
@@ -98,6 +103,15 @@ impl Registry {
         shards.get((session.id as usize).wrapping_add(usize::from(conn)) % shards.len().max(1))
     }
 
+    /// Tells the shards of those of a session's connections, a bit each.
+    fn tell(&self, session: &Session, conns: u32, news: News) {
+        for conn in (0..session.terms.conns).filter(|conn| conns & 1 << conn != 0) {
+            if let Some(shard) = self.shard(session, conn) {
+                shard.post(Mail::Of { session: session.id, conn, news });
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -106,20 +120,12 @@ impl Registry {
     /// longest ago makes room. Of two openings by one ticket (a guest whose HELLO was cut off has
     /// come again) the second gets the first one's session: there is one table of what ran.
     pub fn open(&self, terms: Terms, fs: Fs) -> Result<(Arc<Session>, Ticket), Reason> {
-        let fresh = new_ticket().ok_or(Reason::Internal)?;
+        let fresh = tickets::fresh().ok_or(Reason::Internal)?;
         let shards = self.shards.get().map_or(1, Vec::len);
         let metrics = self.metrics.of(&terms.share, shards);
-        let of = terms.of_file();
-        let adopted = |sessions: &Sessions| {
-            let presented = terms.presented?;
-            let live = sessions.tickets.get(&presented).and_then(|id| sessions.live.get(id));
-            match live {
-                Some(live) => Some((presented, Err(live.session.clone()))),
-                None => Some((presented, Ok(self.state.as_ref()?.adopt(presented, &of)?))),
-            }
-        };
+        let of_file = terms.of_file();
         let mut sessions = self.lock();
-        let before = terms.presented.and_then(|ticket| sessions.gone(ticket));
+        let before = terms.presented.and_then(|ticket| sessions.tickets.gone(ticket));
         if before.is_some_and(|before| before.strong_count() > 0) {
             // Nobody can tell yet what it will have done.
             return Err(Reason::Timeout);
@@ -127,59 +133,35 @@ impl Registry {
         // This daemon knows its own sessions: who has an older ticket is a clone.
         let is_own = terms.epoch == self.epoch;
         let is_heir = terms.rebuilt && terms.presented.is_some() && (!is_own || before.is_some());
-        let (file, ticket) = match adopted(&sessions) {
-            Some((ticket, Err(session))) => return Ok((session, ticket)),
-            Some((ticket, Ok(file))) => (Some(file), ticket),
+        if let Some(ticket) = terms.presented
+            && let Some(session) = sessions.find(ticket)
+        {
+            return Ok((session, ticket));
+        }
+        let left = terms.presented.zip(self.state.as_ref());
+        let left = left.and_then(|(ticket, state)| Some((state.adopt(ticket, &of_file)?, ticket)));
+        let (file, ticket) = match left {
+            Some((file, ticket)) => (Some(file), ticket),
             None => {
                 drop(sessions);
-                let file = self.create_file(&of, fresh, terms.rebuilt);
+                let file = self.create_file(&of_file, fresh, terms.rebuilt);
                 sessions = self.lock();
                 (file, fresh)
             }
         };
-        let session = Arc::new(Session {
-            id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            share: terms.share,
-            subdir: terms.subdir,
-            peer: terms.peer,
-            owner: terms.owner,
-            work: (0..terms.conns).map(|_| ConnWork::default()).collect(),
-            metrics,
-            since: Instant::now(),
-            fs: Arc::new(fs),
-            lanes: terms.lanes,
-            conns: terms.conns,
-            slots: terms.slots,
-            features: terms.features,
-            rebuilt: terms.rebuilt.then(Rebuild::default),
-            is_heir,
-            file,
-        });
-        let mut ended = None;
-        let owner = session.owner;
-        let of_owner = sessions.of(owner) >= SESSIONS_PER_PEER_MAX;
-        if of_owner || sessions.live.len() >= SESSIONS_MAX {
-            let oldest = sessions.oldest_cut(|live| !of_owner || live.session.owner == owner);
-            let Some(oldest) = oldest else {
-                self.end_file(&session, Reason::Limit);
-                return Err(Reason::Limit);
-            };
-            ended = self.take_out(&mut sessions, oldest, Reason::Limit);
-        }
-        sessions.tickets.insert(ticket, session.id);
-        let live = Live {
-            session: session.clone(),
-            ticket,
-            unused: None,
-            adopted: ticket != fresh,
-            known: 0,
-            joined: 0,
-            cut: None,
-            used: false,
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let session = Arc::new(Session::new(id, terms, fs, metrics, is_heir, file));
+        let ended = match sessions.makes_room(session.terms.owner) {
+            Ok(oldest) => oldest.and_then(|id| self.take_out(&mut sessions, id, Reason::Limit)),
+            Err(reason) => {
+                self.end_file(&session, reason);
+                return Err(reason);
+            }
         };
-        sessions.live.insert(session.id, live);
+        let tickets = sessions.tickets.add(id, ticket);
+        sessions.live.insert(id, Live { session: session.clone(), tickets, here: Here::default() });
         drop(sessions);
-        ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
+        self.bury(ended);
         Ok((session, ticket))
     }
 
@@ -195,23 +177,16 @@ impl Registry {
     }
 
     /// Takes a session out, and sees to its file.
-    fn take_out(&self, sessions: &mut Sessions, id: u64, reason: Reason) -> Option<Live> {
-        let live = sessions.remove(id)?;
-        self.end_file(&live.session, reason);
-        let may_come_again = match live.session.is_ready() {
+    fn take_out(&self, sessions: &mut Sessions, id: u64, reason: Reason) -> Option<Ended> {
+        let Live { session, tickets, here } = sessions.live.remove(&id)?;
+        self.end_file(&session, reason);
+        let may_come_again = match session.is_ready() {
             true => matches!(reason, Reason::Timeout | Reason::Limit),
             // Nothing has run on this one; but for who had it before.
-            false => live.session.is_heir,
+            false => session.is_heir,
         };
-        if may_come_again {
-            let unused = live.unused.map(|(unused, _)| unused);
-            let tickets = [Some(live.ticket), unused].into_iter().flatten();
-            let session = Arc::downgrade(&live.session);
-            sessions.gone.extend(tickets.map(|ticket| (ticket, session.clone())));
-            let excess = sessions.gone.len().saturating_sub(GONE_TICKETS_MAX);
-            sessions.gone.drain(..excess);
-        }
-        Some(live)
+        sessions.tickets.end(&tickets, may_come_again.then(|| Arc::downgrade(&session)));
+        Some(Ended { session, known: here.known, reason })
     }
 
     /// A file that a dead daemon left, and whose session was not rebuilt after all, is there for
@@ -228,25 +203,29 @@ impl Registry {
         }
     }
 
+    /// What is told of sessions that were taken out, without the lock.
+    fn bury(&self, ended: impl IntoIterator<Item = Ended>) {
+        for Ended { session, known, reason } in ended {
+            let share = &session.terms.share;
+            tracing::info!(session = session.id, share, ?reason, "session ended");
+            self.tell(&session, known, News::End(reason));
+            let_go(session);
+        }
+    }
+
     /// Whether another session of this peer may be opened.
     pub fn has_room(&self, owner: u64) -> bool {
-        let sessions = self.lock();
-        if sessions.of(owner) >= SESSIONS_PER_PEER_MAX {
-            return sessions.oldest_cut(|live| live.session.owner == owner).is_some();
-        }
-        sessions.live.len() < SESSIONS_MAX || sessions.oldest_cut(|_| true).is_some()
+        self.lock().makes_room(owner).is_ok()
     }
 
     /// The session that a guest names.
     pub fn find(&self, ticket: Ticket) -> Option<Arc<Session>> {
-        let sessions = self.lock();
-        let id = sessions.tickets.get(&ticket)?;
-        Some(sessions.live.get(id)?.session.clone())
+        self.lock().find(ticket)
     }
 
     /// Whether the session that a guest names has not ended.
     pub fn knows(&self, ticket: Ticket) -> bool {
-        self.lock().tickets.contains_key(&ticket)
+        self.lock().tickets.find(ticket).is_some()
     }
 
     /// A connection joins by a ticket, or resumes, and then has a new one for the next time.
@@ -258,40 +237,25 @@ impl Registry {
         ticket: Ticket,
         resumes: bool,
     ) -> Option<Ticket> {
-        let fresh = new_ticket()?;
         let mut sessions = self.lock();
         let Sessions { live, tickets, .. } = &mut *sessions;
-        let live = live.get_mut(&session.id).filter(|_| conn < session.conns)?;
-        match live.unused {
-            Some((unused, _)) if unused == ticket => live.prove(ticket, tickets),
-            // Who has not got the new one comes again for the same connection. For another one
-            // comes a copy of the guest, which would share the session with it.
-            Some((_, told)) if told != conn => return None,
-            Some(_) | None if live.ticket != ticket => return None,
-            Some(_) | None => {}
-        }
-        let fresh = (resumes || live.adopted && live.known == 0).then_some(fresh);
-        if let Some(fresh) = fresh {
-            if let Some((lost, _)) = live.unused.replace((fresh, conn)) {
-                tickets.remove(&lost);
-            }
-            tickets.insert(fresh, session.id);
-        }
+        let live = live.get_mut(&session.id).filter(|_| conn < session.terms.conns)?;
+        // Another daemon had given the first ticket, and copies of the guest may have it.
+        let is_first = session.is_adopted() && live.here.known == 0;
+        let ticket = tickets.join(&mut live.tickets, conn, ticket, resumes || is_first)?;
         live.write_tickets();
-        live.known |= 1 << conn;
-        live.joined |= 1 << conn;
-        live.cut = None;
-        Some(fresh.unwrap_or(ticket))
+        live.here.known |= 1 << conn;
+        live.here.joined |= 1 << conn;
+        live.here.cut = None;
+        Some(ticket)
     }
 
-    /// Something came by the connection that was given this ticket, so it has arrived: whoever has
-    /// an older one is a copy of the guest from before, and must not find what was done since.
+    /// Something came by the connection that was given this ticket, so it has arrived.
     pub fn prove(&self, session: &Session, ticket: Ticket) {
         let mut sessions = self.lock();
         let Sessions { live, tickets, .. } = &mut *sessions;
         let Some(live) = live.get_mut(&session.id) else { return };
-        if live.unused.is_some_and(|(unused, _)| unused == ticket) {
-            live.prove(ticket, tickets);
+        if tickets.prove(&mut live.tickets, ticket) {
             live.write_tickets();
         }
     }
@@ -301,24 +265,24 @@ impl Registry {
     /// keep.
     pub fn cut(&self, session: &Session, conn: u16, used: bool) {
         let mut sessions = self.lock();
-        let Some(live) = sessions.live.get_mut(&session.id) else { return };
-        live.joined &= !(1 << conn);
-        live.used |= used;
-        if live.joined != 0 || live.cut.is_some() {
+        let Some(Live { here, .. }) = sessions.live.get_mut(&session.id) else { return };
+        here.joined &= !(1 << conn);
+        here.used |= used;
+        if here.joined != 0 || here.cut.is_some() {
             return;
         }
-        if !live.used || self.grace.is_zero() {
-            let reason = if live.used { Reason::Timeout } else { Reason::Unmounted };
+        if !here.used || self.grace.is_zero() {
+            let reason = if here.used { Reason::Timeout } else { Reason::Unmounted };
             drop(sessions);
             return self.end(session.id, reason);
         }
-        live.cut = Some(Instant::now());
+        here.cut = Some(Instant::now());
         tracing::info!(session = session.id, grace = ?self.grace, "session cut");
-        let oldest = sessions.too_many(session.owner);
+        let oldest = sessions.too_many(session.terms.owner);
         let ended = oldest.and_then(|id| self.take_out(&mut sessions, id, Reason::Limit));
         drop(sessions);
         self.changed.notify_all();
-        ended.into_iter().for_each(|ended| self.bury(ended, Reason::Limit));
+        self.bury(ended);
     }
 
     /// A shard has dropped a connection for good; with the last one the session ends.
@@ -327,43 +291,46 @@ impl Registry {
         let mut ended = None;
         // A guest that is told of the shutdown comes again, to the next daemon.
         let reason = if sessions.stopped { Reason::Shutdown } else { Reason::Unmounted };
-        if let Some(live) = sessions.live.get_mut(&session.id) {
-            live.known &= !(1 << conn);
-            live.joined &= !(1 << conn);
-            if live.known == 0 {
+        if let Some(Live { here, .. }) = sessions.live.get_mut(&session.id) {
+            here.known &= !(1 << conn);
+            here.joined &= !(1 << conn);
+            if here.known == 0 {
                 ended = self.take_out(&mut sessions, session.id, reason);
-            } else if live.joined == 0 {
-                live.cut.get_or_insert_with(Instant::now);
+            } else if here.joined == 0 {
+                here.cut.get_or_insert_with(Instant::now);
                 self.changed.notify_all();
             }
         }
         drop(sessions);
-        ended.into_iter().for_each(|ended| self.bury(ended, reason));
+        self.bury(ended);
         let_go(session);
     }
 
     /// Ends a session at once, wherever its connections are.
     pub fn end(&self, id: u64, reason: Reason) {
         let ended = self.take_out(&mut self.lock(), id, reason);
-        ended.into_iter().for_each(|ended| self.bury(ended, reason));
+        self.bury(ended);
+    }
+
+    /// Ends all sessions of a share.
+    pub fn end_share(&self, name: &str) {
+        let mut sessions = self.lock();
+        let of_it = sessions.live.values().filter(|live| live.session.terms.share == name);
+        let ids: Vec<u64> = of_it.map(|live| live.session.id).collect();
+        let mut out = |id| self.take_out(&mut sessions, id, Reason::UnknownShare);
+        let ended: Vec<Ended> = ids.into_iter().filter_map(&mut out).collect();
+        drop(sessions);
+        self.bury(ended);
     }
 
     /// All that a rebuilt session needs is there: its connections may go on.
     pub fn tell_restored(&self, session: &Session) {
-        for conn in 0..session.conns {
-            if let Some(shard) = self.shard(session, conn) {
-                shard.post(Mail::Restored { session: session.id, conn });
-            }
-        }
+        self.tell(session, u32::MAX, News::Restored);
     }
 
     /// Has the peers of all connections but one asked whether they live.
     pub fn ask_others(&self, session: &Session, but: u16) {
-        for conn in (0..session.conns).filter(|&conn| conn != but) {
-            if let Some(shard) = self.shard(session, conn) {
-                shard.post(Mail::Ask { session: session.id, conn });
-            }
-        }
+        self.tell(session, !(1 << but), News::Ask);
     }
 
     /// Has the connections of a session joined anew: how many; `None`: there is no such session.
@@ -372,56 +339,34 @@ impl Registry {
             let mut sessions = self.lock();
             let live = sessions.live.get_mut(&id)?;
             // Who asks next is to find them gone.
-            (live.session.clone(), std::mem::take(&mut live.joined))
+            (live.session.clone(), std::mem::take(&mut live.here.joined))
         };
-        for conn in (0..session.conns).filter(|conn| joined & 1 << conn != 0) {
-            if let Some(shard) = self.shard(&session, conn) {
-                shard.post(Mail::Cut { session: id, conn });
-            }
-        }
+        self.tell(&session, joined, News::Cut);
         let_go(session);
         Some(joined.count_ones())
-    }
-
-    fn bury(&self, ended: Live, reason: Reason) {
-        let Live { session, known, .. } = ended;
-        tracing::info!(session = session.id, share = session.share, ?reason, "session ended");
-        for conn in (0..session.conns).filter(|conn| known & 1 << conn != 0) {
-            if let Some(shard) = self.shard(&session, conn) {
-                shard.post(Mail::End { session: session.id, conn, reason });
-            }
-        }
-        let_go(session);
     }
 
     /// Ends sessions whose grace time is over, until [`Registry::stop`].
     pub fn reap(&self) {
         let mut sessions = self.lock();
         while !sessions.stopped {
-            let now = Instant::now();
             let files = self.state.as_ref().and_then(StateDir::reap);
-            let Some(id) = sessions.oldest_cut(|_| true) else {
-                sessions = match files {
-                    None => self.changed.wait(sessions).unwrap_or_else(PoisonError::into_inner),
-                    Some(left) => {
-                        let waited = self.changed.wait_timeout(sessions, left);
-                        waited.unwrap_or_else(PoisonError::into_inner).0
-                    }
-                };
-                continue;
-            };
-            let cut = sessions.live.get(&id).and_then(|live| live.cut).unwrap_or(now);
-            let left = self.grace.saturating_sub(now.saturating_duration_since(cut));
-            if left.is_zero() {
+            let oldest = sessions.oldest_cut(|_| true);
+            let left = oldest.map(|(since, _)| self.grace.saturating_sub(since.elapsed()));
+            if let Some((_, id)) = oldest.filter(|_| left == Some(Duration::ZERO)) {
                 let ended = self.take_out(&mut sessions, id, Reason::Timeout);
                 drop(sessions);
-                ended.into_iter().for_each(|ended| self.bury(ended, Reason::Timeout));
+                self.bury(ended);
                 sessions = self.lock();
                 continue;
             }
-            let left = files.map_or(left, |files| files.min(left));
-            let waited = self.changed.wait_timeout(sessions, left);
-            sessions = waited.unwrap_or_else(PoisonError::into_inner).0;
+            sessions = match left.into_iter().chain(files).min() {
+                None => self.changed.wait(sessions).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.changed.wait_timeout(sessions, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
     }
 
@@ -433,137 +378,97 @@ impl Registry {
 
     /// What every session has and does.
     pub fn status(&self) -> Vec<SessionStatus> {
-        let sessions: Vec<_> = {
-            let sessions = self.lock();
-            let of = |live: &Live| (live.session.clone(), live.cut, live.known, live.joined);
-            sessions.live.values().map(of).collect()
-        };
-        let now = Instant::now();
-        let age = |at: Instant| now.saturating_duration_since(at).as_secs();
-        let of = |(session, cut, known, joined): (Arc<Session>, Option<Instant>, u32, u32)| {
-            let counts = session.fs.counts();
-            let (requests, in_flight) = session.work();
-            let status = SessionStatus {
-                id: session.id,
-                share: session.share.clone(),
-                subdir: String::from_utf8_lossy(&session.subdir).into_owned(),
-                peer: session.peer.clone(),
-                age_s: age(session.since),
-                cut_s: cut.map(age),
-                lanes: session.lanes,
-                connections: joined.count_ones(),
-                connections_cut: (known & !joined).count_ones(),
-                requests,
-                in_flight,
-                nodes: counts.nodes as u64,
-                handles: counts.handles as u64,
-            };
-            let_go(session);
-            status
-        };
-        let mut all: Vec<SessionStatus> = sessions.into_iter().map(of).collect();
+        let mut all = self.each(|session, here| SessionStatus {
+            cut_s: here.cut.map(|cut| cut.elapsed().as_secs()),
+            connections: here.joined.count_ones(),
+            connections_cut: (here.known & !here.joined).count_ones(),
+            ..session.status()
+        });
         all.sort_by_key(|session| session.id);
         all
     }
 
-    /// Ends all sessions of a share.
-    pub fn end_share(&self, name: &str) {
-        let ended: Vec<Live> = {
-            let mut sessions = self.lock();
-            let of_it = sessions.live.iter().filter(|(_, live)| live.session.share == name);
-            let ids: Vec<u64> = of_it.map(|(id, _)| *id).collect();
-            let mut out = |id| self.take_out(&mut sessions, id, Reason::UnknownShare);
-            ids.into_iter().filter_map(&mut out).collect()
-        };
-        ended.into_iter().for_each(|ended| self.bury(ended, Reason::UnknownShare));
-    }
-
     /// Numbers over all sessions: sessions, nodes, handles, fds.
     pub fn totals(&self) -> Vec<(&'static str, u64)> {
-        let (sessions, cut): (Vec<Arc<Session>>, usize) = {
-            let sessions = self.lock();
-            let cut = sessions.live.values().filter(|live| live.cut.is_some()).count();
-            (sessions.live.values().map(|live| live.session.clone()).collect(), cut)
+        let all = self.each(|session, here| (session.fs.counts(), here.cut.is_some()));
+        let sum =
+            |of: fn(&FsCounts) -> usize| all.iter().map(|(counts, _)| of(counts) as u64).sum();
+        vec![
+            ("sessions", all.len() as u64),
+            ("sessions_detached", all.iter().filter(|(_, is_cut)| *is_cut).count() as u64),
+            ("nodes", sum(|counts| counts.nodes)),
+            ("nodes_with_fd", sum(|counts| counts.nodes_with_fd)),
+            ("handles", sum(|counts| counts.handles)),
+        ]
+    }
+
+    /// Looks at every session, without the lock: to count its nodes takes a while.
+    fn each<T>(&self, look: impl Fn(&Session, Here) -> T) -> Vec<T> {
+        let of = |live: &Live| (live.session.clone(), live.here);
+        let all: Vec<_> = self.lock().live.values().map(of).collect();
+        let look = |(session, here): (Arc<Session>, Here)| {
+            let seen = look(&session, here);
+            let_go(session);
+            seen
         };
-        let counts: Vec<_> = sessions.iter().map(|session| session.fs.counts()).collect();
-        let numbers = vec![
-            ("sessions", sessions.len() as u64),
-            ("sessions_detached", cut as u64),
-            ("nodes", counts.iter().map(|c| c.nodes as u64).sum()),
-            ("nodes_with_fd", counts.iter().map(|c| c.nodes_with_fd as u64).sum()),
-            ("handles", counts.iter().map(|c| c.handles as u64).sum()),
-        ];
-        sessions.into_iter().for_each(let_go);
-        numbers
+        all.into_iter().map(look).collect()
     }
 }
 
 impl Live {
-    /// The new ticket has arrived.
-    fn prove(&mut self, ticket: Ticket, tickets: &mut HashMap<Ticket, u64>) {
-        tickets.remove(&self.ticket);
-        (self.ticket, self.unused) = (ticket, None);
-    }
-
     fn write_tickets(&self) {
         if let Some(file) = &self.session.file {
-            file.set_tickets(self.ticket, self.unused.map(|(unused, _)| unused));
+            let (shown, unused) = self.tickets.all();
+            file.set_tickets(shown, unused);
         }
     }
 }
 
 impl Sessions {
-    /// The session that had that ticket last, and has ended without its guest's doing.
-    fn gone(&self, ticket: Ticket) -> Option<&Weak<Session>> {
-        self.gone.iter().find(|(its, _)| *its == ticket).map(|(_, session)| session)
+    fn find(&self, ticket: Ticket) -> Option<Arc<Session>> {
+        Some(self.live.get(&self.tickets.find(ticket)?)?.session.clone())
     }
 
-    /// How many one peer has.
-    fn of(&self, owner: u64) -> usize {
-        self.live.values().filter(|live| live.session.owner == owner).count()
-    }
-
-    /// Which of the sessions without connections has been so longest.
-    fn oldest_cut(&self, which: impl Fn(&Live) -> bool) -> Option<u64> {
-        let cut = self.live.iter().filter(|(_, live)| which(live));
-        let cut = cut.filter_map(|(id, live)| Some((live.cut?, *id)));
-        cut.min().map(|(_, id)| id)
+    /// Which session has to go for another one of this peer, if one has to.
+    fn makes_room(&self, owner: u64) -> Result<Option<u64>, Reason> {
+        let of_owner = |live: &Live| live.session.terms.owner == owner;
+        let owners = self.live.values().filter(|live| of_owner(live)).count();
+        let oldest = if owners >= SESSIONS_PER_PEER_MAX {
+            self.oldest_cut(of_owner)
+        } else if self.live.len() >= SESSIONS_MAX {
+            self.oldest_cut(|_| true)
+        } else {
+            return Ok(None);
+        };
+        oldest.map(|(_, id)| Some(id)).ok_or(Reason::Limit)
     }
 
     /// The oldest of the sessions without connections where there are too many.
     fn too_many(&self, owner: u64) -> Option<u64> {
-        let cut = self.live.values().filter(|live| live.cut.is_some());
-        let owners = cut.clone().filter(|live| live.session.owner == owner).count();
-        if owners > DETACHED_PER_PEER_MAX {
-            self.oldest_cut(|live| live.session.owner == owner)
+        let of_owner = |live: &Live| live.session.terms.owner == owner;
+        let cut = self.live.values().filter(|live| live.here.cut.is_some());
+        let oldest = if cut.clone().filter(|live| of_owner(live)).count() > DETACHED_PER_PEER_MAX {
+            self.oldest_cut(of_owner)
         } else if cut.count() > DETACHED_MAX {
             self.oldest_cut(|_| true)
         } else {
             None
-        }
+        };
+        oldest.map(|(_, id)| id)
     }
 
-    fn remove(&mut self, id: u64) -> Option<Live> {
-        let live = self.live.remove(&id)?;
-        self.tickets.remove(&live.ticket);
-        if let Some((unused, _)) = &live.unused {
-            self.tickets.remove(unused);
-        }
-        Some(live)
+    /// Which of the sessions without connections has been so longest, and since when.
+    fn oldest_cut(&self, which: impl Fn(&Live) -> bool) -> Option<(Instant, u64)> {
+        let cut = self.live.values().filter(|live| which(live));
+        cut.filter_map(|live| Some((live.here.cut?, live.session.id))).min()
     }
 }
 
 /// Somewhere: the next worker's sessions have other numbers in the logs, and a guest, who is told
 /// his, does not learn how many there were.
 fn first_id() -> u64 {
-    let random = new_ticket().and_then(|ticket| ticket.0.first_chunk::<8>().copied());
+    let random = tickets::fresh().and_then(|ticket| ticket.0.first_chunk::<8>().copied());
     1 + (u64::from_le_bytes(random.unwrap_or_default()) >> (64 - FIRST_ID_BITS))
-}
-
-fn new_ticket() -> Option<Ticket> {
-    let mut ticket = Ticket::NONE;
-    let filled = rustix::rand::getrandom(&mut ticket.0, rustix::rand::GetRandomFlags::empty());
-    (filled == Ok(ticket.0.len()) && ticket != Ticket::NONE).then_some(ticket)
 }
 
 #[cfg(test)]
@@ -644,47 +549,6 @@ mod tests {
     }
 
     #[test]
-    fn a_ticket_is_good_until_the_next_one_is_used() {
-        let (dir, registry) = registry(Duration::from_secs(600));
-        let (session, first) = open(&dir, &registry, 0);
-        let resume = |ticket| registry.join(&session, 0, ticket, true);
-        assert_eq!(registry.join(&session, 0, first, false), Some(first));
-        registry.cut(&session, 0, true);
-        let lost = resume(first).expect("the first one");
-        // The WELCOME that brought it was lost: the guest comes with what it has.
-        let second = resume(first).expect("the first one again");
-        assert!(second != lost && second != first);
-        assert_eq!((resume(lost), registry.find(lost).is_some()), (None, false));
-        let third = resume(second).expect("the second");
-        assert_eq!((resume(first), registry.find(first).is_some()), (None, false));
-        assert!(resume(second).is_some() && resume(third).is_none());
-        registry.end(session.id, Reason::Unmounted);
-        assert!(registry.find(second).is_none() && registry.lock().tickets.is_empty());
-    }
-
-    #[test]
-    fn a_copy_of_the_guest_finds_nothing_that_was_done_since() {
-        let (dir, registry) = registry(Duration::from_secs(600));
-        let (session, first) = open(&dir, &registry, 0);
-        for conn in [0, 1] {
-            assert_eq!(registry.join(&session, conn, first, false), Some(first));
-        }
-        // Guest and copy have the first ticket. Whoever resumes has the session to itself.
-        let second = registry.join(&session, 0, first, true).expect("the first ticket");
-        assert_eq!(registry.join(&session, 1, first, true), None, "half of a session");
-        // Its first batch: the copy could go on with none of its connections.
-        registry.prove(&session, second);
-        assert_eq!(registry.join(&session, 0, first, true), None);
-        assert!(registry.find(first).is_none() && registry.find(second).is_some());
-        // A late word about an older connection changes nothing.
-        let third = registry.join(&session, 1, second, true).expect("the second");
-        registry.prove(&session, second);
-        assert!(registry.join(&session, 0, third, true).is_some());
-        registry.end(session.id, Reason::Unmounted);
-        assert!(registry.lock().tickets.is_empty());
-    }
-
-    #[test]
     fn the_session_that_was_cut_first_makes_room() {
         let (dir, registry) = registry(Duration::from_secs(600));
         let mut sessions = Vec::new();
@@ -715,7 +579,7 @@ mod tests {
         assert!(registry.find(newer).is_none() && registry.lock().live.is_empty());
         // What it had in flight may have run for this guest, which comes again by either ticket.
         for ticket in [ticket, newer] {
-            assert!(registry.lock().gone(ticket).is_some());
+            assert!(registry.lock().tickets.gone(ticket).is_some());
         }
     }
 

@@ -36,7 +36,7 @@ impl<R: Ring> Shard<R> {
         };
         let mut most = REPLY_BYTES_PER_CONN_MAX;
         if fs.quota.is_limited() {
-            most = fs.quota.in_flight(conn.session.conns, most);
+            most = fs.quota.in_flight(conn.session.terms.conns, most);
             let bytes = match &route {
                 Route::Write { payload, .. } => payload.len(),
                 Route::Read { len, .. } => *len as usize,
@@ -121,7 +121,7 @@ impl<R: Ring> Shard<R> {
                 let conn = &mut self.conns[key];
                 conn.running += 1;
                 self.shared.pool.submit(Job {
-                    owner: conn.session.owner,
+                    owner: conn.session.terms.owner,
                     session: conn.session.id,
                     fs,
                     opcode: header.code,
@@ -315,7 +315,7 @@ impl<R: Ring> Shard<R> {
                 }))
             }
         };
-        let owner = self.conns[key].session.owner;
+        let owner = self.conns[key].session.terms.owner;
         let most = fs.blocks_freed_at_once();
         if released.len() > RELEASED_INLINE_MAX {
             self.shared.pool.release(owner, released, most);

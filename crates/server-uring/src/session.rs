@@ -8,6 +8,7 @@ use crate::fs::Fs;
 use crate::metrics::ShareMetrics;
 use crate::restore::{Restoring, TakeOverError};
 use crate::state_dir::{StateFile, StateTerms};
+use crate::status::SessionStatus;
 use ringfs_wire::hello::Ticket;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,32 +18,18 @@ use std::time::Instant;
 pub struct Session {
     /// Counts up from 1 in this daemon.
     pub id: u64,
-    /// The share's name.
-    pub share: String,
-    /// The directory below the share that the guest has.
-    pub subdir: Vec<u8>,
-    /// The peer, for people.
-    pub peer: String,
-    /// Stands for the peer where peers are treated alike; see [`crate::accept::Accepted`].
-    pub owner: u64,
+    /// What was agreed on with its guest.
+    pub terms: Terms,
     /// What each of its connections has done.
     pub work: Box<[ConnWork]>,
     /// What is counted of its share.
     pub metrics: Arc<ShareMetrics>,
     /// Since when.
-    pub since: Instant,
+    since: Instant,
     /// Executes its requests.
     pub fs: Arc<Fs>,
-    /// Lanes granted.
-    pub lanes: u16,
-    /// Connections granted.
-    pub conns: u16,
-    /// Slots of each lane.
-    pub slots: u16,
-    /// Features in force.
-    pub features: u64,
     /// Another daemon had it, and the guest tells what it was.
-    pub rebuilt: Option<Rebuild>,
+    pub rebuild: Option<Rebuild>,
     /// What its guest had in flight may have been done for that guest, and nobody can tell. Not so
     /// for a clone: what its original had in flight is the original's.
     pub is_heir: bool,
@@ -74,8 +61,53 @@ impl Default for Rebuild {
 }
 
 impl Session {
+    pub(crate) fn new(
+        id: u64,
+        terms: Terms,
+        fs: Fs,
+        metrics: Arc<ShareMetrics>,
+        is_heir: bool,
+        file: Option<Arc<StateFile>>,
+    ) -> Session {
+        Session {
+            id,
+            work: (0..terms.conns).map(|_| ConnWork::default()).collect(),
+            metrics,
+            since: Instant::now(),
+            fs: Arc::new(fs),
+            rebuild: terms.rebuilt.then(Rebuild::default),
+            is_heir,
+            file,
+            terms,
+        }
+    }
+
+    /// What is told of it; of its connections the registry knows.
+    pub(crate) fn status(&self) -> SessionStatus {
+        let counts = self.fs.counts();
+        let (requests, in_flight) = self.work();
+        SessionStatus {
+            id: self.id,
+            share: self.terms.share.clone(),
+            subdir: String::from_utf8_lossy(&self.terms.subdir).into_owned(),
+            peer: self.terms.peer.clone(),
+            age_s: self.since.elapsed().as_secs(),
+            lanes: self.terms.lanes,
+            requests,
+            in_flight,
+            nodes: counts.nodes as u64,
+            handles: counts.handles as u64,
+            ..Default::default()
+        }
+    }
+
+    /// Whether it goes on with what a daemon before this one left in its file.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.adopted)
+    }
+
     /// Requests begun, and those of them that are not over.
-    pub fn work(&self) -> (u64, u64) {
+    fn work(&self) -> (u64, u64) {
         let sum = |pick: fn(&ConnWork) -> &AtomicU64| {
             self.work.iter().map(|work| pick(work).load(Ordering::Relaxed)).sum::<u64>()
         };
@@ -87,7 +119,7 @@ impl Session {
 
     /// Whether requests may run: all that is to be restored is there.
     pub fn is_ready(&self) -> bool {
-        self.rebuilt.as_ref().is_none_or(|rebuild| rebuild.complete.load(Ordering::Acquire))
+        self.rebuild.as_ref().is_none_or(|rebuild| rebuild.complete.load(Ordering::Acquire))
     }
 
     /// Takes the body of a RESTORE; `true` with the last one.
@@ -95,7 +127,7 @@ impl Session {
     /// # Errors
     /// See [`TakeOverError`]; the session is of no use then.
     pub fn restore(&self, body: &[u8]) -> Result<bool, TakeOverError> {
-        let Some(rebuild) = &self.rebuilt else { return Err(TakeOverError::Uncalled) };
+        let Some(rebuild) = &self.rebuild else { return Err(TakeOverError::Uncalled) };
         let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(restoring) = &mut *restoring else { return Err(TakeOverError::GivenUp) };
         let complete = restoring.record(&self.fs, body)?;
@@ -106,7 +138,7 @@ impl Session {
     /// Where not all is restored, nothing will be: the guest tells it anew, to another session, and
     /// what is in the file is that one's. False where requests may run already.
     pub fn give_up(&self) -> bool {
-        let Some(rebuild) = &self.rebuilt else { return false };
+        let Some(rebuild) = &self.rebuild else { return false };
         let mut restoring = rebuild.restoring.lock().unwrap_or_else(PoisonError::into_inner);
         if rebuild.complete.load(Ordering::Acquire) {
             return false;
@@ -116,7 +148,7 @@ impl Session {
     }
 }
 
-/// What a new session is made of.
+/// What a guest and this daemon have agreed on for a session.
 pub struct Terms {
     /// The share's name.
     pub share: String,
@@ -132,7 +164,7 @@ pub struct Terms {
     pub slots: u16,
     /// Features in force.
     pub features: u64,
-    /// See [`Session::rebuilt`].
+    /// The guest tells what its session was, which another daemon had.
     pub rebuilt: bool,
     /// The daemon that the guest has had its ticket from.
     pub epoch: u64,

@@ -262,10 +262,7 @@ impl<R: Ring> Shard<R> {
     fn step_mail(&mut self, mail: Mail) {
         match mail {
             Mail::Join(newcomer) => self.join(newcomer),
-            Mail::End { session, conn, reason } => self.session_ended(session, conn, reason),
-            Mail::Ask { session, conn } => self.ask_too(session, conn),
-            Mail::Cut { session, conn } => self.cut_off(session, conn),
-            Mail::Restored { session, conn } => self.restored(session, conn),
+            Mail::Of { session, conn, news } => self.hear(session, conn, news),
             Mail::Done(done) => self.end_job(done),
             Mail::Shutdown => {
                 self.ending = Some(Instant::now());
