@@ -12,6 +12,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
@@ -104,9 +105,7 @@ fn mounted_for_rings(dir: &Dir) -> (Arc<Device>, Mount) {
 
 #[test]
 fn another_process_registers_again_and_serves() {
-    bounded("another_process_registers_again_and_serves", |dir| {
-        let name = "another_process_registers_again_and_serves";
-        let Some(_on) = SwitchedOn::new(name) else { return };
+    with_rings("another_process_registers_again_and_serves", |dir| {
         let (device, guard) = mounted_for_rings(dir);
         for _ in 0..3 {
             let server = Server::start(&device, "nothing");
@@ -120,9 +119,8 @@ fn another_process_registers_again_and_serves() {
 
 #[test]
 fn what_an_entry_held_is_not_sent_again() {
-    bounded("what_an_entry_held_is_not_sent_again", |dir| {
+    with_rings("what_an_entry_held_is_not_sent_again", |dir| {
         let name = "what_an_entry_held_is_not_sent_again";
-        let Some(_on) = SwitchedOn::new(name) else { return };
         let (device, guard) = mounted_for_rings(dir);
         let mut first = Server::start(&device, "lookups");
         let task = read_aside(dir.mnt().join("hello"));
@@ -148,9 +146,7 @@ fn what_an_entry_held_is_not_sent_again() {
 
 #[test]
 fn the_device_gets_nothing_any_more() {
-    bounded("the_device_gets_nothing_any_more", |dir| {
-        let name = "the_device_gets_nothing_any_more";
-        let Some(_on) = SwitchedOn::new(name) else { return };
+    with_rings("the_device_gets_nothing_any_more", |dir| {
         let (device, guard) = mounted_for_rings(dir);
         Server::start(&device, "nothing").kill();
         device.set_nonblocking(true).expect("set up");
@@ -233,12 +229,17 @@ fn lost_by_a_kill(dir: &Dir, are_busy: bool) -> usize {
 
 #[test]
 fn how_many_requests_a_kill_loses() {
-    bounded("how_many_requests_a_kill_loses", |_| {
-        let Some(_on) = SwitchedOn::new("how_many_requests_a_kill_loses") else { return };
-        for (are_busy, words) in [(true, "that ask all the time"), (false, "right behind it")] {
-            let stuck: Vec<_> = (0..10).map(|_| lost_by_a_kill(&Dir::new(), are_busy)).collect();
-            // What this kernel does, for the document: it is not ours to promise.
-            println!("of {TASKS} tasks {words} hang after a kill, ten times: {stuck:?}");
+    let name = "how_many_requests_a_kill_loses";
+    let Some(_on) = SwitchedOn::new(name) else { return };
+    for (are_busy, words) in [(true, "that ask all the time"), (false, "right behind it")] {
+        let (tell, stuck) = channel();
+        for _ in 0..10 {
+            let tell = tell.clone();
+            bounded(name, move |dir| tell.send(lost_by_a_kill(dir, are_busy)).expect("told"));
         }
-    });
+        drop(tell);
+        let stuck: Vec<_> = stuck.iter().collect();
+        // What this kernel does, for the document: it is not ours to promise.
+        println!("of {TASKS} tasks {words} hang after a kill, ten times: {stuck:?}");
+    }
 }

@@ -81,8 +81,7 @@ fn use_mount(dir: &Dir) {
 }
 
 fn check_ring_mount(name: &'static str, threads: u16) {
-    bounded(name, move |dir| {
-        let Some(_on) = SwitchedOn::new(name) else { return };
+    with_rings(name, move |dir| {
         let (device, guard, plan) = mounted_for_rings(dir);
         let servers: Vec<_> =
             (0..threads).map(|thread| serve_ring(&device, plan, thread, threads)).collect();
@@ -112,10 +111,7 @@ fn two_threads_serve_a_share_each() {
 
 #[test]
 fn a_refused_registration_leaves_the_device() {
-    bounded("a_refused_registration_leaves_the_device", |dir| {
-        let Some(_on) = SwitchedOn::new("a_refused_registration_leaves_the_device") else {
-            return;
-        };
+    with_rings("a_refused_registration_leaves_the_device", |dir| {
         // Payloads that are too short, a queue that is not there, and a refusal asked for.
         for case in 0..3 {
             let (device, guard, mut plan) = mounted_for_rings(dir);
@@ -145,10 +141,7 @@ fn a_refused_registration_leaves_the_device() {
 
 #[test]
 fn interrupts_and_forgets_come_by_the_device() {
-    bounded("interrupts_and_forgets_come_by_the_device", |dir| {
-        let Some(_on) = SwitchedOn::new("interrupts_and_forgets_come_by_the_device") else {
-            return;
-        };
+    with_rings("interrupts_and_forgets_come_by_the_device", |dir| {
         let (device, guard, plan) = mounted_for_rings(dir);
         let mut ring = Ring::new().expect("ring");
         ring.register(&device, plan, 0..plan.queues).expect("register");
@@ -239,9 +232,7 @@ fn serve_until_ready(ring: &mut Ring) {
 
 #[test]
 fn a_ring_that_goes_while_a_request_waits_frees_the_task() {
-    bounded("a_ring_that_goes_while_a_request_waits_frees_the_task", |dir| {
-        let name = "a_ring_that_goes_while_a_request_waits_frees_the_task";
-        let Some(_on) = SwitchedOn::new(name) else { return };
+    with_rings("a_ring_that_goes_while_a_request_waits_frees_the_task", |dir| {
         let (device, guard, plan) = mounted_for_rings(dir);
         let mut ring = Ring::new().expect("ring");
         ring.register(&device, plan, 0..plan.queues).expect("register");
@@ -258,9 +249,7 @@ fn a_ring_that_goes_while_a_request_waits_frees_the_task() {
 
 #[test]
 fn lengths_that_are_wrong_end_their_request_alone() {
-    bounded("lengths_that_are_wrong_end_their_request_alone", |dir| {
-        let name = "lengths_that_are_wrong_end_their_request_alone";
-        let Some(_on) = SwitchedOn::new(name) else { return };
+    with_rings("lengths_that_are_wrong_end_their_request_alone", |dir| {
         let (device, guard, plan) = mounted_for_rings(dir);
         let mut ring = Ring::new().expect("ring");
         ring.register(&device, plan, 0..plan.queues).expect("register");

@@ -14,6 +14,7 @@ use bench::uses::{
 };
 use bench::*;
 use host::{BIG_BYTES, HELLO_TEXT, Mood, Terms, big_byte};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,16 +28,20 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// The module's parameter has a value while this lives; then it is as it was.
 struct Switched {
     before: String,
+    /// Other programs that switch it wait for each other by this.
+    _lock: Option<File>,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl Switched {
     fn to(value: &str, test: &str) -> Option<Switched> {
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = File::open(SWITCH).ok();
+        lock.iter().for_each(|lock| flock(lock, FlockOperation::LockExclusive).expect("a lock"));
         let switched = std::fs::read_to_string(SWITCH)
             .and_then(|before| std::fs::write(SWITCH, value).map(|()| before));
         match switched {
-            Ok(before) => Some(Switched { before, _alone: alone }),
+            Ok(before) => Some(Switched { before, _lock: lock, _alone: alone }),
             Err(error) => {
                 println!("SKIPPED {test}: FUSE-over-io_uring cannot be switched on: {error}");
                 eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be switched on: {error}");

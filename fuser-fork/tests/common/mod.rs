@@ -24,6 +24,7 @@ use fuser_fork::uring::available;
 use ringfs_wire::abi::{
     Attr, AttrOut, Dirent, EntryOut, InitOut, Opcode, OpenOut, ReadIn, StatfsOut, init as flag,
 };
+use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 use zerocopy::{FromBytes, IntoBytes};
@@ -34,6 +35,8 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// Rings are switched on while this lives; then the switch is as it was.
 pub struct SwitchedOn {
     before: String,
+    /// Other programs that switch it wait for each other by this.
+    _lock: File,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -45,10 +48,12 @@ impl SwitchedOn {
             println!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
             eprintln!("SKIPPED {test}: FUSE-over-io_uring cannot be used here: {why}");
         };
+        let lock = File::open(SWITCH).map_err(|error| skipped(&error)).ok()?;
+        flock(&lock, FlockOperation::LockExclusive).expect("a lock");
         let switched =
             fs::read_to_string(SWITCH).and_then(|before| fs::write(SWITCH, "Y").map(|()| before));
         let before = switched.map_err(|error| skipped(&error)).ok()?;
-        let switched = SwitchedOn { before, _alone: alone };
+        let switched = SwitchedOn { before, _lock: lock, _alone: alone };
         available().map_err(|error| skipped(&error)).ok()?;
         Some(switched)
     }
@@ -138,6 +143,12 @@ pub fn bounded(name: &'static str, test: impl FnOnce(&Dir) + Send + 'static) {
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// The same with rings switched on, which may have to be waited for: that is not the test's time.
+pub fn with_rings(name: &'static str, test: impl FnOnce(&Dir) + Send + 'static) {
+    let Some(_on) = SwitchedOn::new(name) else { return };
+    bounded(name, test);
 }
 
 pub fn options() -> MountOptions {
