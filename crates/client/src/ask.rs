@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How long a client may take to say that it reconnects.
+/// How long a client may take to answer: one that has just been restored with its whole machine
+/// has more to do.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why it was not done.
@@ -50,7 +51,7 @@ fn each(
         }
     }
     let mut done = Ok(());
-    status::each_client(&status::dirs(), &mut entries, |entry| {
+    status::each_client(&status::dirs(), &mut entries, ANSWER_LIMIT, |entry| {
         if let Some(socket) = &entry.socket {
             let acted = act(&entry.mountpoint, socket);
             done = std::mem::replace(&mut done, Ok(())).and(acted);

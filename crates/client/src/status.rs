@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// How long a client may take to answer.
+/// How long a client may take to answer who only looks.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// Clients that are asked at the same time.
 const ASKED_AT_ONCE: usize = 256;
@@ -35,6 +35,8 @@ const USERS_DIRS: &str = "/run/user";
 
 /// How long an asker may take to say what it wants; one that says nothing wants the status.
 const WORD_LIMIT: Duration = Duration::from_millis(200);
+/// How often it is said by one that took longer.
+const WORD_TRIES: usize = 5;
 /// Askers that wait for connections at the same time.
 const WAITERS_MAX: usize = 64;
 
@@ -355,7 +357,7 @@ pub fn unix_now_s() -> u64 {
 /// The ringfs mounts of this mount namespace, each with what its client says.
 pub fn collect(dirs: &[PathBuf]) -> io::Result<Vec<Entry>> {
     let mut entries = mounts()?;
-    each_client(dirs, &mut entries, |_| {});
+    each_client(dirs, &mut entries, ANSWER_LIMIT, |_| {});
     Ok(entries)
 }
 
@@ -370,9 +372,14 @@ pub fn mounts() -> io::Result<Vec<Entry>> {
     Ok(find_mounts()?.into_iter().map(entry).collect())
 }
 
-/// Asks clients until each of those mounts has one that has answered, or no more answer comes in
-/// time; `found` is told of each at once, so that nobody waits for a client that is stuck.
-pub fn each_client(dirs: &[PathBuf], entries: &mut [Entry], mut found: impl FnMut(&Entry)) {
+/// Asks clients until each of those mounts has one that has answered, or no more answer comes
+/// within `limit`; `found` is told of each at once, so that nobody waits for one that is stuck.
+pub fn each_client(
+    dirs: &[PathBuf],
+    entries: &mut [Entry],
+    limit: Duration,
+    mut found: impl FnMut(&Entry),
+) {
     let files = dirs.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
     let sockets = files
         .filter_map(|file| Some(file.ok()?.path()))
@@ -381,7 +388,7 @@ pub fn each_client(dirs: &[PathBuf], entries: &mut [Entry], mut found: impl FnMu
     for some in sockets.chunks(ASKED_AT_ONCE) {
         let asked = some.iter().filter_map(|path| Some((path, say(path, Ask::Status).ok()?)));
         let mut asked: Vec<(&PathBuf, UnixStream)> = asked.collect();
-        let deadline = Instant::now() + ANSWER_LIMIT;
+        let deadline = Instant::now() + limit;
         while !asked.is_empty() && entries.iter().any(|entry| entry.client.is_none()) {
             let Some(ready) = first_ready(&asked, deadline) else { break };
             let (path, stream) = asked.swap_remove(ready);
@@ -417,7 +424,20 @@ fn first_ready(asked: &[(&PathBuf, UnixStream)], deadline: Instant) -> Option<us
 
 /// Asks one client; `None`: for as long as it takes.
 pub fn ask(socket: &Path, what: Ask, limit: Option<Duration>) -> io::Result<Report> {
-    answer(say(socket, what)?, limit)
+    answer(in_time(|| say(socket, what))?, limit)
+}
+
+/// Says it again where it took so long that it may have been answered as if nothing had been said:
+/// the status alone does not tell that something was done, or has come about.
+fn in_time(mut say: impl FnMut() -> io::Result<UnixStream>) -> io::Result<UnixStream> {
+    for _ in 0..WORD_TRIES {
+        let begun = Instant::now();
+        let said = say()?;
+        if begun.elapsed() < WORD_LIMIT {
+            return Ok(said);
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
 }
 
 /// Whether the process lives that a client's socket is named after.
@@ -477,7 +497,7 @@ mod tests {
             let asked = scope.spawn(|| {
                 let mut entries = [entry("another's"), entry("")];
                 let mut told = Vec::new();
-                each_client(&dirs, &mut entries, |entry| told.push(entry.clone()));
+                each_client(&dirs, &mut entries, ANSWER_LIMIT, |e| told.push(e.clone()));
                 assert_eq!(told, entries[1..]);
                 assert_eq!(entries[0], entry("another's"));
                 told.remove(0)
@@ -498,6 +518,22 @@ mod tests {
             std::fs::remove_file(alone).expect("the stuck one's is left alone, and a new one's");
         }
         assert_eq!(std::fs::read_dir(dir.path()).expect("dir").count(), 0);
+    }
+
+    #[test]
+    fn who_was_too_slow_to_be_heard_says_it_again() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let publisher = Publisher::bind(dir.path()).expect("bind");
+        let mut times = 0;
+        let said = in_time(|| {
+            times += 1;
+            if times == 1 {
+                // A machine that stands still.
+                std::thread::sleep(WORD_LIMIT);
+            }
+            say(&publisher.path, Ask::WaitResumed)
+        });
+        assert!(said.is_ok() && times > 1, "said {times} times");
     }
 
     #[test]
