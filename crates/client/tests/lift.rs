@@ -161,17 +161,20 @@ fn the_next_client_has_it_from_the_device_that_read_the_request() {
     }
     let bench = Bench::new(Terms::default());
     let client = bench.mount("lanes=2");
-    let reader = hanging(&bench);
-    let (lane, at) = bench.host.wait_for("a read", |seen| seen.hanging.last().copied());
-    kill_worker(&bench, Signal::KILL);
-    bench.host.wait_for("the read again", |seen| (seen.repeats_running > 0).then_some(()));
-    let before = lifted(&bench);
-    bench.host.give_hanging(lane, at, hung_data());
-    let more = |seen: &mut host::Seen| seen.hanging.get(1).copied();
-    let (lane, at) = bench.host.wait_for("the read of what follows", more);
-    assert_eq!(lifted(&bench), before + 1);
-    bench.host.give_hanging(lane, at, Vec::new());
-    assert_eq!(reader.wait().stdout, hung_data());
+    until_lifted(&bench, "what a dead client has read", || {
+        let reader = hanging(&bench);
+        let last = |seen: &mut host::Seen| {
+            Some((*seen.hanging.last()?, seen.hanging.len(), seen.repeats_running))
+        };
+        let ((lane, at), reads, repeats) = bench.host.wait_for("a read", last);
+        kill_worker(&bench, Signal::KILL);
+        wait_repeats(&bench, repeats + 1);
+        bench.host.give_hanging(lane, at, hung_data());
+        let more = |seen: &mut host::Seen| seen.hanging.get(reads).copied();
+        let (lane, at) = bench.host.wait_for("the read of what follows", more);
+        bench.host.give_hanging(lane, at, Vec::new());
+        assert_eq!(reader.wait().stdout, hung_data());
+    });
     umount(&bench, client);
 }
 

@@ -18,7 +18,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Nobody uses the mount any more, so it goes at once, and nothing is left.
 fn umount_at_once(bench: &Bench, client: Client) {
@@ -249,7 +249,7 @@ fn a_caught_signal_disturbs_neither_what_is_parked_nor_what_is_in_flight() {
     // A later SIGKILL is not announced by the kernel any more.
     wait_until("the interrupts", || status_of(&bench)["interrupts"] == 3);
     third.kill();
-    let killed = Instant::now();
+    let killed = Awake::begin();
     assert_eq!(third.wait().status.signal(), Some(9));
     assert!(killed.elapsed() < Duration::from_secs(2), "after {:?}", killed.elapsed());
     wait_until("the park", || status_of(&bench)["parked"] == 1);
@@ -471,7 +471,7 @@ fn a_dead_mount_can_be_removed() {
     client.signal(Signal::KILL);
     assert_eq!(client.wait().0.signal(), Some(9));
     assert!(bench.is_mounted());
-    assert_eq!(status_of(&bench), serde_json::Value::Null);
+    assert_eq!(status_now(&bench), serde_json::Value::Null);
     assert!(bench.umount(&["-l"]).status.success());
     assert!(!bench.is_mounted());
 }

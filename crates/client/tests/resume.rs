@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Writes one MiB at each of these, each by a thread of its own.
 fn write(bench: &Bench, at: &[u64]) -> JoinHandle<()> {
@@ -184,7 +184,7 @@ fn killed_processes_get_out_while_it_is_cut() {
     let parked = bench.cat("hello");
     wait_until("the park", || status_of(&bench)["parked"] == 1);
     for reader in [in_flight, parked] {
-        let killed = Instant::now();
+        let killed = Awake::begin();
         reader.kill();
         assert_eq!(reader.wait().status.signal(), Some(9));
         assert!(killed.elapsed() < Duration::from_secs(2), "after {:?}", killed.elapsed());
@@ -291,7 +291,7 @@ fn a_silent_death_is_found_by_asking() {
     let (bench, client) = mounted(Terms::default(), "lanes=1");
     let reader = hanging(&bench);
     bench.host.go_silent();
-    let begun = Instant::now();
+    let begun = Awake::begin();
     wait_resumes(&bench.host, 1);
     let found = begun.elapsed();
     // 2 s (heart.rs), and what a loaded machine takes to notice.

@@ -21,7 +21,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 #[test]
 fn what_is_in_flight_goes_on_with_the_next_client() {
@@ -183,7 +183,7 @@ fn who_is_killed_without_a_client_gets_out() {
     client.signal(Signal::STOP);
     let pid = worker(&bench);
     kill_process(pid, Signal::KILL).expect("kill");
-    wait_until("the end", || status_of(&bench).is_null());
+    wait_until("the end", || status_now(&bench).is_null());
     reader.kill();
     client.signal(Signal::CONT);
     assert_eq!(reader.wait().status.signal(), Some(9));
@@ -308,7 +308,7 @@ fn a_mount_that_nobody_takes_over_is_cleaned_up_and_says_so() {
     let (bench, client) = mounted(Terms::default(), "lanes=2,nokeep");
     assert_eq!(status_of(&bench)["alone_why"], "nokeep");
     let reader = hanging(&bench);
-    let begun = Instant::now();
+    let begun = Awake::begin();
     kill_process(worker(&bench), Signal::KILL).expect("kill");
     assert!(!reader.wait().status.success());
     failed(&bench, client, "nobody can take over (nokeep): it is unmounted");

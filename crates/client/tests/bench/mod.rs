@@ -8,6 +8,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -244,6 +246,31 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// How long something takes, but for times in which the machine stands still: a tick that comes
+/// late counts as one.
+pub struct Awake(Arc<AtomicU32>);
+
+const TICK: Duration = Duration::from_millis(10);
+
+impl Awake {
+    pub fn begin() -> Awake {
+        let ticks = Arc::new(AtomicU32::new(0));
+        let counted = Arc::downgrade(&ticks);
+        std::thread::spawn(move || {
+            while let Some(ticks) = counted.upgrade() {
+                ticks.fetch_add(1, Ordering::Relaxed);
+                drop(ticks);
+                std::thread::sleep(TICK);
+            }
+        });
+        Awake(ticks)
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.0.load(Ordering::Relaxed) * TICK
+    }
+}
+
 /// A program that catches SIGUSR1 without SA_RESTART, and tells what its system calls say.
 pub fn signalled(bench: &Bench, code: &str) -> Reader {
     let mut command = Command::new("perl");
@@ -253,7 +280,19 @@ pub fn signalled(bench: &Bench, code: &str) -> Reader {
     Reader { child: command.spawn().expect("perl") }
 }
 
+/// What the client of a mount says. Where the machine stands still, it may not say it within the
+/// second that the command gives it, and is asked again.
 pub fn status_of(bench: &Bench) -> serde_json::Value {
+    let mut status = status_now(bench);
+    let deadline = std::time::Instant::now() + LIMIT;
+    while status.is_null() && bench.is_mounted() && std::time::Instant::now() < deadline {
+        status = status_now(bench);
+    }
+    status
+}
+
+/// The same, asked once; `null`: nobody answers, or nothing is mounted.
+pub fn status_now(bench: &Bench) -> serde_json::Value {
     let output = bench.run(&["status", "--json"]);
     let entries: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
     let path = bench.mountpoint.to_str().expect("utf-8");
