@@ -307,46 +307,48 @@ fn a_forget_from_before_a_rebuild_runs_for_the_daemon_after_the_next_one_too() {
 
 fn twenty_four_clones(original_lives: bool) {
     for engine in ["uring", "threads"] {
-        let daemon = Daemon::start_with_grace(engine, 600);
-        let before = daemon.gauges_at_rest();
-        let (original, memory) = open_for_clones(&daemon);
-        let over = AtomicBool::new(false);
-        let resumed = std::thread::scope(|scope| {
-            let original = original_lives.then_some(original);
-            // One that lives goes on asking, and by that answers for itself.
-            let life = original.map(|mut original| {
-                let (over, files) = (&over, &memory.files);
-                scope.spawn(move || {
-                    while !over.load(Ordering::Relaxed) {
-                        let (node, fh) = files[1];
-                        let data = original.read(node, fh, 0, FILE_BYTES as u32);
-                        assert_eq!(data, Ok(pattern(1, FILE_BYTES)), "the original");
-                    }
-                    original
-                })
-            });
-            let over = Over(&over);
-            let (resumed, slowest) = clones_come(&daemon, &memory);
-            println!(
-                "{engine}: {CLONES} clones, {resumed} resumed, the slowest answer {slowest:?}"
-            );
-            drop(over);
-            if let Some(life) = life {
-                goodbye(life.join().expect("the original"));
-            }
-            resumed
-        });
-        assert!(resumed <= usize::from(!original_lives), "{resumed} have one session");
-        let counters = daemon.counters();
-        assert_eq!(counters["rebuilds"], CLONES - resumed as u64);
-        assert_eq!(counters["protocol_errors"], 0);
-        for n in 0..CLONES {
-            let made = std::fs::read(daemon.share().join(format!("clone-{n}"))).expect("made");
-            assert!(made == pattern(1000 + n, FILE_BYTES), "clone {n}");
-        }
-        daemon.settles_at(&before);
-        daemon.stop_well();
+        undisturbed(|| clones_of_one(engine, original_lives));
     }
+}
+
+fn clones_of_one(engine: &str, original_lives: bool) {
+    let daemon = Daemon::start_with_grace(engine, 600);
+    let before = daemon.gauges_at_rest();
+    let (original, memory) = open_for_clones(&daemon);
+    let over = AtomicBool::new(false);
+    let resumed = std::thread::scope(|scope| {
+        let original = original_lives.then_some(original);
+        // One that lives goes on asking, and by that answers for itself.
+        let life = original.map(|mut original| {
+            let (over, files) = (&over, &memory.files);
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let (node, fh) = files[1];
+                    let data = original.read(node, fh, 0, FILE_BYTES as u32);
+                    assert_eq!(data, Ok(pattern(1, FILE_BYTES)), "the original");
+                }
+                original
+            })
+        });
+        let over = Over(&over);
+        let (resumed, slowest) = clones_come(&daemon, &memory);
+        println!("{engine}: {CLONES} clones, {resumed} resumed, the slowest answer {slowest:?}");
+        drop(over);
+        if let Some(life) = life {
+            goodbye(life.join().expect("the original"));
+        }
+        resumed
+    });
+    assert!(resumed <= usize::from(!original_lives), "{resumed} have one session");
+    let counters = daemon.counters();
+    assert_eq!(counters["rebuilds"], CLONES - resumed as u64);
+    assert_eq!(counters["protocol_errors"], 0);
+    for n in 0..CLONES {
+        let made = std::fs::read(daemon.share().join(format!("clone-{n}"))).expect("made");
+        assert!(made == pattern(1000 + n, FILE_BYTES), "clone {n}");
+    }
+    daemon.settles_at(&before);
+    daemon.stop_well();
 }
 
 #[test]

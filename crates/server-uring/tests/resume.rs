@@ -26,12 +26,14 @@ const PROBE_BUSY: Duration = Duration::from_secs(4);
 /// Runs a check on a daemon of each engine; the sessions of its guests must have been ended.
 fn on_both(check: impl Fn(&Daemon)) {
     for engine in ["uring", "threads"] {
-        let daemon = Daemon::start_with_grace(engine, GRACE);
-        let before = daemon.gauges_at_rest();
-        check(&daemon);
-        daemon.settles_at(&before);
-        assert_eq!(daemon.counters()["sessions_detached"], 0);
-        daemon.stop_well();
+        undisturbed(|| {
+            let daemon = Daemon::start_with_grace(engine, GRACE);
+            let before = daemon.gauges_at_rest();
+            check(&daemon);
+            daemon.settles_at(&before);
+            assert_eq!(daemon.counters()["sessions_detached"], 0);
+            daemon.stop_well();
+        });
     }
 }
 

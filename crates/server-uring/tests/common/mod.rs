@@ -4,10 +4,13 @@
 
 mod daemon;
 mod rebuild;
+mod undisturbed;
 
 pub use daemon::Daemon;
 #[allow(unused_imports, reason = "each test program uses its part")]
 pub use rebuild::rebuilt;
+#[allow(unused_imports, reason = "each test program uses its part")]
+pub use undisturbed::{Stalls, undisturbed};
 
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, cancel};

@@ -64,10 +64,12 @@ fn on_both(check: impl Fn(&mut Scene)) {
 
 fn on_each(start: fn(&str) -> Scene, check: impl Fn(&mut Scene)) {
     for engine in ["uring", "threads"] {
-        let mut scene = start(engine);
-        check(&mut scene);
-        scene.check();
-        drop(scene.friend);
-        scene.daemon.stop_well();
+        undisturbed(|| {
+            let mut scene = start(engine);
+            check(&mut scene);
+            scene.check();
+            drop(scene.friend);
+            scene.daemon.stop_well();
+        });
     }
 }

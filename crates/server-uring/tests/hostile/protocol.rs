@@ -448,33 +448,38 @@ fn hundreds_of_connections_come_and_go() {
 #[test]
 fn a_daemon_ends_well_under_load() {
     for engine in ["uring", "threads"] {
-        let daemon = Daemon::start(engine);
-        let mut busy = daemon.guest();
-        let (node, fh) = busy.create("file").expect("create");
-        assert_eq!(busy.write(node, fh, 0, &pattern(1, MIB as usize)), Ok(MIB));
-        let load = std::thread::spawn(move || {
-            loop {
-                while busy.has_free() {
-                    busy.start(Opcode::Read, node, &read_args(fh, 0, MIB));
+        undisturbed(|| {
+            let daemon = Daemon::start(engine);
+            let mut busy = daemon.guest();
+            let (node, fh) = busy.create("file").expect("create");
+            assert_eq!(busy.write(node, fh, 0, &pattern(1, MIB as usize)), Ok(MIB));
+            let load = std::thread::spawn(move || {
+                loop {
+                    while busy.has_free() {
+                        busy.start(Opcode::Read, node, &read_args(fh, 0, MIB));
+                    }
+                    busy.flush();
+                    if let Err(end) = busy.reply() {
+                        return end;
+                    }
                 }
-                busy.flush();
-                if let Err(end) = busy.reply() {
-                    return end;
-                }
+            });
+            let mut stuck = daemon.guest();
+            while stuck.has_free() {
+                stuck.start(Opcode::Syncfs, 1, &[0; 8]);
             }
+            stuck.flush();
+            let _silent = daemon.connect();
+            until("some load", || (daemon.counters()["bytes_read"] > 50 << 20).then_some(()));
+            let start = Instant::now();
+            daemon.stop_well();
+            assert!(start.elapsed() < Duration::from_secs(8), "{:?} to end", start.elapsed());
+            let end = load.join().expect("the load");
+            assert!(
+                matches!(end, End::Goodbye(Some(Reason::Shutdown), _) | End::Closed),
+                "{end:?}"
+            );
         });
-        let mut stuck = daemon.guest();
-        while stuck.has_free() {
-            stuck.start(Opcode::Syncfs, 1, &[0; 8]);
-        }
-        stuck.flush();
-        let _silent = daemon.connect();
-        until("some load", || (daemon.counters()["bytes_read"] > 50 << 20).then_some(()));
-        let start = Instant::now();
-        daemon.stop_well();
-        assert!(start.elapsed() < Duration::from_secs(8), "{:?} to end", start.elapsed());
-        let end = load.join().expect("the load");
-        assert!(matches!(end, End::Goodbye(Some(Reason::Shutdown), _) | End::Closed), "{end:?}");
     }
 }
 
