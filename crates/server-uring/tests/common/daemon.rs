@@ -118,7 +118,8 @@ impl Daemon {
     }
 
     pub fn status(&self) -> Status {
-        control::ask_status(&self.path("c")).expect("a status")
+        // Not answered is who was stopped for a second before he asked.
+        until("a status", || control::ask_status(&self.path("c")).ok())
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -134,11 +135,10 @@ impl Daemon {
     }
 
     pub fn counters(&self) -> BTreeMap<String, u64> {
-        let mut text = String::new();
-        let mut stream = UnixStream::connect(self.path("c")).expect("the control socket");
-        stream.set_read_timeout(Some(LIMIT)).expect("timeout");
-        stream.write_all(b"{\"ask\":\"counters\"}\n").expect("ask");
-        stream.read_to_string(&mut text).expect("counters");
+        let text = until("the counters", || {
+            let told = control::ask(&self.path("c"), control::Ask::Counters);
+            told.ok().filter(|text| text.ends_with("}\n"))
+        });
         let pairs = text.split(['{', '}', ',']).filter_map(|pair| pair.split_once(':'));
         pairs
             .filter_map(|(name, n)| Some((name.trim_matches('"').to_owned(), n.parse().ok()?)))
