@@ -17,8 +17,11 @@ use crate::guard;
 
 /// The kernel gives back what was closed or removed a little later.
 const GIVEN_BACK: Duration = Duration::from_secs(30);
-/// Refused for so long, without a pause: nothing more is on its way back.
-const REFUSED: Duration = Duration::from_millis(300);
+/// Refused so often, one time behind the other: nothing more is on its way back. Counted, as a
+/// machine that stands still gives nothing back.
+const REFUSALS: u32 = 30;
+/// Between two.
+const REFUSED: Duration = Duration::from_millis(10);
 
 /// What `cargo xtask survive greedy` takes.
 #[derive(Debug, clap::Args)]
@@ -62,13 +65,12 @@ fn round(args: &Args) -> Result<()> {
 
 /// Creates files until no more may be had.
 fn take(args: &Args, name: &str, most: usize, hold: bool) -> Result<()> {
-    let (mut taken, mut held) = (0, Vec::new());
-    let mut refused: Option<Instant> = None;
+    let (mut taken, mut held, mut refused) = (0, Vec::new(), 0);
     while !args.stop.exists() {
         match File::create_new(args.dir.join(format!("{name}-{taken}"))) {
             Ok(file) => {
                 held.extend(Some(file).filter(|_| hold));
-                (taken, refused) = (taken + 1, None);
+                (taken, refused) = (taken + 1, 0);
                 // What is not held the kernel may give back, if somebody wants the memory.
                 ensure!(taken <= most || !hold, "{taken} {name} were given: {most} may be");
                 if taken >= 4 * most {
@@ -76,10 +78,11 @@ fn take(args: &Args, name: &str, most: usize, hold: bool) -> Result<()> {
                 }
             }
             Err(error) if is_refusal(&error) => {
-                if refused.get_or_insert_with(Instant::now).elapsed() >= REFUSED {
+                refused += 1;
+                if refused > REFUSALS {
                     break;
                 }
-                std::thread::sleep(REFUSED / 30);
+                std::thread::sleep(REFUSED);
             }
             Err(error) => return Err(error).context(format!("{name} {taken}")),
         }
