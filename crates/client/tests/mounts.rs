@@ -20,13 +20,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-/// Nobody uses the mount any more, so it goes at once, and nothing is left.
-fn umount_at_once(bench: &Bench, client: Client) {
-    assert!(bench.umount(&[]).status.success());
-    ended(bench, client);
-    assert_nothing_left(bench);
-}
-
 #[test]
 fn files_are_read_and_written_through_the_mount() {
     for options in ["lanes=2", "lanes=2,spin=0,checksum=on", "lanes=4,slots=1", "lanes=1,ro"] {
@@ -55,7 +48,7 @@ fn files_are_read_and_written_through_the_mount() {
             let written = bench.host.wait_for("writes", |seen| Some(seen.written));
             assert_eq!(written, 3 << 20);
         }
-        assert!(bench.umount(&[]).status.success());
+        wait_unmounted(&bench);
         let (status, stderr) = client.wait();
         assert!(status.success(), "{status} {stderr}");
         assert_eq!(stderr, "");
@@ -93,10 +86,10 @@ fn what_the_kernel_forgets_is_given_back() {
     let (bench, client) = mounted(Terms::default(), "lanes=2");
     let path = bench.file("hello");
     within("a stat", move || assert!(std::fs::metadata(path).is_ok()));
-    drop_caches();
-    let nodeid = bench.host.wait_for("a forget", |seen| seen.forgets.first().map(|f| f.nodeid));
-    assert_eq!(nodeid, 2);
-    umount_at_once(&bench, client);
+    let forgets = || bench.host.wait_for("forgets", |seen| Some(seen.forgets.clone()));
+    forget_until("a forget", || !forgets().is_empty());
+    assert_eq!(forgets()[0].nodeid, 2);
+    umount(&bench, client);
 }
 
 #[test]
@@ -132,7 +125,7 @@ fn in_the_background_the_command_returns_when_the_mount_answers() {
 
         let pid = client["pid"].as_i64().expect("pid") as i32;
         let pid = Pid::from_raw(pid).expect("pid");
-        assert!(bench.umount(&[]).status.success());
+        wait_unmounted(&bench);
         bench.host.wait_for("farewell", |seen| (seen.goodbyes > 0).then(|| seen.goodbyes = 0));
         wait_until("the client's end", || rustix::process::test_kill_process(pid).is_err());
         bench.host.wait_for("reset", |seen| Some(std::mem::take(&mut seen.hellos)));
@@ -200,7 +193,7 @@ fn bad_places_are_refused_before_anything_is_mounted() {
     let client = bench.mount("lanes=1");
     let taken = run(&bench.source("data"), &bench.mountpoint);
     assert!(taken.contains("mount point already"), "{taken}");
-    umount_at_once(&bench, client);
+    umount(&bench, client);
     let none = bench.umount(&[]);
     assert!(String::from_utf8_lossy(&none.stderr).contains("no ringfs mount at"));
 }
@@ -213,7 +206,7 @@ fn a_killed_reader_gets_out_and_the_daemon_is_told() {
     assert_eq!(reader.wait().status.signal(), Some(9));
     // One for the READ, and one for the FLUSH of a killed process if the kernel is quick enough.
     bench.host.wait_for("a cancel", |seen| (seen.cancels >= 1).then_some(()));
-    umount_at_once(&bench, client);
+    umount(&bench, client);
 }
 
 #[test]
@@ -229,7 +222,7 @@ fn a_parked_reader_gets_out_without_the_daemon() {
     assert_eq!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)), 0);
     first.kill();
     assert_eq!(first.wait().status.signal(), Some(9));
-    wait_until("the unmount", || bench.umount(&[]).status.success());
+    wait_unmounted(&bench);
     assert!(client.wait().0.success());
 }
 
@@ -260,7 +253,7 @@ fn a_caught_signal_disturbs_neither_what_is_parked_nor_what_is_in_flight() {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     };
     assert_eq!((said(first), said(second)), ("121 1".to_owned(), "0 1".to_owned()));
-    umount_at_once(&bench, client);
+    umount(&bench, client);
 }
 
 #[test]
@@ -273,7 +266,7 @@ fn a_reader_that_is_killed_after_another_signal_is_told_of() {
     reader.kill();
     assert_eq!(reader.wait().status.signal(), Some(9));
     assert!(bench.host.wait_for("a cancel", |seen| (seen.cancels > 0).then_some(seen.cancels)) > 0);
-    umount_at_once(&bench, client);
+    umount(&bench, client);
 }
 
 #[test]
@@ -288,7 +281,7 @@ fn many_waiting_requests_are_parked_and_all_answered() {
             }
         });
     });
-    umount_at_once(&bench, client);
+    umount(&bench, client);
 }
 
 #[test]
@@ -335,7 +328,7 @@ fn pings_are_answered_and_optional_records_skipped() {
     });
     let features = bench.host.wait_for("hello", |seen| Some(seen.hellos[0].features));
     assert_eq!(features, feature::PAYLOAD_CRC | feature::RESTORE);
-    umount_at_once(&bench, client);
+    umount(&bench, client);
 }
 
 #[test]
@@ -481,5 +474,5 @@ fn a_late_answer_to_a_hanging_read_arrives() {
     let (bench, client) = mounted(Terms::default(), "lanes=1");
     let reader = hanging(&bench);
     deny_read(&bench, reader);
-    umount_at_once(&bench, client);
+    umount(&bench, client);
 }

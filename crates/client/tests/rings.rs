@@ -176,9 +176,7 @@ fn whoever_waits_goes_on_with_the_next_connection() {
         } else {
             bench.host.cut()
         }
-        bench
-            .host
-            .wait_for("the request again", |seen| (seen.repeats_running == round).then_some(()));
+        uses::wait_repeats(&bench, round);
         if round == 3 {
             assert!(bench.run(&["reconnect", &path]).status.success(), "the idle lanes too");
         }

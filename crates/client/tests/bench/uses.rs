@@ -33,9 +33,15 @@ pub fn use_mount(bench: &Bench) {
     within("a read", move || assert_eq!(std::fs::read(path).expect("hello"), HELLO_TEXT));
 }
 
+/// Unmounts. A child that another test has just forked has our files open for a moment, until it
+/// becomes another program.
+pub fn wait_unmounted(bench: &Bench) {
+    wait_until("the unmount", || bench.umount(&[]).status.success());
+}
+
 /// The mount goes as any other does, and nothing is left.
 pub fn umount(bench: &Bench, client: Client) -> String {
-    wait_until("the unmount", || bench.umount(&[]).status.success());
+    wait_unmounted(bench);
     let stderr = ended(bench, client);
     assert_nothing_left(bench);
     stderr

@@ -131,6 +131,8 @@ pub enum Mood {
     Fair,
     /// It executes, and its replies are lost.
     LosesReplies,
+    /// The same, but to what comes again it replies.
+    LosesFirstReplies,
     /// The same for replies that give a node alone: LOOKUP's.
     LosesEntries,
     /// The same for those to FORGETs.

@@ -23,7 +23,8 @@ impl Shared {
         at: SlotUse,
         reply: (u32, Vec<u8>),
     ) {
-        let is_lost = losing == Some(*self.mood.lock().expect("mood"));
+        let mood = *self.mood.lock().expect("mood");
+        let is_lost = losing == Some(mood) || mood == Mood::LosesFirstReplies;
         let mut slots = self.slots.lock().expect("slots");
         let slot = &mut slots[usize::from(lane)][usize::from(at.slot)];
         assert!(slot.busy && slot.next == at.seq, "a request in work: {slot:?} {at:?}");
@@ -53,6 +54,7 @@ impl Shared {
         let mood = *self.mood.lock().expect("mood");
         match mood {
             Mood::Fair
+            | Mood::LosesFirstReplies
             | Mood::LosesForgets
             | Mood::LosesRemovals
             | Mood::LosesLateAppends
