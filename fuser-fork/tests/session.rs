@@ -6,8 +6,8 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use common::*;
@@ -20,6 +20,10 @@ use ringfs_wire::abi::{FUSE_ROOT_ID, Opcode};
 use rustix::fs::Advice;
 use rustix::mount::{MountFlags, UnmountFlags};
 use zerocopy::IntoBytes;
+
+/// A child that has just been forked has all files open until it becomes another program, and keeps
+/// a mount in use: held while one is made, and by who counts on the end of a use.
+static FORKS: Mutex<()> = Mutex::new(());
 
 /// Whether a frame is there within five seconds.
 fn readable(device: &Device) -> bool {
@@ -41,6 +45,7 @@ fn two_clones_serve_a_mount() {
         assert!(clones.shortfall().is_none());
         let devices: Vec<Arc<Device>> = clones.devices().to_vec();
         let lanes: Vec<_> = devices.iter().cloned().map(serve).collect();
+        let forks = FORKS.lock().unwrap_or_else(PoisonError::into_inner);
         let hello = dir.mnt().join("hello");
         let readers: Vec<_> = (0..8).map(|_| read_aside(hello.clone())).collect();
         for reader in readers {
@@ -55,6 +60,7 @@ fn two_clones_serve_a_mount() {
         assert_eq!(missing.raw_os_error(), Some(ENOENT));
         assert!(guard.is_mounted());
         assert_eq!(guard.unmount().expect("unmount"), Unmounted::Clean);
+        drop(forks);
         let seen: BTreeSet<u32> =
             lanes.into_iter().flat_map(|lane| lane.join().expect("lane").into_keys()).collect();
         for opcode in [Opcode::Lookup, Opcode::Open, Opcode::Read, Opcode::Readdir] {
@@ -130,12 +136,14 @@ fn interrupts_and_forgets_come_by_any_clone() {
         let [a, b] = clones.devices() else { panic!("two clones") };
         a.set_nonblocking(true).expect("nonblocking");
         // INTERRUPT: A has read the LOOKUP, nobody but B reads on.
+        let forks = FORKS.lock().unwrap_or_else(PoisonError::into_inner);
         let mut cat = Command::new("cat")
             .arg(dir.mnt().join("hello"))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .expect("cat");
+        drop(forks);
         let bytes = serve_until(a, Opcode::Lookup);
         let lookup = Frame::parse(&bytes).expect("frame");
         cat.kill().expect("kill");
