@@ -466,14 +466,23 @@ impl Mount {
         Ok(Asker { fifo, _process: process })
     }
 
-    /// What its client tells.
+    /// What its client tells. The command gives it a second to answer, which may be too short where
+    /// the machine stands still.
     pub fn told(&self) -> Result<Told> {
+        let mut told = None;
+        guard::poll_until(SETTLE, || {
+            told = self.told_now()?;
+            Ok(told.is_some())
+        })?;
+        told.with_context(|| format!("no client answers for {}", self.dir.display()))
+    }
+
+    fn told_now(&self) -> Result<Option<Told>> {
         let text = Cmd::new(&self.ringfs).args(["status", "--json"]).limit(SETTLE).run()?;
         let listed: Vec<Listed> =
             serde_json::from_str(&text).with_context(|| format!("`ringfs status`: {text}"))?;
         let mut own = listed.into_iter().filter(|listed| listed.mountpoint == self.dir);
-        let told = own.next().and_then(|listed| listed.client);
-        told.with_context(|| format!("no client answers for {}", self.dir.display()))
+        Ok(own.next().and_then(|listed| listed.client))
     }
 
     /// `ringfs reconnect`.
