@@ -184,7 +184,10 @@ fn daemon(target: &Target, options: &Options) -> Check {
         ),
         Err(failure) => {
             let fix = match &failure {
-                Failure::Connect(_) => "on the host: is ringfsd running, and listening there?",
+                Failure::Connect(_) => {
+                    "on the host: is ringfsd running, and listening there for this user (`ringfsd \
+                     --listen ..,owner=`; its log has each socket's mode and owner)?"
+                }
                 // The words of the handshake name their cure.
                 _ => "",
             };

@@ -309,8 +309,9 @@ fn cure(address: &Address, errno: Errno) -> String {
         (Address::Vsock { cid: HOST_CID, port }, Errno::CONNRESET | Errno::CONNREFUSED) => {
             return format!(
                 "; nobody serves port {port} of the host: start ringfsd there with `--listen \
-                 unix:UDS_PATH_{port}` (Firecracker, Cloud Hypervisor, vhost-device-vsock) or \
-                 `vsock:{port}` (vhost-vsock), or correct the port"
+                 unix:UDS_PATH_{port}` (Firecracker, Cloud Hypervisor, vhost-device-vsock; with \
+                 `,owner=` the VMM's user, or that one may not connect) or `vsock:{port}` \
+                 (vhost-vsock), or correct the port"
             );
         }
         (Address::Vsock { cid: HOST_CID, .. }, Errno::TIMEDOUT | Errno::AGAIN) => {
@@ -323,7 +324,7 @@ fn cure(address: &Address, errno: Errno) -> String {
             "; no such socket: start `ringfsd --listen unix:PATH`, or correct the path"
         }
         (Address::Unix(_), Errno::CONNREFUSED) => "; nobody listens there: is ringfsd running?",
-        (Address::Unix(_), Errno::ACCESS) => "; the socket's mode or directory keeps you out",
+        (Address::Unix(path), Errno::ACCESS) => return who_may(path),
         (Address::Unix(_), Errno::NAMETOOLONG) => "; a socket's path has at most 107 bytes",
         (Address::Unix(_), Errno::AGAIN) => "; the listener accepts nobody: is ringfsd stuck?",
         (Address::Vsock { .. }, Errno::AFNOSUPPORT) => {
@@ -341,6 +342,20 @@ fn cure(address: &Address, errno: Errno) -> String {
         _ => "",
     }
     .to_owned()
+}
+
+/// Why this user may not connect to a socket, and how he may.
+fn who_may(path: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    let cure = "on the host, ringfsd's `--listen unix:PATH,owner=USER` (or group=, mode=) lets \
+                others in than the user it runs as";
+    match std::fs::metadata(path) {
+        Ok(meta) => {
+            let (mode, uid, gid) = (meta.mode() & 0o777, meta.uid(), meta.gid());
+            format!("; the socket has mode {mode:04o} of {uid}:{gid}, which keeps you out: {cure}")
+        }
+        Err(_) => "; a directory on the way to the socket keeps you out".to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -401,6 +416,13 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).expect("bind"));
         check(&path, "is ringfsd running");
         check(Path::new(&format!("/{}", "x".repeat(200))), "at most 107");
+        // Root may connect to any: what others are told.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&path, mode).expect("chmod");
+        let told = cure(&Address::Unix(path.clone()), Errno::ACCESS);
+        assert!(told.contains("has mode 0600 of ") && told.contains(",owner=USER"), "{told}");
+        let told = cure(&Address::Unix(path.join("s")), Errno::ACCESS);
+        assert!(told.contains("a directory on the way"), "{told}");
         for (cid, errno, expected) in [
             (2, Errno::CONNRESET, "`--listen unix:UDS_PATH_5640`"),
             (2, Errno::TIMEDOUT, "the host did not answer"),

@@ -2,18 +2,17 @@
 //! fd on; it reads no byte that a guest sent. That is [`crate::greet`]'s, on the worker's side.
 
 use crate::address::{Address, CID_ANY};
-use crate::config::{FileMode, ListenConfig};
+use crate::config::ListenConfig;
 use crate::fdops;
+use crate::socket_file::{Access, SocketFile, Spot};
 use crate::splice::SendBuffer;
-use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags};
 use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -55,8 +54,8 @@ pub enum Door {
 pub struct Listener {
     config: ListenConfig,
     socket: OwnedFd,
-    /// Device and inode of the socket's file.
-    file: Option<(u64, u64)>,
+    /// Of a Unix socket that was bound here.
+    file: Option<SocketFile>,
     passed: bool,
 }
 
@@ -118,19 +117,7 @@ impl Listener {
     /// [`ListenError`].
     pub fn bind(config: &ListenConfig) -> Result<Listener, ListenError> {
         let (socket, file) = match &config.address {
-            Address::Unix(path) => {
-                let socket = bind_unix(path)?;
-                let file = file_of(path);
-                // Nobody gets in before it listens.
-                dress(path, config).and_then(|()| Ok(net::listen(&socket, 128)?)).map_err(
-                    |source| ListenError::Unix {
-                        path: path.clone(),
-                        source,
-                        hint: " (its mode, owner or group)",
-                    },
-                )?;
-                (socket, file)
-            }
+            Address::Unix(path) => return Listener::bind_in(Spot::new(path), config),
             Address::Vsock { port, .. } => {
                 let source = |source| ListenError::Vsock { port: *port, source };
                 let listener = vsock::VsockListener::bind_with_cid_port(CID_ANY, *port);
@@ -148,6 +135,12 @@ impl Listener {
         Ok(Listener { config: config.clone(), socket, file, passed: false })
     }
 
+    /// Binds a Unix socket, whose directories are not all the operator's.
+    pub(crate) fn bind_in(spot: Spot, config: &ListenConfig) -> Result<Listener, ListenError> {
+        let (socket, file) = SocketFile::bind(spot, config)?;
+        Ok(Listener { config: config.clone(), socket, file: Some(file), passed: false })
+    }
+
     /// Where it listens.
     pub fn address(&self) -> &Address {
         &self.config.address
@@ -156,24 +149,28 @@ impl Listener {
     /// Whether its file is still there.
     pub fn is_in_place(&self) -> bool {
         match &self.config.address {
-            Address::Unix(path) => self.file.is_some() && file_of(path) == self.file,
+            Address::Unix(_) => self.file.as_ref().is_some_and(SocketFile::is_in_place),
             Address::Vsock { .. } | Address::Tcp(_) => true,
+        }
+    }
+
+    /// Who may connect, where a file says so.
+    pub(crate) fn access(&self) -> Option<Access> {
+        match (&self.file, &self.config.address) {
+            (Some(file), _) => file.access(),
+            (None, Address::Unix(path)) => Access::at(&Spot::new(path)),
+            (None, Address::Vsock { .. } | Address::Tcp(_)) => None,
         }
     }
 
     /// Other options for those who connect from now on; the address stays.
     ///
     /// # Errors
-    /// The mode or owner cannot be set: then nothing has changed but those.
+    /// The file is not there, or cannot have that mode or owner: all other options have changed.
     pub fn change(&mut self, config: &ListenConfig) -> std::io::Result<()> {
-        if let Address::Unix(path) = &self.config.address
-            && !self.passed
-        {
-            dress(path, config)?;
-        }
         let address = self.config.address.clone();
         self.config = ListenConfig { address, ..config.clone() };
-        Ok(())
+        self.file.as_ref().map_or(Ok(()), |file| file.change(config))
     }
 
     /// Takes one connection; `None` when none waits or it may not come in.
@@ -232,36 +229,6 @@ impl Listener {
     }
 }
 
-fn file_of(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
-}
-
-/// Gives a socket's file its mode and owner.
-fn dress(path: &Path, config: &ListenConfig) -> std::io::Result<()> {
-    let id = |name: &Option<String>, table| name.as_deref().map(|n| id_of(n, table)).transpose();
-    let (uid, gid) = (id(&config.owner, "/etc/passwd")?, id(&config.group, "/etc/group")?);
-    if uid.is_some() || gid.is_some() {
-        std::os::unix::fs::lchown(path, uid, gid)?;
-    }
-    match config.mode {
-        Some(FileMode(mode)) => Ok(rustix::fs::chmod(path, Mode::from_raw_mode(mode))?),
-        None => Ok(()),
-    }
-}
-
-/// The id of a user or group: a number, or a name of the table.
-fn id_of(name: &str, table: &str) -> std::io::Result<u32> {
-    if let Ok(id) = name.parse() {
-        return Ok(id);
-    }
-    let text = std::fs::read_to_string(table)?;
-    let mut lines = text.lines().map(|line| line.split(':'));
-    let found = lines.find_map(|mut line| (line.next() == Some(name)).then(|| line.nth(1))?);
-    let unknown = || std::io::Error::other(format!("{name:?} is not in {table}"));
-    found.and_then(|id| id.parse().ok()).ok_or_else(unknown)
-}
-
 fn owner_of(peer: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     peer.hash(&mut hasher);
@@ -276,65 +243,8 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Address::Unix(path) = &self.config.address
-            && !self.passed
-            && self.is_in_place()
-        {
-            let _ = std::fs::remove_file(path);
-        }
+        self.file.iter().for_each(SocketFile::remove);
     }
-}
-
-/// Bound, and not listening yet.
-fn bind_unix(path: &Path) -> Result<OwnedFd, ListenError> {
-    let error = |source: Errno, hint| ListenError::Unix {
-        path: path.to_owned(),
-        source: source.into(),
-        hint,
-    };
-    let address = SocketAddrUnix::new(path)
-        .map_err(|e| error(e, " (the path of a Unix socket has at most 107 bytes)"))?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .map_err(|e| error(e, ""))?;
-    let bound = match net::bind(&socket, &address) {
-        Err(Errno::ADDRINUSE) => {
-            // Connecting to what is no socket is refused too, and it is not ours to remove.
-            if !is_socket(path) {
-                return Err(error(Errno::ADDRINUSE, " (something else has this name)"));
-            }
-            if is_alive(&address) {
-                return Err(error(Errno::ADDRINUSE, " (another daemon listens there)"));
-            }
-            tracing::info!(?path, "taking over a socket that nobody listens on");
-            std::fs::remove_file(path).map_err(|source| ListenError::Unix {
-                path: path.to_owned(),
-                source,
-                hint: "",
-            })?;
-            net::bind(&socket, &address)
-        }
-        other => other,
-    };
-    bound.map_err(|e| match e {
-        Errno::NOENT => error(e, " (its directory does not exist)"),
-        Errno::ACCESS => error(e, " (no right to make a file there)"),
-        _ => error(e, ""),
-    })?;
-    Ok(socket)
-}
-
-fn is_socket(path: &Path) -> bool {
-    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket())
-}
-
-/// Whether somebody listens on the socket file.
-fn is_alive(address: &SocketAddrUnix) -> bool {
-    // Who listens but does not accept must not hold this up.
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-    let Ok(probe) = probe else { return true };
-    net::connect(&probe, address) != Err(Errno::CONNREFUSED)
 }
 
 #[cfg(test)]
@@ -377,20 +287,72 @@ mod tests {
                 format!("unix:{}{options}", path.display()).parse().expect("a listener");
             config
         };
+        let is = |expected: u32| {
+            let mode = std::fs::metadata(&path).expect("stat").mode();
+            assert_eq!(mode & 0o7777, expected, "{mode:o}");
+        };
+        for (options, expected) in [
+            ("", 0o600),
+            (",shares=a", 0o600),
+            (",owner=4711", 0o600),
+            (",group=4711", 0o660),
+            (",allow-uid=4711", 0o666),
+            (",allow-gid=4711,mode=0660", 0o660),
+            (",mode=0777", 0o777),
+        ] {
+            // Others' ids are root's to give.
+            if rustix::process::geteuid().is_root() || !options.contains("=4711") {
+                let mut listener = Listener::bind(&listen(options)).expect("bound");
+                is(expected);
+                listener.change(&listen(",mode=0640")).expect("changed");
+                is(0o640);
+                listener.change(&listen(options)).expect("changed");
+                is(expected);
+            }
+        }
         let mut listener = Listener::bind(&listen(",mode=0620")).expect("bound");
-        assert_eq!(std::fs::metadata(&path).expect("stat").mode() & 0o777, 0o620);
-        listener.change(&listen(",mode=0600")).expect("changed");
-        assert_eq!(std::fs::metadata(&path).expect("stat").mode() & 0o777, 0o600);
         if rustix::process::geteuid().is_root() {
             listener.change(&listen(",owner=daemon,group=4711")).expect("changed");
             let meta = std::fs::metadata(&path).expect("stat");
-            assert_eq!(
-                (meta.uid(), meta.gid()),
-                (id_of("daemon", "/etc/passwd").expect("id"), 4711)
-            );
+            let daemon = crate::socket_file::id_of("daemon", "/etc/passwd").expect("id");
+            assert_eq!((meta.uid(), meta.gid()), (daemon, 4711));
         }
         drop(listener);
         assert!(Listener::bind(&listen(",owner=nobody-of-this-name")).is_err());
+        assert!(!path.exists(), "nothing is left");
+    }
+
+    /// Whoever the directory belongs to may put there what he likes.
+    #[test]
+    fn a_change_touches_nothing_but_the_socket() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let at = |name: &str| dir.path().join(name);
+        let listen = |options: &str| {
+            let text = format!("unix:{}{options}", at("s").display());
+            text.parse::<ListenConfig>().expect("a listener")
+        };
+        let victim = at("victim");
+        std::fs::write(&victim, "").expect("write");
+        std::fs::set_permissions(&victim, PermissionsExt::from_mode(0o600)).expect("chmod");
+        let mut listener = Listener::bind(&listen("")).expect("bound");
+        std::fs::rename(at("s"), at("moved")).expect("mv");
+        let mode = |path: &Path| std::fs::symlink_metadata(path).expect("stat").mode() & 0o7777;
+        let check = |listener: &mut Listener| {
+            assert!(!listener.is_in_place());
+            listener.change(&listen(",mode=0666,shares=a")).expect_err("it is not there");
+            assert_eq!((mode(&victim), mode(&at("moved"))), (0o600, 0o600));
+            // What is no matter of the file holds all the same.
+            assert_eq!(listener.config.shares, ["a"]);
+        };
+        check(&mut listener);
+        std::os::unix::fs::symlink(&victim, at("s")).expect("ln -s");
+        check(&mut listener);
+        std::fs::remove_file(at("s")).expect("rm");
+        std::fs::hard_link(&victim, at("s")).expect("ln");
+        check(&mut listener);
+        drop(listener);
+        assert_eq!(mode(&at("s")), 0o600, "it is not the daemon's to remove");
     }
 
     #[test]

@@ -115,8 +115,10 @@ pub struct Settings {
     ///
     /// With stars in its directories, as unix:/srv/vm/*/v.sock_5640, a PATH is a socket in each of
     /// them, which comes and goes with the directory. Options: mode=0660, owner=, group= of the
-    /// socket; who may connect, by allow-uid=, allow-gid=, allow-pid= (Unix) and allow-cid=
-    /// (vsock), numbers with a + between them; shares=a+b: nothing else is offered there.
+    /// socket (by default it is for its owner alone, for its group too where that is given, for all
+    /// where a list says who may connect); who may connect, by allow-uid=, allow-gid=, allow-pid=
+    /// (Unix) and allow-cid= (vsock), numbers with a + between them; shares=a+b: nothing else is
+    /// offered there.
     #[arg(long, value_name = "unix:PATH|vsock:[CID:]PORT[,OPTION...]", display_order = 0)]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<ListenConfig>,

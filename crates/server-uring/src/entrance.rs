@@ -7,7 +7,9 @@
 use crate::accept::{Door, ListenError, Listener};
 use crate::address::Address;
 use crate::config::ListenConfig;
+use crate::socket_file::{Spot, by_fd};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -43,6 +45,9 @@ struct Pattern {
     /// Where the path begins.
     from: PathBuf,
     dirs: Vec<OsString>,
+    /// So many of them come before the first that stands for several. From that one on whoever may
+    /// make one may put what he likes there, so that no link is followed.
+    trusted: usize,
     /// The socket's name.
     name: OsString,
     events: OwnedFd,
@@ -96,6 +101,16 @@ impl Entrance {
         }
     }
 
+    /// Tells the log where it is and, where that is one file, who may connect.
+    pub fn say_listening(&self) {
+        let access = match &self.kind {
+            Kind::One(listener) => listener.access(),
+            Kind::Many(_) => None,
+        };
+        let access = access.map(tracing::field::display);
+        tracing::info!(address = %self.config.address, access, "listening");
+    }
+
     /// Readable when sockets may have to come or go.
     pub fn events(&self) -> Option<BorrowedFd<'_>> {
         match &self.kind {
@@ -122,7 +137,7 @@ impl Entrance {
         for listener in listeners {
             if let Err(error) = listener.change(config) {
                 let listener = listener.address();
-                tracing::error!(%listener, %error, "its options stay as they were");
+                tracing::error!(%listener, %error, "its mode and owner stay as they were");
             }
         }
     }
@@ -152,7 +167,9 @@ impl Pattern {
         let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
         let events = events.map_err(|errno| ListenError::Watch(errno.into()))?;
         let name = name.to_owned();
-        Ok(Pattern { from, dirs, name, events, sockets: BTreeMap::new(), refused: Vec::new() })
+        let trusted = dirs.iter().take_while(|dir| !is_pattern(dir)).count();
+        let (sockets, refused) = Default::default();
+        Ok(Pattern { from, dirs, trusted, name, events, sockets, refused })
     }
 
     /// What has happened does not matter: it is looked at as it is now.
@@ -165,7 +182,7 @@ impl Pattern {
     /// Binds where there is a place without a socket, and lets go where there is none any more.
     fn look(&mut self, config: &ListenConfig) {
         let mut places = Vec::new();
-        self.walk(self.from.clone(), 0, &mut places);
+        self.walk(self.from.clone(), &self.from, 0, &mut places);
         if places.len() > SOCKETS_MAX {
             let listener = &config.address;
             tracing::error!(%listener, "more than {SOCKETS_MAX} places: the rest is left out");
@@ -183,14 +200,18 @@ impl Pattern {
             !gone
         });
         self.refused.retain(|path| wanted.binary_search(path).is_ok());
+        let trusted =
+            self.dirs[..self.trusted].iter().fold(self.from.clone(), |to, dir| to.join(dir));
         for path in wanted {
             if self.sockets.contains_key(&path) {
                 continue;
             }
             let address = Address::Unix(path.clone());
-            match Listener::bind(&ListenConfig { address, ..config.clone() }) {
+            let spot = Spot::below(&trusted, &path);
+            match Listener::bind_in(spot, &ListenConfig { address, ..config.clone() }) {
                 Ok(listener) => {
-                    tracing::info!(listener = %listener.address(), "new");
+                    let access = listener.access().map(tracing::field::display);
+                    tracing::info!(listener = %listener.address(), access, "new");
                     self.refused.retain(|refused| *refused != path);
                     self.sockets.insert(path, listener);
                 }
@@ -204,26 +225,33 @@ impl Pattern {
         }
     }
 
-    /// The directories that match from the `level`-th component on, in order. Each that is passed
-    /// is watched before it is looked into, so that nothing is missed.
-    fn walk(&self, dir: PathBuf, level: usize, places: &mut Vec<PathBuf>) {
-        match inotify::add_watch(&self.events, &dir, EVENTS) {
+    /// The directories that match from the `level`-th component on, in order; the one above them is
+    /// found `at`. Each that is passed is watched before it is looked into, so that nothing is
+    /// missed.
+    fn walk(&self, dir: PathBuf, at: &Path, level: usize, places: &mut Vec<PathBuf>) {
+        match inotify::add_watch(&self.events, at, EVENTS) {
             Ok(_) => {}
             Err(Errno::NOENT | Errno::NOTDIR) => return,
             Err(error) => return tracing::error!(?dir, %error, "cannot be watched for new places"),
         }
         let Some(component) = self.dirs.get(level) else { return places.push(dir) };
-        let is_dir = |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
-        if !is_pattern(component) {
-            return self.walk(dir.join(component), level + 1, places);
+        if level < self.trusted {
+            let next = dir.join(component);
+            return self.walk(next.clone(), &next, level + 1, places);
         }
-        let Ok(entries) = std::fs::read_dir(&dir) else { return };
-        let mut names: Vec<OsString> = entries.flatten().map(|entry| entry.file_name()).collect();
-        names.retain(|name| matches(component.as_bytes(), name.as_bytes()));
-        names.sort();
-        for path in names.into_iter().map(|name| dir.join(name)) {
-            if places.len() <= SOCKETS_MAX && is_dir(&path) {
-                self.walk(path, level + 1, places);
+        let mut names = vec![component.clone()];
+        if is_pattern(component) {
+            let Ok(entries) = std::fs::read_dir(at) else { return };
+            names = entries.flatten().map(|entry| entry.file_name()).collect();
+            names.retain(|name| matches(component.as_bytes(), name.as_bytes()));
+            names.sort();
+        }
+        for name in names {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            if places.len() <= SOCKETS_MAX
+                && let Ok(next) = rustix::fs::openat(CWD, at.join(&name), flags, Mode::empty())
+            {
+                self.walk(dir.join(&name), &by_fd(next.as_fd()), level + 1, places);
             }
         }
     }
@@ -317,6 +345,44 @@ mod tests {
         settle(&["2", "3"]);
         std::fs::remove_dir_all(at("vm")).expect("rm -r");
         settle(&[]);
+    }
+
+    /// A VMM's user may make one of any name in his directory.
+    #[test]
+    fn links_below_a_star_are_not_followed() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().expect("directory");
+        let at = |name: &str| dir.path().join(name);
+        for name in ["real/1/run", "real/2/run", "real/3", "elsewhere/run"] {
+            std::fs::create_dir_all(at(name)).expect("mkdir");
+        }
+        symlink(at("real"), at("vm")).expect("the operator's");
+        symlink(at("elsewhere/run"), at("real/3/run")).expect("ln -s");
+        symlink(at("elsewhere"), at("real/4")).expect("ln -s");
+        // Dead, and not the daemon's to take over.
+        drop(std::os::unix::net::UnixListener::bind(at("elsewhere/run/s")).expect("bind"));
+        let config: ListenConfig =
+            format!("unix:{}/vm/*/run/s", dir.path().display()).parse().expect("a pattern");
+        let mut entrance = Entrance::open(Door::Guests, &config).expect("an entrance");
+        let found = |entrance: &Entrance| -> Vec<Address> {
+            entrance.listeners().map(|listener| listener.address().clone()).collect()
+        };
+        let expected =
+            |names: &[&str]| names.iter().map(|name| Address::Unix(at(name))).collect::<Vec<_>>();
+        assert_eq!(found(&entrance), expected(&["vm/1/run/s", "vm/2/run/s"]));
+        let dead = std::fs::metadata(at("elsewhere/run/s")).expect("it is left alone");
+        // The directory of a socket that is there becomes a link.
+        std::fs::rename(at("real/2/run"), at("real/2/was")).expect("mv");
+        symlink(at("elsewhere/run"), at("real/2/run")).expect("ln -s");
+        entrance.look();
+        assert_eq!(found(&entrance), expected(&["vm/1/run/s"]));
+        let same = std::fs::metadata(at("elsewhere/run/s")).expect("and still is");
+        assert_eq!(file_of(&same), file_of(&dead));
+    }
+
+    fn file_of(meta: &std::fs::Metadata) -> (u64, i64, i64) {
+        use std::os::unix::fs::MetadataExt;
+        (meta.ino(), meta.ctime(), meta.ctime_nsec())
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::state_dir::StateDir;
 use crate::state_hold::Held;
 use crate::status::ConfigState;
 use crate::worker::Worker;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub fn work(
     is_first: bool,
     channel: &Channel,
 ) -> Result<(), DaemonError> {
+    // What guests make has the mode that they say: their umask is applied already.
+    rustix::process::umask(Mode::empty());
     let Offer { shares, lacks, state } = shut_in(plan, roots, is_first)?;
     let state = state.map(|held| StateDir::on(held, plan.grace)).transpose()?;
     let Plan { engine, spin, grace, .. } = *plan;

@@ -55,6 +55,7 @@ pub mod session;
 mod sha256;
 pub mod shard;
 pub mod share;
+mod socket_file;
 pub mod splice;
 pub mod state_dir;
 pub mod state_file;

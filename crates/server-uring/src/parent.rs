@@ -262,7 +262,7 @@ impl Parent {
     fn say_listening(&self, has_served: &mut bool) {
         if !std::mem::replace(has_served, true) {
             for one in self.entrances.iter().filter(|one| one.door() == Door::Guests) {
-                tracing::info!(address = %one.config().address, "listening");
+                one.say_listening();
             }
             let Plan { placement, limits, engine, walls, .. } = &self.plan;
             let Placement { cpus, shards, large_buffers, .. } = placement;

@@ -11,6 +11,8 @@ use crate::fds::Fds;
 use crate::fs::{Fs, FsError};
 use crate::share::ShareDir;
 use crate::status::ConfigState;
+use rustix::fs::Mode;
+use rustix::process::umask;
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -74,7 +76,12 @@ pub enum Change {
 /// See [`FsError`].
 pub fn open_share(config: &ShareConfig, fds: &Arc<Fds>) -> Result<Shared, FsError> {
     let dir = ShareDir::open(&config.path, config.submounts, config.ro)?;
-    Fs::on(dir.root().map_err(FsError::Root)?, config.options(fds))?;
+    let root = dir.root().map_err(FsError::Root)?;
+    // The crate clears the umask, which is of the whole process.
+    let told = umask(Mode::RWXG | Mode::RWXO);
+    let tried = Fs::on(root, config.options(fds));
+    umask(told);
+    tried?;
     Ok(Shared { config: config.clone(), dir })
 }
 
@@ -207,6 +214,7 @@ impl InForce {
         }
         let is_guests = |one: &Entrance| one.door() == Door::Guests;
         for one in &opened_entrances {
+            one.say_listening();
             changed.push(format!("new listener {}", one.config().address));
         }
         entrances.retain(|one| {

@@ -186,6 +186,62 @@ fn shares_and_patterns_come_and_go_by_sighup() {
     vanishes(&other);
 }
 
+/// What it makes for others to connect by has the mode that was told, whatever else it makes has no
+/// more than its umask lets it have; and what guests make the mode that they say.
+#[test]
+fn no_mode_is_wider_than_it_was_told() {
+    let daemon = Daemon::start_as("uring", |program, dir| {
+        // The only way to give a child another umask by safe means.
+        let mut command = Command::new("sh");
+        command.args(["-c", "umask 027; exec \"$0\" \"$@\"", program]);
+        std::fs::write(dir.join("../more.toml"), "state-dir = \"none\"\n").expect("write");
+        command.arg("--config").arg(dir.join("../more.toml"));
+        command.args(["--listen", &format!("unix:{},mode=0777", dir.join("../open").display())]);
+        command
+    });
+    let mode = |name: &str| {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(daemon.path(name)).expect("stat").mode() & 0o7777
+    };
+    let umask = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("Umask:")).expect("umask");
+        line.trim().to_owned()
+    };
+    let check = |sockets: &[(&str, u32)]| {
+        for &(name, expected) in sockets {
+            assert_eq!(format!("{:o}", mode(name)), format!("{expected:o}"), "{name}");
+        }
+        assert_eq!(
+            (umask(daemon.pid()), umask(daemon.worker_pid())),
+            ("0027".into(), "0000".into())
+        );
+    };
+    let first = [("s", 0o600), ("open", 0o777), ("c", 0o600)];
+    check(&first);
+    let mut guest = daemon.guest();
+    guest.create("file").expect("create");
+    check(&first);
+    // A reload opens shares too.
+    let text = format!(
+        "state-dir = \"none\"\n[share.new]\npath = {:?}\n[[listen]]\naddress = \"unix:{}\"\n",
+        daemon.path("share"),
+        daemon.path("vm/*/s").display()
+    );
+    std::fs::create_dir_all(daemon.path("vm/1")).expect("mkdir");
+    std::fs::write(daemon.path("more.toml"), text).expect("write");
+    daemon.signal_to_reload();
+    appears(&daemon.path("vm/1/s"));
+    mount(&daemon.path("vm/1/s"), "new").expect("a new share");
+    check(&[("vm/1/s", 0o600)]);
+    check(&first);
+    // Another worker, after that.
+    daemon.kill_worker();
+    mount(&daemon.path("vm/1/s"), "new").expect("served again");
+    check(&first);
+    daemon.signal_to_end();
+}
+
 /// Where the root is no mount, as in a chroot: the worker has one of its own all the same, and gets
 /// shares while it runs.
 #[test]

@@ -34,7 +34,7 @@ pub struct ListenConfig {
     /// `unix:PATH`, `vsock:PORT` or `vsock:CID:PORT`; with stars in its directories a PATH stands
     /// for one socket in each of them, as they come and go.
     pub address: Address,
-    /// The socket's permissions, such as `"0660"`.
+    /// The socket's permissions, such as `"0660"`; see [`ListenConfig::socket_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<FileMode>,
     /// The socket's user, by name or number.
@@ -58,6 +58,21 @@ pub struct ListenConfig {
     /// What is offered; none: all shares.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<String>,
+}
+
+impl ListenConfig {
+    /// The mode of a Unix socket's file: who may write to that may connect. Without `mode` it is
+    /// the owner alone, or what the other options say of who may.
+    pub fn socket_mode(&self) -> FileMode {
+        let lists = [&self.allow_uid, &self.allow_gid, &self.allow_pid];
+        match self.mode {
+            Some(mode) => mode,
+            // The parent asks the kernel who comes, and lets nobody else in.
+            None if lists.iter().any(|list| !list.is_empty()) => FileMode(0o666),
+            None if self.group.is_some() => FileMode(0o660),
+            None => FileMode(0o600),
+        }
+    }
 }
 
 /// Permission bits, written in octal.
