@@ -9,19 +9,27 @@ use crate::channel::{Channel, ToParent, ToWorker};
 use crate::sandbox::root::Inside;
 use crate::sandbox::users::{self, Ids, Lent};
 use crate::share::ShareDir;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Signal, WaitOptions, WaitStatus, getegid, geteuid, kill_process, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getegid, geteuid, kill_process, pidfd_open,
+    waitpid,
 };
 use rustix::thread::{UnshareFlags, set_thread_groups, unshare_unsafe};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 /// The exit code of a worker that could not go on.
 const FAILED: i32 = 1;
 /// That of a helper which has done it, with `false` to tell; no errno.
 const DONE_OTHERWISE: i32 = 255;
+/// How long a helper may take: the parent accepts nobody meanwhile, and a share's file system may
+/// not answer.
+const HELPER_LIMIT: Duration = Duration::from_secs(10);
+/// And how long to end when it is killed. What the kernel does not let go of is left alone.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
 
 /// A running worker, from its parent's side; killed and reaped with this value.
 #[derive(Debug)]
@@ -33,6 +41,8 @@ pub struct Child {
     shares: usize,
     /// Where it is; see [`Child::serves`].
     inside: Option<Inside>,
+    /// Helpers that were killed and had not ended.
+    stray: Vec<Pid>,
     /// To the worker; hung up when it has ended.
     pub channel: Channel,
 }
@@ -74,7 +84,7 @@ impl Child {
             }));
             std::process::exit(code.unwrap_or(FAILED));
         };
-        let mut child = Child { pid, ended: None, shares, inside: None, channel: ours };
+        let mut child = Child::of(pid, shares, ours);
         drop(theirs);
         if spaces.is_some() {
             let how = child.wait();
@@ -89,6 +99,10 @@ impl Child {
         }
         child.channel.send(&ToWorker::Begin, None)?;
         Ok(child)
+    }
+
+    fn of(pid: Pid, shares: usize, channel: Channel) -> Child {
+        Child { pid, ended: None, shares, inside: None, stray: Vec::new(), channel }
     }
 
     /// The worker's root stands, and it has had no guest yet. Its namespaces can be had now: once
@@ -107,7 +121,7 @@ impl Child {
     /// What the system calls say.
     pub fn attach(&mut self, tree: BorrowedFd<'_>) -> io::Result<usize> {
         let index = self.shares;
-        self.by_helper(|inside| inside.attach(tree, index).map(|()| true))?;
+        self.by_helper(&[tree], |inside| inside.attach(tree, index).map(|()| true))?;
         Ok(index)
     }
 
@@ -118,7 +132,7 @@ impl Child {
     /// What the system calls say.
     pub fn attach_in_own_users(&mut self, share: &ShareDir, ids: Ids) -> io::Result<(usize, bool)> {
         let index = self.shares;
-        let hidden = self.by_helper(|inside| {
+        let hidden = self.by_helper(&[], |inside| {
             inside.enter_users()?;
             // What the worker could not open, its successor could not.
             drop_other_groups(ids)?;
@@ -129,28 +143,25 @@ impl Child {
         Ok((index, hidden))
     }
 
-    /// A process of its own goes into the worker's namespaces and puts a share there.
-    fn by_helper(&mut self, work: impl FnOnce(&Inside) -> Result<bool, Errno>) -> io::Result<bool> {
+    /// A process of its own, with `keep` of the parent's fds, goes into the worker's namespaces and
+    /// puts a share there.
+    fn by_helper(
+        &mut self,
+        keep: &[BorrowedFd<'_>],
+        work: impl FnOnce(&Inside) -> Result<bool, Errno>,
+    ) -> io::Result<bool> {
         let Some(inside) = &self.inside else {
             return Err(io::Error::other("the worker's namespaces could not be had"));
         };
-        wait_for_one_thread();
-        let Some(pid) = fork()? else {
-            exit_now(match work(inside) {
-                Ok(true) => 0,
-                Ok(false) => DONE_OTHERWISE,
-                Err(errno) => errno.raw_os_error(),
-            })
-        };
-        let mut helper =
-            Child { pid, ended: None, shares: 0, inside: None, channel: Channel::pair()?.0 };
-        helper.wait();
-        let code = helper.ended.and_then(WaitStatus::exit_status);
-        if code == Some(0) || code == Some(DONE_OTHERWISE) {
+        self.stray.retain(|&pid| matches!(waitpid(Some(pid), WaitOptions::NOHANG), Ok(None)));
+        let keep: Vec<_> = inside.fds().chain(keep.iter().copied()).collect();
+        let helper = Helper::start(&keep, || work(inside))?;
+        let done = helper.ends_within(HELPER_LIMIT, &mut self.stray);
+        // One that was killed may have begun: nobody else has its place.
+        if done.as_ref().err().is_none_or(|error| error.kind() == io::ErrorKind::TimedOut) {
             self.shares += 1;
-            return Ok(code == Some(0));
         }
-        Err(io::Error::from_raw_os_error(code.unwrap_or(Errno::IO.raw_os_error())))
+        done
     }
 
     /// Waits until it has ended, and says how.
@@ -176,6 +187,71 @@ impl Drop for Child {
         if self.ended.is_none() {
             let _ = kill_process(self.pid, Signal::KILL);
             self.wait();
+        }
+    }
+}
+
+/// A process that does one thing for the parent.
+struct Helper(Pid);
+
+impl Helper {
+    /// It has the fds that it needs, and no listener: where it is stuck it may outlive its parent.
+    fn start(
+        keep: &[BorrowedFd<'_>],
+        work: impl FnOnce() -> Result<bool, Errno>,
+    ) -> io::Result<Helper> {
+        wait_for_one_thread();
+        let Some(pid) = fork()? else {
+            let kept = keep.iter().map(AsRawFd::as_raw_fd);
+            close_all_but(kept.chain([0, 1, 2]).collect());
+            exit_now(match work() {
+                Ok(true) => 0,
+                Ok(false) => DONE_OTHERWISE,
+                Err(errno) => errno.raw_os_error(),
+            })
+        };
+        Ok(Helper(pid))
+    }
+
+    /// What it says; `TimedOut`: it was killed, and is among the strays if not even that ends it.
+    fn ends_within(self, limit: Duration, stray: &mut Vec<Pid>) -> io::Result<bool> {
+        let Helper(pid) = self;
+        let code = match status_within(pid, limit)? {
+            Some(status) => status.exit_status(),
+            None => {
+                kill_process(pid, Signal::KILL)?;
+                if status_within(pid, KILL_LIMIT)?.is_none() {
+                    stray.push(pid);
+                }
+                let text = format!("it does not answer within {limit:?}");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+        };
+        match code {
+            Some(0) => Ok(true),
+            Some(DONE_OTHERWISE) => Ok(false),
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => Err(Errno::IO.into()),
+        }
+    }
+}
+
+/// How a process of ours has ended; `None`: it has not, in that time.
+fn status_within(pid: Pid, limit: Duration) -> io::Result<Option<WaitStatus>> {
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    let until = Instant::now() + limit;
+    loop {
+        if let Some((_, status)) = waitpid(Some(pid), WaitOptions::NOHANG)? {
+            return Ok(Some(status));
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&left)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
@@ -262,7 +338,7 @@ impl Mapper {
                 Err(error) => fail(&theirs, &error),
             })
         };
-        Ok(Mapper(Child { pid, ended: None, shares: 0, inside: None, channel: ours }))
+        Ok(Mapper(Child::of(pid, 0, ours)))
     }
 
     fn map(mut self) -> io::Result<()> {
@@ -301,7 +377,7 @@ fn wait_for_one_thread() {
         if threads() == 1 {
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
     tracing::warn!("a worker is made while another thread of the parent is stuck");
 }
@@ -362,4 +438,48 @@ pub fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> i32
         tracing::error!("the worker has failed: {text}");
     }
     FAILED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::test_kill_process;
+
+    fn helped(work: impl FnOnce() -> Result<bool, Errno>) -> (Pid, io::Result<bool>) {
+        let helper = Helper::start(&[], work).expect("fork");
+        let (pid, mut stray) = (helper.0, Vec::new());
+        let done = helper.ends_within(Duration::from_secs(1), &mut stray);
+        assert!(stray.is_empty() && test_kill_process(pid) == Err(Errno::SRCH), "it has ended");
+        (pid, done)
+    }
+
+    #[test]
+    fn a_helper_that_is_stuck_holds_nobody_up() {
+        // It waits for what never comes, as a call does on a file system that does not answer.
+        let begun = Instant::now();
+        let stuck = || {
+            let (ours, _theirs) = rustix::pipe::pipe()?;
+            rustix::io::read(&ours, &mut [0; 1]).map(|_| true)
+        };
+        let (_, done) = helped(stuck);
+        assert_eq!(done.expect_err("stuck").kind(), io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        for (told, expected) in
+            [(Ok(true), Ok(true)), (Ok(false), Ok(false)), (Err(Errno::STALE), Err(Errno::STALE))]
+        {
+            let said = helped(|| told).1.map_err(|error| Errno::from_io_error(&error));
+            assert_eq!(said, expected.map_err(Some));
+        }
+    }
+
+    #[test]
+    fn a_helper_has_the_fds_that_it_was_given() {
+        let (ours, theirs) = rustix::pipe::pipe().expect("a pipe");
+        let helper = Helper::start(&[ours.as_fd()], || {
+            let (has, lacks) = (rustix::io::fcntl_getfd(&ours), rustix::io::fcntl_getfd(&theirs));
+            Ok(has.is_ok() && lacks == Err(Errno::BADF))
+        });
+        let done = helper.expect("fork").ends_within(Duration::from_secs(60), &mut Vec::new());
+        assert!(done.expect("it ends"));
+    }
 }

@@ -279,6 +279,8 @@ impl Parent {
                 Change::Share(share) => {
                     let name = share.config.name.clone();
                     let part = Part::Share(name.clone());
+                    // Each share may take its time.
+                    self.notify.alive();
                     match hand_over(&share, child, self.plan.walls, &self.begun_with) {
                         Ok(message) => {
                             self.in_force.worker_is_well(&part);

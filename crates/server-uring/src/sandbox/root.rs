@@ -105,6 +105,11 @@ impl Inside {
         Ok(Inside { mounts: open("ns/mnt", OFlags::RDONLY)?, root, users })
     }
 
+    /// All that is held of it.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.mounts, &self.root].into_iter().chain(&self.users).map(AsFd::as_fd)
+    }
+
     /// In a process that ends then: enters the worker's user namespace and a copy of this process's
     /// mounts, which is where it may make copies of them for the worker's root.
     ///
