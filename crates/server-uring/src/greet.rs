@@ -403,6 +403,7 @@ impl Greeter {
         };
         let opened = self.registry.open(terms, fs).map_err(|reason| match reason {
             Reason::Timeout => refuse(reason, "what was in flight before runs still; come again"),
+            Reason::UnknownSession => refuse(reason, "that session is of something else"),
             _ => refuse(reason, "no further session can be opened"),
         });
         let (session, ticket) = opened?;

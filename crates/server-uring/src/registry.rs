@@ -136,7 +136,12 @@ impl Registry {
         if let Some(ticket) = terms.presented
             && let Some(session) = sessions.find(ticket)
         {
-            return Ok((session, ticket));
+            // The share that was asked for is one that the listener offers; that one's may not be.
+            let its = &session.terms;
+            return match its.share == terms.share && its.subdir == terms.subdir {
+                true => Ok((session, ticket)),
+                false => Err(Reason::UnknownSession),
+            };
         }
         let left = terms.presented.zip(self.state.as_ref());
         let left = left.and_then(|(ticket, state)| Some((state.adopt(ticket, &of_file)?, ticket)));

@@ -186,6 +186,39 @@ fn shares_and_patterns_come_and_go_by_sighup() {
     vanishes(&other);
 }
 
+#[test]
+fn a_ticket_opens_nothing_that_its_listener_does_not_offer() {
+    let daemon = Daemon::start_as("uring", |program, dir| {
+        let mut command = Command::new(program);
+        let only = dir.join("../only");
+        command.args(["--grace=60", "--state-dir=none"]);
+        command.args(["--listen", &format!("unix:{},shares=ro", only.display())]);
+        command
+    });
+    let features = feature::PAYLOAD_CRC | feature::RESTORE;
+    let mut guest =
+        Guest::greet(daemon.connect(), &Hello { features, ..hello("share") }).expect("welcome");
+    guest.recipes = Some(Default::default());
+    let (node, fh) = guest.create("file").expect("create");
+    let ticket = guest.welcome.ticket;
+    let come = |share: &str, features| {
+        let asked = Hello { features, ticket, ..hello(share) };
+        let refused = Guest::greet(connect(&daemon.path("only")), &asked).err();
+        match refused.expect("the session is of another share") {
+            End::Goodbye(Some(reason), _) => reason,
+            end => panic!("{end:?}"),
+        }
+    };
+    assert_eq!(come("ro", features), Reason::UnknownSession, "that share for this one's ticket");
+    assert_eq!(come("share", features), Reason::UnknownShare);
+    assert_eq!(come("share", feature::PAYLOAD_CRC), Reason::UnknownSession);
+    assert_eq!(guest.write(node, fh, 0, b"still"), Ok(5));
+    let other = mount(&daemon.path("only"), "ro").expect("what is offered");
+    goodbye(other);
+    goodbye(guest);
+    daemon.stop_well();
+}
+
 /// What it makes for others to connect by has the mode that was told, whatever else it makes has no
 /// more than its umask lets it have; and what guests make the mode that they say.
 #[test]
