@@ -7,7 +7,8 @@
 
 use super::*;
 use crate::fdops;
-use crate::greet::{Newcomer, Refusal, refuse, say_no, send};
+use crate::greet::Newcomer;
+use crate::handshake::{Refusal, refuse, send};
 use crate::link::{Asked, Link, Numbers};
 use crate::mailbox::News;
 use crate::restore::TakeOverError;
@@ -166,7 +167,7 @@ impl<R: Ring> Shard<R> {
     }
 
     fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
-        say_no(&newcomer.socket, &newcomer.peer, &refusal);
+        refusal.tell(&newcomer.socket, &newcomer.peer);
         let_go(newcomer.session);
     }
 
