@@ -9,7 +9,7 @@ use crate::buffers::BufferPool;
 use crate::dispatch::Request;
 use crate::greet::Newcomer;
 use crate::limits::*;
-use crate::link::{Asked, Link};
+use crate::link::Link;
 use crate::notes::Notes;
 use crate::op::RequestTag;
 use crate::pool::PastOf;
@@ -278,32 +278,6 @@ impl Connection {
     /// Whether what it has sent is not read on, for want of a buffer or by a rate.
     pub fn is_kept_waiting(&self) -> bool {
         (self.link.starving || self.delayed) && self.link.has_input()
-    }
-
-    /// When to look again whether the peer lives, which was asked; `None`: its time is up. `taken`:
-    /// what it has taken of what was sent, while the question may be on its way still. A dead one
-    /// takes nothing, or as much as its VMM has room for.
-    pub fn lives_until(&mut self, now: Instant, taken: Option<i64>) -> Option<Instant> {
-        let link = &mut self.link;
-        let asked = link.asked.as_mut()?;
-        let takes = taken.zip(asked.taken).is_some_and(|(now, before)| now > before);
-        asked.taken = taken;
-        if takes && asked.last > now && link.closing.is_none() {
-            asked.until = now + PROBE;
-        }
-        if asked.until > now {
-            return Some(taken.map_or(asked.until, |_| asked.until.min(now + PROBE_LOOK)));
-        }
-        let is_busy = std::mem::take(&mut asked.heard) && asked.last > now;
-        // While it is not read, not its fault.
-        if link.starving || self.delayed {
-            *asked = Asked::at(now);
-        } else if is_busy && link.closing.is_none() {
-            asked.until = now + PROBE;
-        } else {
-            return None;
-        }
-        Some(asked.until)
     }
 
     /// Whether one batch takes the peer longer than `limit`: one that comes in and holds a large

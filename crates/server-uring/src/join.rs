@@ -5,31 +5,15 @@
 //! the last operation on the one before has come back, and a newcomer is either welcomed or told
 //! why not.
 
+use super::probe::has_hung_up;
 use super::*;
-use crate::fdops;
 use crate::greet::Newcomer;
 use crate::handshake::{Refusal, refuse, send};
-use crate::link::{Asked, Link, Numbers};
+use crate::link::{Link, Numbers};
 use crate::mailbox::News;
 use crate::restore::TakeOverError;
 use crate::session::{Session, let_go};
 use ringfs_wire::hello::{Welcome, feature, welcome_flag};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::os::fd::{AsFd, OwnedFd};
-
-/// Whether the peer has closed its end.
-fn has_hung_up(socket: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
-    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(over)
-}
-
-/// Bytes that the peer has taken, in the kernel's count, which differs from ours: only a later and
-/// higher one says something. `None`: it has taken all, or nobody can tell.
-fn taken_by_peer(link: &Link) -> Option<i64> {
-    let held = fdops::unsent_bytes(link.socket.as_ref()?.as_fd()).ok()?;
-    (held > 0 || link.has_output()).then(|| (link.sent as i64).wrapping_sub(held as i64))
-}
 
 /// Why nobody can have that session. One that was cut while it was rebuilt is to be had anew, with
 /// what it was, by the same HELLO.
@@ -96,28 +80,6 @@ impl<R: Ring> Shard<R> {
         (most > NEWCOMERS_MAX || all > NEWCOMERS_PER_SHARD_MAX).then_some(key)
     }
 
-    /// Asks a connection's peer whether it lives. One PING is on its way at a time: what answers it
-    /// says nothing of who has come since, for whom another one follows.
-    fn ask(&mut self, key: usize) {
-        let conn = &mut self.conns[key];
-        let (link, waiting) = (&mut conn.link, &mut conn.waiting);
-        if link.socket.is_none() {
-            return;
-        }
-        let asked = link.asked.take().unwrap_or_else(|| {
-            tracing::debug!(session = conn.session.id, conn = conn.index, "is the old one alive?");
-            if link.closing.is_none() {
-                link.push(Kind::Ping, 0, &[], &mut self.buffers);
-            }
-            waiting.asked_for = waiting.newcomers.len();
-            Asked::at(Instant::now())
-        });
-        let until = link.asked.insert(asked).until;
-        if !waiting.newcomers.is_empty() {
-            self.plan_sweep_at(until.min(Instant::now() + PROBE_LOOK));
-        }
-    }
-
     /// Those who waited for what another one gets.
     fn overtake(&self, newcomers: impl IntoIterator<Item = Box<Newcomer>>) {
         for newcomer in newcomers {
@@ -146,27 +108,7 @@ impl<R: Ring> Shard<R> {
         }
     }
 
-    /// A PONG: the old socket's peer lives. Those who had come when it was asked are clones, as a
-    /// guest lets go of a connection before it asks for the next.
-    pub(super) fn ponged(&mut self, key: usize) {
-        let conn = &mut self.conns[key];
-        if conn.link.asked.take().is_none() {
-            return;
-        }
-        let clones = conn.waiting.asked_for();
-        let is_over = conn.waiting.newcomers.is_empty();
-        for clone in clones {
-            tracing::warn!(session = clone.session.id, conn = clone.conn, "a clone was refused");
-            add(&self.shared.stats.clones_refused, 1);
-            let text = "this session is in use by another guest; mount again";
-            self.turn_away(*clone, refuse(Reason::UnknownSession, text));
-        }
-        if !is_over {
-            self.ask(key);
-        }
-    }
-
-    fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
+    pub(super) fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
         refusal.tell(&newcomer.socket, &newcomer.peer);
         let_go(newcomer.session);
     }
@@ -382,69 +324,6 @@ impl<R: Ring> Shard<R> {
             self.flush(key);
         } else {
             self.close(key, reason);
-        }
-    }
-
-    pub(super) fn plan_sweep(&mut self) {
-        self.plan_sweep_at(Instant::now() + Duration::from_millis(SWEEP_INTERVAL_MS));
-    }
-
-    fn plan_sweep_at(&mut self, at: Instant) {
-        self.sweep_at = Some(self.sweep_at.map_or(at, |planned| planned.min(at)));
-    }
-
-    /// Cuts off peers that take too long over a batch while somebody waits for their buffers, or
-    /// while they are being closed, and those whose time is up. Nobody else is in a hurry: a paused
-    /// guest may take its time.
-    pub(super) fn sweep(&mut self) {
-        let Some(at) = self.sweep_at else { return };
-        let now = Instant::now();
-        if now < at {
-            return;
-        }
-        self.sweep_at = None;
-        let limit = Duration::from_millis(STALL_LIMIT_MS);
-        let pressed = !self.starved.is_empty();
-        let (mut stalled, mut kept_waiting) = (Vec::new(), Vec::new());
-        let mut next = pressed.then(|| now + Duration::from_millis(SWEEP_INTERVAL_MS));
-        let mut again = |at: Instant| next = Some(next.map_or(at, |next| next.min(at)));
-        for (key, conn) in self.conns.iter_mut().filter(|(_, conn)| conn.is_attached()) {
-            let closing = conn.link.closing.is_some();
-            if closing {
-                again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
-            }
-            let late = conn.leave_by.is_some_and(|until| until <= now);
-            if late || (pressed || closing) && conn.is_stalled(now, limit) {
-                stalled.push((key, "cutting off a connection that takes no data or stays"));
-                continue;
-            }
-            conn.leave_by.into_iter().for_each(&mut again);
-            if conn.is_kept_waiting() && !closing {
-                again(now + Duration::from_millis(SWEEP_INTERVAL_MS));
-                kept_waiting.push(key);
-            }
-            if conn.waiting.newcomers.is_empty() {
-                continue;
-            }
-            // What it has sent and we have not read hides its end.
-            let is_gone = conn.link.socket.as_ref().is_none_or(|socket| has_hung_up(socket));
-            let taken = taken_by_peer(&conn.link);
-            match conn.lives_until(now, taken).filter(|_| !is_gone) {
-                Some(until) => again(until),
-                None => stalled.push((key, "an old connection does not answer: it is dead")),
-            }
-        }
-        next.into_iter().for_each(|next| self.plan_sweep_at(next));
-        // It cannot ask behind what we do not read, and would take us for dead.
-        for key in kept_waiting {
-            if !self.conns[key].link.has_output() {
-                self.conns[key].link.push(Kind::Pong, 0, &[], &mut self.buffers);
-                self.flush(key);
-            }
-        }
-        for (key, why) in stalled {
-            tracing::warn!(session = self.conns[key].session.id, "{why}");
-            self.hang_up(key, Reason::Timeout);
         }
     }
 }

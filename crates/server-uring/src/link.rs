@@ -9,6 +9,7 @@
 
 use crate::buffers::{Buf, BufferPool};
 use crate::limits::*;
+use crate::shard::Asked;
 use crate::splice::SendBuffer;
 use ringfs_wire::batch::{BatchBuilder, Cursor, Kind, RecordHeader, peek_len};
 use ringfs_wire::hello::{Reason, Ticket};
@@ -61,27 +62,6 @@ pub struct Numbers {
     pub rx: LinkRx,
 }
 
-/// A PING whose PONG is yet to come.
-pub struct Asked {
-    /// Until when its peer has time for that.
-    pub until: Instant,
-    /// As long as it sends something else, or takes what is on its way to it: until when at the
-    /// latest.
-    pub last: Instant,
-    /// It has sent something since it was looked at.
-    pub heard: bool,
-    /// See [`Link::sent`]; less what the socket held when it was looked at.
-    pub taken: Option<i64>,
-}
-
-impl Asked {
-    /// One that is sent now.
-    pub fn at(now: Instant) -> Asked {
-        let (until, last) = (now + PROBE, now + PROBE_BUSY);
-        Asked { until, last, heard: false, taken: None }
-    }
-}
-
 /// One socket of a connection, or none.
 pub struct Link {
     /// The stream; none between a cut and the resume.
@@ -99,7 +79,7 @@ pub struct Link {
     /// The ticket that its WELCOME gave, until something shows that this has arrived.
     pub unproven: Option<Ticket>,
     /// Its peer was asked whether it lives.
-    pub asked: Option<Asked>,
+    pub(crate) asked: Option<Asked>,
     /// Since when large replies wait until the peer has taken most of what was sent.
     pub room_since: Option<Instant>,
     /// Since when a large buffer waits for the rest of its batch.

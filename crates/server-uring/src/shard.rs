@@ -45,10 +45,14 @@ mod file_io;
 mod join;
 #[path = "once.rs"]
 mod once;
+#[path = "probe.rs"]
+mod probe;
 #[path = "serve.rs"]
 mod serve;
 #[path = "stream.rs"]
 mod stream;
+
+pub(crate) use probe::Asked;
 
 /// How long a shard that ends waits for what is in flight.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
