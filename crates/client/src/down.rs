@@ -125,9 +125,15 @@ fn take_reply(
     } else {
         lane.answer_error(unique, errno_of(record.code));
     }
-    lane.settled(at);
+    settled(session, lane, at);
     session.doubt_names(lane, doubted);
     Ok(())
+}
+
+/// The kernel has what it is owed.
+fn settled(session: &Session, lane: &Lane, at: SlotUse) {
+    lane.settled(at);
+    session.known.settled(lane.index);
 }
 
 /// What the kernel is owed for a reply.
@@ -153,7 +159,7 @@ fn take_lifted(
             if !lift.deliver(lane, unique) {
                 lane.counters.replies_spliced.fetch_sub(1, Ordering::Relaxed);
             }
-            lane.settled(SlotUse { slot: record.slot, seq: record.slot_seq });
+            settled(session, lane, SlotUse { slot: record.slot, seq: record.slot_seq });
             Ok(())
         }
         end => {
@@ -203,7 +209,7 @@ fn complete(
     }
     kept.release(at.slot);
     let InFlight::Request { unique, opcode, .. } = request else {
-        lane.settled(at);
+        settled(session, lane, at);
         session.doubt_names(lane, doubted);
         return Ok(None);
     };

@@ -18,10 +18,10 @@ use ringfs_wire::abi::{EntryOut, FUSE_ROOT_ID, ForgetOne, Opcode, OpenOut};
 use ringfs_wire::limits::{RECIPE_BYTES_MAX, RESTORE_BODY_BYTES_MAX};
 use ringfs_wire::restore::{End, NUMBER_MAX, Nodes, Restore, RestoreError, push_restore};
 use ringfs_wire::slot::SlotUse;
-use shard::{Handle, Keyed, Node, Shard, recent_of};
+use shard::{Handle, Keyed, Node, Shard, Undecided};
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use zerocopy::FromBytes;
 
 mod asked;
@@ -53,6 +53,7 @@ pub struct Known {
     turn: AtomicU64,
     /// Open files that are doubted.
     doubts: AtomicUsize,
+    undecided: Arc<Undecided>,
 }
 
 /// How much was told to a daemon.
@@ -74,40 +75,44 @@ impl Known {
     /// Nothing yet; with `is_on` false nothing ever.
     pub fn new(is_on: bool) -> Known {
         let key = Keyed::new();
-        let shards = if is_on { SHARDS } else { 0 };
-        let shard = |_| Apart(Mutex::new(Shard::new(key, None)));
-        Known {
-            shards: (0..shards).map(shard).collect(),
-            key,
-            turn: AtomicU64::new(0),
-            doubts: AtomicUsize::new(0),
-        }
+        let shards = (0..if is_on { SHARDS } else { 0 }).map(|_| Shard::new(key));
+        Known::of(shards.collect(), key, Arc::default())
+    }
+
+    fn of(shards: Vec<Shard>, key: Keyed, undecided: Arc<Undecided>) -> Known {
+        let doubted = |shard: &Shard| shard.handles.values().filter(|its| its.doubted).count();
+        let doubts = AtomicUsize::new(shards.iter().map(doubted).sum());
+        let shards = shards.into_iter().map(|shard| Apart(Mutex::new(shard))).collect();
+        Known { shards, key, turn: AtomicU64::new(0), doubts, undecided }
     }
 
     /// Nothing yet, and changes go into these logs; and the key that finds them again.
     pub fn kept(logs: Vec<Log>) -> (Known, [u64; 2]) {
-        let key = Keyed::new();
-        let shards = logs.into_iter().map(|log| Apart(Mutex::new(Shard::new(key, Some(log)))));
-        let known = Known {
-            shards: shards.collect(),
-            key,
-            turn: AtomicU64::new(0),
-            doubts: AtomicUsize::new(0),
-        };
-        (known, [key.start, key.factor])
+        let (key, undecided) = (Keyed::new(), Arc::default());
+        let shards = logs.into_iter().map(|log| Shard::new(key).keeping(log, &undecided));
+        (Known::of(shards.collect(), key, Arc::clone(&undecided)), [key.start, key.factor])
     }
 
-    /// What the logs of another client tell; `None`: they are damaged.
-    pub fn replayed(logs: Vec<Log>, key: [u64; 2]) -> Option<Known> {
+    /// What the logs of another client tell; `None`: they are damaged. The kernel may not have the
+    /// replies to requests of these tags, one a lane at most.
+    pub fn replayed(
+        logs: Vec<Log>,
+        key: [u64; 2],
+        may_be_owed: impl Fn(u64) -> bool,
+    ) -> Option<Known> {
         let key = Keyed { start: key[0], factor: key[1] };
+        let undecided = Arc::default();
         let shards = logs.into_iter().map(|log| {
-            let mut shard = Shard::new(key, Some(log));
-            shard.replay().then_some(Apart(Mutex::new(shard)))
+            let mut shard = Shard::new(key).keeping(log, &undecided);
+            shard.replay(&may_be_owed).then_some(shard)
         });
         let shards = shards.collect::<Option<Vec<_>>>()?;
-        let doubted = |shard: &Apart| lock(&shard.0).handles.values().filter(|h| h.doubted).count();
-        let doubts = AtomicUsize::new(shards.iter().map(doubted).sum());
-        Some(Known { shards, key, turn: AtomicU64::new(0), doubts })
+        Some(Known::of(shards, key, Arc::clone(&undecided)))
+    }
+
+    /// The last reply of that lane has reached the kernel, or what it gave is undone.
+    pub fn settled(&self, lane: u8) {
+        self.undecided.clear(lane);
     }
 
     /// A turn begins: to be called when all is over that was in flight when the one before began.
@@ -138,15 +143,14 @@ impl Known {
     pub fn end_forget(&self, tag: u64, forgets: &[ForgetOne]) -> bool {
         let has_come = |shard: &Apart| {
             let mut shard = lock(&shard.0);
-            let journal = shard.journal.as_mut();
-            journal.is_some_and(|its| !recent_of(&mut its.recent, tag).forgotten.is_empty())
+            shard.changed_by(tag).is_some_and(|changed| !changed.forgotten.is_empty())
         };
         let has_come = self.shards.iter().any(has_come);
         if has_come {
             for (index, &ForgetOne { nodeid, nlookup }) in forgets.iter().enumerate() {
                 let mut shard = self.shard(nodeid);
                 let index = index as u32;
-                if !shard.recent(tag).is_some_and(|recent| recent.forgotten.contains(&index)) {
+                if !shard.changed_by(tag).is_some_and(|its| its.forgotten.contains(&index)) {
                     shard.forget(nodeid, nlookup, index, tag);
                 }
             }
@@ -178,6 +182,7 @@ impl Known {
         if !is_in(ANY, opcode) || self.shards.is_empty() {
             return;
         }
+        self.undecided.set(tag);
         if is_in(RELEASE, opcode) {
             // Whatever came of it: the kernel has forgotten the handle.
             if let Some(fh) = asked().map(|asked| asked.fh()) {
@@ -255,6 +260,7 @@ impl Known {
         if self.shards.is_empty() {
             return;
         }
+        self.undecided.set(tag);
         for (index, one) in body.chunks_exact(size_of::<ForgetOne>()).enumerate() {
             if let Ok(ForgetOne { nodeid, nlookup }) = ForgetOne::read_from_bytes(one) {
                 self.shard(nodeid).forget(nodeid, nlookup, index as u32, tag);

@@ -19,7 +19,7 @@ use ringfs_wire::batch::{Kind, RecordHeader};
 use ringfs_wire::limits::{PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES};
 use ringfs_wire::slot::SlotUse;
 use rustix::io::Errno;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -84,13 +84,15 @@ pub fn take(file: OwnedFd, devices: &[Arc<Device>]) -> Result<Taken, TakeoverErr
     if devices.len() != lanes {
         return Err(TakeoverError::Fds { lanes, fds: devices.len() });
     }
-    let known = Known::replayed(logs, terms.key).ok_or(TakeoverError::Damaged)?;
     let slots = terms.slots as u16;
     let places: Vec<LaneKeep> = places.into_iter().take(lanes).collect();
-    let mut busy = HashMap::new();
+    let (mut busy, mut in_use) = (HashMap::new(), HashSet::new());
     for (lane, place) in places.iter().enumerate() {
         for slot in 0..slots {
-            let (state, _, _, unique) = place.cell(slot).load();
+            let (state, seq, _, unique) = place.cell(slot).load();
+            if state != State::Free {
+                in_use.insert(tag_of(lane as u8, SlotUse { slot, seq }));
+            }
             match state {
                 State::Request | State::Unsure | State::Delivering | State::Abandoned => {
                     busy.insert(unique & !UNIQUE_RESEND, (lane, slot));
@@ -99,6 +101,8 @@ pub fn take(file: OwnedFd, devices: &[Arc<Device>]) -> Result<Taken, TakeoverErr
             }
         }
     }
+    let known = Known::replayed(logs, terms.key, |tag| in_use.contains(&tag));
+    let known = known.ok_or(TakeoverError::Damaged)?;
     let groups = terms.offered & init::CREATE_SUPP_GROUP == 0;
     let (mut again, frames) = read_again(&devices[0], &busy, &places, groups)?;
     let mut made = Vec::new();
@@ -114,6 +118,7 @@ pub fn take(file: OwnedFd, devices: &[Arc<Device>]) -> Result<Taken, TakeoverErr
             let again = again.remove(&(index, slot));
             table.push(settle(&place, index as u8, slot, again, &known, &mut inherited));
         }
+        known.settled(index as u8);
         let device = &devices[index];
         device.set_nonblocking(true)?;
         let lane = Lane::new(index as u8, Arc::clone(device), slots);

@@ -13,6 +13,8 @@ use rustix::fs::OFlags;
 use std::collections::hash_map::{Entry, RandomState};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Nodes of one shard: 4 million in all. What comes beyond is lost with the daemon, and only then.
 pub(super) const NODES_PER_SHARD_MAX: usize = 1 << 16;
@@ -57,21 +59,55 @@ pub(super) struct Recent {
     pub(super) forgotten: Vec<u32>,
 }
 
+impl Recent {
+    /// Becomes that of another reply, if it is one.
+    fn renew(&mut self, tag: u64) {
+        if self.tag != tag {
+            self.tag = tag;
+            self.given.clear();
+            self.opened.clear();
+            self.forgotten.clear();
+        }
+    }
+}
+
+/// The reply of each lane that the kernel may not have yet; 0: none. A lane takes one after the
+/// other, so whatever came before it is there.
+#[derive(Debug, Default)]
+pub(super) struct Undecided([OnLine; LANES_MAX]);
+
+/// Each lane writes its own: they share no cache line.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct OnLine(AtomicU64);
+
+impl Undecided {
+    pub(super) fn set(&self, tag: u64) {
+        if tag != 0 {
+            self.0[lane_of(tag)].0.store(tag, Ordering::Release);
+        }
+    }
+
+    pub(super) fn clear(&self, lane: u8) {
+        self.0[usize::from(lane) % LANES_MAX].0.store(0, Ordering::Release);
+    }
+}
+
 /// What a shard needs for the client that takes over.
 #[derive(Debug)]
 pub(super) struct Journal {
     log: Log,
     pub(super) recent: [Recent; LANES_MAX],
+    undecided: Arc<Undecided>,
 }
 
-pub(super) fn recent_of(recent: &mut [Recent; LANES_MAX], tag: u64) -> &mut Recent {
-    let recent = &mut recent[(tag >> 48) as usize % LANES_MAX];
-    if recent.tag != tag {
-        recent.tag = tag;
-        recent.given.clear();
-        recent.opened.clear();
-        recent.forgotten.clear();
-    }
+fn lane_of(tag: u64) -> usize {
+    (tag >> 48) as usize % LANES_MAX
+}
+
+fn recent_of(recent: &mut [Recent; LANES_MAX], tag: u64) -> &mut Recent {
+    let recent = &mut recent[lane_of(tag)];
+    recent.renew(tag);
     recent
 }
 
@@ -94,10 +130,9 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    pub(super) fn new(key: Keyed, log: Option<Log>) -> Shard {
-        let journal = log.map(|log| Box::new(Journal { log, recent: Default::default() }));
+    pub(super) fn new(key: Keyed) -> Shard {
         Shard {
-            journal,
+            journal: None,
             nodes: HashMap::with_hasher(key),
             handles: HashMap::with_hasher(key),
             early: VecDeque::new(),
@@ -107,6 +142,13 @@ impl Shard {
             node_id_max: 0,
             fh_max: 0,
         }
+    }
+
+    /// Has all changes put down from now on.
+    pub(super) fn keeping(mut self, log: Log, undecided: &Arc<Undecided>) -> Shard {
+        let (recent, undecided) = (Default::default(), Arc::clone(undecided));
+        self.journal = Some(Box::new(Journal { log, recent, undecided }));
+        self
     }
 
     /// Puts a change down, before it is made. What cannot be put down is not kept from then on,
@@ -127,7 +169,11 @@ impl Shard {
 
     /// The log anew: what is, and what of it may not have reached the kernel.
     fn rewrite(&self, journal: &mut Journal) -> bool {
-        let Journal { log, recent, .. } = journal;
+        let Journal { log, recent, undecided } = journal;
+        for (recent, newest) in recent.iter_mut().zip(&undecided.0) {
+            // What the kernel has had it may have given back by another lane.
+            recent.renew(newest.0.load(Ordering::Acquire));
+        }
         let undecided = |id: u64| -> u64 {
             let given = |recent: &Recent| recent.given.iter().filter(|&&its| its == id).count();
             recent.iter().map(|recent| given(recent) as u64).sum()
@@ -161,15 +207,21 @@ impl Shard {
         log.rewrite(all)
     }
 
-    /// Does again all that the log says; false: it is damaged.
-    pub(super) fn replay(&mut self) -> bool {
-        let Some(journal) = self.journal.take() else { return true };
-        let Journal { log, mut recent } = *journal;
-        for change in log.entries() {
+    /// Does again all that the log says; false: it is damaged. Some of it is of a reply that may
+    /// not have reached the kernel.
+    pub(super) fn replay(&mut self, may_be_owed: impl Fn(u64) -> bool) -> bool {
+        let Some(mut journal) = self.journal.take() else { return true };
+        for change in journal.log.entries() {
             let Some(change) = change else { return false };
-            self.redo(&change, &mut recent);
+            self.redo(&change, &mut journal.recent);
         }
-        self.journal = Some(Box::new(Journal { log, recent }));
+        for recent in &mut journal.recent {
+            match may_be_owed(recent.tag) {
+                true => journal.undecided.set(recent.tag),
+                false => recent.renew(0),
+            }
+        }
+        self.journal = Some(journal);
         true
     }
 
@@ -202,8 +254,11 @@ impl Shard {
                 self.count_down(id, lookups);
             }
             Change::Undone { tag } => {
-                let undone = std::mem::take(recent_of(recent, tag));
-                self.take_back(&undone);
+                let recent = &mut recent[lane_of(tag)];
+                if recent.tag == tag {
+                    let undone = std::mem::take(recent);
+                    self.take_back(&undone);
+                }
             }
             Change::Highest { node_id, fh } => {
                 self.node_id_max = self.node_id_max.max(node_id);
@@ -212,17 +267,24 @@ impl Shard {
         }
     }
 
-    pub(super) fn recent(&mut self, tag: u64) -> Option<&mut Recent> {
+    /// Where what a reply changes is put down.
+    fn recent(&mut self, tag: u64) -> Option<&mut Recent> {
         self.journal.as_mut().map(|journal| recent_of(&mut journal.recent, tag))
     }
 
+    /// What that reply has changed, if it was the lane's last one.
+    pub(super) fn changed_by(&mut self, tag: u64) -> Option<&mut Recent> {
+        let recent = &mut self.journal.as_mut()?.recent[lane_of(tag)];
+        (recent.tag == tag).then_some(recent)
+    }
+
     pub(super) fn undo(&mut self, tag: u64) {
-        let Some(recent) = self.recent(tag) else { return };
+        let Some(recent) = self.changed_by(tag) else { return };
         if recent.given.is_empty() && recent.opened.is_empty() {
             return;
         }
         self.log(&Change::Undone { tag });
-        if let Some(undone) = self.recent(tag).map(std::mem::take) {
+        if let Some(undone) = self.changed_by(tag).map(std::mem::take) {
             self.take_back(&undone);
         }
     }

@@ -430,7 +430,7 @@ fn what_was_given_back_goes_also_where_nothing_comes() {
 #[test]
 fn what_was_given_back_makes_room() {
     let (key, recipe) = (Keyed::new(), [7; 8]);
-    let mut shard = Shard::new(key, None);
+    let mut shard = Shard::new(key);
     let most = NODES_PER_SHARD_MAX as u64;
     for id in 2..2 + most {
         shard.hear(id, &recipe);
@@ -597,10 +597,16 @@ fn a_million_nodes() {
 
 /// What the next client finds.
 fn taken_over(keep: &Keep) -> (Keep, Known) {
+    taken_over_owing(keep, 0)
+}
+
+/// The same, where the kernel may not have a reply.
+fn taken_over_owing(keep: &Keep, owed: u64) -> (Keep, Known) {
     let file = keep.file().try_clone_to_owned().expect("dup");
     let (keep, places) = Keep::open(file).expect("ready");
     let key = keep.terms().key;
-    (keep, Known::replayed(places.logs, key).expect("sound"))
+    let known = Known::replayed(places.logs, key, |tag| tag == owed);
+    (keep, known.expect("sound"))
 }
 
 fn kept() -> (Keep, Known) {
@@ -635,11 +641,10 @@ fn another_client_knows_the_same_whatever_was_done() {
                     let opcode = Opcode::Open as u32;
                     known.answered(tag, opcode, || Some(asked), 0, &opened(1 + next(300)));
                 }
-                _ => {
-                    release(&known, Opcode::Release, 1 + next(300), 0);
-                    known.undo(tag);
-                }
+                _ => release(&known, Opcode::Release, 1 + next(300), 0),
             }
+            // The kernel has it, and may give it back by another lane.
+            (0..3).for_each(|lane| known.settled(lane));
         }
         let before = told(&known);
         assert!(before.0.len() > 50 && before.1.len() > 50, "{round}");
@@ -670,17 +675,17 @@ fn a_reply_that_did_not_get_through_is_taken_back_and_counts_when_it_comes_again
             }
         }
         drop(known);
-        let (keep, known) = taken_over(&keep);
+        let (keep, known) = taken_over_owing(&keep, tag);
         assert_eq!((counts(&known), known.totals().1), (vec![(7, 2)], 1));
         known.undo(tag);
         drop(known);
         // Killed again, before it came.
-        let (keep, known) = taken_over(&keep);
+        let (keep, known) = taken_over_owing(&keep, tag);
         known.undo(tag);
         assert_eq!((counts(&known), known.totals().1), (vec![(7, 1)], 0), "{rewrites}");
         create(&known);
         drop(known);
-        let (_keep, known) = taken_over(&keep);
+        let (_keep, known) = taken_over_owing(&keep, tag);
         let (nodes, handles, _) = told(&known);
         assert_eq!(nodes[&7], (2, b"seven".to_vec()));
         assert_eq!(handles.keys().collect::<Vec<_>>(), [&3]);
@@ -700,7 +705,62 @@ fn a_forget_whose_reply_was_half_done_is_ended_and_not_sent_again() {
     // As far as a killed client came.
     known.forgotten(tag, forgets[..20].as_bytes());
     drop(known);
-    let (_keep, known) = taken_over(&keep);
+    let (_keep, known) = taken_over_owing(&keep, tag);
     assert!(known.end_forget(tag, &forgets) && known.end_forget(tag, &forgets));
     assert_eq!(counts(&known), (2..40).map(|id| (id, 1)).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_one_lane_gave_and_another_took_back_does_not_come_again() {
+    let tag = |lane, seq| tag_of(lane, SlotUse { slot: 0, seq });
+    let (keep, known) = kept();
+    let looked_up = |known: &Known, tag, id| {
+        known.answered(tag, Opcode::Lookup as u32, || None, 0, &entry(id));
+        known.settled((tag >> 48) as u8);
+    };
+    let forgotten = |known: &Known, tag, nodeid| {
+        known.forgotten(tag, ForgetOne { nodeid, nlookup: 1 }.as_bytes());
+        known.settled((tag >> 48) as u8);
+    };
+    for id in [5, 6] {
+        looked_up(&known, tag(0, 1), id);
+        forgotten(&known, tag(1, 1), id);
+    }
+    looked_up(&known, tag(2, 1), 6);
+    // Each log is written anew.
+    for n in 0..100_000 {
+        looked_up(&known, tag(3, 2 * n), 100 + u64::from(n % 1000));
+        forgotten(&known, tag(3, 2 * n + 1), 100 + u64::from(n % 1000));
+    }
+    drop(known);
+    let (_keep, known) = taken_over(&keep);
+    assert_eq!(counts(&known), [(6, 1)]);
+}
+
+/// A lane has many requests in flight, and the reply to one of them was on its way.
+#[test]
+fn what_a_reply_has_changed_is_known_whichever_request_is_looked_at_first() {
+    let tag = |slot| tag_of(0, SlotUse { slot, seq: 3 });
+    for is_first in [false, true] {
+        let order = if is_first { [1, 0, 2] } else { [0, 2, 1] };
+        let (keep, known) = kept();
+        known.answered(tag(1), Opcode::Lookup as u32, || None, 0, &entry(5));
+        drop(known);
+        let (_keep, known) = taken_over_owing(&keep, tag(1));
+        order.into_iter().for_each(|slot| known.undo(tag(slot)));
+        assert_eq!(counts(&known), [], "{order:?}");
+
+        let (keep, known) = kept();
+        let forgets = [5, 6].map(|nodeid| ForgetOne { nodeid, nlookup: 1 });
+        for id in [5, 5, 6, 6] {
+            known.answered(tag(4), Opcode::Lookup as u32, || None, 0, &entry(id));
+        }
+        known.forgotten(tag(1), forgets[..1].as_bytes());
+        drop(known);
+        let (_keep, known) = taken_over_owing(&keep, tag(1));
+        for slot in order {
+            assert_eq!(known.end_forget(tag(slot), &forgets), slot == 1, "{order:?}");
+        }
+        assert_eq!(counts(&known), [(5, 1), (6, 1)], "{order:?}");
+    }
 }
