@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Nodes of one shard: 4 million in all. What comes beyond is lost with the daemon, and only then.
 pub(super) const NODES_PER_SHARD_MAX: usize = 1 << 16;
 /// Open files of one shard: a million in all.
-const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
+pub(super) const HANDLES_PER_SHARD_MAX: usize = 1 << 14;
 /// Recipes of one shard whose reply is yet to come.
 pub(super) const EARLY_PER_SHARD_MAX: usize = 256;
 /// Nodes of one shard that were given back: a million in all.
@@ -314,7 +314,7 @@ impl Shard {
 
     fn put_handle(&mut self, fh: u64, handle: Handle) {
         self.fh_max = self.fh_max.max(fh);
-        if self.handles.len() < HANDLES_PER_SHARD_MAX {
+        if self.handles.len() < HANDLES_PER_SHARD_MAX || self.handles.contains_key(&fh) {
             self.handles.insert(fh, handle);
         }
     }

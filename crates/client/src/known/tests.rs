@@ -2,7 +2,8 @@
 
 use super::asked::NAME_BYTES_MAX;
 use super::shard::{
-    EARLY_PER_SHARD_MAX, EARLY_TURNS, LATE_PER_SHARD_MAX, NODES_PER_SHARD_MAX, SMALL_TABLE,
+    EARLY_PER_SHARD_MAX, EARLY_TURNS, HANDLES_PER_SHARD_MAX, LATE_PER_SHARD_MAX,
+    NODES_PER_SHARD_MAX, SMALL_TABLE,
 };
 use super::*;
 use crate::keep::Keep;
@@ -735,6 +736,21 @@ fn what_one_lane_gave_and_another_took_back_does_not_come_again() {
     drop(known);
     let (_keep, known) = taken_over(&keep);
     assert_eq!(counts(&known), [(6, 1)]);
+}
+
+#[test]
+fn what_is_known_of_a_handle_changes_also_where_there_is_no_room_for_another() {
+    let mut shard = Shard::new(Keyed::new());
+    let flags = OFlags::APPEND.bits();
+    let handle = Handle { node: 5, flags, directory: false, doubted: false };
+    let most = HANDLES_PER_SHARD_MAX as u64;
+    (1..=most).for_each(|fh| shard.open(fh, handle, 1));
+    for doubted in [true, false] {
+        assert!(shard.doubt(1, doubted));
+        assert_eq!(shard.handles[&1].doubted, doubted);
+    }
+    shard.open(most + 1, handle, 1);
+    assert!(!shard.handles.contains_key(&(most + 1)));
 }
 
 /// A lane has many requests in flight, and the reply to one of them was on its way.
