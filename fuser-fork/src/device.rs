@@ -331,7 +331,7 @@ impl Session {
 }
 
 /// Never blocks: only a connection that has ended is read, and that stays ended.
-fn connection_of(fd: BorrowedFd<'_>) -> Connection {
+pub(crate) fn connection_of(fd: BorrowedFd<'_>) -> Connection {
     let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     match poll(&mut polled, Some(&now)) {

@@ -6,15 +6,16 @@
 //! mounted. It must not serve the session: that is the holder of the [`Device`].
 
 use std::ffi::{CString, OsStr, OsString};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::device::{Connection, Device, DeviceError, Session};
+use crate::device::{Connection, Device, DeviceError, Session, connection_of};
 use crate::fusermount;
 use crate::mountinfo::{FS_TYPE, MountInfo, all_mounts, is_mounted_as, top_at};
 pub use crate::options::{Method, MountOptions, RootKind};
@@ -182,7 +183,7 @@ pub enum Unmounted {
 pub enum AbortOutcome {
     /// All its requests fail now, waiting ones included; the mount stays, dead, to be unmounted.
     Aborted,
-    /// No connection of this number.
+    /// It had ended, or was aborted before.
     NoConnection,
     /// The control files are not mounted (`mount -t fusectl none /sys/fs/fuse/connections`).
     /// Closing every fd of the session does the same.
@@ -407,14 +408,6 @@ impl Mount {
         done
     }
 
-    /// Aborts the connection: see [`abort`].
-    pub fn abort(&self) -> Result<AbortOutcome, MountError> {
-        match (self.dev_minor(), self.session.connection()) {
-            (Some(dev_minor), Connection::Alive) => abort(dev_minor),
-            _ => Ok(AbortOutcome::NoConnection),
-        }
-    }
-
     /// Leaves the mount to somebody else: dropping does nothing any more.
     pub fn leave(mut self) {
         self.armed = false;
@@ -545,20 +538,25 @@ fn take_down(path: &Path, lazy: bool, program: Option<&Path>) -> Result<(), Moun
     }
 }
 
-/// Aborts a FUSE connection by its number ([`MountInfo::dev_minor`]): frees every task that hangs
-/// in it. The mount stays in the table and answers ENOTCONN until it is unmounted.
-pub fn abort(dev_minor: u32) -> Result<AbortOutcome, MountError> {
-    abort_at(Path::new(CONTROL_PATH), dev_minor)
+/// Aborts the connection of `session`, an fd of it, which has that number
+/// ([`MountInfo::dev_minor`]): frees every task that hangs in it. The mount stays in the table and
+/// answers ENOTCONN until it is unmounted. The number alone would not do: the kernel gives it to
+/// the next mount as soon as this one is gone.
+pub fn abort(session: BorrowedFd<'_>, dev_minor: u32) -> Result<AbortOutcome, MountError> {
+    abort_at(Path::new(CONTROL_PATH), session, dev_minor)
 }
 
-/// [`abort`], and by a forced unmount where that cannot be: for who holds an fd of the session and
-/// must not keep it alive.
-pub fn abort_or_unmount(dev_minor: u32) -> Result<AbortOutcome, MountError> {
-    let done = abort(dev_minor);
+/// [`abort`], and by a forced unmount where that cannot be: for who must not keep it alive by its
+/// fd.
+pub fn abort_or_unmount(
+    session: BorrowedFd<'_>,
+    dev_minor: u32,
+) -> Result<AbortOutcome, MountError> {
+    let done = abort(session, dev_minor);
     if matches!(done, Ok(AbortOutcome::Aborted | AbortOutcome::NoConnection)) {
         return done;
     }
-    match unmount_by_force(dev_minor)? {
+    match unmount_by_force(session, dev_minor)? {
         true => Ok(AbortOutcome::Aborted),
         false => done,
     }
@@ -566,8 +564,12 @@ pub fn abort_or_unmount(dev_minor: u32) -> Result<AbortOutcome, MountError> {
 
 /// Aborts a connection by unmounting it somewhere, never what covers it there; whether it was in
 /// the mount table.
-pub fn unmount_by_force(dev_minor: u32) -> Result<bool, MountError> {
+pub fn unmount_by_force(session: BorrowedFd<'_>, dev_minor: u32) -> Result<bool, MountError> {
     let mounts = all_mounts().map_err(|source| MountError::MountInfo { source })?;
+    // While it is alive the number is its own: so it was when the table was read.
+    if connection_of(session) != Connection::Alive {
+        return Ok(false);
+    }
     let is_top = |mount: &MountInfo| {
         top_at(&mounts, &mount.mount_point).is_some_and(|top| top.mount_id == mount.mount_id)
     };
@@ -584,10 +586,24 @@ pub fn unmount_by_force(dev_minor: u32) -> Result<bool, MountError> {
 }
 
 /// [`abort`] by control files that are mounted elsewhere.
-pub fn abort_at(control: &Path, dev_minor: u32) -> Result<AbortOutcome, MountError> {
+pub fn abort_at(
+    control: &Path,
+    session: BorrowedFd<'_>,
+    dev_minor: u32,
+) -> Result<AbortOutcome, MountError> {
     let path = control.join(dev_minor.to_string()).join("abort");
-    match std::fs::write(&path, "1") {
-        Ok(()) => Ok(AbortOutcome::Aborted),
+    // An open control file is of its connection for ever, also when another one has the number. If
+    // the session is alive only then, the file is its own.
+    let aborted = File::options().write(true).open(&path).and_then(|mut file| {
+        let is_alive = connection_of(session) == Connection::Alive;
+        if is_alive {
+            file.write_all(b"1")?;
+        }
+        Ok(is_alive)
+    });
+    match aborted {
+        Ok(true) => Ok(AbortOutcome::Aborted),
+        Ok(false) => Ok(AbortOutcome::NoConnection),
         Err(error) => match Errno::from_io_error(&error) {
             Some(Errno::NOENT | Errno::NODEV) if is_mounted_as(control, "fusectl") => {
                 Ok(AbortOutcome::NoConnection)
@@ -641,10 +657,10 @@ mod tests {
     #[test]
     fn no_control_files_is_no_failure() {
         let dir = tempfile::tempdir().expect("tempdir");
-        assert_eq!(abort_at(dir.path(), 1).expect("abort"), AbortOutcome::NoControl);
-        assert_eq!(
-            abort_at(&dir.path().join("missing"), 1).expect("abort"),
-            AbortOutcome::NoControl
-        );
+        let session = File::open("/dev/null").expect("an fd");
+        for control in [dir.path().to_owned(), dir.path().join("missing")] {
+            let done = abort_at(&control, session.as_fd(), 1).expect("abort");
+            assert_eq!(done, AbortOutcome::NoControl);
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -120,17 +121,19 @@ fn guards_take_down_their_own_mount_only() {
         drop(old_device);
         // Covered by another file system: nothing is unmounted, and the error says why.
         let flags = rustix::mount::MountFlags::empty();
-        let lane = serve(Arc::new(new_device));
+        let session = Arc::new(new_device);
+        let lane = serve(Arc::clone(&session));
         rustix::mount::mount("none", dir.mnt(), "tmpfs", flags, None).expect("tmpfs");
         let path = unmount_path(&dir.mnt(), true);
         let number = new.dev_minor().expect("a connection number");
-        let forced = unmount_by_force(number);
+        let forced = unmount_by_force(session.as_fd(), number);
         let none = rustix::mount::UnmountFlags::empty();
         rustix::mount::unmount(dir.mnt(), none).expect("tmpfs");
         assert!(matches!(path, Err(MountError::Covered { .. })), "{path:?}");
         assert!(matches!(forced, Err(MountError::Covered { .. })), "{forced:?}");
-        assert!(new.is_mounted() && unmount_by_force(number).expect("unmount"));
-        assert!(!dir.is_mounted() && !unmount_by_force(number).expect("gone"));
+        let force = || unmount_by_force(session.as_fd(), number).expect("unmount");
+        assert!(new.is_mounted() && force());
+        assert!(!dir.is_mounted() && !force());
         lane.join().expect("lane");
     });
 }

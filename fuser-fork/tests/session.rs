@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::*;
 use fuser_fork::device::{Device, DeviceError, ReadOutcome, ReplyOutcome};
 use fuser_fork::frame::{Frame, error_reply, out_header};
-use fuser_fork::mount::{AbortOutcome, Unmounted, abort_at, unmount_path};
+use fuser_fork::mount::{AbortOutcome, Unmounted, abort_at, unmount_by_force, unmount_path};
 use fuser_fork::notify::{Notice, NotifyOutcome};
 use fuser_fork::reader::{Clones, Owed};
 use ringfs_wire::abi::{FUSE_ROOT_ID, Opcode};
@@ -387,12 +387,19 @@ fn a_hung_mount_is_aborted() {
         let number = guard.dev_minor().expect("a connection number");
         let task = read_aside(dir.mnt().join("hello"));
         assert!(readable(&device));
-        assert_eq!(abort_at(&control, number).expect("abort"), AbortOutcome::Aborted);
+        let abort =
+            |device: &Device, number| abort_at(&control, device.as_fd(), number).expect("abort");
+        assert_eq!(abort(&device, number), AbortOutcome::Aborted);
         assert!(task.join().expect("task").is_err(), "the task is free");
         assert_eq!(device.read_frame(&mut buffer()).expect("read"), ReadOutcome::Unmounted);
         assert!(guard.is_mounted(), "dead, and still in the table");
         assert_eq!(guard.unmount().expect("unmount"), Unmounted::Clean);
-        // Not by the same number: the kernel has perhaps given it to another test's mount by now.
-        assert_eq!(abort_at(&control, u32::MAX).expect("abort"), AbortOutcome::NoConnection);
+        assert_eq!(abort(&device, u32::MAX), AbortOutcome::NoConnection);
+        // The number is another mount's by now, whichever it was given to.
+        let (_other, new) = mounted(dir);
+        let number = new.dev_minor().expect("a connection number");
+        assert_eq!(abort(&device, number), AbortOutcome::NoConnection);
+        assert!(!unmount_by_force(device.as_fd(), number).expect("unmount"));
+        assert_eq!(new.unmount().expect("unmount"), Unmounted::Clean);
     });
 }

@@ -12,7 +12,7 @@
 use crate::keeper::Channel;
 use crate::lane::lock;
 use fuser_fork::device::{DEVICE_PATH, Device, DeviceError};
-use fuser_fork::mount::abort_or_unmount;
+use fuser_fork::mount::{AbortOutcome, abort_or_unmount};
 use fuser_fork::notify::{Notice, NotifyOutcome};
 use ringfs_wire::abi::{InHeader, Opcode};
 use ringfs_wire::batch::RecordHeader;
@@ -180,6 +180,7 @@ fn receive(drops: bool) -> io::Result<(Device, Option<OwnedFd>, Vec<Notice>)> {
 /// That process.
 pub fn run(dev_minor: Option<u32>, drops: bool) -> ExitCode {
     let Ok((device, watched, notices)) = receive(drops) else { return ExitCode::FAILURE };
+    let Ok(session) = device.as_fd().try_clone_to_owned() else { return ExitCode::FAILURE };
     let sender = std::thread::Builder::new().spawn(move || match send(&device, &notices) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
@@ -190,7 +191,7 @@ pub fn run(dev_minor: Option<u32>, drops: bool) -> ExitCode {
     let Ok(sender) = sender else { return ExitCode::FAILURE };
     if let Some(watched) = watched {
         wait_for_end(&watched);
-        end(dev_minor);
+        end(&session, dev_minor);
     }
     let _ = sender.join();
     ExitCode::FAILURE
@@ -203,9 +204,10 @@ fn wait_for_end(pipe: &OwnedFd) {
 }
 
 /// Of the connection.
-fn end(dev_minor: Option<u32>) {
+fn end(session: &OwnedFd, dev_minor: Option<u32>) {
     let Some(minor) = dev_minor else { return };
-    match abort_or_unmount(minor) {
+    match abort_or_unmount(session.as_fd(), minor) {
+        Ok(AbortOutcome::NoConnection) => {}
         Ok(ended) => tracing::warn!(?ended, "keeper and client are gone: the connection ends"),
         Err(error) => tracing::error!(
             %error,

@@ -18,7 +18,7 @@ use crate::service::Service;
 use crate::session::{End, Session};
 use crate::status::{Ask, Facts, Publisher, Report, own_dir};
 use crate::{apart, interrupts, pump, takeover, uring_lane};
-use fuser_fork::mount::{Mount, MountError, Unmounted, mount_at};
+use fuser_fork::mount::{Mount, MountError, Unmounted, abort, mount_at};
 use ringfs_wire::hello::Reason;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -474,7 +474,8 @@ impl Life {
 
     /// Without control files the end of this process does the same.
     fn abort(&self) {
-        let outcome = self.dev_minor.map(fuser_fork::mount::abort);
+        let Some(first) = self.session.lanes.first() else { return };
+        let outcome = self.dev_minor.map(|minor| abort(first.device.as_fd(), minor));
         tracing::debug!(?outcome, "aborted");
     }
 }
