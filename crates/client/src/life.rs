@@ -151,7 +151,7 @@ impl Life {
     }
 
     fn publish(&mut self) {
-        match Publisher::bind(&own_dir()) {
+        match Publisher::bind(&own_dir(), self.dev_minor) {
             Ok(publisher) => self.publisher = Some(publisher),
             Err(error) => {
                 let dir = own_dir();
@@ -281,10 +281,13 @@ impl Life {
     /// Sleeps until something happens; whether the mount is to end.
     fn wait(&mut self, limit: Option<Duration>) -> Result<bool, Failure> {
         let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let asker = self.publisher.as_ref().map(AsFd::as_fd);
+        let (asker, rests) = match self.publisher.as_ref().map(Publisher::events).transpose() {
+            Ok(asker) => (asker, None),
+            Err(left) => (None, Some(left)),
+        };
         let all = asker.into_iter().chain([self.session.events()]).chain(self.service.events());
         let mut fds: Vec<_> = all.map(watch).collect();
-        let limit = limit.map(|limit| Timespec {
+        let limit = limit.into_iter().chain(rests).min().map(|limit| Timespec {
             tv_sec: limit.as_secs() as i64,
             tv_nsec: limit.subsec_nanos().into(),
         });
@@ -292,7 +295,7 @@ impl Life {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(system("wait")(errno.into())),
         }
-        let is_asked = self.publisher.is_some() && !fds[0].revents().is_empty();
+        let is_asked = asker.is_some() && !fds[0].revents().is_empty();
         self.session.drain_events();
         if let Some(why) = self.service.hear() {
             self.facts.alone_why = Some(why.to_owned());

@@ -1,8 +1,10 @@
 //! What a mount tells about itself, and `ringfs status`, which asks.
 //!
-//! Each client process listens on `/run/ringfs/PID.sock` (users: below `XDG_RUNTIME_DIR`, or
-//! `/run/user/UID`), reads one line ([`Ask`]) and writes one JSON document. Invariant: a mount
-//! point is never touched, since the mount may be dead; what is mounted comes from the mount table.
+//! Each client process listens on `/run/ringfs/PID-MINOR.sock` (users: below `XDG_RUNTIME_DIR`, or
+//! `/run/user/UID`), reads one line ([`Ask`]) and writes one JSON document. The minor number of the
+//! mount's device is there as containers that share the directory have pids of their own.
+//! Invariant: a mount point is never touched, since the mount may be dead; what is mounted comes
+//! from the mount table.
 
 use crate::lane::LaneCounters;
 use crate::resume::Outlook;
@@ -37,6 +39,8 @@ const USERS_DIRS: &str = "/run/user";
 const WORD_LIMIT: Duration = Duration::from_millis(200);
 /// How often it is said by one that took longer.
 const WORD_TRIES: usize = 5;
+/// How long nobody is heard where the system has no fd to give.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Askers that wait for connections at the same time.
 const WAITERS_MAX: usize = 64;
 
@@ -254,17 +258,20 @@ pub struct Publisher {
     path: PathBuf,
     /// They asked [`Ask::WaitResumed`].
     waiters: Vec<UnixStream>,
+    /// Who has come cannot be heard before.
+    rests_until: Option<Instant>,
 }
 
 impl Publisher {
-    /// Listens in `dir`, which is made if need be.
-    pub fn bind(dir: &Path) -> io::Result<Publisher> {
+    /// Listens in `dir`, which is made if need be, for the mount with that number.
+    pub fn bind(dir: &Path, dev_minor: Option<u32>) -> io::Result<Publisher> {
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
-        let path = dir.join(format!("{}.sock", std::process::id()));
-        // Of a process that had our number and died.
+        let minor = dev_minor.map(|minor| format!("-{minor}")).unwrap_or_default();
+        let path = dir.join(format!("{}{minor}.sock", std::process::id()));
+        // Of a process that had our numbers and died: the mount that has this one is ours.
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
-        let publisher = Publisher { listener, path, waiters: Vec::new() };
+        let publisher = Publisher { listener, path, waiters: Vec::new(), rests_until: None };
         std::fs::set_permissions(&publisher.path, PermissionsExt::from_mode(0o600))?;
         publisher.listener.set_nonblocking(true)?;
         Ok(publisher)
@@ -272,12 +279,31 @@ impl Publisher {
 
     /// Hears who has come; `act` does what was asked and gives the answer. Errors are the asker's.
     pub fn hear(&mut self, act: impl FnOnce(Ask) -> Report) {
-        let Ok((stream, _)) = self.listener.accept() else { return };
+        use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Whoever has come stays there, and would be looked at over and over.
+                if !matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock) {
+                    self.rests_until = Some(Instant::now() + ACCEPT_PAUSE);
+                }
+                return;
+            }
+        };
         match hear(&stream) {
             Ask::WaitResumed if self.waiters.len() < WAITERS_MAX => self.waiters.push(stream),
             // One too many: it is answered nothing.
             Ask::WaitResumed => {}
             ask @ (Ask::Status | Ask::Reconnect) => tell(stream, &act(ask)),
+        }
+    }
+
+    /// What tells that somebody has come, or how long that is of no use.
+    pub fn events(&self) -> Result<BorrowedFd<'_>, Duration> {
+        let rests = self.rests_until.map(|until| until.saturating_duration_since(Instant::now()));
+        match rests {
+            Some(left) if !left.is_zero() => Err(left),
+            _ => Ok(self.listener.as_fd()),
         }
     }
 
@@ -315,12 +341,6 @@ fn tell(mut stream: UnixStream, report: &Report) {
         .and_then(|()| stream.write_all(&serde_json::to_vec(report)?));
     if let Err(error) = done {
         tracing::debug!(%error, "somebody asked and did not listen");
-    }
-}
-
-impl AsFd for Publisher {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
     }
 }
 
@@ -442,7 +462,8 @@ fn in_time(mut say: impl FnMut() -> io::Result<UnixStream>) -> io::Result<UnixSt
 
 /// Whether the process lives that a client's socket is named after.
 fn is_of_living(socket: &Path) -> bool {
-    let number = socket.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
+    let stem = socket.file_stem().and_then(|stem| stem.to_str());
+    let number = stem.and_then(|stem| stem.split('-').next()?.parse().ok());
     number.and_then(Pid::from_raw).is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
@@ -478,10 +499,10 @@ mod tests {
     #[test]
     fn a_client_answers_and_a_dead_one_is_removed() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let mut publisher = Publisher::bind(dir.path()).expect("bind");
+        let mut publisher = Publisher::bind(dir.path(), Some(7)).expect("bind");
         let dirs = [dir.path().to_owned()];
-        let dead = dir.path().join(format!("{}.sock", i32::MAX));
-        let unready = dir.path().join("1.sock");
+        let dead = dir.path().join(format!("{}-9.sock", i32::MAX));
+        let unready = dir.path().join("1-8.sock");
         drop(UnixListener::bind(&unready).expect("bind"));
         drop(UnixListener::bind(&dead).expect("bind"));
         let stuck = UnixListener::bind(dir.path().join("0.sock")).expect("bind");
@@ -502,7 +523,8 @@ mod tests {
                 assert_eq!(entries[0], entry("another's"));
                 told.remove(0)
             });
-            let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
+            let mut fds =
+                [rustix::event::PollFd::new(&publisher.listener, rustix::event::PollFlags::IN)];
             let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
             assert_eq!(rustix::event::poll(&mut fds, Some(&limit)), Ok(1));
             publisher.hear(|ask| {
@@ -520,10 +542,20 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).expect("dir").count(), 0);
     }
 
+    /// As in two containers.
+    #[test]
+    fn clients_of_one_number_are_heard_both() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let bind = |minor| Publisher::bind(dir.path(), Some(minor)).expect("bind");
+        for publisher in [bind(7), bind(8)] {
+            assert!(say(&publisher.path, Ask::Status).is_ok(), "{}", publisher.path.display());
+        }
+    }
+
     #[test]
     fn who_was_too_slow_to_be_heard_says_it_again() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let publisher = Publisher::bind(dir.path()).expect("bind");
+        let publisher = Publisher::bind(dir.path(), Some(7)).expect("bind");
         let mut times = 0;
         let said = in_time(|| {
             times += 1;
@@ -539,12 +571,13 @@ mod tests {
     #[test]
     fn who_waits_is_told_when_it_is_time() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let mut publisher = Publisher::bind(dir.path()).expect("bind");
+        let mut publisher = Publisher::bind(dir.path(), Some(7)).expect("bind");
         let path = publisher.path.clone();
         for what in [Ask::Reconnect, Ask::WaitResumed] {
             let path = path.clone();
             let asker = std::thread::spawn(move || ask(&path, what, None));
-            let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
+            let mut fds =
+                [rustix::event::PollFd::new(&publisher.listener, rustix::event::PollFlags::IN)];
             assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
             let mut heard = None;
             publisher.hear(|ask| {
@@ -558,7 +591,8 @@ mod tests {
         }
         // Without a listener who waits is not left alone.
         let asker = std::thread::spawn(move || ask(&path, Ask::WaitResumed, None));
-        let mut fds = [rustix::event::PollFd::new(&publisher, rustix::event::PollFlags::IN)];
+        let mut fds =
+            [rustix::event::PollFd::new(&publisher.listener, rustix::event::PollFlags::IN)];
         assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
         publisher.hear(|_| report());
         drop(publisher);

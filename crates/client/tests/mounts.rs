@@ -11,10 +11,11 @@ use host::{BIG_BYTES, HANG, HELLO_TEXT, Host, Terms, big_byte};
 use ringfs_wire::batch::Kind;
 use ringfs_wire::hello::{Reason, feature};
 use ringfs_wire::restore::push_node;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Signal, kill_process, prlimit};
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
@@ -474,5 +475,37 @@ fn a_late_answer_to_a_hanging_read_arrives() {
     let (bench, client) = mounted(Terms::default(), "lanes=1");
     let reader = hanging(&bench);
     deny_read(&bench, reader);
+    umount(&bench, client);
+}
+
+/// Ticks that the main thread of a process has computed.
+fn ticks(pid: Pid) -> u64 {
+    let pid = pid.as_raw_pid();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/stat")).expect("stat");
+    let numbers = stat.rsplit(')').next().expect("numbers").split_whitespace();
+    numbers.skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number")).sum()
+}
+
+#[test]
+fn who_asks_a_client_that_can_have_no_fd_is_answered_later_and_costs_nothing() {
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    let pid = worker(&bench);
+    let minor = status_of(&bench)["dev_minor"].as_u64().expect("a number");
+    let before = without_fds(pid, 2);
+    let path = format!("/run/ringfs/{}-{minor}.sock", pid.as_raw_pid());
+    let mut asker = UnixStream::connect(path).expect("connect");
+    asker.write_all(b"status\n").expect("ask");
+    let begun = ticks(pid);
+    // To be measured: nothing is waited for.
+    std::thread::sleep(Duration::from_secs(1));
+    let taken = ticks(pid) - begun;
+    prlimit(Some(pid), Resource::Nofile, before).expect("the client is ours");
+    let answer = within("the answer", move || {
+        let mut answer = String::new();
+        asker.read_to_string(&mut answer).map(|_| answer)
+    });
+    let answer = answer.expect("an answer");
+    assert!(answer.contains(&format!("\"pid\":{}", pid.as_raw_pid())), "{answer}");
+    assert!(taken < 10, "{taken} ticks in a second");
     umount(&bench, client);
 }
