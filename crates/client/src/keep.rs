@@ -303,6 +303,15 @@ const LANE_BYTES: usize = SLOTS_PER_LANE_MAX * size_of::<Cell>()
 const FILE_BYTES: usize =
     LANES_MAX * LANE_BYTES + SHARDS * (PAGE_BYTES + 2 * HALF_BYTES) + 16 * PAGE_BYTES;
 
+/// Nobody is to run it: where `vm.memfd_noexec` is 2 no other can be had. Before Linux 6.3 there is
+/// no such flag.
+fn memory_file() -> Result<OwnedFd, Errno> {
+    match memfd_create("ringfs", MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL) {
+        Err(Errno::INVAL) => memfd_create("ringfs", MemfdFlags::CLOEXEC),
+        made => made,
+    }
+}
+
 impl Keep {
     /// A new file.
     pub fn create() -> Result<(Keep, Places), Errno> {
@@ -311,7 +320,7 @@ impl Keep {
         if limit.is_some_and(|limit| limit < FILE_BYTES as u64) {
             return Err(Errno::FBIG);
         }
-        let file = memfd_create("ringfs", MemfdFlags::CLOEXEC)?;
+        let file = memory_file()?;
         ftruncate(&file, FILE_BYTES as u64)?;
         Keep::map(file)
     }
@@ -410,6 +419,14 @@ mod tests {
 
     fn forget(nodeid: u64) -> ForgetOne {
         ForgetOne { nodeid, nlookup: 1 }
+    }
+
+    #[test]
+    fn nobody_can_run_the_file() {
+        let has_flag = memfd_create("x", MemfdFlags::NOEXEC_SEAL).is_ok();
+        let (keep, _places) = Keep::create().expect("a file");
+        let mode = rustix::fs::fstat(keep.file()).expect("stat").st_mode;
+        assert_eq!(mode & 0o111 == 0, has_flag, "{mode:o}");
     }
 
     #[test]
