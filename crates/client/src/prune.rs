@@ -24,16 +24,39 @@ impl Prune {
         let ids = ids.iter().take(FORGETS_PER_RECORD_MAX).map(|id| u64::from_le_bytes(*id));
         let (ids, device, prune) = (ids.collect::<Vec<_>>(), Arc::clone(device), self.clone());
         let thread = std::thread::Builder::new().name("prune".into());
-        let spawned = thread.spawn(move || match Notice::prune(&ids).send(&device) {
-            Ok(NotifyOutcome::Unsupported) => tracing::debug!("the kernel forgets by itself alone"),
-            Ok(NotifyOutcome::Unmounted) => {}
-            Ok(NotifyOutcome::Done | NotifyOutcome::NotCached | NotifyOutcome::InUse) => {
-                prune.0.store(false, Ordering::Release);
+        let spawned = thread.spawn(move || {
+            match Notice::prune(&ids).send(&device) {
+                Ok(NotifyOutcome::Unsupported) => {
+                    return tracing::debug!("the kernel forgets by itself alone");
+                }
+                Ok(NotifyOutcome::Unmounted) => return,
+                Ok(NotifyOutcome::Done | NotifyOutcome::NotCached | NotifyOutcome::InUse) => {}
+                Err(error) => tracing::warn!(%error, "cannot ask the kernel to forget"),
             }
-            Err(error) => tracing::warn!(%error, "cannot ask the kernel to forget"),
+            prune.0.store(false, Ordering::Release);
         });
         if spawned.is_err() {
             self.0.store(false, Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fuser_fork::device::DEVICE_PATH;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn it_is_asked_again_after_an_error() {
+        let (reader, _writer) = rustix::pipe::pipe().expect("a pipe");
+        let device = Arc::new(Device::from_fd(reader, DEVICE_PATH));
+        let prune = Prune::default();
+        prune.ask(&device, &7u64.to_le_bytes());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while prune.0.load(Ordering::Acquire) {
+            assert!(Instant::now() < deadline, "it is never asked again");
+            std::thread::yield_now();
         }
     }
 }
