@@ -56,6 +56,7 @@ use mount_cmd::{Failure, Request};
 use options::Options;
 use remount::RemountError;
 use service::Service;
+use status::Facts;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -419,15 +420,21 @@ fn serve(args: &MountArgs, request: &Request) -> anyhow::Result<()> {
         .context("the keeper's socket, and signals")?;
     let log = args.log.as_deref().map(background::open_log).transpose().context("the log")?;
     mount_cmd::run(request, service, |facts| {
-        let mut out = std::io::stdout();
-        writeln!(out, "{} is mounted on {}", facts.source, facts.mountpoint.display())?;
-        out.flush()?;
+        tell_ready(&mut std::io::stdout(), facts)?;
         match args.background_child {
             true => background::detach(log.as_ref()),
             false => background::redirect_errors(log.as_ref()),
         }
     })?;
     Ok(())
+}
+
+/// In one write(2): who waits in the background leaves with the first byte, and what is written
+/// after that fails.
+fn tell_ready(out: &mut impl Write, facts: &Facts) -> std::io::Result<()> {
+    let line = format!("{} is mounted on {}\n", facts.source, facts.mountpoint.display());
+    out.write_all(line.as_bytes())?;
+    out.flush()
 }
 
 fn run_helper(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
@@ -483,6 +490,30 @@ fn run_status(json: bool) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_that_tells_of_a_mount_is_one_write() {
+        #[derive(Default)]
+        struct Writes(Vec<Vec<u8>>);
+        impl Write for Writes {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.push(bytes.to_vec());
+                Ok(bytes.len())
+            }
+
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        for len in [10, 4000] {
+            let mountpoint = std::path::PathBuf::from("/".repeat(len));
+            let facts = Facts { source: "d@unix:/s".into(), mountpoint, ..Facts::default() };
+            // As standard output is.
+            let mut out = std::io::LineWriter::new(Writes::default());
+            tell_ready(&mut out, &facts).expect("written");
+            assert_eq!(out.get_ref().0.len(), 1, "{len}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_sound() {
