@@ -9,6 +9,7 @@
 //!                    F signals                    the unmount failed that so many S asked for
 //! keeper -> client   T stored path | fds          take over: the file that was left, and devices
 //!                    K                            from now on the service manager has them too
+//!                    A                            nobody takes over: the fds of R did not fit
 //!                    S                            a signal: unmount
 //!                    L | fds                      a pipe: who has its other end, keeper or client,
 //!                                                 is there (expire.rs)
@@ -23,12 +24,13 @@ use crate::background;
 use crate::fd_store::{FdStore, Stored};
 use crate::rings::with_causes;
 use crate::service::catch_signals;
+use fuser_fork::device::is_over;
 use fuser_fork::mount::unmount_identity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 use rustix::pipe::PipeFlags;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGKILL, SIGTERM};
@@ -47,6 +49,8 @@ use thiserror::Error;
 
 /// Fds of one message: the file and a device a lane, and room.
 const FDS_MAX: usize = 16;
+/// Why nobody takes over from a client whose fds its keeper cannot have.
+pub const SHORT_OF_FDS: &str = "the keeper may not have so many fds";
 const MESSAGE_BYTES_MAX: usize = 4608;
 /// Deaths by faults of its own, each this soon after the one before, that are no use to go on from.
 const FAULTS_MAX: u32 = 5;
@@ -94,8 +98,10 @@ fn system(what: &'static str) -> impl Fn(io::Error) -> KeeperError {
 pub struct Message {
     /// Its first byte says what it is.
     pub bytes: Vec<u8>,
-    /// The fds.
+    /// The fds: all of them or none.
     pub fds: Vec<OwnedFd>,
+    /// There were more than this process may have.
+    pub lacks_fds: bool,
 }
 
 /// One end of the socket.
@@ -145,7 +151,11 @@ impl Channel {
             return Err(Errno::PIPE);
         }
         bytes.truncate(got.bytes);
-        Ok(Message { bytes, fds })
+        let lacks_fds = got.flags.contains(ReturnFlags::CTRUNC);
+        if lacks_fds {
+            fds.clear();
+        }
+        Ok(Message { bytes, fds, lacks_fds })
     }
 
     /// It is mounted.
@@ -210,6 +220,11 @@ impl Held {
                 self.is_ready = true;
                 self.why = String::from_utf8_lossy(rest).into_owned();
                 self.fds = message.fds;
+                if message.lacks_fds {
+                    self.why = SHORT_OF_FDS.to_owned();
+                    let why = &self.why;
+                    tracing::error!(why, "if the client dies nobody takes the mount over");
+                }
             }
             _ => {}
         }
@@ -225,6 +240,7 @@ impl Held {
     /// Nobody takes over: the mount goes.
     fn give_up(&mut self, status: ExitStatus) -> KeeperError {
         let why = match (self.can_go_on(), self.is_ready) {
+            (true, _) if status.signal().is_none() => "it could not begin".to_owned(),
             (true, _) => "it dies again and again".to_owned(),
             (false, true) => self.why.clone(),
             (false, false) => "it was not ready yet".to_owned(),
@@ -261,6 +277,11 @@ impl Held {
 
     fn can_go_on(&self) -> bool {
         self.is_ready && !self.fds.is_empty()
+    }
+
+    /// Whether the mount is gone that can be taken over.
+    fn is_over(&self) -> bool {
+        self.fds.get(1).is_none_or(|session| is_over(session.as_fd()))
     }
 }
 
@@ -370,7 +391,14 @@ impl Keeper<'_> {
                 }
             }
             let (status, was_ready) = watched?;
-            let Some(signal) = status.signal() else { return Ok(status.code().unwrap_or(1)) };
+            let Some(signal) = status.signal() else {
+                let has_begun = !is_takeover || was_ready || status.success();
+                return match has_begun || self.held.is_over() {
+                    true => Ok(status.code().unwrap_or(1)),
+                    // It may have ended before it had a mount to clean up.
+                    false => Err(self.held.give_up(status)),
+                };
+            };
             let may_go_on = deaths.allow(signal, was_ready, started.elapsed());
             if !self.held.can_go_on() || !may_go_on {
                 return Err(self.held.give_up(status));
@@ -443,6 +471,10 @@ impl Keeper<'_> {
                 match channel.receive(RecvFlags::DONTWAIT) {
                     Ok(message) => {
                         let is_ready = message.bytes.first() == Some(&b'R');
+                        if is_ready && message.lacks_fds {
+                            // Its death is seen.
+                            let _ = channel.send(b"A", &[]);
+                        }
                         self.hear(message);
                         if is_ready && !std::mem::replace(&mut was_ready, true) {
                             self.is_ready(channel)?;
@@ -542,4 +574,28 @@ fn leave(is_background: bool, log: Option<&File>) -> io::Result<()> {
 
 fn is_signalled(mut signals: &UnixStream) -> bool {
     signals.read(&mut [0; 16]).is_ok_and(|n| n > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_more_fds_than_can_be_had_none_is_kept() {
+        let (ours, theirs) = Channel::pair().expect("a socket");
+        let theirs = Channel(theirs);
+        let fds = [ours.as_fd(); 2 * FDS_MAX];
+        ours.tell_ready(&fds[..FDS_MAX]).expect("sent");
+        let mut held = Held::default();
+        held.hear(theirs.receive(RecvFlags::empty()).expect("a message"));
+        assert!(held.can_go_on() && held.fds.len() == FDS_MAX);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2 * FDS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let sent =
+            rustix::net::sendmsg(&ours, &[IoSlice::new(b"R")], &mut control, SendFlags::empty());
+        sent.expect("sent");
+        held.hear(theirs.receive(RecvFlags::empty()).expect("a message"));
+        assert!(!held.can_go_on() && held.why == SHORT_OF_FDS);
+    }
 }

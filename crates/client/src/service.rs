@@ -4,7 +4,7 @@
 //! does not outlive its keeper, whatever it is at: it dies as by a kill, which the next one goes on
 //! from. To unmount then would be to lose what is kept.
 
-use crate::keeper::{Channel, Message};
+use crate::keeper::{Channel, Message, SHORT_OF_FDS};
 use crate::mount_cmd::{Failure, system};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -89,7 +89,7 @@ impl Service {
     /// Waits for what the client before has left.
     pub fn take_over(&mut self) -> Result<HandedOver, Failure> {
         let message = self.channel.receive(RecvFlags::empty());
-        let Message { bytes, fds } =
+        let Message { bytes, fds, .. } =
             message.map_err(|errno| system("hear the keeper")(errno.into()))?;
         self.is_stored = bytes.get(1) == Some(&1);
         let mountpoint = OsString::from_vec(bytes.get(2..).unwrap_or_default().to_vec());
@@ -160,11 +160,13 @@ impl Service {
         if (&self.signals).read(&mut [0; 16]).is_ok_and(|n| n > 0) {
             self.note_signal(Whose::Ours);
         }
+        let mut why_alone = None;
         while self.is_kept {
             match self.channel.receive(RecvFlags::DONTWAIT) {
                 Ok(message) => match message.bytes.first() {
                     Some(b'S') => self.note_signal(Whose::Keepers),
                     Some(b'K') => self.is_stored = true,
+                    Some(b'A') => why_alone = Some(SHORT_OF_FDS),
                     Some(b'L') => self.alive = message.fds.try_into().ok(),
                     _ => {}
                 },
@@ -183,7 +185,7 @@ impl Service {
                 }
             }
         }
-        None
+        why_alone
     }
 
     /// The keeper is gone. If the service manager starts another one, nobody else may be there.

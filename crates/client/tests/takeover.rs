@@ -477,3 +477,21 @@ fn a_client_that_cannot_live_is_given_up() {
     assert!(!reader.wait().status.success());
     failed(&bench, client, "it dies again and again");
 }
+
+#[test]
+fn a_next_client_that_cannot_begin_leaves_no_mount() {
+    if !kernel_resends("a_next_client_that_cannot_begin_leaves_no_mount") {
+        return;
+    }
+    let bench = Bench::new(Terms::default());
+    let logs = bench.dir.path().join("logs");
+    std::fs::create_dir(&logs).expect("mkdir");
+    let log = logs.join("log");
+    let client = bench.mount_with("lanes=2", &["--log", log.to_str().expect("utf-8")]);
+    let reader = hanging(&bench);
+    // The next one cannot open its log.
+    std::fs::remove_dir_all(&logs).expect("remove");
+    kill_process(worker(&bench), Signal::KILL).expect("kill");
+    assert!(!reader.wait().status.success());
+    failed(&bench, client, "");
+}

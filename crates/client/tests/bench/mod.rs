@@ -51,7 +51,14 @@ impl Bench {
 
     /// A client in the foreground, ready.
     pub fn mount(&self, options: &str) -> Client {
-        let mut command = self.command(&["mount", "-f", "-o", options, &self.source("data")]);
+        self.mount_with(options, &[])
+    }
+
+    /// The same, with other arguments besides.
+    pub fn mount_with(&self, options: &str, args: &[&str]) -> Client {
+        let source = self.source("data");
+        let mut command =
+            self.command(&[&["mount", "-f", "-o", options], args, &[&source]].concat());
         command.arg(&self.mountpoint).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("spawn");
         let stdout = child.stdout.take().expect("piped");
