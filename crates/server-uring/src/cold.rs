@@ -37,6 +37,8 @@ struct Maps {
 struct Entry {
     given: u64,
     recipe: Box<[u8]>,
+    /// Made here, of a file that was there; else it is a guest's word.
+    ours: bool,
 }
 
 fn key_of(recipe: &Recipe) -> FileKey {
@@ -72,6 +74,12 @@ impl Cold {
         Recipe::unpack(&maps.by_id.get(&id)?.recipe)
     }
 
+    /// The same, of a node that was resident here.
+    pub(crate) fn own_recipe(&self, id: u64) -> Option<Recipe> {
+        let maps = self.lock();
+        Recipe::unpack(&maps.by_id.get(&id).filter(|entry| entry.ours)?.recipe)
+    }
+
     /// The nodes that may be a file's, the newest first; the rest when these are disowned.
     pub(crate) fn ids_of(&self, file: FileKey) -> Vec<u64> {
         if !self.has_files() {
@@ -89,21 +97,27 @@ impl Cold {
         self.count_again(&maps);
     }
 
+    /// A node that was resident.
     pub(crate) fn insert(&self, id: u64, given: u64, recipe: &Recipe) {
-        self.put(id, given, Some(key_of(recipe)), recipe.pack());
+        self.put(id, Some(key_of(recipe)), Entry { given, recipe: recipe.pack(), ours: true });
+    }
+
+    /// A node that a guest tells of.
+    pub(crate) fn insert_told(&self, id: u64, given: u64, recipe: &Recipe) {
+        self.put(id, Some(key_of(recipe)), Entry { given, recipe: recipe.pack(), ours: false });
     }
 
     /// A node that nothing leads to: it is known, and stale.
     pub(crate) fn insert_lost(&self, id: u64, given: u64) {
-        self.put(id, given, None, Box::default());
+        self.put(id, None, Entry { given, recipe: Box::default(), ours: false });
     }
 
-    fn put(&self, id: u64, given: u64, key: Option<FileKey>, recipe: Box<[u8]>) {
+    fn put(&self, id: u64, key: Option<FileKey>, entry: Entry) {
         let mut maps = self.lock();
         if let Some(key) = key {
             maps.by_file.insert((key, id));
         }
-        maps.by_id.insert(id, Entry { given, recipe });
+        maps.by_id.insert(id, entry);
         self.count_again(&maps);
     }
 

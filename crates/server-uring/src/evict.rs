@@ -13,6 +13,7 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
 use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
 use rustix::io::Errno;
@@ -34,6 +35,12 @@ const LOST_MAX: usize = 32;
 const WANTED_BACK_MAX: usize = FORGETS_PER_RECORD_MAX;
 /// After so many of them it is asked whether there are fds.
 const CHECK_EVERY: usize = 16;
+/// Nodes that an eviction tries in vain: it may run on any guest's shard.
+const FAILURES_MAX: u32 = 64;
+/// Directories that it takes in by their handles, each of which may take a search of the disk.
+const LOADS_MAX: u32 = 1;
+/// How long a session is left alone that had nothing to give up.
+const REST: Duration = Duration::from_secs(1);
 
 /// Names that stay what they are until this is dropped, and the file that one of them leads to.
 #[must_use = "names may be evicted by as soon as it is dropped"]
@@ -48,6 +55,14 @@ struct OpenDir {
     fd: OwnedFd,
 }
 
+/// One eviction.
+#[derive(Default)]
+struct Eviction {
+    directory: Option<OpenDir>,
+    loads: u32,
+    failures: u32,
+}
+
 fn recipe_in(directory: &Option<OpenDir>, place: &Place) -> Result<Recipe, Errno> {
     let OpenDir { fd, .. } = directory.as_ref().ok_or(Errno::STALE)?;
     Recipe::brief(fd.as_fd(), &place.name, place.parent).map_err(ImportError::errno)
@@ -57,25 +72,40 @@ impl Nodes {
     /// Closes the fds of up to `want` nodes that were not used for a while; how many it were.
     /// `None` while another thread evicts, or changes names. Opens nothing that lasts, but for the
     /// directory of a link or special file.
+    ///
+    /// Whoever needs an fd runs this, also the shard of another guest: so it gives up after a
+    /// bounded number of tries, and then this session is not asked again for a while.
     pub fn evict(&self, want: usize) -> Option<usize> {
         let _frozen = self.freeze_names()?;
+        let now = Instant::now();
+        let mut rests_until = self.rests_until.lock().unwrap_or_else(PoisonError::into_inner);
+        if rests_until.is_some_and(|until| now < until) {
+            return Some(0);
+        }
         let before = self.resident();
+        let mut eviction = Eviction::default();
         // The first round finds what was not used since the last one, the second all the rest.
         for _ in 0..2 * SHARDS {
             let evicted = before.saturating_sub(self.resident());
-            if evicted >= want {
+            if evicted >= want || eviction.failures >= FAILURES_MAX {
                 break;
             }
             let mut idle = self.idle_nodes(want - evicted);
             // Siblings together: their directory is opened once.
             idle.sort_by_cached_key(|node| node.place().parent);
-            let mut directory = None;
             for node in idle {
-                // What cannot be evicted stays.
-                let _ = self.evict_one(node, &mut directory);
+                let id = node.id;
+                if !self.evict_one(node, &mut eviction).unwrap_or(false) {
+                    eviction.failures += 1;
+                    // It stays, and others have their turn before it is tried again.
+                    let _ = self.find_resident(id);
+                }
             }
+            eviction.directory = None;
         }
-        Some(before.saturating_sub(self.resident()))
+        let evicted = before.saturating_sub(self.resident());
+        *rests_until = (evicted == 0 && eviction.failures >= FAILURES_MAX).then(|| now + REST);
+        Some(evicted)
     }
 
     /// Nodes that the guest's kernel had better give back, before there are so many that it may
@@ -118,13 +148,13 @@ impl Nodes {
         free.take(most).cloned().collect()
     }
 
-    fn evict_one(&self, node: Arc<Node>, directory: &mut Option<OpenDir>) -> Result<bool, Errno> {
+    fn evict_one(&self, node: Arc<Node>, eviction: &mut Eviction) -> Result<bool, Errno> {
         let inode = node.inode()?;
         let stat = self.backend.getattr(inode)?;
         if stat.nlink == 0 {
             return Ok(false);
         }
-        let recipe = self.recipe_of(&node, inode, &stat, directory)?;
+        let recipe = self.recipe_of(&node, inode, &stat, eviction)?;
         let recipe = Recipe { other: self.other_names.handle(node.id), ..recipe };
         Ok(recipe.proves_identity() && self.cool(node, inode, &recipe))
     }
@@ -134,7 +164,7 @@ impl Nodes {
         node: &Node,
         inode: u64,
         stat: &Stat,
-        directory: &mut Option<OpenDir>,
+        eviction: &mut Eviction,
     ) -> Result<Recipe, Errno> {
         let is_it = |recipe: &Recipe| {
             let (major, minor) = recipe.mount.device;
@@ -142,41 +172,47 @@ impl Nodes {
         };
         let place = node.place();
         let can_open = matches!(node.kind(), libc::S_IFREG | libc::S_IFDIR);
-        if !self.open_directory(place.parent, directory, can_open)? {
+        if !self.open_directory(place.parent, eviction, can_open)? {
             // Cold, and stays so: to take it in may take as many fds as the path has parts.
             let fd = self.backend.path_fd(inode)?;
             let recipe = Recipe::brief_of_fd(fd.as_fd(), &place.name, place.parent);
             return recipe.map_err(ImportError::errno);
         }
-        match recipe_in(directory, &place) {
+        match recipe_in(&eviction.directory, &place) {
             Ok(recipe) if is_it(&recipe) => return Ok(recipe),
             Ok(_) | Err(_) if !can_open => return Err(Errno::STALE),
             Ok(_) | Err(_) => {}
         }
         // Renamed on the host, or since the guest looked it up; the kernel knows the name.
         let place = self.place_now(inode)?;
-        self.open_directory(place.parent, directory, false)?;
-        recipe_in(directory, &place).ok().filter(is_it).ok_or(Errno::STALE)
+        self.open_directory(place.parent, eviction, false)?;
+        recipe_in(&eviction.directory, &place).ok().filter(is_it).ok_or(Errno::STALE)
     }
 
     /// Opens a directory, and says whether: not a cold one where the caller can do without.
     fn open_directory(
         &self,
         id: u64,
-        directory: &mut Option<OpenDir>,
+        eviction: &mut Eviction,
         dispensable: bool,
     ) -> Result<bool, Errno> {
-        if directory.as_ref().is_some_and(|open| open.node.id == id) {
+        if eviction.directory.as_ref().is_some_and(|open| open.node.id == id) {
             return Ok(true);
         }
         let node = match self.find_resident(id) {
             Some(node) => node,
             None if dispensable => return Ok(false),
-            // By its handle, without the directories above it.
-            None => self.load_one(id, &self.cold.recipe(id).ok_or(Errno::STALE)?)?,
+            // By its handle, without the directories above it; a handle that a guest has told may
+            // be made up, so that the disk is searched in vain.
+            None if eviction.loads < LOADS_MAX => {
+                let recipe = self.cold.own_recipe(id).ok_or(Errno::STALE)?;
+                eviction.loads += 1;
+                self.load_one(id, &recipe)?
+            }
+            None => return Err(Errno::STALE),
         };
         let fd = self.backend.path_fd(node.inode()?)?;
-        *directory = Some(OpenDir { node, fd });
+        eviction.directory = Some(OpenDir { node, fd });
         Ok(true)
     }
 
@@ -259,32 +295,38 @@ impl Nodes {
         std::iter::successors(Some(id), above).take(DEPTH_MAX).collect()
     }
 
-    /// Others move names meanwhile: what is there all the same is looked for again.
+    /// Others move names meanwhile: what moves is looked for again.
     fn load_one(&self, id: u64, recipe: &Recipe) -> Result<Arc<Node>, Errno> {
         for _ in 0..MOVED_TRIES_MAX {
             match self.try_load(id, recipe) {
-                Err(Errno::STALE | Errno::NOENT) if self.root.open_handle(recipe).is_ok() => {}
-                other => return other,
+                Err(ImportError::Moved) => {}
+                other => return other.map_err(ImportError::errno),
             }
         }
         Err(Errno::STALE)
     }
 
-    fn try_load(&self, id: u64, recipe: &Recipe) -> Result<Arc<Node>, Errno> {
+    fn try_load(&self, id: u64, recipe: &Recipe) -> Result<Arc<Node>, ImportError> {
+        let host = ImportError::Host;
         let parent = self.find_resident(recipe.parent);
         let parent = parent.and_then(|parent| Some((parent.inode().ok()?, parent)));
-        let dir = parent.as_ref().map(|(inode, _)| self.backend.path_fd(*inode)).transpose()?;
-        let file = self.root.resolve(recipe, dir.as_ref().map(AsFd::as_fd));
-        let file = file.map_err(ImportError::errno)?;
+        let dir = parent.as_ref().map(|(inode, _)| self.backend.path_fd(*inode));
+        let dir = dir.transpose().map_err(host)?;
+        let file = self.root.resolve(recipe, dir.as_ref().map(AsFd::as_fd))?;
+        // What was there a moment ago.
+        let moved = |errno| match errno {
+            Errno::NOENT | Errno::NOTDIR | Errno::STALE => ImportError::Moved,
+            other => ImportError::Host(other),
+        };
         let (found, place) = match (&file, &parent) {
             (import::Found::ByName(_), Some((inode, node))) => {
-                let found = self.backend.lookup(*inode, &recipe.name)?;
+                let found = self.backend.lookup(*inode, &recipe.name).map_err(moved)?;
                 (found, Place { parent: node.id, name: recipe.name.as_c_str().into() })
             }
-            (import::Found::ByName(_), None) => return Err(Errno::STALE),
-            (import::Found::ByPath(_, path), _) => self.found_at(path, recipe)?,
+            (import::Found::ByName(_), None) => return Err(ImportError::Stale),
+            (import::Found::ByPath(_, path), _) => self.found_at(path, recipe).map_err(moved)?,
         };
-        let wanted = Stat::of(file.fd())?;
+        let wanted = Stat::of(file.fd()).map_err(host)?;
         if (found.stat.dev, found.stat.ino) == (wanted.dev, wanted.ino) {
             let mut shard = self.inode_shard(found.inode);
             let free = shard.get(found.inode).is_none();
@@ -295,7 +337,7 @@ impl Nodes {
         }
         // Another thread was faster, or another file has the name.
         self.backend.forget(found.inode, 1);
-        self.find_resident(id).ok_or(Errno::STALE)
+        self.find_resident(id).ok_or(ImportError::Moved)
     }
 
     fn found_at(&self, path: &[CString], recipe: &Recipe) -> Result<(Found, Place), Errno> {

@@ -51,6 +51,10 @@ pub enum ImportError {
     /// It exists, but no way leads to it from the share's root. To the guest this is the same.
     #[error("the file lies outside of the share")]
     Outside,
+    /// It was there when its handle was opened, and not where the kernel said that it is: somebody
+    /// moves it, or its directories, and it may be looked for again.
+    #[error("the file is being moved")]
+    Moved,
     /// The host could not look, for a reason that says nothing about the file: it may be tried
     /// again.
     #[error("the host could not look for the file: {0}")]
@@ -61,7 +65,7 @@ impl ImportError {
     /// What the guest is told. Gone and outside are not told apart.
     pub const fn errno(self) -> Errno {
         match self {
-            ImportError::Stale | ImportError::Outside => Errno::STALE,
+            ImportError::Stale | ImportError::Outside | ImportError::Moved => Errno::STALE,
             ImportError::Host(errno) => errno,
         }
     }
@@ -242,12 +246,16 @@ impl Root {
     pub fn by_handle(&self, recipe: &Recipe) -> Result<Found, ImportError> {
         let (opened, seen) = self.open_handle(recipe)?;
         let components = self.path_below(opened.as_fd())?;
-        let fd = self.walk(self.dir.as_fd(), &joined(&components)?)?;
+        let fd =
+            self.walk(self.dir.as_fd(), &joined(&components)?).map_err(|error| match error {
+                ImportError::Stale => ImportError::Moved,
+                other => other,
+            })?;
         self.check_device(fd.as_fd())?;
         let walked = Seen::of(fd.as_fd()).map_err(ImportError::Host)?;
         // Both are open, so equal numbers are one file.
         if (walked.device, walked.ino) != (seen.device, seen.ino) {
-            return Err(ImportError::Stale);
+            return Err(ImportError::Moved);
         }
         Ok(Found::ByPath(fd, components))
     }

@@ -17,7 +17,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use ringfs_wire::abi::FUSE_ROOT_ID;
 use rustix::fs::{Mode, OFlags};
@@ -114,6 +114,8 @@ pub struct Nodes {
     pub(crate) hand: AtomicUsize,
     /// How many nodes there were when the guest was asked to give some back.
     pub(crate) asked_at: AtomicUsize,
+    /// Nothing could be evicted: nobody tries until then.
+    pub(crate) rests_until: Mutex<Option<Instant>>,
 }
 
 impl Nodes {
@@ -142,6 +144,7 @@ impl Nodes {
             names: RwLock::new(()),
             hand: AtomicUsize::new(0),
             asked_at: AtomicUsize::new(0),
+            rests_until: Mutex::default(),
         });
         let place = Place { parent: FUSE_ROOT_ID, name: c".".into() };
         let root = (ROOT_INODE, 0);

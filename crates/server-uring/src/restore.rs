@@ -119,7 +119,7 @@ impl Nodes {
         match Recipe::unpack(recipe) {
             Some(mut recipe) if recipe.proves_identity() => {
                 recipe.mount = self.root.identity_now(recipe.mount);
-                self.cold.insert(id, count, &recipe);
+                self.cold.insert_told(id, count, &recipe);
             }
             Some(_) | None => self.cold.insert_lost(id, count),
         }

@@ -150,10 +150,11 @@ fn statx_fd(fs: &Fs, fd: BorrowedFd<'_>, ask: &abi::StatxIn) -> Result<abi::Stat
 }
 
 /// The crate opens neither links nor special files: found by the name where it was seen last, if
-/// that still leads to it.
+/// that still leads to it. Only in a directory that is there: a shard runs this, and to take one in
+/// may take a search of the disk.
 fn statx_named(fs: &Fs, node: &Node, basic: &Stat, ask: &abi::StatxIn) -> Option<abi::Statx> {
     let place = node.place();
-    let parent = fs.nodes.find(place.parent).ok()?.inode().ok()?;
+    let parent = fs.nodes.find_resident(place.parent)?.inode().ok()?;
     let directory = fs.backend.path_fd(parent).ok()?;
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(&directory, &*place.name, flags, Mode::empty()).ok()?;

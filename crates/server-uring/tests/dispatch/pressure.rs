@@ -222,6 +222,27 @@ fn renamed_links_and_pipes_are_let_go_too() {
     Guest::new(dir.path(), options).lookup(ROOT, "link1").expect("another guest's lookup");
 }
 
+/// There are four times as many links as fds: some are needed again and again.
+#[test]
+fn links_below_cold_directories_are_let_go_too() {
+    let (fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let links: Vec<u64> = (0..4 * FDS)
+        .map(|i| {
+            let sub = guest.mkdir(ROOT, &format!("sub{i}")).expect("mkdir").nodeid;
+            let args = [b"link\0".as_slice(), b"target\0"].concat();
+            let made: abi::EntryOut = guest.ask_one(Opcode::Symlink, sub, &args).expect("symlink");
+            made.nodeid
+        })
+        .collect();
+    press(&guest, ROOT);
+    assert!(fds.used() <= FDS + FDS / 16, "{} fds", fds.used());
+    for link in links {
+        assert_eq!(guest.ask(Opcode::Readlink, link, &[]).expect("readlink"), b"target");
+    }
+}
+
 #[test]
 fn a_session_that_pins_all_fds_leaves_some_to_others() {
     let (_fds, options) = options();

@@ -4,13 +4,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
 
+use ringfs_server::fds::Fds;
 use ringfs_server::fs::FsOptions;
 use ringfs_server::handles::Unopened;
 use ringfs_server::import::{ImportError, Recipe, Root};
 use ringfs_server::restore::{Restoring, TakeOverError};
-use ringfs_wire::abi::Opcode;
+use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::restore::{End, NUMBER_MAX, Restore, RestoreError, push_restore};
 use rustix::io::Errno;
+use zerocopy::IntoBytes;
 
 use crate::restore::{Open, ino, on_each, options, result, taken_over};
 use crate::support::{Guest, Lcg, Memory, Mounted, O_RDWR, ROOT, is_root};
@@ -174,6 +176,65 @@ fn long_chains_and_circles_of_lost_directories_end_soon() {
     assert_eq!(result(guest.getattr(2)), Err(Errno::STALE));
     assert_eq!(result(guest.getattr(70_000)), Err(Errno::STALE));
     println!("a chain of 60,000 lost directories: {:?}", start.elapsed());
+}
+
+/// A link whose directory a guest has made up, or hidden until the link was taken in: node 4, of
+/// which it said that it lies in node 5, whose recipe leads to a directory now.
+fn link_in_a_told_directory(base: &Path, options: FsOptions) -> Guest {
+    let share = base.join("share");
+    for path in ["share/sub", "share/told"] {
+        std::fs::create_dir_all(base.join(path)).expect("directories");
+    }
+    std::os::unix::fs::symlink("nowhere", share.join("sub/link")).expect("symlink");
+    let at = |path: &Path| OwnedFd::from(std::fs::File::open(path).expect("directory"));
+    let link = Recipe::of(at(&share.join("sub")).as_fd(), c"link", 5).expect("recipe");
+    let told = Recipe::of(at(&share).as_fd(), c"told", ROOT).expect("recipe");
+    let memory = forged([(4, link.pack().to_vec()), (5, told.pack().to_vec())]);
+    let guest = taken_over(&share, options, &memory, &[]);
+    std::fs::rename(share.join("told"), base.join("away")).expect("rename");
+    let number = ino(&share.join("sub/link"));
+    assert_eq!(guest.getattr(4).expect("found by its handle").ino, number);
+    std::fs::rename(base.join("away"), share.join("told")).expect("rename");
+    guest
+}
+
+/// Fds run short on any guest's shard: what is let go then must not have the disk searched for what
+/// this guest has made up.
+#[test]
+fn eviction_takes_no_directory_in_that_a_guest_tells_of() {
+    if !is_root() {
+        return;
+    }
+    on_each(|base| {
+        let fds = Fds::new(64);
+        let guest = link_in_a_told_directory(base, FsOptions { fds, ..options() });
+        for i in 0..400 {
+            std::fs::write(base.join(format!("share/f{i}")), "").expect("file");
+            guest.lookup(ROOT, &format!("f{i}")).expect("lookup");
+        }
+        let args = abi::GetattrIn::default();
+        assert_eq!(guest.route(Opcode::Getattr, 4, args.as_bytes()), "inline", "it stays");
+        assert_eq!(guest.route(Opcode::Getattr, 5, args.as_bytes()), "pool", "it is cold still");
+    });
+}
+
+/// Where STATX of a link runs is decided by the link alone, so it must not look for directories.
+#[test]
+fn statx_of_a_link_takes_no_directory_in() {
+    if !is_root() {
+        return;
+    }
+    on_each(|base| {
+        let guest = link_in_a_told_directory(base, options());
+        let number = ino(&base.join("share/sub/link"));
+        let statx = abi::StatxIn::default();
+        assert_eq!(guest.route(Opcode::Statx, 4, statx.as_bytes()), "inline");
+        let out: abi::StatxOut =
+            guest.ask_one(Opcode::Statx, 4, statx.as_bytes()).expect("attributes");
+        assert_eq!(out.stat.ino, number);
+        let args = abi::GetattrIn::default();
+        assert_eq!(guest.route(Opcode::Getattr, 5, args.as_bytes()), "pool", "it is cold still");
+    });
 }
 
 #[test]
