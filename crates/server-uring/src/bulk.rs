@@ -102,8 +102,9 @@ impl<R: Ring> Shard<R> {
     }
 
     fn drop_bulk_at(&mut self, at: usize) {
-        if let Some(Bulk { tag, buf, .. }) = self.bulk.remove(at) {
+        if let Some(Bulk { tag, file, buf, .. }) = self.bulk.remove(at) {
             self.buffers.give(buf);
+            self.let_go(tag.conn, Handle::File(file));
             self.finish(tag, Err(Errno::INTR));
         }
     }
@@ -111,15 +112,18 @@ impl<R: Ring> Shard<R> {
     /// The pages themselves, else what the page cache has, else by the ring.
     fn make(&mut self, bulk: Bulk) {
         let Bulk { tag, file, offset, len, buf } = bulk;
-        let Err(mut buf) = self.splice(tag, &file, offset, len, buf) else { return };
+        let Err(mut buf) = self.splice(tag, &file, offset, len, buf) else {
+            return self.let_go(tag.conn, Handle::File(file));
+        };
         match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
-            Cached::All(n) => self.read_done(tag, buf, n),
+            Cached::All(n) => self.read_done(tag, file, buf, n),
             Cached::Part(done) => {
                 let range = BODY_AT + done..BODY_AT + len;
                 self.begin(tag, Io::Read { file, buf, range, offset: offset + done as u64 });
             }
             Cached::Failed(errno) => {
                 self.buffers.give(buf);
+                self.let_go(tag.conn, Handle::File(file));
                 self.answer(tag, Err(errno));
             }
         }

@@ -118,6 +118,14 @@ pub enum Route {
         /// fdatasync.
         data_only: bool,
     },
+    /// A handle is given back: the shard takes it out, and sees to it that no shard closes what
+    /// takes long.
+    Release {
+        /// The handle.
+        fh: u64,
+        /// Of a directory.
+        directory: bool,
+    },
     /// An error is the whole answer.
     Refuse(Errno),
     /// Nothing is answered at all.
@@ -143,6 +151,8 @@ enum Place {
     Write,
     /// To the ring.
     Fsync,
+    /// Handed back where the backing file system is local, else in the pool: a close may wait.
+    Release,
     /// Not answered.
     NoReply,
     /// Not served.
@@ -175,7 +185,7 @@ const ATTR: usize = size_of::<abi::AttrOut>();
 #[rustfmt::skip]
 fn rule(opcode: Opcode) -> Rule {
     use Opcode as Op;
-    use Place::{Frees, Fsync, Metadata, NoReply, Pool, PoolIf, Read, Refuse, Shard, Write};
+    use Place::{Frees, Fsync, Metadata, NoReply, Pool, PoolIf, Read, Refuse, Release, Shard, Write};
     let rule = |place, changes, bytes, run| {
         Rule { place, changes, bound: Bound::Fixed(bytes), run }
     };
@@ -209,7 +219,7 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Write => rule(Write, true, size_of::<abi::WriteOut>(), io::write),
         Op::Fsync => rule(Fsync, false, 0, io::fsync),
         Op::Flush => rule(Metadata, false, 0, io::flush),
-        Op::Release => rule(PoolIf(io::release_frees), false, 0, io::release),
+        Op::Release => rule(Release, false, 0, io::release),
         Op::Fallocate => rule(Pool, true, 0, io::fallocate),
         Op::Lseek => rule(Metadata, false, size_of::<abi::LseekOut>(), io::lseek),
         Op::CopyFileRange =>
@@ -218,10 +228,10 @@ fn rule(opcode: Opcode) -> Rule {
             rule(Pool, true, size_of::<abi::CopyFileRangeOut>(), io::copy_file_range_64),
         Op::Syncfs => rule(Pool, false, 0, io::syncfs),
         Op::Opendir => rule(Metadata, false, OPENED, dirs::opendir),
-        Op::Readdir => asked(Metadata, 16, IO_BYTES_MAX, dirs::readdir),
+        Op::Readdir => asked(PoolIf(dirs::is_long), 16, IO_BYTES_MAX, dirs::readdir),
         Op::Readdirplus =>
-            asked(PoolIf(dirs::is_long), 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
-        Op::Releasedir => rule(Metadata, false, 0, dirs::releasedir),
+            asked(PoolIf(dirs::is_long_plus), 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
+        Op::Releasedir => rule(Release, false, 0, dirs::releasedir),
         Op::Fsyncdir => rule(Pool, false, 0, dirs::fsyncdir),
         Op::Setxattr => rule(Metadata, true, 0, xattrs::setxattr),
         Op::Getxattr => asked(Metadata, 0, XATTR_BYTES_MAX, xattrs::getxattr),
@@ -270,6 +280,11 @@ impl Fs {
             Place::Read => io::route_read(self, request),
             Place::Write => io::route_write(self, request),
             Place::Fsync => io::route_fsync(self, request),
+            Place::Release if !self.local => Ok(Route::Pool),
+            Place::Release => request.head().map(|release: abi::ReleaseIn| Route::Release {
+                fh: release.fh,
+                directory: opcode == Opcode::Releasedir,
+            }),
             Place::NoReply => Ok(Route::NoReply),
             Place::Refuse(errno) => Err(errno),
         };

@@ -40,10 +40,14 @@ impl<R: Ring> Shard<R> {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
                         self.was_read(tag.conn, n);
+                        self.let_go(tag.conn, Handle::File(file));
                         return self.op_ends(&tag, 0, true);
                     }
                     Cached::Part(_) => {}
-                    Cached::Failed(errno) => return self.answer(tag, Err(errno)),
+                    Cached::Failed(errno) => {
+                        self.let_go(tag.conn, Handle::File(file));
+                        return self.answer(tag, Err(errno));
+                    }
                 }
                 self.buffers.small()
             }
@@ -70,6 +74,7 @@ impl<R: Ring> Shard<R> {
             // Also after some bytes: a short answer would be the end of the file to the guest.
             Err(errno) => {
                 self.buffers.give(buf);
+                self.let_go(tag.conn, Handle::File(file));
                 return self.answer(tag, Err(errno));
             }
         };
@@ -79,7 +84,7 @@ impl<R: Ring> Shard<R> {
             let (range, offset) = (range.start + n..range.end, offset + n as u64);
             return self.begin(tag, Io::Read { file, buf, range, offset });
         }
-        self.read_done(tag, buf, range.start + n - BODY_AT);
+        self.read_done(tag, file, buf, range.start + n - BODY_AT);
     }
 
     /// Answers a large read by the pages themselves; else gives the buffer back untouched. See
@@ -145,8 +150,9 @@ impl<R: Ring> Shard<R> {
         link.send_buffer.has_room(socket.as_fd(), len)
     }
 
-    pub(super) fn read_done(&mut self, tag: RequestTag, buf: Buf, len: usize) {
+    pub(super) fn read_done(&mut self, tag: RequestTag, file: Arc<OpenFile>, buf: Buf, len: usize) {
         self.was_read(tag.conn, len);
+        self.let_go(tag.conn, Handle::File(file));
         self.reply_from(tag, buf, len);
         self.touched.push(tag.conn);
     }
@@ -163,7 +169,7 @@ impl<R: Ring> Shard<R> {
         if file.memory && !self.ring.takes_all() {
             // No disk can make this wait, and the ring would send it to a worker thread.
             let result = fdops::write_all_at(file.as_fd(), offset, &batch[range], tag.pages);
-            return self.write_answer(tag, result);
+            return self.write_answer(tag, file, result);
         }
         if let Some(mut aligned) = own {
             let len = range.len();
@@ -201,10 +207,11 @@ impl<R: Ring> Shard<R> {
             Err(errno) => Err(errno),
         };
         self.buffers.give_shared(buf);
-        self.write_answer(tag, result);
+        self.write_answer(tag, file, result);
     }
 
-    fn write_answer(&mut self, tag: RequestTag, result: IoResult) {
+    fn write_answer(&mut self, tag: RequestTag, file: Arc<OpenFile>, result: IoResult) {
+        self.let_go(tag.conn, Handle::File(file));
         if let Ok(n) = result {
             self.was_written(tag.conn, n);
         }

@@ -107,7 +107,8 @@ impl AsFd for OpenFile {
 pub struct OpenDir {
     /// Whose directory it is.
     pub node: Arc<Node>,
-    /// For getdents64; its position belongs to the holder of `position`'s lock.
+    /// For getdents64; its position belongs to the holder of `position`'s lock, for which nobody
+    /// waits.
     pub fd: OwnedFd,
     /// The host's device, for the inode numbers of entries.
     pub dev: u64,
@@ -134,8 +135,51 @@ impl Handle {
     /// Blocks that its end frees, if nothing else holds its file.
     pub fn blocks_freed(&self) -> u64 {
         match self {
-            Handle::File(file) => Stat::of(file.as_fd()).map_or(0, |stat| stat.blocks_freed()),
-            Handle::Dir(_) | Handle::Unopened(_) | Handle::Lost(_) => 0,
+            Handle::File(file) => blocks_freed(&file.fd),
+            Handle::Dir(dir) => blocks_freed(&dir.fd),
+            Handle::Unopened(_) | Handle::Lost(_) => 0,
+        }
+    }
+}
+
+fn blocks_freed(fd: &OwnedFd) -> u64 {
+    Stat::of(fd).map_or(0, |stat| stat.blocks_freed())
+}
+
+/// What a handle stood for, and nothing uses any more.
+#[must_use = "dropping it closes a file, which may take long"]
+pub enum Last {
+    /// A file.
+    File(OpenFile),
+    /// A directory.
+    Dir(OpenDir),
+}
+
+impl Last {
+    /// `None` where an operation in flight has it still, or another handle: whoever ends last asks
+    /// this again.
+    pub fn of(handle: Handle) -> Option<Last> {
+        match handle {
+            Handle::File(file) => Arc::into_inner(file).map(Last::File),
+            Handle::Dir(dir) => Arc::into_inner(dir).map(Last::Dir),
+            Handle::Unopened(_) | Handle::Lost(_) => None,
+        }
+    }
+
+    /// Blocks that its end frees.
+    pub fn blocks_freed(&self) -> u64 {
+        match self {
+            Last::File(file) => blocks_freed(&file.fd),
+            Last::Dir(dir) => blocks_freed(&dir.fd),
+        }
+    }
+}
+
+impl From<Last> for Handle {
+    fn from(last: Last) -> Handle {
+        match last {
+            Last::File(file) => Handle::File(Arc::new(file)),
+            Last::Dir(dir) => Handle::Dir(Arc::new(dir)),
         }
     }
 }
@@ -342,5 +386,39 @@ impl Handles {
 impl Drop for Handles {
     fn drop(&mut self) {
         self.quota.closed(self.count());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fds::Fds;
+    use crate::fs::{Fs, FsOptions};
+    use ringfs_wire::abi::FUSE_ROOT_ID;
+
+    #[test]
+    fn whoever_uses_a_handle_last_has_to_close_it() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let fds = Fds::new(64);
+        let options = FsOptions { fds: Arc::clone(&fds), ..FsOptions::default() };
+        let fs = Fs::new(dir.path(), options).expect("a session");
+        let before = fds.used();
+        let node = fs.nodes.find(FUSE_ROOT_ID).expect("the root");
+        let path = dir.path().join("file");
+        std::fs::write(&path, "x").expect("a file");
+        let fd = std::fs::File::open(&path).expect("open").into();
+        let fh = fs.insert_file(node, fd, libc::O_RDONLY as u32);
+        let in_flight = fs.handles.file(fh, FUSE_ROOT_ID).expect("open");
+        let released = fs.handles.remove(fh, FUSE_ROOT_ID, false).expect("open");
+        assert!(Last::of(released).is_none(), "an operation has it still");
+        let last = Last::of(Handle::File(in_flight)).expect("the last one");
+        assert_eq!(last.blocks_freed(), 0);
+        std::fs::remove_file(&path).expect("remove");
+        assert!(last.blocks_freed() > 0);
+        // On its way to the pool it is open.
+        let handle = Handle::from(last);
+        assert_eq!(fds.used(), before + 1);
+        drop(handle);
+        assert_eq!(fds.used(), before);
     }
 }

@@ -6,7 +6,9 @@
 use super::*;
 use crate::decide::Outcome;
 use crate::dispatch::{REQUEST_HEAD_BYTES, Route};
+use crate::handles::Last;
 use crate::intent;
+use crate::nodes::Released;
 use crate::pool::{Body, Job};
 use ringfs_wire::abi::{ForgetOne, Opcode};
 use ringfs_wire::batch::notify;
@@ -110,6 +112,7 @@ impl<R: Ring> Shard<R> {
                     true => rustix::fs::fdatasync(file.as_fd()),
                     false => rustix::fs::fsync(file.as_fd()),
                 };
+                self.let_go(key, Handle::File(file));
                 self.answer(tag, synced.map(|()| &[][..]));
             }
             Route::Fsync { file, data_only } => {
@@ -136,6 +139,11 @@ impl<R: Ring> Shard<R> {
                     queued: Instant::now(),
                     shard_ns,
                 });
+            }
+            Route::Release { fh, directory } => {
+                let handle = fs.handles.remove(fh, request.nodeid, directory);
+                let result = handle.map(|handle| self.let_go(key, handle));
+                self.answer(tag, result.map(|()| &[][..]));
             }
             Route::Refuse(errno) => self.answer(tag, Err(errno)),
             // Such a frame has no place in a REQUEST; its slot is freed all the same.
@@ -262,6 +270,18 @@ impl<R: Ring> Shard<R> {
         tag.place = Place::Ring;
         self.conns[tag.conn].running += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
+    }
+
+    /// An operation of this connection has done with a handle, or it was given back. Where nothing
+    /// else uses it, it closes: here, or in the pool where that frees many blocks.
+    pub(super) fn let_go(&self, key: usize, handle: Handle) {
+        let Some(last) = Last::of(handle) else { return };
+        let session = &self.conns[key].session;
+        let most = session.fs.blocks_freed_at_once();
+        if last.blocks_freed() > most {
+            let dear = (Released::default(), Some(last.into()));
+            self.shared.pool.give_back(session.terms.owner, dear, most);
+        }
     }
 
     /// Asks the guest for nodes where it soon knows as many as it may.

@@ -8,7 +8,7 @@
 use crate::buffers::{Buf, BufferPool};
 use crate::connection::{Connection, reply_header};
 use crate::dispatch::Request;
-use crate::handles::OpenFile;
+use crate::handles::{Handle, OpenFile};
 use crate::limits::*;
 use crate::link::{BODY_AT, Next};
 use crate::mailbox::{Mail, Mailbox};
@@ -257,7 +257,10 @@ impl<R: Ring> Shard<R> {
                 Err(Errno::INTR | Errno::AGAIN) => {
                     self.submit(Op { io: Io::Fsync { file, data_only }, tag: op.tag });
                 }
-                _ => self.finish(tag, result.map(|_| &[][..])),
+                _ => {
+                    self.let_go(tag.conn, Handle::File(file));
+                    self.finish(tag, result.map(|_| &[][..]));
+                }
             },
             (io, tag) => unreachable!("{io:?} is never submitted for {tag:?}"),
         }

@@ -5,13 +5,15 @@
 //! An entry that does not fit is not looked up: no count is given that the guest does not get.
 
 use std::ffi::CStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, TryLockError};
 
 use ringfs_wire::abi::{self, fopen};
-use rustix::fs::{FileType, RawDir, SeekFrom};
+use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use crate::dispatch::Request;
+use crate::fdops;
 use crate::fds::Counted;
 use crate::fs::{CacheMode, Fs};
 use crate::handles::{Handle, OpenDir};
@@ -23,8 +25,10 @@ use zerocopy::IntoBytes;
 /// than that on none of the file systems that we know.
 const SCRATCH_BYTES_MIN: usize = 1024;
 const SCRATCH_BYTES_MAX: usize = 64 << 10;
-/// About fifty entries with a LOOKUP each: more would hold a shard up.
+/// About fifty entries with a LOOKUP each, and two thousand without one: more would hold a shard
+/// up.
 const PLUS_INLINE_BYTES_MAX: u32 = 8 << 10;
+const INLINE_BYTES_MAX: u32 = 64 << 10;
 
 /// OPENDIR.
 pub fn opendir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Errno> {
@@ -88,8 +92,13 @@ pub fn readdir(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, 
     })
 }
 
-/// True for a READDIRPLUS with many LOOKUPs.
+/// True for a READDIR of many entries.
 pub fn is_long(_: &Fs, request: &Request<'_>) -> bool {
+    request.head::<abi::ReadIn>().is_ok_and(|read| read.size > INLINE_BYTES_MAX)
+}
+
+/// True for a READDIRPLUS with many LOOKUPs.
+pub fn is_long_plus(_: &Fs, request: &Request<'_>) -> bool {
     request.head::<abi::ReadIn>().is_ok_and(|read| read.size > PLUS_INLINE_BYTES_MAX)
 }
 
@@ -147,15 +156,30 @@ fn fill(
     scratch_bytes: usize,
     mut emit: impl FnMut(usize, &HostEntry<'_>) -> Result<usize, Errno>,
 ) -> Result<usize, Errno> {
-    let mut position = dir.position.lock().unwrap_or_else(PoisonError::into_inner);
+    let own;
+    let mut own_position = Some(0);
+    let mut shared = match dir.position.try_lock() {
+        Ok(position) => Some(position),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        // A thread of the pool may read for long. Nobody waits for it, and a shard must not: this
+        // call has an fd of its own.
+        Err(TryLockError::WouldBlock) => None,
+    };
+    let (fd, position) = match &mut shared {
+        Some(position) => (dir.fd.as_fd(), &mut **position),
+        None => {
+            own = fdops::reopen(dir.fd.as_fd(), OFlags::RDONLY | OFlags::DIRECTORY)?;
+            (own.as_fd(), &mut own_position)
+        }
+    };
     if *position != Some(offset) {
-        rustix::fs::seek(&dir.fd, SeekFrom::Start(offset))?;
+        rustix::fs::seek(fd, SeekFrom::Start(offset))?;
     }
     // Until we know where it stands: unknown.
     *position = None;
     let scratch_bytes = scratch_bytes.clamp(SCRATCH_BYTES_MIN, SCRATCH_BYTES_MAX);
     let mut scratch = Vec::<u8>::with_capacity(scratch_bytes);
-    let mut entries = RawDir::new(&dir.fd, scratch.spare_capacity_mut());
+    let mut entries = RawDir::new(fd, scratch.spare_capacity_mut());
     let (mut used, mut next) = (0, offset);
     loop {
         match entries.next() {
@@ -213,4 +237,51 @@ fn put_dirent(space: &mut [u8], entry: &HostEntry<'_>, ino: u64) -> Result<(), E
     let used = put_bytes(space, head.as_bytes())?;
     put_bytes(&mut space[used..], name)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::FsOptions;
+    use ringfs_wire::abi::{FUSE_ROOT_ID, Opcode};
+    use std::sync::mpsc;
+    use std::time::Duration;
+    use zerocopy::FromBytes;
+
+    fn ask(fs: &Fs, opcode: Opcode, args: &[u8]) -> Vec<u8> {
+        let body = [&FUSE_ROOT_ID.to_le_bytes()[..], &[0; 16], args].concat();
+        let request = Request::parse(opcode as u32, &body).expect("a request");
+        let mut out = vec![0; fs.reply_bytes_max(&request)];
+        let used = fs.execute(&request, &mut out).expect("a reply");
+        out.truncate(used);
+        out
+    }
+
+    #[test]
+    fn who_reads_a_directory_waits_for_no_other_reader() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        for i in 0..1000 {
+            std::fs::write(dir.path().join(format!("file{i}")), "").expect("a file");
+        }
+        let fs = Fs::new(dir.path(), FsOptions::default()).expect("a session");
+        let opened = ask(&fs, Opcode::Opendir, abi::OpenIn::default().as_bytes());
+        let fh = abi::OpenOut::read_from_bytes(&opened).expect("opened").fh;
+        let read = |offset| {
+            let read = abi::ReadIn { fh, offset, size: 4096, ..Default::default() };
+            ask(&fs, Opcode::Readdir, read.as_bytes())
+        };
+        let first = read(0);
+        // Where its first entry ends the second begins.
+        let next = abi::Dirent::read_from_prefix(&first).expect("an entry").0.off;
+        let expected = [first, read(next)];
+        let handle = fs.handles.dir(fh, FUSE_ROOT_ID).expect("a directory");
+        let reading = handle.position.lock().expect("the lock");
+        let (done, wait) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| done.send([read(0), read(next)]).expect("somebody waits"));
+            let seen = wait.recv_timeout(Duration::from_secs(20));
+            drop(reading);
+            assert_eq!(seen.expect("an answer while another one reads"), expected);
+        });
+    }
 }

@@ -384,13 +384,6 @@ pub fn release(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Er
     Ok(0)
 }
 
-/// True for a RELEASE that may be the end of a deleted file, beyond what is freed in a moment.
-pub fn release_frees(fs: &Fs, request: &Request<'_>) -> bool {
-    let Ok(release) = request.head::<abi::ReleaseIn>() else { return false };
-    let stat = fs.handles.file(release.fh, request.nodeid).and_then(Stat::of);
-    stat.is_ok_and(|stat| stat.blocks_freed() > fs.blocks_freed_at_once())
-}
-
 /// FALLOCATE: allocate, punch, zero.
 pub fn fallocate(fs: &Fs, request: &Request<'_>, _: &mut [u8]) -> Result<usize, Errno> {
     let ask: abi::FallocateIn = request.head()?;

@@ -81,7 +81,9 @@ fn plus_is_clamped() {
     let fh = guest.opendir(ROOT).expect("opendir").fh;
     let read = abi::ReadIn { fh, size: 1 << 20, ..Default::default() };
     assert_eq!(guest.route(Opcode::Readdirplus, ROOT, read.as_bytes()), "pool");
-    assert_eq!(guest.route(Opcode::Readdir, ROOT, read.as_bytes()), "inline");
+    assert_eq!(guest.route(Opcode::Readdir, ROOT, read.as_bytes()), "pool");
+    let usual = abi::ReadIn { fh, size: 64 << 10, ..Default::default() };
+    assert_eq!(guest.route(Opcode::Readdir, ROOT, usual.as_bytes()), "inline");
     let reply = guest.ask(Opcode::Readdirplus, ROOT, read.as_bytes()).expect("readdirplus");
     assert!(reply.len() <= 64 << 10 && reply.len() > 60 << 10);
 }

@@ -449,6 +449,10 @@ fn reads_and_writes_are_routed_with_their_file() {
     assert_eq!(guest.route(Opcode::Write, id, &args(far)), "errno 27");
     let kill = abi::WriteIn { write_flags: abi::FUSE_WRITE_KILL_SUIDGID, ..write };
     assert_eq!(guest.route(Opcode::Write, id, &args(kill)), "pool");
+    // The shard takes it out, deleted or not: the pool could not close what is in use still.
+    guest.unlink(ROOT, "file").expect("unlink");
+    let release = abi::ReleaseIn { fh, ..Default::default() };
+    assert_eq!(guest.route(Opcode::Release, id, release.as_bytes()), format!("release {fh} false"));
     let fsync = abi::FsyncIn { fh, fsync_flags: 1, padding: 0 };
     assert_eq!(guest.route(Opcode::Fsync, id, fsync.as_bytes()), "fsync true");
 }

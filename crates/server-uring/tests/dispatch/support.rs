@@ -158,6 +158,7 @@ impl Guest {
             Route::Read { offset, len, .. } => format!("read {offset}+{len}"),
             Route::Write { offset, payload, .. } => format!("write {offset} {payload:?}"),
             Route::Fsync { data_only, .. } => format!("fsync {data_only}"),
+            Route::Release { fh, directory } => format!("release {fh} {directory}"),
             Route::Refuse(errno) => format!("errno {}", errno.raw_os_error()),
             Route::NoReply => "none".into(),
         }
