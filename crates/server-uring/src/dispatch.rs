@@ -16,6 +16,7 @@ use zerocopy::{FromBytes, KnownLayout};
 use crate::fdops;
 use crate::fs::Fs;
 use crate::handles::{OpenFile, Waits};
+use crate::long_calls::LongCall;
 use crate::notes::Notes;
 use crate::ops::{attrs, dirs, init, io, names, xattrs};
 use crate::passthrough::Caller;
@@ -137,6 +138,8 @@ enum Place {
     /// On the shard where the backing file system is local, else in the pool; what changes it only
     /// on the shard where there is no disk behind.
     Metadata,
+    /// As `Metadata`, and wants no lock that a long call may have.
+    Looks,
     /// As `Metadata`, and in the pool where such calls have taken long: they may free many blocks.
     Frees,
     /// On the shard: it touches no file.
@@ -185,7 +188,8 @@ const ATTR: usize = size_of::<abi::AttrOut>();
 #[rustfmt::skip]
 fn rule(opcode: Opcode) -> Rule {
     use Opcode as Op;
-    use Place::{Frees, Fsync, Metadata, NoReply, Pool, PoolIf, Read, Refuse, Release, Shard, Write};
+    use Place::{Frees, Fsync, Looks, Metadata, NoReply, Pool, PoolIf, Read};
+    use Place::{Refuse, Release, Shard, Write};
     let rule = |place, changes, bytes, run| {
         Rule { place, changes, bound: Bound::Fixed(bytes), run }
     };
@@ -196,12 +200,12 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Lookup => rule(Metadata, false, ENTRY, names::lookup),
         Op::Forget => rule(NoReply, false, 0, names::forget),
         Op::BatchForget => rule(NoReply, false, 0, names::batch_forget),
-        Op::Getattr => rule(Metadata, false, ATTR, attrs::getattr),
+        Op::Getattr => rule(Looks, false, ATTR, attrs::getattr),
         Op::Setattr => rule(PoolIf(attrs::may_truncate), true, ATTR, attrs::setattr),
-        Op::Statx => rule(Metadata, false, size_of::<abi::StatxOut>(), attrs::statx),
-        Op::Access => rule(Metadata, false, 0, attrs::access),
-        Op::Statfs => rule(Metadata, false, size_of::<abi::StatfsOut>(), attrs::statfs),
-        Op::Readlink => rule(Metadata, false, libc::PATH_MAX as usize, names::readlink),
+        Op::Statx => rule(Looks, false, size_of::<abi::StatxOut>(), attrs::statx),
+        Op::Access => rule(Looks, false, 0, attrs::access),
+        Op::Statfs => rule(Looks, false, size_of::<abi::StatfsOut>(), attrs::statfs),
+        Op::Readlink => rule(Looks, false, libc::PATH_MAX as usize, names::readlink),
         Op::Symlink => rule(Metadata, true, ENTRY, names::symlink),
         Op::Mknod => rule(Metadata, true, ENTRY, names::mknod),
         Op::Mkdir => rule(Metadata, true, ENTRY, names::mkdir),
@@ -218,16 +222,16 @@ fn rule(opcode: Opcode) -> Rule {
         Op::Read => asked(Read, 16, IO_BYTES_MAX, io::read),
         Op::Write => rule(Write, true, size_of::<abi::WriteOut>(), io::write),
         Op::Fsync => rule(Fsync, false, 0, io::fsync),
-        Op::Flush => rule(Metadata, false, 0, io::flush),
+        Op::Flush => rule(Looks, false, 0, io::flush),
         Op::Release => rule(Release, false, 0, io::release),
         Op::Fallocate => rule(Pool, true, 0, io::fallocate),
-        Op::Lseek => rule(Metadata, false, size_of::<abi::LseekOut>(), io::lseek),
+        Op::Lseek => rule(Pool, false, size_of::<abi::LseekOut>(), io::lseek),
         Op::CopyFileRange =>
             rule(Pool, true, size_of::<abi::WriteOut>(), io::copy_file_range),
         Op::CopyFileRange64 =>
             rule(Pool, true, size_of::<abi::CopyFileRangeOut>(), io::copy_file_range_64),
         Op::Syncfs => rule(Pool, false, 0, io::syncfs),
-        Op::Opendir => rule(Metadata, false, OPENED, dirs::opendir),
+        Op::Opendir => rule(Looks, false, OPENED, dirs::opendir),
         Op::Readdir => asked(PoolIf(dirs::is_long), 16, IO_BYTES_MAX, dirs::readdir),
         Op::Readdirplus =>
             asked(PoolIf(dirs::is_long_plus), 16, READDIRPLUS_BYTES_MAX, dirs::readdirplus),
@@ -268,9 +272,12 @@ impl Fs {
         // its journal at times, and as long as somebody has it frozen.
         let cold = self.nodes.is_cold(request.nodeid) || rule.changes && self.nodes.has_cold();
         let quick = self.local && !cold && !(rule.changes && self.waits != Waits::Never);
-        let metadata = if quick { Route::Inline } else { Route::Pool };
+        let held = self.waits == Waits::Never && self.options.long_calls.any();
+        let metadata = if quick && !held { Route::Inline } else { Route::Pool };
         let route = match rule.place {
             Place::Metadata => Ok(metadata),
+            Place::Looks if quick => Ok(Route::Inline),
+            Place::Looks => Ok(Route::Pool),
             Place::Frees if self.history.is_slow(Instant::now()) => Ok(Route::Pool),
             Place::Frees => Ok(metadata),
             Place::Shard => Ok(Route::Inline),
@@ -278,6 +285,7 @@ impl Fs {
             Place::PoolIf(pool) if pool(self, request) => Ok(Route::Pool),
             Place::PoolIf(_) => Ok(metadata),
             Place::Read => io::route_read(self, request),
+            Place::Write if held => Ok(Route::Pool),
             Place::Write => io::route_write(self, request),
             Place::Fsync => io::route_fsync(self, request),
             Place::Release if !self.local => Ok(Route::Pool),
@@ -289,6 +297,19 @@ impl Fs {
             Place::Refuse(errno) => Err(errno),
         };
         route.unwrap_or_else(Route::Refuse)
+    }
+
+    /// For a request that the pool gets: counts it, if it may keep a lock for long, until what is
+    /// given is dropped.
+    pub fn long_call(&self, request: &Request<'_>) -> Option<LongCall> {
+        let is_long = self.waits == Waits::Never
+            && match Opcode::from_u32(request.opcode)? {
+                Opcode::Fallocate => true,
+                Opcode::Setattr => attrs::may_truncate(self, request),
+                Opcode::Open => io::truncates(self, request),
+                _ => false,
+            };
+        is_long.then(|| self.options.long_calls.begin())
     }
 
     /// The longest body that `execute` may write for this request: lend at least as much.

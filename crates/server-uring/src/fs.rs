@@ -25,6 +25,7 @@ use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::history::History;
 use crate::idmap::Ids;
 use crate::import::{self, ImportError};
+use crate::long_calls::LongCalls;
 use crate::nodes::{Bound, Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
 use crate::passthrough::{Backend, Caller, Found, ROOT_INODE, Stat};
@@ -87,6 +88,8 @@ pub struct FsOptions {
     pub fds: Arc<Fds>,
     /// Limits of the share; its sessions share it.
     pub quota: Arc<ShareQuota>,
+    /// Calls that keep others waiting; its sessions share it.
+    pub long_calls: Arc<LongCalls>,
 }
 
 impl Default for FsOptions {
@@ -108,6 +111,7 @@ impl Default for FsOptions {
             recipes: false,
             fds: Fds::of_process(),
             quota: Arc::default(),
+            long_calls: Arc::default(),
         }
     }
 }

@@ -30,6 +30,7 @@ pub mod intent;
 mod jobs;
 pub mod limits;
 pub mod link;
+pub mod long_calls;
 pub mod mailbox;
 pub mod metrics;
 mod node;

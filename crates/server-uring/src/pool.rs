@@ -12,6 +12,7 @@ use crate::handles::Handle;
 use crate::jobs::{Begun, Jobs, Next, Pace};
 use crate::limits::{POOL_COPY_BYTES_MAX, POOL_NICE, WARMED_A_TURN_MAX};
 use crate::link::BODY_AT;
+use crate::long_calls::LongCall;
 use crate::mailbox::{Mail, Mailbox};
 use crate::nodes::Released;
 use crate::notes::Notes;
@@ -90,6 +91,8 @@ pub struct Job {
     pub queued: Instant,
     /// What it takes of the shard's time, besides its own.
     pub shard_ns: u32,
+    /// Others keep away from its locks as long as this is there.
+    pub long: Option<LongCall>,
 }
 
 /// What is known of a request that a dead daemon began.
@@ -423,6 +426,7 @@ fn execute_request(job: Job) {
         mailbox,
         queued,
         shard_ns: _,
+        long,
         owner: _,
         session: _,
     } = job;
@@ -459,6 +463,7 @@ fn execute_request(job: Job) {
         }
         None => Err(Errno::INVAL),
     };
+    drop(long);
     mailbox.post(Mail::Done(Done {
         tag,
         result,

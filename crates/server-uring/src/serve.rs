@@ -41,6 +41,7 @@ impl<R: Ring> Shard<R> {
             most = fs.quota.in_flight(conn.session.terms.conns, most);
             let bytes = match &route {
                 Route::Write { payload, .. } => payload.len(),
+                Route::Pool if header.code == Opcode::Write as u32 => body.len(),
                 Route::Read { len, .. } => *len as usize,
                 _ => 0,
             };
@@ -121,6 +122,7 @@ impl<R: Ring> Shard<R> {
             Route::Pool => {
                 tag.place = Place::Pool;
                 let shard_ns = self.job_ns();
+                let long = fs.long_call(&request);
                 let conn = &mut self.conns[key];
                 conn.running += 1;
                 self.shared.pool.submit(Job {
@@ -138,6 +140,7 @@ impl<R: Ring> Shard<R> {
                     mailbox: self.shared.mailbox.clone(),
                     queued: Instant::now(),
                     shard_ns,
+                    long,
                 });
             }
             Route::Release { fh, directory } => {
