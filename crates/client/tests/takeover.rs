@@ -495,3 +495,25 @@ fn a_next_client_that_cannot_begin_leaves_no_mount() {
     assert!(!reader.wait().status.success());
     failed(&bench, client, "");
 }
+
+#[test]
+fn a_keeper_that_may_not_have_the_fds_says_so_while_the_client_lives() {
+    if !kernel_resends("a_keeper_that_may_not_have_the_fds_says_so_while_the_client_lives") {
+        return;
+    }
+    let bench = Bench::new(Terms { root_errno: HANG, ..Terms::default() });
+    let mut command = bench.command(&["mount", "-f", &bench.source("data")]);
+    command.arg(&bench.mountpoint).stdout(Stdio::null()).stderr(Stdio::piped());
+    let client = Client { child: Some(command.spawn().expect("spawn")) };
+    let (lane, at) = bench.host.wait_for("the first GETATTR", |seen| seen.hanging.first().copied());
+    // It may have one more.
+    let set = |limit| prlimit(Some(client.pid()), Resource::Nofile, limit).expect("it is ours");
+    let none = set(without_fds(client.pid(), 0));
+    set(Rlimit { current: none.current.map(|most| most + 1), ..none });
+    // To deny the root is to answer.
+    bench.host.answer_hanging(lane, at, 13);
+    let why = "the keeper may not have so many fds";
+    wait_until("the words", || status_of(&bench)["alone_why"] == why);
+    kill_process(worker(&bench), Signal::KILL).expect("kill");
+    failed(&bench, client, &format!("nobody can take over ({why}): it is unmounted"));
+}
