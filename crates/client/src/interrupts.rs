@@ -119,18 +119,23 @@ fn is_dying(pid: u32) -> bool {
 }
 
 /// proc_pid_status(5): a line for each field; the name is escaped. A task that exits has no memory
-/// any more; only what never ran a program has none either. A signal that is fatal and makes no
-/// core comes as a SIGKILL to each task of the process (kernel/signal.c).
+/// any more. Nor has a thread of the kernel, of a loop device, say, or of an NFS server; those
+/// ignore SIGSTOP, which no program can. A signal that is fatal and makes no core comes as a SIGKILL
+/// to each task of the process (kernel/signal.c).
 fn says_dying(status: &[u8]) -> bool {
     let field = |name: &str| {
         let mut lines = status.split(|&byte| byte == b'\n');
         lines.find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b":"))
     };
-    let pending = field("SigPnd").and_then(|value| std::str::from_utf8(value).ok());
-    let Some(pending) = pending.and_then(|value| u64::from_str_radix(value.trim(), 16).ok()) else {
-        return false;
+    let has = |set: &str, signal: Signal| {
+        let bits = std::str::from_utf8(field(set)?).ok()?;
+        let bits = u64::from_str_radix(bits.trim(), 16).ok()?;
+        Some(bits & 1 << (signal.as_raw() - 1) != 0)
     };
-    field("VmSize").is_none() || pending & 1 << (Signal::KILL.as_raw() - 1) != 0
+    match (has("SigPnd", Signal::KILL), has("SigIgn", Signal::STOP)) {
+        (Some(is_killed), Some(false)) => is_killed || field("VmSize").is_none(),
+        (_, Some(true) | None) | (None, _) => false,
+    }
 }
 
 #[cfg(test)]
@@ -139,10 +144,12 @@ mod tests {
 
     #[test]
     fn tasks_that_die() {
-        let status = |name: &str, vm: &str, pending: u64| {
+        let ignoring = |name: &str, vm: &str, pending: u64, ignored: u64| {
             let head = format!("Name:\t{name}\nState:\tD (disk sleep)\nTgid:\t7\n{vm}");
-            format!("{head}Threads:\t1\nSigPnd:\t{pending:016x}\nShdPnd:\t{:016x}\n", 0x100)
+            let rest = format!("ShdPnd:\t{:016x}\nSigIgn:\t{ignored:016x}\n", 0x100);
+            format!("{head}Threads:\t1\nSigPnd:\t{pending:016x}\n{rest}")
         };
+        let status = |name: &str, vm: &str, pending: u64| ignoring(name, vm, pending, 0x1000);
         let check = |status: &[u8], dying| assert_eq!(says_dying(status), dying);
         let vm = "VmSize:\t     100 kB\n";
         check(status("cat", vm, 0).as_bytes(), false);
@@ -150,6 +157,9 @@ mod tests {
         check(status("cat", vm, 0x2200).as_bytes(), false);
         check(status("cat", "", 0).as_bytes(), true);
         check(status("SigPnd:\\n", vm, 0).as_bytes(), false);
+        // Threads of the kernel's; one that can be killed.
+        check(ignoring("kworker/0:1", "", 0, u64::MAX).as_bytes(), false);
+        check(ignoring("lockd", "", 0, !0x100).as_bytes(), false);
         for garbage in
             [&b""[..], b"Name:\tcat", b"State:\tD\n", b"\xff", b"State:\tD\nSigPnd:\tx\n"]
         {
@@ -162,6 +172,21 @@ mod tests {
         assert!(!is_dying(0));
         assert!(!is_dying(u32::MAX));
         assert!(!is_dying(std::process::id()));
+    }
+
+    #[test]
+    fn threads_of_the_kernel_live() {
+        let tasks = std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| {
+            let pid = entry.ok()?.file_name().to_str()?.parse::<u32>().ok()?;
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let flags: u32 = stat.rsplit(')').next()?.split(' ').nth(7)?.parse().ok()?;
+            // PF_KTHREAD
+            (flags & 0x20_0000 != 0).then_some((pid, stat))
+        });
+        // None in a container.
+        for (pid, stat) in tasks {
+            assert!(!is_dying(pid), "{stat}");
+        }
     }
 
     #[test]
