@@ -62,31 +62,6 @@ impl Link {
     }
 }
 
-/// When a cut becomes overdue (`-o soft`), as one lane counts it.
-#[derive(Debug, Default)]
-pub struct Overdue {
-    due: Option<Duration>,
-}
-
-impl Overdue {
-    /// The connection is lost now.
-    pub fn begin(&mut self, soft: Option<Duration>) {
-        self.due = soft.map(|soft| coarse_now() + soft);
-    }
-
-    /// How long a sleep without a connection may take; fails what waits when the time is over.
-    pub fn patience(&mut self, lane: &Lane) -> Option<Duration> {
-        let left = self.due?.saturating_sub(coarse_now());
-        if !left.is_zero() {
-            return Some(left);
-        }
-        self.due = None;
-        tracing::warn!(lane = lane.index, "no connection in time: requests fail (soft)");
-        lane.fail_overdue(Errno::IO);
-        None
-    }
-}
-
 /// How long a sleep may take.
 pub enum Rest {
     /// There is something to do first.
@@ -105,7 +80,6 @@ struct Pump<'s> {
     lift: Lift,
     /// What the connection before has received into.
     before: Option<Deframer>,
-    overdue: Overdue,
     intake: Intake<'s>,
     /// The kick and the connection.
     few: OwnedFd,
@@ -155,7 +129,6 @@ impl<'s> Pump<'s> {
             link: None,
             lift: Lift::default(),
             before: None,
-            overdue: Overdue::default(),
             intake,
             few,
             all,
@@ -286,7 +259,6 @@ impl<'s> Pump<'s> {
         let _ = epoll::delete(&self.all, link.conn.socket());
         self.lift.discard();
         let unsent = self.intake.cut();
-        self.overdue.begin(self.session.resume.soft);
         self.before = Some(link.half.deframer);
         self.session.lost(self.lane, &link.conn, end, &unsent);
     }
@@ -400,7 +372,7 @@ impl<'s> Pump<'s> {
     /// Before a sleep: how long it may be.
     fn rest(&mut self) -> Rest {
         let Some(link) = &mut self.link else {
-            return Rest::For(self.overdue.patience(self.lane));
+            return Rest::For(self.lane.patience(self.session.resume.soft, coarse_now()));
         };
         let is_expected = self.lane.in_flight() > 0;
         let heard = link.heard.take(link.half.rx.received());

@@ -14,7 +14,7 @@ use crate::groups;
 use crate::heart::Beat;
 use crate::known::Asked;
 use crate::lane::{Claim, Control, InFlight, Lane, LaneCounters, Parked};
-use crate::pump::{Link, Overdue, Rest};
+use crate::pump::{Link, Rest};
 use crate::resume::{Resend, unsent};
 use crate::rings::Answer;
 use crate::session::{End, Session};
@@ -112,7 +112,6 @@ struct RingLane<'s> {
     link: Option<Link>,
     /// What the connection before has received into.
     before: Option<Deframer>,
-    overdue: Overdue,
     ring: Ring,
     /// Of the connection; made with the first one.
     sockets: Option<Sockets>,
@@ -151,7 +150,6 @@ impl<'s> RingLane<'s> {
             lane,
             link: None,
             before: None,
-            overdue: Overdue::default(),
             sockets: None,
             kick,
             builder: BatchBuilder::new(),
@@ -242,7 +240,7 @@ impl<'s> RingLane<'s> {
     /// Before a sleep: how long it may be.
     fn rest(&mut self) -> Rest {
         let Some(link) = &mut self.link else {
-            return Rest::For(self.overdue.patience(self.lane));
+            return Rest::For(self.lane.patience(self.session.resume.soft, coarse_now()));
         };
         let is_expected = self.lane.in_flight() > 0;
         let heard = link.heard.take(link.half.rx.received());
@@ -499,7 +497,6 @@ impl<'s> RingLane<'s> {
         let resends = self.resends.take().unwrap_or_default();
         let unsent = unsent(&self.builder, &sending, &self.buffer, &resends);
         self.builder = BatchBuilder::new();
-        self.overdue.begin(self.session.resume.soft);
         self.before = Some(link.half.deframer);
         self.session.lost(self.lane, &link.conn, end, &unsent);
         // The kernel does not tell of a signal that comes while it hands a request to its entry, as

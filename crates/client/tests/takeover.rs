@@ -216,6 +216,30 @@ fn client_and_daemon_may_go_together() {
 }
 
 #[test]
+fn what_a_soft_mount_waits_for_is_waited_for_no_longer_by_the_next_client() {
+    if !kernel_resends("what_a_soft_mount_waits_for_is_waited_for_no_longer_by_the_next_client") {
+        return;
+    }
+    let (bench, client) = mounted(Terms::default(), "lanes=2,soft,timeout=1");
+    let in_flight = hanging(&bench);
+    let hidden = bench.host.hide();
+    let pid = worker(&bench);
+    kill_process(pid, Signal::STOP).expect("stop");
+    bench.host.cut();
+    kill_process(pid, Signal::KILL).expect("kill");
+    wait_until("the next client", || worker(&bench) != pid);
+    for reader in [in_flight, bench.cat("hello")] {
+        let words = stderr_of(&reader.wait());
+        assert!(words.contains("Input/output error"), "{words}");
+    }
+    drop(hidden);
+    wait_connected(&bench);
+    use_mount(&bench);
+    let stderr = umount(&bench, client);
+    assert!(stderr.contains("(soft)"), "{stderr}");
+}
+
+#[test]
 fn signals_reach_the_client_that_is_there() {
     if !kernel_resends("signals_reach_the_client_that_is_there") {
         return;

@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 /// Whether requests can leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +31,22 @@ enum Phase {
     Resending,
 }
 
+/// How long what waits may wait for a connection (`soft`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    /// Nobody has asked since the connection was lost.
+    Whole,
+    /// Until then.
+    Until(Duration),
+    /// No longer: it fails.
+    Over,
+}
+
 #[derive(Debug)]
 pub(super) struct Table {
     phase: Phase,
-    /// What waits for a connection any longer fails with this.
-    overdue: Option<Errno>,
+    /// Counts while it is cut.
+    patience: Patience,
     slots: ClientSlots<InFlight>,
     /// Which slots were in use when the turn began and are still, by the same request; how many.
     before: Vec<bool>,
@@ -51,7 +63,7 @@ impl Table {
     pub(super) fn new(slots: u16) -> Table {
         Table {
             phase: Phase::Open,
-            overdue: None,
+            patience: Patience::Whole,
             slots: ClientSlots::new(slots),
             before: vec![false; slots.into()],
             before_left: 0,
@@ -168,10 +180,10 @@ impl Lane {
         if table.closed {
             return Err(Errno::NOTCONN);
         }
-        if let Some(errno) = table.overdue
+        if (table.phase, table.patience) == (Phase::Cut, Patience::Over)
             && is_waited_for(parked.opcode)
         {
-            return Err(errno);
+            return Err(Errno::IO);
         }
         table.park_bytes += parked.frame.len();
         table.park.push_back(parked);
@@ -260,7 +272,7 @@ impl Lane {
     /// known to be dying get out. What was not `unsent` by it may have reached the daemon.
     pub fn cut(&self, unsent: &[SlotUse]) {
         let mut table = lock(&self.table);
-        table.phase = Phase::Cut;
+        (table.phase, table.patience) = (Phase::Cut, Patience::Whole);
         table.controls.clear();
         for (at, request) in table.slots.in_flight_mut() {
             if let InFlight::Request { sent, .. } = request {
@@ -274,14 +286,25 @@ impl Lane {
         self.answer_abandoned(&out, Errno::INTR);
     }
 
-    /// The cut has lasted too long: all that waits is answered `errno`, and what comes before the
-    /// next connection too. Nobody waits for a RELEASE, and not to send it would leak a handle.
-    pub fn fail_overdue(&self, errno: Errno) {
+    /// How long to wait at most for another connection, where requests wait `soft` for one, from
+    /// the first call on; `None`: as long as it takes. When that is over all that waits is answered
+    /// EIO, and what comes before the next connection too. Nobody waits for a RELEASE, and not to
+    /// send it would leak a handle.
+    pub fn patience(&self, soft: Option<Duration>, now: Duration) -> Option<Duration> {
         let mut table = lock(&self.table);
-        if table.phase != Phase::Cut || table.closed {
-            return;
+        if table.phase != Phase::Cut || table.closed || table.patience == Patience::Over {
+            return None;
         }
-        table.overdue = Some(errno);
+        let until = match table.patience {
+            Patience::Until(until) => until,
+            Patience::Whole | Patience::Over => now + soft?,
+        };
+        table.patience = Patience::Until(until);
+        let left = until.saturating_sub(now);
+        if !left.is_zero() {
+            return Some(left);
+        }
+        table.patience = Patience::Over;
         let out = table.abandon(
             self.keep.as_ref(),
             |_, request| {
@@ -293,9 +316,11 @@ impl Lane {
         table.park = stay;
         table.park_bytes = table.park.iter().map(|parked| parked.frame.len()).sum();
         drop(table);
-        self.answer_abandoned(&out, errno);
+        tracing::warn!(lane = self.index, "no connection in time: requests fail (soft)");
+        self.answer_abandoned(&out, Errno::IO);
         let parked: VecDeque<Parked> = parked;
-        parked.iter().for_each(|parked| self.answer_error(parked.unique, errno));
+        parked.iter().for_each(|parked| self.answer_error(parked.unique, Errno::IO));
+        None
     }
 
     fn answer_abandoned(&self, uniques: &[u64], errno: Errno) {
@@ -305,14 +330,13 @@ impl Lane {
 
     /// There will be a connection at once: to wait makes sense again.
     pub fn renew(&self) {
-        lock(&self.table).overdue = None;
+        lock(&self.table).patience = Patience::Whole;
     }
 
     /// There is a connection: what has to be sent on it before all else.
     pub fn resend(&self) -> VecDeque<Resend> {
         let mut table = lock(&self.table);
         table.phase = Phase::Resending;
-        table.overdue = None;
         resends(table.slots.in_flight())
     }
 
@@ -715,16 +739,27 @@ mod tests {
             assert!(matches!(lane.claim(request), Claim::Slot(_)));
         }
         lane.park(parked(6)).expect("open");
-        lane.fail_overdue(Errno::IO);
-        assert_eq!((lane.abandoned(), lane.parked().0), (0, 1), "it is not cut");
+        let [s1, s2, s3] = [1, 2, 3].map(Duration::from_secs);
+        assert_eq!(lane.patience(Some(s2), s1), None, "it is not cut");
         lane.cut(&[]);
         lane.park(Parked { opcode: release, ..parked(8) }).expect("open");
-        lane.fail_overdue(Errno::IO);
+        assert_eq!(lane.patience(None, s1), None, "hard");
+        assert_eq!(lane.patience(Some(s2), s1), Some(s2));
+        assert_eq!(lane.patience(Some(s2), s2), Some(s1));
+        assert_eq!((lane.abandoned(), lane.parked().0), (0, 2));
+        assert_eq!(lane.patience(Some(s2), s3), None);
         assert_eq!((lane.abandoned(), lane.parked()), (1, (1, 48)));
         assert_eq!(lane.park(parked(10)), Err(Errno::IO));
         lane.park(Parked { opcode: release, ..parked(12) }).expect("nobody waits for it");
+        assert_eq!(lane.patience(Some(s2), s3), None);
+        // There is a connection, which is lost before the lane has taken it.
+        lane.renew();
+        lane.park(parked(14)).expect("it is waited for again");
+        assert_eq!(lane.patience(Some(s1), s2), Some(s1));
+        assert_eq!(lane.patience(Some(s1), s3), None);
+        assert_eq!(lane.park(parked(16)), Err(Errno::IO));
         assert_eq!(lane.resend().len(), 3);
         lane.reopen();
-        lane.park(parked(14)).expect("a new connection");
+        lane.park(parked(18)).expect("a new connection");
     }
 }
