@@ -120,8 +120,8 @@ fn is_dying(pid: u32) -> bool {
 
 /// proc_pid_status(5): a line for each field; the name is escaped. A task that exits has no memory
 /// any more. Nor has a thread of the kernel, of a loop device, say, or of an NFS server; those
-/// ignore SIGSTOP, which no program can. A signal that is fatal and makes no core comes as a SIGKILL
-/// to each task of the process (kernel/signal.c).
+/// ignore SIGSTOP, which no program can. A signal that is fatal and makes no core comes as a
+/// SIGKILL to each task of the process (kernel/signal.c).
 fn says_dying(status: &[u8]) -> bool {
     let field = |name: &str| {
         let mut lines = status.split(|&byte| byte == b'\n');
