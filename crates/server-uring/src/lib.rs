@@ -17,6 +17,7 @@ pub mod entrance;
 mod evict;
 pub mod fdops;
 pub mod fds;
+mod file_threads;
 pub mod fork;
 pub mod fs;
 pub mod greet;

@@ -77,6 +77,11 @@ pub const SLOW_OP_MS_DEFAULT: u32 = 1000;
 pub const VISITORS_MAX: usize = 16;
 /// Threads for calls that may block long.
 pub const POOL_THREADS_MAX: usize = 16;
+/// Threads of one shard for file operations that the ring does not do.
+pub const FILE_THREADS_MAX: usize = 8;
+/// Operations of two peers that the ring has had for so long, or twice that: what the kernel's
+/// threads have not begun goes to those.
+pub const RING_LOOK_MS: u32 = 100;
 /// How much less important they are than shards (nice(2)).
 pub const POOL_NICE: i32 = 5;
 /// A request up to this size that waits for a pool thread is copied; a larger one keeps the buffer

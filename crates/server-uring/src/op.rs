@@ -53,6 +53,16 @@ impl Io {
     }
 }
 
+impl Op {
+    /// It works on a file.
+    pub(crate) fn is_on_file(&self) -> bool {
+        match &self.io {
+            Io::Read { .. } | Io::Write { .. } | Io::Fsync { .. } => true,
+            Io::Recv { .. } | Io::Send { .. } | Io::Room { .. } | Io::Wake { .. } => false,
+        }
+    }
+}
+
 /// Who waits for an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tag {
@@ -64,11 +74,23 @@ pub enum Tag {
     Request(RequestTag),
 }
 
+impl Tag {
+    /// The peer for whom it is done.
+    pub(crate) fn owner(&self) -> u64 {
+        match self {
+            Tag::Request(tag) => tag.owner,
+            Tag::Shard | Tag::Stream(_) => 0,
+        }
+    }
+}
+
 /// Where a request's reply goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestTag {
     /// Key of the connection in its shard.
     pub conn: usize,
+    /// The peer that has it, where the ring does the request: threads are shared by peers.
+    pub owner: u64,
     /// The lane that owns the slot.
     pub lane: u8,
     /// The slot that the reply frees.
@@ -122,6 +144,7 @@ impl RequestTag {
         let at = SlotUse { slot: record.slot, seq: record.slot_seq };
         RequestTag {
             conn,
+            owner: 0,
             lane: record.lane,
             at,
             reserved: 0,

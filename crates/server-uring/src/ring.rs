@@ -5,15 +5,22 @@
 //! it the memory and the fds that the kernel was told of. If the ring is dropped with operations in
 //! flight, it cancels them and waits for the last one before the memory goes.
 //!
-//! Completions are copied out before they are stepped; nothing happens inside `reap`.
+//! The kernel's threads, to which it gives what would wait, know no peers: operations on one file
+//! system that stands still have them all, and keep a file's number in their table from those that
+//! have the same one (64). So where two peers' operations take long, what the kernel's threads have
+//! not begun, and all that comes until the ring has no file operation more, is done by threads of
+//! our own, of which each peer has its part (file_threads.rs).
+//!
+//! Completions are copied out before they are stepped; nothing is stepped inside `reap`.
 
 #![allow(unsafe_code, reason = "the kernel is given pointers into buffers that the table owns")]
 
 use crate::buffers::Buf;
-use crate::limits::{LARGE_BUFFERS_KEPT, RING_ENTRIES};
+use crate::file_threads::FileThreads;
+use crate::limits::{LARGE_BUFFERS_KEPT, RING_ENTRIES, RING_LOOK_MS};
 use crate::op::{Io, Op};
 use io_uring::register::Restriction;
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use slab::Slab;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -25,6 +32,7 @@ pub type IoResult = Result<usize, rustix::io::Errno>;
 /// Submits operations and gives them back.
 pub trait Ring {
     /// Takes `op`; gives it back when it cannot be taken now.
+    #[allow(clippy::result_large_err, reason = "it is given back as it came, and hardly ever")]
     fn submit(&mut self, op: Op) -> Result<(), Op>;
     /// Starts all that was submitted. With a `timeout` it waits for a completion until then
     /// (`None`: for ever); `Some(ZERO)` does not wait.
@@ -47,9 +55,27 @@ pub trait Ring {
 pub struct UringRing {
     // Field order: the kernel's side goes before the memory that it may touch.
     uring: IoUring,
-    ops: Slab<Op>,
+    ops: Slab<Flying>,
+    /// Those of them that work on files.
+    on_files: usize,
+    /// How often it was looked whether they end.
+    looks: u32,
+    /// It will be again.
+    is_watched: bool,
+    /// Threads that have what would not end in the ring; none before they are needed.
+    threads: Option<FileThreads>,
+    /// They take all.
+    is_stuck: bool,
+    /// Their bell is waited for.
+    is_rung: bool,
     /// Which of the buffers that live as long as the shard the kernel knows by their slot.
     registered: [Registered; LARGE_BUFFERS_KEPT],
+}
+
+struct Flying {
+    op: Op,
+    /// [`UringRing::looks`] when it began.
+    since: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,16 +97,23 @@ const OPCODES: &[u8] = &[
     opcode::WriteFixed::CODE,
     opcode::Fsync::CODE,
     opcode::AsyncCancel2::CODE,
+    opcode::Timeout::CODE,
 ];
 
 /// IORING_REGISTER_BUFFERS_UPDATE of linux/io_uring.h, which the crate does not name.
 const REGISTER_BUFFERS_UPDATE: u8 = 16;
 
 /// How long a ring that is dropped waits for what cannot be cancelled.
-const DROP_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const DROP_LIMIT: Duration = Duration::from_secs(5);
 
 /// Marks completions that belong to no operation.
 const NO_OP: u64 = u64::MAX;
+/// It is time to look at the file operations.
+const LOOK: u64 = u64::MAX - 1;
+/// Something has ended on a thread.
+const BELL: u64 = u64::MAX - 2;
+
+static LOOK_AFTER: types::Timespec = types::Timespec::new().nsec(RING_LOOK_MS * 1_000_000);
 
 impl UringRing {
     /// A ring for the calling thread, which must be the only one that uses it.
@@ -110,6 +143,12 @@ impl UringRing {
         Ok(UringRing {
             uring,
             ops: Slab::with_capacity(RING_ENTRIES as usize),
+            on_files: 0,
+            looks: 0,
+            is_watched: false,
+            threads: None,
+            is_stuck: false,
+            is_rung: false,
             registered: [first; LARGE_BUFFERS_KEPT],
         })
     }
@@ -190,7 +229,7 @@ impl UringRing {
 
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         // SAFETY: the entry points into memory of an op in `self.ops`, which stays there until its
-        // completion is reaped, or is a cancel, which points nowhere.
+        // completion is reaped, or at a static, or nowhere.
         if unsafe { self.uring.submission().push(entry) }.is_ok() {
             return Ok(());
         }
@@ -198,14 +237,92 @@ impl UringRing {
         // SAFETY: as above.
         unsafe { self.uring.submission().push(entry) }.map_err(|_| io::ErrorKind::WouldBlock.into())
     }
+
+    fn watch(&mut self) {
+        if self.on_files > 0 && !self.is_watched {
+            let look = opcode::Timeout::new(&LOOK_AFTER).build().user_data(LOOK);
+            self.is_watched = self.push(&look).is_ok();
+        }
+    }
+
+    /// Whether file operations of two peers take long: one of them may be what the others wait for.
+    fn peers_wait(&self) -> bool {
+        let long =
+            |flying: &Flying| flying.op.is_on_file() && self.looks.wrapping_sub(flying.since) >= 2;
+        let mut owners = (self.ops.iter())
+            .filter(|(_, flying)| long(flying))
+            .map(|(_, flying)| flying.op.tag.owner());
+        owners.next().is_some_and(|first| owners.any(|other| other != first))
+    }
+
+    fn has_threads(&mut self) -> bool {
+        if self.threads.is_none() {
+            match FileThreads::new() {
+                Ok(threads) => self.threads = Some(threads),
+                Err(error) => tracing::warn!(%error, "no threads for file operations"),
+            }
+        }
+        self.threads.is_some()
+    }
+
+    fn look(&mut self) {
+        self.looks = self.looks.wrapping_add(1);
+        if !self.is_stuck && self.peers_wait() && self.has_threads() {
+            self.is_stuck = true;
+            let on_file = self.ops.iter().filter(|(_, flying)| flying.op.is_on_file());
+            let keys: Vec<u64> = on_file.map(|(key, _)| key as u64).collect();
+            for key in keys {
+                // Ends what has not begun; the others go on.
+                let cancel = types::CancelBuilder::user_data(key);
+                let _ = self.push(&opcode::AsyncCancel2::new(cancel).build().user_data(NO_OP));
+            }
+        }
+        self.watch();
+    }
+
+    fn reap_threads(&mut self, untaken: Vec<Op>, done: &mut Vec<(Op, IoResult)>) {
+        let Some(threads) = &mut self.threads else { return };
+        untaken.into_iter().for_each(|op| threads.submit(op));
+        if !self.is_rung {
+            threads.collect(done);
+        }
+        self.is_stuck &= self.on_files > 0;
+        self.listen();
+    }
+
+    /// Waits for the threads' bell while they have anything.
+    fn listen(&mut self) {
+        let Some(threads) = self.threads.as_ref().filter(|threads| threads.in_flight() > 0) else {
+            return;
+        };
+        if !self.is_rung {
+            let fd = types::Fd(threads.bell().as_raw_fd());
+            let bell = opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(BELL);
+            self.is_rung = self.push(&bell).is_ok();
+        }
+    }
 }
 
 impl Ring for UringRing {
     fn submit(&mut self, op: Op) -> Result<(), Op> {
+        let on_file = op.is_on_file();
+        if on_file
+            && self.is_stuck
+            && let Some(threads) = &mut self.threads
+        {
+            threads.submit(op);
+            self.listen();
+            return Ok(());
+        }
         let slot = self.registered_slot(&op.io);
-        let key = self.ops.insert(op);
-        let entry = Self::entry(&mut self.ops[key].io, slot).user_data(key as u64);
-        self.push(&entry).map_err(|_| self.ops.remove(key))
+        let key = self.ops.insert(Flying { op, since: self.looks });
+        let entry = Self::entry(&mut self.ops[key].op.io, slot).user_data(key as u64);
+        self.push(&entry).map_err(|_| self.ops.remove(key).op)?;
+        if on_file {
+            self.on_files += 1;
+            self.watch();
+        }
+        Ok(())
     }
 
     fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
@@ -240,27 +357,41 @@ impl Ring for UringRing {
     }
 
     fn reap(&mut self, done: &mut Vec<(Op, IoResult)>) {
-        let queue = self.uring.completion();
-        for completion in queue {
-            if let Some(found) = take(&mut self.ops, &completion) {
-                done.push(found);
+        let (mut looked, mut untaken) = (false, Vec::new());
+        for completion in self.uring.completion() {
+            match completion.user_data() {
+                NO_OP => {}
+                LOOK => looked = true,
+                BELL => self.is_rung = false,
+                key => {
+                    let Some(Flying { op, .. }) = self.ops.try_remove(key as usize) else {
+                        continue;
+                    };
+                    let result = completion.result();
+                    let on_file = op.is_on_file();
+                    self.on_files -= usize::from(on_file);
+                    if on_file && self.is_stuck && result == -libc::ECANCELED {
+                        untaken.push(op);
+                        continue;
+                    }
+                    let result = usize::try_from(result)
+                        .map_err(|_| rustix::io::Errno::from_raw_os_error(-result));
+                    done.push((op, result));
+                }
             }
+        }
+        if looked {
+            self.is_watched = false;
+            self.look();
+        }
+        if self.threads.is_some() {
+            self.reap_threads(untaken, done);
         }
     }
 
     fn in_flight(&self) -> usize {
-        self.ops.len()
+        self.ops.len() + self.threads.as_ref().map_or(0, FileThreads::in_flight)
     }
-}
-
-fn take(ops: &mut Slab<Op>, completion: &cqueue::Entry) -> Option<(Op, IoResult)> {
-    if completion.user_data() == NO_OP {
-        return None;
-    }
-    let op = ops.try_remove(completion.user_data() as usize)?;
-    let result = usize::try_from(completion.result())
-        .map_err(|_| rustix::io::Errno::from_raw_os_error(-completion.result()));
-    Some((op, result))
 }
 
 impl Drop for UringRing {
@@ -279,6 +410,11 @@ impl Drop for UringRing {
                 tracing::error!(left = self.ops.len(), "file operations do not end");
                 std::mem::forget(std::mem::take(&mut self.ops));
             }
+        }
+        if let Some(threads) = &mut self.threads
+            && !threads.end(until)
+        {
+            tracing::error!(left = threads.in_flight(), "file operations do not end");
         }
     }
 }

@@ -270,8 +270,10 @@ impl<R: Ring> Shard<R> {
     }
 
     pub(super) fn begin(&mut self, mut tag: RequestTag, io: Io) {
+        let conn = &mut self.conns[tag.conn];
         tag.place = Place::Ring;
-        self.conns[tag.conn].running += 1;
+        tag.owner = conn.session.terms.owner;
+        conn.running += 1;
         self.submit(Op { io, tag: Tag::Request(tag) });
     }
 
