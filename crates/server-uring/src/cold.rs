@@ -8,9 +8,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::import::Recipe;
+use crate::limits::{COLD_BYTES_PER_SESSION_MAX, COLD_NODE_BYTES};
 
 /// Device and inode number.
 pub(crate) type FileKey = (u64, u64);
@@ -18,9 +19,38 @@ pub(crate) type FileKey = (u64, u64);
 /// Nodes of one number that are looked at for one file: a guest may have made up any number.
 const TWINS_MAX: usize = 16;
 
+/// What all sessions' cold nodes take of the daemon's memory. Nodes that were let go were looked up
+/// one by one; those that a guest tells (restore.rs) cost it nothing but bytes, so these are bounded
+/// here.
+#[derive(Debug)]
+pub(crate) struct ColdMemory {
+    used: AtomicUsize,
+    /// What may be known of files that a guest tells of.
+    most: usize,
+}
+
+/// What there is room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// Another node.
+    Whole,
+    /// The number of one, to which nothing leads.
+    Lost,
+    /// Nothing.
+    Nothing,
+}
+
+impl ColdMemory {
+    /// At most `most` bytes of what is told, and as much again until nothing more is taken.
+    pub(crate) fn new(most: usize) -> Arc<ColdMemory> {
+        Arc::new(ColdMemory { used: AtomicUsize::new(0), most })
+    }
+}
+
 /// All of a session's.
-#[derive(Default)]
 pub(crate) struct Cold {
+    memory: Arc<ColdMemory>,
+    bytes: AtomicUsize,
     /// So that nobody takes the lock where there is nothing: nodes, and files that a name may lead
     /// to.
     count: AtomicUsize,
@@ -46,7 +76,50 @@ fn key_of(recipe: &Recipe) -> FileKey {
     (rustix::fs::makedev(major, minor), recipe.ino)
 }
 
+impl Entry {
+    fn bytes(&self) -> usize {
+        COLD_NODE_BYTES + self.recipe.len()
+    }
+}
+
+impl Drop for Cold {
+    fn drop(&mut self) {
+        self.memory.used.fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
+    }
+}
+
 impl Cold {
+    pub(crate) fn new(memory: &Arc<ColdMemory>) -> Cold {
+        Cold {
+            memory: Arc::clone(memory),
+            bytes: AtomicUsize::new(0),
+            count: AtomicUsize::new(0),
+            files: AtomicUsize::new(0),
+            maps: Mutex::default(),
+        }
+    }
+
+    /// For a node that a guest tells of.
+    pub(crate) fn room(&self) -> Room {
+        let ColdMemory { used, most } = &*self.memory;
+        let used = used.load(Ordering::Relaxed);
+        match self.bytes.load(Ordering::Relaxed) {
+            _ if used >= most.saturating_mul(2) => Room::Nothing,
+            mine if mine >= COLD_BYTES_PER_SESSION_MAX || used >= *most => Room::Lost,
+            _ => Room::Whole,
+        }
+    }
+
+    fn takes(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.memory.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn gives(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.memory.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
@@ -117,7 +190,10 @@ impl Cold {
         if let Some(key) = key {
             maps.by_file.insert((key, id));
         }
-        maps.by_id.insert(id, entry);
+        self.takes(entry.bytes());
+        if let Some(old) = maps.by_id.insert(id, entry) {
+            self.gives(old.bytes());
+        }
         self.count_again(&maps);
     }
 
@@ -145,6 +221,7 @@ impl Cold {
 
     fn take(&self, maps: &mut Maps, id: u64) -> Option<(u64, Option<Recipe>)> {
         let entry = maps.by_id.remove(&id)?;
+        self.gives(entry.bytes());
         let recipe = Recipe::unpack(&entry.recipe);
         if let Some(recipe) = &recipe {
             maps.by_file.remove(&(key_of(recipe), id));

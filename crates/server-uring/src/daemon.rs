@@ -154,13 +154,13 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     set_priorities(&config)?;
     raise_open_files();
     become_root_group()?;
-    let fds = Fds::of_process();
+    let limits = Limits::read(Path::new("/"));
+    let fds = Fds::of_process(limits.memory);
     let mut shares = Vec::new();
     for share in &config.shares {
         let failed = |source| DaemonError::Serve { name: share.name.clone(), source };
         shares.push(open_share(share, &fds).map_err(failed)?);
     }
-    let limits = Limits::read(Path::new("/"));
     let placement = Placement::new(config.cpus.clone(), &limits)?;
     let mut entrances = passed_sockets()?;
     for listen in &config.listen {

@@ -15,6 +15,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use crate::cold::ColdMemory;
+use crate::limits::COLD_BYTES_OF_MEMORY;
 use crate::nodes::Nodes;
 
 /// Nodes let go at a time: some hundred microseconds of work.
@@ -34,11 +36,18 @@ enum Relief {
     Busy,
 }
 
+fn machine_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
+}
+
 /// The count and its bound.
 #[derive(Debug)]
 pub struct Fds {
     used: AtomicUsize,
     most: usize,
+    /// What is kept of files without one.
+    pub(crate) cold: Arc<ColdMemory>,
     sessions: Mutex<Vec<Weak<Nodes>>>,
 }
 
@@ -46,13 +55,22 @@ impl Fds {
     /// At most `most` fds in nodes and open files; a sixteenth more is for sessions
     /// that have few.
     pub fn new(most: usize) -> Arc<Fds> {
-        Arc::new(Fds { used: AtomicUsize::new(0), most, sessions: Mutex::default() })
+        Fds::within(most, machine_memory())
     }
 
-    /// Three quarters of what the process may have open.
-    pub fn of_process() -> Arc<Fds> {
+    /// As [`Fds::new`], and remembers files without fds in a part of `memory` bytes.
+    pub fn within(most: usize, memory: u64) -> Arc<Fds> {
+        let cold = usize::try_from(memory / COLD_BYTES_OF_MEMORY).unwrap_or(usize::MAX);
+        let cold = ColdMemory::new(cold);
+        Arc::new(Fds { used: AtomicUsize::new(0), most, cold, sessions: Mutex::default() })
+    }
+
+    /// Three quarters of what the process may have open, and its part of the memory that it may
+    /// have; with no limit said, of the machine's.
+    pub fn of_process(memory: Option<u64>) -> Arc<Fds> {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        Fds::new(usize::try_from(limit / 4 * 3).unwrap_or(usize::MAX).clamp(16, 1 << 30))
+        let most = usize::try_from(limit / 4 * 3).unwrap_or(usize::MAX).clamp(16, 1 << 30);
+        Fds::within(most, memory.map_or_else(machine_memory, |most| most.min(machine_memory())))
     }
 
     /// In use now.

@@ -109,7 +109,7 @@ impl Default for FsOptions {
             nodes_max: 2_000_000,
             handles_max: 131_072,
             recipes: false,
-            fds: Fds::of_process(),
+            fds: Fds::of_process(None),
             quota: Arc::default(),
             long_calls: Arc::default(),
         }

@@ -267,7 +267,7 @@ impl<R: Ring> Shard<R> {
                 self.shared.registry.tell_restored(&session);
                 self.shared.pool.warm(session.terms.owner, session.fs.clone());
             }
-            Err(error @ TakeOverError::TooMany) => {
+            Err(error @ (TakeOverError::TooMany | TakeOverError::NoMemory)) => {
                 tracing::warn!(session = session.id, %error, "cannot rebuild a session");
                 return Err(Reason::Limit);
             }

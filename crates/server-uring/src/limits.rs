@@ -89,6 +89,14 @@ pub const POOL_NICE: i32 = 5;
 pub const POOL_COPY_BYTES_MAX: usize = 8 << 10;
 /// Nodes of a rebuilt session that a pool thread takes in before others have their turn.
 pub const WARMED_A_TURN_MAX: usize = 64;
+/// Bytes that are kept of a session's nodes without fds, before what its guest tells of further
+/// ones is not kept: enough for 2,000,000 of ordinary names.
+pub const COLD_BYTES_PER_SESSION_MAX: usize = 512 << 20;
+/// What one of them takes, besides its recipe: an entry in each of two maps, and what allocators
+/// need.
+pub const COLD_NODE_BYTES: usize = 128;
+/// The part of the memory that the daemon may have which is for that of all sessions.
+pub const COLD_BYTES_OF_MEMORY: u64 = 4;
 /// Sessions of one share that are being opened at once; with more, its file system is stuck.
 pub const OPENINGS_PER_SHARE_MAX: usize = 64;
 /// Entries of a shard's submission queue.

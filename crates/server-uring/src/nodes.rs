@@ -129,7 +129,7 @@ impl Nodes {
         let nodes = Arc::new(Nodes {
             by_id: (0..SHARDS).map(|_| RwLock::new(Shard::by_id())).collect(),
             by_inode: (0..SHARDS).map(|_| Mutex::new(Shard::by_inode())).collect(),
-            cold: Cold::default(),
+            cold: Cold::new(&fds.cold),
             other_names: OtherNames::default(),
             next_id: AtomicU64::new(first_id()),
             resident: AtomicUsize::new(0),

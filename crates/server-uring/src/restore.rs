@@ -14,6 +14,7 @@ use ringfs_wire::restore::{End, Restore, RestoreError, Restores};
 use rustix::io::Errno;
 use zerocopy::FromBytes;
 
+use crate::cold::Room;
 use crate::dispatch::{Request, name_pair};
 use crate::fs::Fs;
 use crate::handles::{Handle, Unopened};
@@ -40,6 +41,9 @@ pub enum TakeOverError {
     /// More than a session may have.
     #[error("RESTORE has more nodes or handles than a session may have")]
     TooMany,
+    /// Of all sessions together.
+    #[error("the daemon has no memory for more nodes that are not open")]
+    NoMemory,
     /// Totals that are not what came, or entries behind the last one.
     #[error("RESTORE has {came:?} and says {said:?}")]
     Totals {
@@ -101,23 +105,32 @@ impl Restoring {
 }
 
 fn refused(number: u64, errno: Errno) -> TakeOverError {
-    if errno == Errno::EXIST { TakeOverError::Twice(number) } else { TakeOverError::TooMany }
+    match errno {
+        Errno::EXIST => TakeOverError::Twice(number),
+        Errno::NOMEM => TakeOverError::NoMemory,
+        _ => TakeOverError::TooMany,
+    }
 }
 
 impl Nodes {
     /// Puts a node down cold, under an id that is neither 0 nor the root's, with `count` lookups,
-    /// at least one. A recipe that means nothing makes a node that is known and stale.
+    /// at least one. A recipe that means nothing, or that there is no room for, makes a node that is
+    /// known and stale.
     ///
     /// # Errors
-    /// `ENFILE`: too many nodes. `EEXIST`: the id is known.
+    /// `ENFILE`: too many nodes. `EEXIST`: the id is known. `ENOMEM`: not even for that.
     pub(crate) fn restore(&self, id: u64, count: u64, recipe: &[u8]) -> Result<(), Errno> {
         self.check_count()?;
         let ids = self.lock_id(id);
         if ids.get(id).is_some() || self.cold.contains(id) {
             return Err(Errno::EXIST);
         }
+        let room = self.cold.room();
+        if room == Room::Nothing {
+            return Err(Errno::NOMEM);
+        }
         match Recipe::unpack(recipe) {
-            Some(mut recipe) if recipe.proves_identity() => {
+            Some(mut recipe) if recipe.proves_identity() && room == Room::Whole => {
                 recipe.mount = self.root.identity_now(recipe.mount);
                 self.cold.insert_told(id, count, &recipe);
             }
@@ -133,7 +146,7 @@ impl Fs {
     /// has checked the numbers.
     ///
     /// # Errors
-    /// `ENFILE`, `EEXIST`.
+    /// `ENFILE`, `EEXIST`, `ENOMEM`.
     pub fn restore_node(&self, id: u64, count: u64, recipe: &[u8]) -> Result<(), Errno> {
         if id <= abi::FUSE_ROOT_ID {
             return Err(Errno::EXIST);

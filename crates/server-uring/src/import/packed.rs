@@ -139,6 +139,9 @@ impl Recipe {
         }
         let (handle, name) = rest.split_at_checked(head.handle_bytes.into())?;
         let (other, name) = if head.has & 4 != 0 { unpack_other(name)? } else { (None, name) };
+        if name.len() > fdops::NAME_BYTES_MAX {
+            return None;
+        }
         let handle_kind = match head.handle_kind {
             1 => Some(HandleKind::Connectable),
             2 => Some(HandleKind::Plain),

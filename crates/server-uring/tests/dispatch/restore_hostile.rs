@@ -1,5 +1,6 @@
 //! A guest that makes up what another daemon is said to have given it.
 
+use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
@@ -235,6 +236,50 @@ fn statx_of_a_link_takes_no_directory_in() {
         let args = abi::GetattrIn::default();
         assert_eq!(guest.route(Opcode::Getattr, 5, args.as_bytes()), "pool", "it is cold still");
     });
+}
+
+/// Names that no LOOKUP takes cost no memory, and what a guest tells beyond the bound is known and
+/// stale, until there is no memory for that either: each file alone first, then who tells of them.
+#[test]
+fn what_is_told_beyond_the_memory_for_it_is_not_kept() {
+    let dir = tempfile::tempdir().expect("directory");
+    std::fs::create_dir(dir.path().join("d")).expect("directory");
+    let at = OwnedFd::from(std::fs::File::open(dir.path()).expect("directory"));
+    let good = Recipe::of(at.as_fd(), c"d", ROOT).expect("recipe");
+    let named = |len: usize| {
+        let name = CString::new(vec![b'x'; len]).expect("a name");
+        Recipe { name, ..good.clone() }.pack()
+    };
+    assert!(Recipe::unpack(&named(255)).is_some());
+    assert_eq!(Recipe::unpack(&named(256)), None);
+
+    let memory = 1 << 20;
+    let options = FsOptions { fds: Fds::within(1000, memory), ..FsOptions::default() };
+    let [old, new] = [(); 2].map(|()| Guest::new(dir.path(), options.clone()));
+    let recipe = good.pack();
+    let tell = |guest: &Guest| {
+        let told = (2..).map(|id| (id, guest.fs.restore_node(id, 1, &recipe)));
+        let (last, refused) = { told }.find(|(_, result)| result.is_err()).expect("an end");
+        assert_eq!(refused, Err(Errno::NOMEM));
+        last
+    };
+    let kept = tell(&old);
+    let whole = old.fs.cold_nodes().len() as u64;
+    assert_eq!(whole, (memory / 4).div_ceil(128 + recipe.len() as u64));
+    assert!(kept > 2 * whole, "{kept} and {whole}");
+    assert!(old.getattr(2).is_ok());
+    assert_eq!(result(old.getattr(kept - 1)), Err(Errno::STALE));
+    // It is over for who comes later, but for what was taken in, until the memory is there again.
+    assert!(tell(&new) <= 4);
+    let mut body = Vec::new();
+    assert!(push_restore(&mut body, &Restore::Node { id: 100, count: 1, recipe: &recipe }));
+    let refused = Restoring::default().record(&new.fs, &body);
+    assert_eq!(refused, Err(TakeOverError::NoMemory));
+    drop((old, new));
+    let next = Guest::new(dir.path(), options);
+    assert_eq!(tell(&next), kept);
+    next.forget(2, 1);
+    assert_eq!(next.fs.restore_node(2, 1, &recipe), Ok(()));
 }
 
 #[test]
