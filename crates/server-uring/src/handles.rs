@@ -223,6 +223,8 @@ pub struct Handles {
     count: AtomicUsize,
     /// Those of [`Handle::Unopened`]: where there is none, nobody looks for them.
     unopened: AtomicUsize,
+    /// Those that ended as [`Handle::Lost`].
+    lost: AtomicUsize,
     count_max: usize,
     quota: Arc<Quota>,
     fds: Arc<Fds>,
@@ -238,6 +240,7 @@ impl Handles {
             next: AtomicU64::new(first_id()),
             count: AtomicUsize::new(0),
             unopened: AtomicUsize::new(0),
+            lost: AtomicUsize::new(0),
             count_max: count_max.min(fds.handles_max()),
         }
     }
@@ -308,10 +311,18 @@ impl Handles {
         }
     }
 
+    /// Those that could not be opened.
+    pub fn lost(&self) -> usize {
+        self.lost.load(Ordering::Relaxed)
+    }
+
     /// It was opened, or is lost. Whoever was faster has the better one.
     pub fn opened(&self, fh: u64, handle: Handle) {
         let mut shard = self.shard(fh).write().unwrap_or_else(PoisonError::into_inner);
         if let Some(unopened @ Handle::Unopened(_)) = shard.get_mut(&fh) {
+            if matches!(handle, Handle::Lost(_)) {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
             let was = std::mem::replace(unopened, handle);
             self.unopened.fetch_sub(1, Ordering::Relaxed);
             drop((shard, was));

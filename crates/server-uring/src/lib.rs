@@ -31,6 +31,7 @@ pub mod intent;
 mod jobs;
 pub mod limits;
 pub mod link;
+pub mod log;
 pub mod long_calls;
 pub mod mailbox;
 pub mod metrics;

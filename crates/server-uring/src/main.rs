@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use ringfs_server::config::{Config, Fault, LogFormat, Settings, Source};
+use ringfs_server::config::{Fault, Settings, Source};
 use ringfs_server::control::{self, Ask};
 use ringfs_server::daemon;
 use ringfs_server::fdops;
+use ringfs_server::log;
 use ringfs_server::status::{SessionStatus, Status};
 use ringfs_server::systemd;
 use ringfs_server::top;
@@ -16,7 +17,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use tracing_subscriber::EnvFilter;
 
 /// Shares host directories with guests that mount them by `ringfs`.
 ///
@@ -222,7 +222,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let source = Source::new(config, settings).with_sockets(sockets);
             match source.config() {
                 Ok(config) => {
-                    start_log(&config);
+                    log::start(&config);
                     daemon::run(config, source)?;
                 }
                 Err(faults) => return Ok(tell(&faults)),
@@ -230,19 +230,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn start_log(config: &Config) {
-    let filter = config.log.as_ref().and_then(|log| EnvFilter::try_new(log).ok());
-    let filter = filter.or_else(|| EnvFilter::try_from_default_env().ok());
-    let log = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_env_filter(filter.unwrap_or_else(|| "info".into()));
-    match config.log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
-    }
 }
 
 fn tell(faults: &[Fault]) -> ExitCode {

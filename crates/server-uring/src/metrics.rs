@@ -208,8 +208,6 @@ impl ShareMetrics {
 
 /// Requests that took long, the newest last.
 const SLOW_KEPT: usize = 32;
-/// Lines that the log has of them in a second; the others are counted only.
-const SLOW_LINES_A_SECOND: u64 = 10;
 
 /// What is counted of all shares, and what is slow.
 #[derive(Debug, Default)]
@@ -217,7 +215,6 @@ pub struct Metrics {
     shares: Mutex<Vec<Arc<ShareMetrics>>>,
     slow_ns: AtomicU64,
     recent: Mutex<VecDeque<SlowOp>>,
-    lines: Mutex<(u64, u64)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -258,37 +255,24 @@ impl Metrics {
         from != 0 && took.as_nanos() as u64 >= from
     }
 
-    /// A slow request: into the log, unless that has too many just now, and to be told.
+    /// A slow request: into the log, and to be told.
     pub fn slow(&self, op: SlowOp) {
-        let dropped = {
-            let mut lines = lock(&self.lines);
-            let (second, count) = &mut *lines;
-            let dropped = count.saturating_sub(SLOW_LINES_A_SECOND);
-            if *second != op.unix_s {
-                (*second, *count) = (op.unix_s, 0);
-            }
-            *count += 1;
-            (*count <= SLOW_LINES_A_SECOND).then_some(if *count == 1 { dropped } else { 0 })
-        };
-        if let Some(not_told) = dropped {
-            let SlowOp {
-                share, session, op, opcode, node, path, took_us, waited_us, place, ..
-            } = &op;
-            let path = path.as_deref().unwrap_or_default();
-            tracing::warn!(
-                share,
-                session,
-                op,
-                opcode,
-                node,
-                path,
-                took_us,
-                waited_us,
-                place,
-                not_told,
-                "slow operation"
-            );
-        }
+        let SlowOp {
+            share, session, op: name, opcode, node, path, took_us, waited_us, place, ..
+        } = &op;
+        let path = path.as_deref().unwrap_or_default();
+        tracing::warn!(
+            share,
+            session,
+            op = name,
+            opcode,
+            node,
+            path,
+            took_us,
+            waited_us,
+            place,
+            "slow operation"
+        );
         let mut recent = lock(&self.recent);
         if recent.len() >= SLOW_KEPT {
             recent.pop_front();

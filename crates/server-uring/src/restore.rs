@@ -252,7 +252,7 @@ impl Fs {
                     | Errno::IO),
                 ) => return Err(passing),
                 Err(errno) => {
-                    tracing::info!(fh, node = was.node, %errno, "a handle is lost");
+                    tracing::debug!(fh, node = was.node, %errno, "a handle is lost");
                     self.handles.opened(fh, Handle::Lost(was));
                 }
             }

@@ -148,6 +148,16 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        // A guest says how many: each by itself is no line of the log.
+        let lost = self.fs.handles.lost();
+        if lost > 0 {
+            tracing::info!(session = self.id, lost, "open files of another daemon were lost");
+        }
+    }
+}
+
 /// What a guest and this daemon have agreed on for a session.
 pub struct Terms {
     /// The share's name.

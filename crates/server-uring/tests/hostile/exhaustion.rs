@@ -6,9 +6,10 @@ use crate::{MIB, Scene, on_both, on_each};
 use ringfs_server::limits::{GREETINGS_MAX, POOL_THREADS_MAX, SESSIONS_PER_PEER_MAX};
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::hello::{Hello, Reason, Ticket};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 use zerocopy::IntoBytes;
 
 /// Names the daemon's socket to a process that is another peer.
@@ -244,4 +245,52 @@ fn nodes_cost_little_and_are_given_back() {
         foe.forget(&[(u64::MAX, u64::MAX), (0, 1), (1, u64::MAX)]);
         drop(foe);
     });
+}
+
+/// Whoever comes and is refused has a line of the log, of the parent or of the worker; a flood of
+/// them has some, is counted, and hides nothing of the others.
+#[test]
+fn a_flood_does_not_fill_the_log() {
+    for engine in ["uring", "threads"] {
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let daemon = Daemon::start_as(engine, |program, share| {
+            let closed = share.with_file_name("closed");
+            let mut command = Command::new(program);
+            command.args(["--log=info", "--log-format=json"]);
+            command.arg(format!("--listen=unix:{},allow-uid=4711", closed.display()));
+            command.stderr(log.reopen().expect("dup"));
+            command
+        });
+        let lines_of = |target: &str| {
+            let text = std::fs::read_to_string(log.path()).expect("the log");
+            let lines = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+            lines.filter(|line: &serde_json::Value| line["target"] == target).collect::<Vec<_>>()
+        };
+        let (flood, begun) = (1500, Instant::now());
+        for _ in 0..flood {
+            // Ended by the parent, and by the worker.
+            let mut ended = connect(&daemon.path("closed"));
+            let _ = ended.read(&mut [0]);
+            let mut stream = connect(&daemon.path("s"));
+            let _ = stream.write_all(&[0x55; 64]).and_then(|()| stream.read(&mut [0]));
+        }
+        let most = 400 + 20 * (begun.elapsed().as_secs() as usize + 1);
+        for target in ["ringfs_server::accept", "ringfs_server::handshake"] {
+            let lines = lines_of(target).len();
+            assert!(lines >= 100 && lines <= most, "{target}: {lines} of {most}");
+        }
+        // What others do is told, and with it what was left out.
+        until("the lines that say so", || {
+            goodbye(daemon.guest());
+            connect(&daemon.path("closed"));
+            let told = lines_of("ringfs_server::log::not_told");
+            let left_out = |file: &str| {
+                let of = told.iter().filter(|line| line["from"].as_str().unwrap().contains(file));
+                of.map(|line| line["not_told"].as_u64().expect("a number") as usize).sum::<usize>()
+            };
+            let all = [left_out("accept.rs"), left_out("handshake.rs")];
+            all.iter().all(|&lines| lines + most >= flood).then_some(())
+        });
+        daemon.stop_well();
+    }
 }
