@@ -20,8 +20,8 @@ pub(crate) type FileKey = (u64, u64);
 const TWINS_MAX: usize = 16;
 
 /// What all sessions' cold nodes take of the daemon's memory. Nodes that were let go were looked up
-/// one by one; those that a guest tells (restore.rs) cost it nothing but bytes, so these are bounded
-/// here.
+/// one by one; those that a guest tells of (restore.rs) cost it nothing but bytes, so these are
+/// bounded here.
 #[derive(Debug)]
 pub(crate) struct ColdMemory {
     used: AtomicUsize,

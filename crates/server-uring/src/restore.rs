@@ -114,8 +114,8 @@ fn refused(number: u64, errno: Errno) -> TakeOverError {
 
 impl Nodes {
     /// Puts a node down cold, under an id that is neither 0 nor the root's, with `count` lookups,
-    /// at least one. A recipe that means nothing, or that there is no room for, makes a node that is
-    /// known and stale.
+    /// at least one. A recipe that means nothing, or that there is no room for, makes a node that
+    /// is known and stale.
     ///
     /// # Errors
     /// `ENFILE`: too many nodes. `EEXIST`: the id is known. `ENOMEM`: not even for that.
