@@ -208,6 +208,7 @@ fn hello(request: &Request, extra: u16) -> Hello {
         share: request.target.share.clone(),
         subdir: request.target.subdir.clone(),
         init: None,
+        nth: 0,
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Terms {
     joined: u8,
     /// A daemon asked for a rebuild and has not been told all.
     is_untold: bool,
+    /// So many HELLOs were said.
+    hellos: u32,
     /// How often in a row a daemon would not know the session by its ticket.
     unknown: u32,
     /// Where the next client finds them.
@@ -52,6 +54,7 @@ impl Terms {
             is_strict,
             joined: u8::MAX,
             is_untold: false,
+            hellos: 0,
             unknown: 0,
             keep: None,
         }
@@ -68,7 +71,8 @@ impl Terms {
     pub fn inherited(self, keep: Arc<Keep>) -> Terms {
         let kept = keep.terms();
         let (welcome, is_untold) = (kept.welcome, kept.is_untold != 0);
-        Terms { welcome, is_untold, joined: kept.joined as u8, keep: Some(keep), ..self }
+        let (joined, hellos) = (kept.joined as u8, kept.hellos);
+        Terms { welcome, is_untold, joined, hellos, keep: Some(keep), ..self }
     }
 
     /// `unsure`: the connection by which a new ticket may be on its way.
@@ -76,9 +80,15 @@ impl Terms {
         let Some(keep) = &self.keep else { return };
         keep.change(|kept| {
             (kept.welcome, kept.joined) = (self.welcome, self.joined.into());
-            kept.is_untold = self.is_untold.into();
+            (kept.is_untold, kept.hellos) = (self.is_untold.into(), self.hellos);
             kept.trying = unsure.map_or(0, |port| u32::from(port) + 1);
         });
+    }
+
+    /// The number of the next one.
+    fn count_hello(&mut self) -> u32 {
+        self.hellos = self.hellos.saturating_add(1);
+        self.hellos
     }
 
     /// Whether it makes sense to ask for a session of our own instead.
@@ -112,6 +122,8 @@ pub enum ResumeError {
     Changed(&'static str),
     #[error("the daemon does not know the session, and grants fewer {0} than it has: mount again")]
     Fewer(&'static str),
+    #[error("the mount ends, or no fd is left for another connection")]
+    NotBegun,
     #[error("somebody asked for another try")]
     Overtaken,
 }
@@ -125,16 +137,26 @@ impl ResumeError {
         *reason == Some(Reason::UnknownSession)
     }
 
-    /// Whether the daemon may have welcomed us, and we do not know.
-    fn may_have_lost_a_ticket(&self) -> bool {
-        let is_refused = |error: &_| matches!(error, HandshakeError::Refused { .. });
-        matches!(self, ResumeError::Handshake(error) if !is_refused(error))
+    /// Whether the daemon may have welcomed us, and we do not know. `None`: this try says nothing
+    /// of it, and one before may have been welcomed.
+    fn leaves_unsure(&self) -> Option<bool> {
+        match self {
+            ResumeError::Connect(_) | ResumeError::NotBegun => None,
+            ResumeError::Handshake(HandshakeError::Refused { .. }) => None,
+            ResumeError::Handshake(_) => Some(true),
+            ResumeError::Strict
+            | ResumeError::NoRestore
+            | ResumeError::NotResumed
+            | ResumeError::Changed(_)
+            | ResumeError::Fewer(_)
+            | ResumeError::Overtaken => Some(false),
+        }
     }
 
     /// Whether another try makes sense.
     fn is_passing(&self) -> bool {
         match self {
-            ResumeError::Connect(_) | ResumeError::Overtaken => true,
+            ResumeError::Connect(_) | ResumeError::NotBegun | ResumeError::Overtaken => true,
             ResumeError::Handshake(error) => match error {
                 HandshakeError::Refused { reason, .. } => {
                     reason.is_some_and(|reason| reason.is_passing())
@@ -162,11 +184,7 @@ pub fn run(session: &Session, mut terms: Terms) {
     let mut has_told = false;
     while let Some(port) = session.resume.next_job() {
         let tried = resume(session, &mut terms, port);
-        let is_unsure = match &tried {
-            Err(ResumeError::Connect(_)) => None,
-            Err(error) => Some(error.may_have_lost_a_ticket()),
-            Ok(()) => Some(false),
-        };
+        let is_unsure = tried.as_ref().map_or_else(ResumeError::leaves_unsure, |()| Some(false));
         let unsure = session.resume.end_unsure(port, is_unsure);
         terms.put_down(unsure);
         match tried {
@@ -205,13 +223,14 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
     let begun = Instant::now();
     let socket = Socket::connect(&terms.address, handshake::LIMIT)?;
     if !resume.begin_try(&socket) {
-        return Err(ResumeError::Overtaken);
+        return Err(ResumeError::NotBegun);
     }
     let hello = Hello {
         ticket: terms.welcome.ticket,
         epoch_seen: terms.welcome.epoch,
         conn: port,
         init: session.agreed().map(|agreed| agreed.served),
+        nth: terms.count_hello(),
         ..terms.hello.clone()
     };
     terms.put_down(Some(port));
@@ -328,6 +347,7 @@ mod tests {
             share: "s".into(),
             subdir: Vec::new(),
             init: None,
+            nth: 0,
         };
         Terms::new(&Address::Unix("/s".into()), hello, welcome, false)
     }

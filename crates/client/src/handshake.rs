@@ -212,6 +212,7 @@ mod tests {
             share: "data".into(),
             subdir: Vec::new(),
             init: None,
+            nth: 0,
         }
     }
 

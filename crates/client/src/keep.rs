@@ -41,7 +41,7 @@ const READY: u64 = {
     hash_of(env!("CARGO_PKG_VERSION").as_bytes(), hash)
 };
 /// One more with each change of what a word means.
-const LAYOUT: u64 = 3;
+const LAYOUT: u64 = 4;
 /// FNV-1a of 64 bits.
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;
@@ -80,7 +80,8 @@ pub struct Terms {
     pub slots: u32,
     /// Those of the first HELLO.
     pub asked_lanes: u32,
-    pub padding: u32,
+    /// As `connector::Terms` has them.
+    pub hellos: u32,
     pub takeovers: u32,
     /// As `connector::Terms` has them.
     pub joined: u32,

@@ -375,7 +375,7 @@ impl Resume {
     }
 
     /// The connection by which a new ticket may be on its way, after a try of `port`: whether by
-    /// that; `None`: it has reached no daemon, so nothing more is known than before.
+    /// that; `None`: it was not welcomed, so nothing more is known than before.
     pub fn end_unsure(&self, port: u16, is_unsure: Option<bool>) -> Option<u16> {
         let mut state = lock(&self.state);
         if let Some(is_unsure) = is_unsure {

@@ -177,6 +177,25 @@ fn a_refused_reconnect_is_tried_until_it_is_accepted() {
 }
 
 #[test]
+fn a_refusal_does_not_say_where_an_older_ticket_is_good() {
+    let (bench, client) = mounted(Terms::default(), "lanes=2");
+    // The WELCOME of lane 1 is lost with the connection of lane 0, and the next HELLO is refused.
+    bench.host.set_mood(Mood::LosesWelcome);
+    bench.host.cut_lane(1);
+    wait_resumes(&bench.host, 2);
+    use_mount(&bench);
+    bench.host.wait_for("no rebuild", |seen| {
+        assert_eq!((seen.refusals, seen.rebuilds.len()), (1, 0), "{:?}", seen.hellos);
+        let conns = seen.hellos.iter().map(|hello| hello.conn);
+        assert_eq!(conns.collect::<Vec<_>>(), [0, 1, 1, 0]);
+        let numbers: Vec<u32> = seen.hellos.iter().map(|hello| hello.nth).collect();
+        assert_eq!(numbers, [0, 0, 3, 4], "each is counted, the lost ones too");
+        Some(())
+    });
+    umount(&bench, client);
+}
+
+#[test]
 fn killed_processes_get_out_while_it_is_cut() {
     let (bench, client) = mounted(Terms::default(), "lanes=2");
     let in_flight = hanging(&bench);

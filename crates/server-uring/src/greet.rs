@@ -12,7 +12,7 @@ use crate::handshake::{Refusal, is_whole, read_hello, refuse, send};
 use crate::limits::*;
 use crate::link::Numbers;
 use crate::mailbox::Mail;
-use crate::registry::Registry;
+use crate::registry::{Registry, Shown};
 use crate::session::{Session, Terms, let_go};
 use crate::shares::{Opening, Share, Shares};
 use ringfs_wire::batch::Kind;
@@ -47,8 +47,8 @@ pub struct Newcomer {
     pub conn: u16,
     /// The version in force.
     pub version: u16,
-    /// By which it came.
-    pub ticket: Ticket,
+    /// By what it came.
+    pub shown: Shown,
     /// The HELLO was the first batch.
     pub numbers: Numbers,
 }
@@ -123,22 +123,24 @@ impl Greeter {
 
     /// Reads on; gives the greeting back while it is not complete.
     fn go_on(self: &Arc<Self>, mut greeting: Greeting, ready: bool) -> Option<Greeting> {
-        if Instant::now() >= greeting.until {
-            let text = format!("no HELLO within {HELLO_TIMEOUT_MS} ms");
-            turn_away(&greeting.accepted, &refuse(Reason::Timeout, text));
-            return None;
-        }
-        if !ready {
-            return Some(greeting);
-        }
         let mut chunk = [0; HELLO_BYTES_MAX];
-        match rustix::io::read(&greeting.accepted.socket, &mut chunk) {
+        let read = match ready {
+            true => rustix::io::read(&greeting.accepted.socket, &mut chunk),
+            false => Err(Errno::AGAIN),
+        };
+        match read {
             Ok(0) => return None,
             Ok(n) => greeting.bytes.extend_from_slice(&chunk[..n]),
-            Err(Errno::AGAIN | Errno::INTR) => return Some(greeting),
+            Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => return None,
         }
         match is_whole(&greeting.bytes) {
+            // Not before what is there was read: it may be we who have stood still.
+            Ok(false) if Instant::now() >= greeting.until => {
+                let text = format!("no HELLO within {HELLO_TIMEOUT_MS} ms");
+                turn_away(&greeting.accepted, &refuse(Reason::Timeout, text));
+                None
+            }
             Ok(false) => Some(greeting),
             Ok(true) => {
                 self.greet(greeting);
@@ -248,7 +250,7 @@ impl Greeter {
             session,
             conn: hello.conn,
             version: hello.common_version().unwrap_or_default(),
-            ticket,
+            shown: Shown { ticket, nth: hello.nth },
             numbers: Numbers { tx: LinkTx::new(true), rx },
         })));
     }
@@ -322,4 +324,57 @@ fn timespec(duration: Duration) -> Timespec {
 
 fn turn_away(accepted: &Accepted, refusal: &Refusal) {
     refusal.tell(&accepted.socket, &accepted.peer);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfs_wire::batch::{BatchBuilder, Cursor, RecordHeader};
+    use ringfs_wire::hello::{VERSION_MAX, VERSION_MIN};
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    /// What a peer is told that has sent `bytes` when its time was over.
+    fn told_late(bytes: &[u8]) -> u32 {
+        let registry = Arc::new(Registry::new(Duration::ZERO, None));
+        let greeter = Arc::new(Greeter { shares: Arc::default(), registry });
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        ours.set_nonblocking(true).expect("non-blocking");
+        theirs.write_all(bytes).expect("sent");
+        let (peer, owner, offers) = ("test".to_owned(), 0, Vec::new());
+        let accepted = Accepted { socket: ours.into(), peer, owner, offers };
+        let until = Instant::now();
+        assert!(greeter.go_on(Greeting { accepted, bytes: Vec::new(), until }, true).is_none());
+        let mut answer = Vec::new();
+        theirs.read_to_end(&mut answer).expect("an answer");
+        let header = LinkRx::new(true).accept(&answer, 1).expect("a batch");
+        Cursor::new(&header).next(&answer).expect("a GOODBYE").0.code
+    }
+
+    #[test]
+    fn a_hello_that_is_there_is_not_late() {
+        let mut buffer = [0; HELLO_BYTES_MAX];
+        let mut builder = BatchBuilder::new();
+        let hello = Hello {
+            versions: (VERSION_MIN, VERSION_MAX),
+            features: 0,
+            ticket: Ticket::NONE,
+            epoch_seen: 0,
+            lanes: 1,
+            conn: 0,
+            conns: 1,
+            slots: 1,
+            mount_flags: 0,
+            cache: Default::default(),
+            share: "none of ours".into(),
+            subdir: Vec::new(),
+            init: None,
+            nth: 0,
+        };
+        let header = RecordHeader { kind: Kind::Hello as u8, ..Default::default() };
+        assert!(builder.push(&mut buffer, header, &hello.encode()));
+        let bytes = LinkTx::new(true).seal(&mut builder, &mut buffer, 0);
+        assert_eq!(told_late(bytes), Reason::UnknownShare as u32);
+        assert_eq!(told_late(&bytes[..20]), Reason::Timeout as u32);
+    }
 }

@@ -55,8 +55,9 @@ impl<R: Ring> Shard<R> {
     /// The newcomer names a connection that is known. If its socket is still there, that one's peer
     /// is asked whether it lives; the last one of those who wait is the one that may go on.
     fn meet(&mut self, key: usize, newcomer: Box<Newcomer>) {
-        if !self.shared.registry.knows(newcomer.ticket) {
-            let refusal = ended(&newcomer.session);
+        let is_known = self.shared.registry.knows(newcomer.shown.ticket);
+        if !is_known || self.shared.registry.is_late(&newcomer.session, newcomer.shown) {
+            let refusal = self.why_not(&newcomer);
             return self.turn_away(*newcomer, refusal);
         }
         let conn = &mut self.conns[key];
@@ -108,6 +109,15 @@ impl<R: Ring> Shard<R> {
         }
     }
 
+    /// Why the registry does not let it join.
+    fn why_not(&self, newcomer: &Newcomer) -> Refusal {
+        match self.shared.registry.is_late(&newcomer.session, newcomer.shown) {
+            // A copy of the guest that has said HELLO less often comes again until it is no longer.
+            true => refuse(Reason::Timeout, "a later HELLO came before this one"),
+            false => ended(&newcomer.session),
+        }
+    }
+
     pub(super) fn turn_away(&self, newcomer: Newcomer, refusal: Refusal) {
         refusal.tell(&newcomer.socket, &newcomer.peer);
         let_go(newcomer.session);
@@ -117,15 +127,15 @@ impl<R: Ring> Shard<R> {
     /// turned away.
     fn welcome(&mut self, key: usize, newcomer: Newcomer, resumes: bool) -> bool {
         let registry = self.shared.registry.clone();
-        let (index, presented) = (newcomer.conn, newcomer.ticket);
+        let (index, presented) = (newcomer.conn, newcomer.shown.ticket);
         if has_hung_up(&newcomer.socket) {
             // A ticket for it would void the one that its guest may have got since.
             tracing::info!(session = newcomer.session.id, conn = index, "gone before the WELCOME");
             let_go(newcomer.session);
             return false;
         }
-        let Some(ticket) = registry.join(&newcomer.session, index, presented, resumes) else {
-            let refusal = ended(&newcomer.session);
+        let Some(ticket) = registry.join(&newcomer.session, index, newcomer.shown, resumes) else {
+            let refusal = self.why_not(&newcomer);
             self.turn_away(newcomer, refusal);
             return false;
         };

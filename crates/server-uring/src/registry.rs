@@ -23,7 +23,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 struct Live {
     session: Arc<Session>,
     tickets: Held,
+    /// The last HELLO that was welcomed.
+    nth: u32,
     here: Here,
+}
+
+/// By what a guest's HELLO names its session.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown {
+    /// The newest that it has.
+    pub ticket: Ticket,
+    /// Which of its HELLOs it is; 0: it does not count them.
+    pub nth: u32,
 }
 
 /// What there is of a session's connections, a bit each.
@@ -164,7 +175,8 @@ impl Registry {
             }
         };
         let tickets = sessions.tickets.add(id, ticket);
-        sessions.live.insert(id, Live { session: session.clone(), tickets, here: Here::default() });
+        let live = Live { session: session.clone(), tickets, nth: 0, here: Here::default() };
+        sessions.live.insert(id, live);
         drop(sessions);
         self.bury(ended);
         Ok((session, ticket))
@@ -183,7 +195,7 @@ impl Registry {
 
     /// Takes a session out, and sees to its file.
     fn take_out(&self, sessions: &mut Sessions, id: u64, reason: Reason) -> Option<Ended> {
-        let Live { session, tickets, here } = sessions.live.remove(&id)?;
+        let Live { session, tickets, here, .. } = sessions.live.remove(&id)?;
         self.end_file(&session, reason);
         let may_come_again = match session.is_ready() {
             true => matches!(reason, Reason::Timeout | Reason::Limit),
@@ -233,22 +245,32 @@ impl Registry {
         self.lock().tickets.find(ticket).is_some()
     }
 
+    /// Whether a later HELLO of that guest's was welcomed: it has long let go of this one, which
+    /// somebody on the way has kept back, and a ticket for it would void the one that it was given.
+    pub fn is_late(&self, session: &Session, shown: Shown) -> bool {
+        self.lock().live.get(&session.id).is_some_and(|live| live.is_late(shown))
+    }
+
     /// A connection joins by a ticket, or resumes, and then has a new one for the next time.
-    /// `None`: the session has ended, or the ticket was used up meanwhile.
+    /// `None`: the session has ended, the ticket was used up meanwhile, or the HELLO is late.
     pub fn join(
         &self,
         session: &Session,
         conn: u16,
-        ticket: Ticket,
+        shown: Shown,
         resumes: bool,
     ) -> Option<Ticket> {
         let mut sessions = self.lock();
         let Sessions { live, tickets, .. } = &mut *sessions;
         let live = live.get_mut(&session.id).filter(|_| conn < session.terms.conns)?;
+        if live.is_late(shown) {
+            return None;
+        }
         // Another daemon had given the first ticket, and copies of the guest may have it.
         let is_first = session.is_adopted() && live.here.known == 0;
-        let ticket = tickets.join(&mut live.tickets, conn, ticket, resumes || is_first)?;
+        let ticket = tickets.join(&mut live.tickets, conn, shown.ticket, resumes || is_first)?;
         live.write_tickets();
+        live.nth = live.nth.max(shown.nth);
         live.here.known |= 1 << conn;
         live.here.joined |= 1 << conn;
         live.here.cut = None;
@@ -421,6 +443,10 @@ impl Registry {
 }
 
 impl Live {
+    fn is_late(&self, shown: Shown) -> bool {
+        shown.nth != 0 && shown.nth < self.nth
+    }
+
     fn write_tickets(&self) {
         if let Some(file) = &self.session.file {
             let (shown, unused) = self.tickets.all();
@@ -489,6 +515,10 @@ mod tests {
         try_open(dir, registry, owner, None).expect("a session")
     }
 
+    fn by(ticket: Ticket) -> Shown {
+        Shown { ticket, nth: 0 }
+    }
+
     /// Of who has `presented` a ticket of this daemon's the session is rebuilt.
     fn try_open(
         dir: &tempfile::TempDir,
@@ -517,7 +547,7 @@ mod tests {
     fn nobody_joins_a_session_that_has_ended() {
         let (dir, registry) = registry(Duration::from_secs(600));
         let (session, ticket) = open(&dir, &registry, 0);
-        let join = |conn| registry.join(&session, conn, ticket, false).is_some();
+        let join = |conn| registry.join(&session, conn, by(ticket), false).is_some();
         assert!(join(1) && join(0) && !join(2));
         registry.left(session.clone(), 1);
         assert!(join(1));
@@ -525,7 +555,10 @@ mod tests {
         let found = registry.find(ticket).expect("open");
         registry.left(session.clone(), 0);
         registry.left(session.clone(), 1);
-        assert!(registry.join(&found, 0, ticket, false).is_none(), "a session that nobody counts");
+        assert!(
+            registry.join(&found, 0, by(ticket), false).is_none(),
+            "a session that nobody counts"
+        );
         assert!(registry.find(ticket).is_none());
     }
 
@@ -537,7 +570,7 @@ mod tests {
             let state = StateDir::open(&path, Duration::from_secs(600)).expect("a state directory");
             let registry = Registry::new(Duration::from_secs(600), Some(state));
             let (session, ticket) = open(&dir, &registry, 0);
-            assert!(registry.join(&session, 0, ticket, false).is_some());
+            assert!(registry.join(&session, 0, by(ticket), false).is_some());
             end(&registry, session);
             let files = std::fs::read_dir(&path).expect("list").flatten();
             let sessions = files.filter(|file| file.path().extension().is_some());
@@ -560,7 +593,7 @@ mod tests {
         for n in 0..DETACHED_PER_PEER_MAX + 2 {
             let owner = u64::from(n == 0);
             let (session, ticket) = open(&dir, &registry, owner);
-            assert!(registry.join(&session, 0, ticket, false).is_some());
+            assert!(registry.join(&session, 0, by(ticket), false).is_some());
             registry.cut(&session, 0, true);
             sessions.push(ticket);
         }
@@ -574,10 +607,10 @@ mod tests {
         let (dir, registry) = registry(Duration::ZERO);
         let (session, ticket) = open(&dir, &registry, 0);
         for conn in [0, 1] {
-            assert!(registry.join(&session, conn, ticket, false).is_some());
+            assert!(registry.join(&session, conn, by(ticket), false).is_some());
         }
         registry.cut(&session, 0, true);
-        let newer = registry.join(&session, 0, ticket, true).expect("one of two");
+        let newer = registry.join(&session, 0, by(ticket), true).expect("one of two");
         registry.cut(&session, 1, false);
         assert!(registry.find(newer).is_some());
         registry.cut(&session, 0, true);
@@ -592,7 +625,7 @@ mod tests {
     fn nobody_goes_on_with_what_still_runs() {
         let (dir, registry) = registry(Duration::ZERO);
         let (session, ticket) = open(&dir, &registry, 0);
-        assert!(registry.join(&session, 0, ticket, false).is_some());
+        assert!(registry.join(&session, 0, by(ticket), false).is_some());
         registry.cut(&session, 0, true);
         // A shard holds a session as long as it waits for something of it.
         let refused = try_open(&dir, &registry, 0, Some(ticket)).map(drop);
@@ -612,9 +645,9 @@ mod tests {
         let reaper = registry.clone();
         let reaper = std::thread::spawn(move || reaper.reap());
         let (session, ticket) = open(&dir, &registry, 0);
-        assert!(registry.join(&session, 0, ticket, false).is_some());
+        assert!(registry.join(&session, 0, by(ticket), false).is_some());
         let (other, kept) = open(&dir, &registry, 0);
-        assert!(registry.join(&other, 0, kept, false).is_some());
+        assert!(registry.join(&other, 0, by(kept), false).is_some());
         registry.cut(&session, 0, true);
         while registry.find(ticket).is_some() {
             std::thread::yield_now();

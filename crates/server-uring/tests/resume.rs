@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use ringfs_wire::abi::{self, Opcode};
 use ringfs_wire::batch::Kind;
-use ringfs_wire::hello::{Hello, Reason, welcome_flag};
+use ringfs_wire::hello::{Hello, Reason, Ticket, welcome_flag};
 use ringfs_wire::limits::{BATCH_HEADER_BYTES, RECORD_HEADER_BYTES};
 use ringfs_wire::session::LinkTx;
 use ringfs_wire::slot::SlotUse;
@@ -294,6 +294,49 @@ fn a_hello_that_comes_twice_uses_up_no_ticket() {
         assert_eq!(again.welcome.flags, welcome_flag::RESUMED);
         assert!(again.lookup(1, "none").is_err());
         goodbye(again);
+    });
+}
+
+/// Whoever stands between may bring a HELLO when its guest has let go of it and come again.
+#[test]
+fn a_hello_that_comes_behind_a_later_one_takes_nothing() {
+    on_both(|daemon| {
+        let mut guest = daemon.guest();
+        let (node, fh) = guest.create("file").expect("create");
+        guest.cut();
+        let numbered = |ticket, nth| Hello { ticket, nth, ..hello("share") };
+        let first = guest.welcome.ticket;
+        guest.resume(daemon.connect(), &numbered(first, 2)).expect("resumed");
+        // Nothing has come by the new ticket: the one before is good.
+        let mut late = Guest::hail(daemon.connect(), &numbered(first, 1));
+        let asked = Instant::now();
+        assert_eq!(late.ended_for(), Some(Reason::Timeout), "a passing reason");
+        assert!(asked.elapsed() < Duration::from_millis(400), "the guest's peer was asked");
+        guest.resume(daemon.connect(), &numbered(Ticket::NONE, 3)).expect("its ticket is good");
+        assert_eq!(guest.write(node, fh, 0, b"abc"), Ok(3));
+        goodbye(guest);
+    });
+}
+
+/// The same by another connection of the session, whose ticket is not new when it joins.
+#[test]
+fn a_late_hello_of_one_connection_takes_nothing_from_the_others() {
+    on_both(|daemon| {
+        let ([mut one, two], [first, second]) = two_connections(daemon);
+        assert!(one.lookup(1, "none").is_err());
+        drop(two);
+        until("the cut", || (daemon.counters()["connections"] == 1).then_some(()));
+        let ticket = one.welcome.ticket;
+        let mut two = Guest::greet(daemon.connect(), &Hello { ticket, nth: 2, ..second.clone() })
+            .expect("resumed");
+        let mut late = Guest::hail(daemon.connect(), &Hello { ticket, nth: 1, ..second });
+        assert_eq!(late.ended_for(), Some(Reason::Timeout));
+        one.cut();
+        one.welcome.ticket = two.welcome.ticket;
+        one.resume(daemon.connect(), &Hello { nth: 3, ..first }).expect("resumed");
+        two.welcome.ticket = one.welcome.ticket;
+        assert!(one.lookup(1, "none").is_err());
+        goodbye(one);
     });
 }
 

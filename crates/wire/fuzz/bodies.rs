@@ -212,6 +212,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         share: "share".into(),
         subdir: b"a/b".to_vec(),
         init: None,
+        nth: 0,
     };
     let mut samples = vec![hello.encode(), vec![0; 48], nodes(), restores()];
     for bodies in [&[][..], &[0], &[24, 40, 300], &[70_000], &[5, 1 << 20], &[16; 600]] {

@@ -118,7 +118,7 @@ struct HelloFixed {
     subdir_len: u16,
     init_len: u16,
     reserved2: u16,
-    reserved3: u32,
+    nth: u32,
 }
 const _: () = assert!(size_of::<HelloFixed>() == 64);
 
@@ -151,6 +151,8 @@ pub struct Hello {
     pub subdir: Vec<u8>,
     /// The INIT answer in force, on a resume.
     pub init: Option<InitOut>,
+    /// Which of its guest's HELLOs it is: more than those before. 0: the guest does not count.
+    pub nth: u32,
 }
 
 /// A session's terms.
@@ -282,6 +284,7 @@ impl Hello {
             share_len: self.share.len() as u16,
             subdir_len: self.subdir.len() as u16,
             init_len: init.len() as u16,
+            nth: self.nth,
             ..Default::default()
         };
         [fixed.as_bytes(), self.share.as_bytes(), &self.subdir, init].concat()
@@ -336,6 +339,7 @@ impl Hello {
                 [] => None,
                 _ => Some(InitOut::read_from_bytes(init).map_err(|_| bad("INIT answer"))?),
             },
+            nth: fixed.nth,
         })
     }
 
@@ -396,6 +400,7 @@ mod tests {
             share: "home".into(),
             subdir: b"a/\xff".to_vec(),
             init: Some(InitOut { major: 7, ..Default::default() }),
+            nth: 258,
         }
     }
 
@@ -438,7 +443,7 @@ mod tests {
             "01000100020001000100000000000000", // versions 1-1, 2 lanes, conn 1, features
             "09090909090909090909090909090909", // ticket
             "04000000000000000200800001000000", // epoch, 2 conns, 128 slots, read-only
-            "03000000040003004000000000000000", // cache always, lengths 4, 3, 64
+            "03000000040003004000000002010000", // cache always, lengths 4, 3, 64, the 258th
             "686f6d65612f",
         ];
         assert_eq!(hex, golden.concat());

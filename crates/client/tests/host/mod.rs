@@ -154,6 +154,10 @@ pub enum Mood {
     CutsRestore,
     /// The next RESTORE is refused.
     RefusesRestore,
+    /// All connections are cut when the next WELCOME of one that resumes is due, which is lost.
+    LosesWelcome,
+    /// The next HELLO is refused for now.
+    RefusesHello,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -293,6 +297,11 @@ impl Host {
         for conn in self.shared.conns.lock().expect("conns").values() {
             conn.cut();
         }
+    }
+
+    /// Cuts that of a lane.
+    pub fn cut_lane(&self, lane: u8) {
+        self.shared.conns.lock().expect("conns")[&lane].cut();
     }
 
     /// Another daemon is there, which does not know the session, and the slots only if it is told

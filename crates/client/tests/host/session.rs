@@ -60,6 +60,8 @@ impl Shared {
             | Mood::LosesLateAppends
             | Mood::CutsRequest
             | Mood::CutsRestore
+            | Mood::LosesWelcome
+            | Mood::RefusesHello
             | Mood::RefusesRestore => {
                 conn.send(header, body, false);
             }
@@ -193,6 +195,11 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
     if !is_new && hello.ticket != Ticket([*ticket; 16]) && !is_again {
         return refused(Reason::UnknownSession, "wrong ticket");
     }
+    let mut mood = shared.mood.lock().expect("mood");
+    if *mood == Mood::RefusesHello {
+        *mood = Mood::Fair;
+        return refused(Reason::Timeout, "not now, by order");
+    }
     if let Some(reason) = terms.refuses.filter(|_| resumes || hello.init.is_some()) {
         return refused(reason, "by order");
     }
@@ -205,6 +212,12 @@ fn welcome(shared: &Shared, conn: &Arc<Conn>, body: &[u8]) -> Result<bool, Strin
             return Err("a HELLO that resumes, without the INIT in force".to_owned());
         }
     }
+    if resumes && *mood == Mood::LosesWelcome {
+        *mood = Mood::RefusesHello;
+        conns.values().chain([conn]).for_each(|conn| conn.cut());
+        return Ok(false);
+    }
+    drop(mood);
     let welcome = Welcome {
         version: 1,
         lanes: hello.lanes.min(terms.lanes),

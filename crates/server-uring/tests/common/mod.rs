@@ -98,6 +98,7 @@ pub fn hello(share: &str) -> Hello {
         share: share.into(),
         subdir: Vec::new(),
         init: None,
+        nth: 0,
     }
 }
 

@@ -5,6 +5,7 @@ use crate::host::Host;
 use ringfs_server::greet::Newcomer;
 use ringfs_server::link::Numbers;
 use ringfs_server::mailbox::Mail;
+use ringfs_server::registry::Shown;
 use ringfs_server::ring_sim::Rng;
 use ringfs_server::session::Session;
 use ringfs_wire::abi::{self, Opcode};
@@ -160,7 +161,7 @@ impl Guest {
             session: Arc::clone(&session),
             conn: 0,
             version: 1,
-            ticket,
+            shown: Shown { ticket, nth: 0 },
             numbers,
         })));
         (self.host, self.session) = (Some(host), Some(session));

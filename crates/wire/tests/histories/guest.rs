@@ -1,8 +1,8 @@
 //! A guest without a kernel: lanes over the real `ClientSlots`, what it keeps until a reply, what
 //! it sends first on a new connection, and what its kernel has been told.
 
-use crate::host::SLOTS;
 use crate::link::{End, Fault, Over, Record, Way};
+use crate::memory::SLOTS;
 use crate::share::{EEXIST, EINTR, EIO, Truth, word};
 use crate::world::{Net, Plant};
 use ringfs_wire::abi::{self, Opcode};
@@ -65,6 +65,8 @@ pub struct Guest {
     /// Which was tried last, until it succeeds: only there is an older ticket good.
     retry: Option<usize>,
     pub ticket: Ticket,
+    /// So many it has said.
+    hellos: u32,
     /// As a RESTORE would tell: a FORGET and a RELEASE count when they are answered.
     pub nodes: BTreeMap<u64, u64>,
     pub handles: BTreeSet<u64>,
@@ -103,6 +105,7 @@ impl Guest {
             trying: None,
             retry: None,
             ticket: Ticket::NONE,
+            hellos: 0,
             nodes: BTreeMap::new(),
             handles: BTreeSet::new(),
             held: BTreeMap::new(),
@@ -124,7 +127,7 @@ impl Guest {
         (self.may_be_rebuilt, self.may_run_twice, self.is_copied) = (true, true, true);
         let mut copy = Guest::new(id, (0, self.links.len()), self.left, self.manners);
         copy.lanes.clone_from(&self.lanes);
-        (copy.ticket, copy.retry) = (self.ticket, self.retry);
+        (copy.ticket, copy.retry, copy.hellos) = (self.ticket, self.retry, self.hellos);
         copy.nodes.clone_from(&self.nodes);
         copy.handles.clone_from(&self.handles);
         copy.held.clone_from(&self.held);
@@ -371,6 +374,7 @@ impl Guest {
         let missing = self.links.iter().position(Option::is_none);
         let Some(conn) = self.retry.or(missing) else { return Ok(()) };
         self.retry = Some(conn);
+        self.hellos += 1;
         let mut link = Link { pipe: net.pipe(), end: net.end(), early: VecDeque::new() };
         let hello = Hello {
             versions: (1, 1),
@@ -386,6 +390,7 @@ impl Guest {
             share: format!("{:x}", self.id),
             subdir: Vec::new(),
             init: None,
+            nth: if net.is_old { 0 } else { self.hellos },
         };
         link.end.tell(Kind::Hello, 0, &hello.encode());
         link.end.flush(&mut net.pipes[link.pipe], Way::Up);

@@ -2,59 +2,16 @@
 //! over the real `SlotTable`. Each step that a daemon can die between is a call of its own.
 
 use crate::link::{End, Fault, Over, Record, Way};
+use crate::memory::{File, Memory, SLOTS, Table};
 use crate::share::{EINTR, EIO, Truth, runs_once};
 use crate::world::{Net, Plant};
 use ringfs_wire::abi::Opcode;
 use ringfs_wire::batch::{Kind, RecordHeader, cancel};
 use ringfs_wire::hello::{Hello, Reason, Ticket, Welcome, welcome_flag};
 use ringfs_wire::slot::SlotUse;
-use ringfs_wire::table::{Abandon, Begin, Cell, Fate, Past, SlotTable, rebuild};
-use std::cell::RefCell;
+use ringfs_wire::table::{Abandon, Begin, Fate, Past, SlotTable, rebuild};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::rc::Rc;
-use zerocopy::{FromZeros, IntoBytes};
-
-pub const SLOTS: u16 = 4;
-
-/// A table's cells, whose bytes stay when the daemon is gone, as in a file that is mapped.
-struct Memory {
-    cells: Box<[Cell]>,
-    file: Rc<RefCell<Vec<u8>>>,
-}
-
-type Table = SlotTable<Memory>;
-type File = Rc<RefCell<Vec<u8>>>;
-
-impl Memory {
-    fn new(file: &File) -> Memory {
-        let mut cells: Box<[Cell]> = (0..SLOTS).map(|_| Cell::new_zeroed()).collect();
-        let bytes = file.borrow();
-        if !bytes.is_empty() {
-            cells.as_mut_bytes().copy_from_slice(&bytes);
-        }
-        Memory { cells, file: Rc::clone(file) }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        let bytes = &mut *self.file.borrow_mut();
-        bytes.clear();
-        bytes.extend_from_slice(self.cells.as_mut_bytes());
-    }
-}
-
-impl AsRef<[Cell]> for Memory {
-    fn as_ref(&self) -> &[Cell] {
-        &self.cells
-    }
-}
-
-impl AsMut<[Cell]> for Memory {
-    fn as_mut(&mut self) -> &mut [Cell] {
-        &mut self.cells
-    }
-}
+use zerocopy::IntoBytes;
 
 /// What a daemon leaves of a session.
 #[derive(Clone)]
@@ -72,6 +29,7 @@ struct Newcomer {
     ticket: Ticket,
     guest: u32,
     conn: u16,
+    nth: u32,
 }
 
 struct Link {
@@ -114,6 +72,8 @@ pub struct Session {
     ticket: Ticket,
     /// The next one, until something shows that it has arrived, and the connection that was told.
     unused: Option<(Ticket, u16)>,
+    /// The last HELLO that was welcomed.
+    nth: u32,
     /// Connections that have been joined once.
     joined: BTreeSet<u16>,
     is_rebuilt: bool,
@@ -270,6 +230,11 @@ impl Daemon {
     fn greet(&mut self, net: &mut Net) -> Result<(), Fault> {
         let at = net.rng.below(self.greeting.len());
         let (pipe, mut end) = self.greeting.swap_remove(at);
+        // Who stands between may bring it late, and the end of it later still.
+        if net.pipes[pipe].is_silent && !net.is_old && !net.rng.one_of(50) {
+            self.greeting.push((pipe, end));
+            return Ok(());
+        }
         let mut records = VecDeque::new();
         let most = 1 + net.rng.below(200);
         let got = end.receive(&mut net.pipes[pipe], Way::Up, most, &mut records);
@@ -283,8 +248,8 @@ impl Daemon {
         };
         let hello = Hello::decode(&record.body).map_err(|error| error.to_string())?;
         let guest = u32::from_str_radix(&hello.share, 16).map_err(|_| "no guest")?;
-        let (ticket, conn) = (hello.ticket, hello.conn);
-        let newcomer = Newcomer { pipe, end, ticket, guest, conn };
+        let (ticket, conn, nth) = (hello.ticket, hello.conn, hello.nth);
+        let newcomer = Newcomer { pipe, end, ticket, guest, conn, nth };
         let known = self.sessions.iter().position(|s| !s.ended && s.has(ticket));
         match known {
             None => {
@@ -321,7 +286,7 @@ impl Daemon {
             (false, is_rebuilt) => {
                 let mut memory = Memory::new(file);
                 if is_rebuilt {
-                    rebuild(&mut memory.cells);
+                    rebuild(memory.as_mut());
                 }
                 SlotTable::of(memory)
             }
@@ -347,6 +312,7 @@ impl Daemon {
             guest: newcomer.guest,
             ticket,
             unused,
+            nth: 0,
             joined: BTreeSet::new(),
             is_rebuilt,
             is_ready: !is_rebuilt,
@@ -365,6 +331,9 @@ impl Daemon {
     }
 
     fn meet(&mut self, at: usize, newcomer: Newcomer, net: &mut Net) {
+        if self.sessions[at].is_late(&newcomer, net) {
+            return Self::have_come_again(newcomer, net);
+        }
         let session = &mut self.sessions[at];
         let conn = &mut session.conns[usize::from(newcomer.conn)];
         if !conn.known || conn.link.is_none() {
@@ -438,8 +407,12 @@ impl Daemon {
     /// False: he is gone.
     fn welcome(&mut self, at: usize, newcomer: Newcomer, resumes: bool, net: &mut Net) -> bool {
         // A ticket for somebody who has given up would void the one that he has got since.
-        if net.pipes[newcomer.pipe].is_cut && !net.is_planted(Plant::LateHellosCount) {
+        if net.is_over(newcomer.pipe) && !net.is_planted(Plant::LateHellosCount) {
             net.close(newcomer.pipe, newcomer.end, Way::Up);
+            return false;
+        }
+        if self.sessions[at].is_late(&newcomer, net) {
+            Self::have_come_again(newcomer, net);
             return false;
         }
         if !self.join(at, &newcomer, resumes, net) {
@@ -468,8 +441,9 @@ impl Daemon {
         net: &mut Net,
     ) {
         let session = &mut self.sessions[at];
-        let Newcomer { pipe, mut end, conn, guest, .. } = newcomer;
+        let Newcomer { pipe, mut end, conn, guest, nth, .. } = newcomer;
         session.joined.insert(conn);
+        session.nth = session.nth.max(nth);
         let welcome = Welcome {
             version: 1,
             lanes: session.conns.iter().map(|conn| conn.lanes.len() as u16).sum(),
@@ -536,11 +510,15 @@ impl Daemon {
         while let Some(last) = waiting.pop()
             && !self.welcome(at, last, true, net)
         {}
-        for mut other in waiting {
-            other.end.tell(Kind::Goodbye, Reason::Timeout as u32, b"");
-            other.end.flush(&mut net.pipes[other.pipe], Way::Down);
-            net.close(other.pipe, other.end, Way::Up);
+        for other in waiting {
+            Self::have_come_again(other, net);
         }
+    }
+
+    fn have_come_again(mut newcomer: Newcomer, net: &mut Net) {
+        newcomer.end.tell(Kind::Goodbye, Reason::Timeout as u32, b"");
+        newcomer.end.flush(&mut net.pipes[newcomer.pipe], Way::Down);
+        net.close(newcomer.pipe, newcomer.end, Way::Up);
     }
 
     /// Works on one record.
@@ -770,6 +748,11 @@ fn interrupt(conn: &mut Conn, header: &RecordHeader) {
 impl Session {
     fn has(&self, ticket: Ticket) -> bool {
         self.ticket == ticket || self.unused.is_some_and(|(unused, _)| unused == ticket)
+    }
+
+    /// Its guest has come again since, and was welcomed.
+    fn is_late(&self, newcomer: &Newcomer, net: &Net) -> bool {
+        newcomer.nth != 0 && newcomer.nth < self.nth && !net.is_planted(Plant::HellosOvertake)
     }
 
     fn state(&self) -> State {

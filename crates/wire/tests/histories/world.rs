@@ -25,8 +25,10 @@ pub enum Plant {
     OldTicketStays,
     /// It is good for any connection until then.
     OldTicketAnywhere,
-    /// A HELLO counts also when its connection is over.
+    /// A HELLO counts also when its connection is over, though its guest does not count them.
     LateHellosCount,
+    /// A HELLO counts also when a later one of its guest's was welcomed.
+    HellosOvertake,
     /// What was running when a daemon died is run without a look.
     OrphansRunAgain,
     /// What a dead daemon's reply gave is not given anew.
@@ -46,7 +48,7 @@ pub enum Plant {
 }
 
 impl Plant {
-    pub const ALL: [Plant; 16] = [
+    pub const ALL: [Plant; 17] = [
         Plant::HalfBatchStays,
         Plant::TableNotCut,
         Plant::RepliesUnasked,
@@ -55,6 +57,7 @@ impl Plant {
         Plant::OldTicketStays,
         Plant::OldTicketAnywhere,
         Plant::LateHellosCount,
+        Plant::HellosOvertake,
         Plant::OrphansRunAgain,
         Plant::KeptGivesNothing,
         Plant::NotHeldUntilRestored,
@@ -115,6 +118,9 @@ pub struct Net<'t> {
     /// Connections that the daemon has not accepted.
     pub calls: Vec<usize>,
     plant: Plant,
+    /// The guests count no HELLOs, as those of old, and nobody between keeps one back: that is not
+    /// theirs to get over.
+    pub is_old: bool,
     /// How often somebody looked what a dead daemon had done.
     pub decided: usize,
     numbers: u64,
@@ -124,6 +130,12 @@ pub struct Net<'t> {
 impl Net<'_> {
     pub fn is_planted(&self, plant: Plant) -> bool {
         self.plant == plant
+    }
+
+    /// The host can see that the guest has let go of a connection.
+    pub fn is_over(&self, pipe: usize) -> bool {
+        let pipe = &self.pipes[pipe];
+        pipe.is_cut && (!pipe.is_silent || self.is_old)
     }
 
     pub fn say(&mut self, line: impl FnOnce() -> String) {
@@ -203,8 +215,9 @@ pub fn run(
     let lanes = [(1, 1), (1, 1), (2, 2), (2, 1)][rng.below(4)];
     let left = ops.unwrap_or(4 + rng.below(20));
     let manners = Manners { repeats_cancels: rng.one_of(500), abandons_live: rng.one_of(300) };
-    let net =
-        Net { rng, pipes: Vec::new(), calls: Vec::new(), plant, decided: 0, numbers: 0, story };
+    let is_old = seed % 4 == 3 || plant == Plant::LateHellosCount;
+    let (pipes, calls) = Default::default();
+    let net = Net { rng, pipes, calls, plant, is_old, decided: 0, numbers: 0, story };
     let guests = vec![Guest::new(1, lanes, left, manners)];
     let (daemon, truth) = (Daemon::default(), Truth::default());
     let mut world = World { net, guests, daemon, truth };
