@@ -356,6 +356,35 @@ mod tests {
     }
 
     #[test]
+    fn of_daemons_that_start_at_once_one_gets_the_name() {
+        const DAEMONS: usize = 4;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("s");
+        let config = ListenConfig { address: Address::Unix(path.clone()), ..Default::default() };
+        for round in 0..200 {
+            if round % 2 == 0 {
+                drop(std::os::unix::net::UnixListener::bind(&path).expect("a stale one"));
+            }
+            let start = std::sync::Barrier::new(DAEMONS);
+            let bound: Vec<_> = std::thread::scope(|scope| {
+                let bind = || {
+                    start.wait();
+                    Listener::bind(&config)
+                };
+                let all: Vec<_> = (0..DAEMONS).map(|_| scope.spawn(bind)).collect();
+                all.into_iter().map(|one| one.join().expect("no panic")).collect()
+            });
+            let all: Vec<Listener> = bound.into_iter().filter_map(Result::ok).collect();
+            assert_eq!(all.len(), 1, "round {round}");
+            assert!(all[0].is_in_place());
+            std::os::unix::net::UnixStream::connect(&path).expect("it listens");
+            assert!(all[0].accept().expect("accepted").is_some());
+            drop(all);
+            assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 0);
+        }
+    }
+
+    #[test]
     fn a_stale_socket_is_taken_over_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("s");

@@ -4,10 +4,16 @@
 //! process has all rights. Invariants: below the directory that the operator has named, no symbolic
 //! link is followed; and a file gets a mode or an owner, or is removed, by its fd or as what was
 //! bound here, never because it has the name.
+//!
+//! Of two daemons that start at once one gets the name: who binds has the lock of the directory
+//! until it listens. Anybody who may read the directory may have that lock, and keep it. So nobody
+//! waits for it long, nor fails without it; and there is none in a VMM's directory, whose user
+//! could have the daemon wait again and again.
 
 use crate::accept::ListenError;
 use crate::config::{FileMode, ListenConfig};
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags};
+use rustix::fs::{ResolveFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::ffi::OsString;
@@ -15,6 +21,7 @@ use std::fmt::{self, Display, Formatter};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 /// What a file is bound with: until it has its own mode nobody may connect, and no other socket is
@@ -22,6 +29,9 @@ const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CL
 const UNDRESSED: Mode = Mode::SVTX;
 /// Who connects waits among so many to be accepted.
 const QUEUE: i32 = 128;
+/// Who binds has a directory's lock for less than a pause.
+const TURN_TRIES_MAX: u32 = 500;
+const TURN_PAUSE: Duration = Duration::from_millis(1);
 
 /// The place of a socket's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +69,29 @@ impl Spot {
         }
         let how = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
         rustix::fs::openat2(&trusted, &self.below, DIRECTORY, Mode::empty(), how)
+    }
+
+    /// The lock of the directory, for who may take a name in it away. `None`: somebody keeps it, or
+    /// the directory is not ours to read, or a VMM's.
+    fn turn(&self, directory: &OwnedFd) -> Option<OwnedFd> {
+        if !self.below.as_os_str().is_empty() {
+            return None;
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let lock = rustix::fs::openat(directory, ".", flags, Mode::empty()).ok()?;
+        for n in 0..TURN_TRIES_MAX {
+            if n > 0 {
+                // There is no waiting for a lock that ends by itself.
+                std::thread::sleep(TURN_PAUSE);
+            }
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Some(lock),
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+                Err(_) => return None,
+            }
+        }
+        tracing::warn!(path = ?self.path, "somebody keeps the lock of its directory");
+        None
     }
 
     /// How the kernel is told where to bind: people find it by `ss`, unless the path may lead
@@ -113,6 +146,7 @@ impl SocketFile {
         const DRESS: &str = " (its mode, owner or group)";
         let dress = Dress::of(config).map_err(|source| spot.error(source, DRESS))?;
         let directory = spot.directory().map_err(|errno| spot.error(errno, hint(errno)))?;
+        let _turn = spot.turn(&directory);
         let socket = bind(&spot, &directory)?;
         let file = spot.find(&directory, is_undressed);
         let file = file.and_then(|fd| Ok((identity(&rustix::fs::fstat(&fd)?), fd)));
@@ -352,6 +386,28 @@ mod tests {
         std::fs::hard_link(&at, vm.join("second")).expect("ln");
         assert!(spot.find(&directory, is_undressed).is_err());
         assert_eq!(mode(&victim), 0o600);
+    }
+
+    #[test]
+    fn who_keeps_the_lock_of_a_directory_keeps_nobody_out() {
+        let (dir, vm, _) = place();
+        let config = ListenConfig::default();
+        let kept = std::fs::File::open(&vm).expect("open");
+        rustix::fs::flock(&kept, FlockOperation::LockExclusive).expect("flock");
+        let (_socket, file) =
+            SocketFile::bind(Spot::new(&vm.join("s")), &config).expect("bound all the same");
+        assert!(file.is_in_place());
+        file.remove();
+        rustix::fs::flock(&kept, FlockOperation::Unlock).expect("flock");
+        let spot = Spot::new(&vm.join("s"));
+        let directory = spot.directory().expect("open");
+        let turn = spot.turn(&directory).expect("free");
+        let shared = FlockOperation::NonBlockingLockShared;
+        assert_eq!(rustix::fs::flock(&kept, shared), Err(Errno::WOULDBLOCK));
+        drop(turn);
+        let spot = Spot::below(dir.path(), &vm.join("s"));
+        assert!(spot.turn(&spot.directory().expect("open")).is_none(), "a VMM's");
+        assert_eq!(rustix::fs::flock(&kept, shared), Ok(()));
     }
 
     #[test]
