@@ -249,6 +249,22 @@ impl Nodes {
     /// # Errors
     /// `ESTALE`: unknown, or the host has no such file any more. `ENFILE`, and what the host said.
     pub(crate) fn load(&self, id: u64) -> Result<Arc<Node>, Errno> {
+        match self.load_known(id) {
+            Err(Errno::STALE) => self.load_searched(id),
+            other => other,
+        }
+    }
+
+    /// It may be there, and none of its names be known.
+    fn load_searched(&self, id: u64) -> Result<Arc<Node>, Errno> {
+        let recipe = self.cold.recipe(id).ok_or(Errno::STALE)?;
+        let found = self.root.by_search(&recipe);
+        let node = found.and_then(|found| self.take_in(id, &recipe, &found, None));
+        node.map_err(ImportError::errno)
+    }
+
+    /// By names and handles.
+    fn load_known(&self, id: u64) -> Result<Arc<Node>, Errno> {
         let chain = self.cold_above(id);
         let top = chain.last().and_then(|&top| self.cold.recipe(top));
         let mut last = top.and_then(|top| self.find_resident(top.parent)).ok_or(Errno::STALE);
@@ -279,7 +295,7 @@ impl Nodes {
     pub(crate) fn load_some(&self, ids: &mut Vec<u64>, most: usize) -> bool {
         for _ in 0..most {
             let Some(id) = ids.pop().filter(|_| self.fds.has_plenty()) else { return false };
-            let _ = self.load(id);
+            let _ = self.load_known(id);
         }
         true
     }
@@ -313,12 +329,22 @@ impl Nodes {
         let dir = parent.as_ref().map(|(inode, _)| self.backend.path_fd(*inode));
         let dir = dir.transpose().map_err(host)?;
         let file = self.root.resolve(recipe, dir.as_ref().map(AsFd::as_fd))?;
+        self.take_in(id, recipe, &file, parent)
+    }
+
+    fn take_in(
+        &self,
+        id: u64,
+        recipe: &Recipe,
+        file: &import::Found,
+        parent: Option<(u64, Arc<Node>)>,
+    ) -> Result<Arc<Node>, ImportError> {
         // What was there a moment ago.
         let moved = |errno| match errno {
             Errno::NOENT | Errno::NOTDIR | Errno::STALE => ImportError::Moved,
             other => ImportError::Host(other),
         };
-        let (found, place) = match (&file, &parent) {
+        let (found, place) = match (file, &parent) {
             (import::Found::ByName(_), Some((inode, node))) => {
                 let found = self.backend.lookup(*inode, &recipe.name).map_err(moved)?;
                 (found, Place { parent: node.id, name: recipe.name.as_c_str().into() })
@@ -326,7 +352,7 @@ impl Nodes {
             (import::Found::ByName(_), None) => return Err(ImportError::Stale),
             (import::Found::ByPath(_, path), _) => self.found_at(path, recipe).map_err(moved)?,
         };
-        let wanted = Stat::of(file.fd()).map_err(host)?;
+        let wanted = Stat::of(file.fd()).map_err(ImportError::Host)?;
         if (found.stat.dev, found.stat.ino) == (wanted.dev, wanted.ino) {
             let mut shard = self.inode_shard(found.inode);
             let free = shard.get(found.inode).is_none();

@@ -1,10 +1,11 @@
 //! Takes a node in again from what the guest remembers of it: a daemon that restarted, or closed
 //! fds for want of them, finds the same file, or says ESTALE for this one node.
 //!
-//! Two ways, the cheap one first:
+//! Three ways, the cheap ones first:
 //! ```text
 //! parent fd + name -> openat2, one component --------------------------.
 //! file handle -> open_by_handle_at -> /proc/self/fd -> path below root -+-> identity compared
+//!                       | no path: readdir from the root on, by number -'
 //! ```
 //! A [`Recipe`] comes from a guest and may be forged, its [`Handle`] too (it is two small numbers).
 //!
@@ -18,6 +19,7 @@
 mod handle;
 mod packed;
 mod recipe;
+mod search;
 mod sys;
 
 pub use handle::{Handle, HandleKind};
@@ -27,6 +29,7 @@ pub use sys::HANDLE_BYTES_MAX;
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicUsize;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -94,6 +97,8 @@ pub struct Root {
     /// Nothing on another device than this one is part of the share.
     only_device: Option<(u32, u32)>,
     mounts: Vec<Mount>,
+    /// Steps of all searches: see search.rs.
+    searched: AtomicUsize,
 }
 
 /// A file found again; the fd is `O_PATH`.
@@ -123,7 +128,8 @@ impl Root {
     pub fn new(dir: BorrowedFd<'_>, cross_mounts: bool) -> Result<Root, ImportError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let real = fdops::reopen(dir, flags).map_err(ImportError::Host)?;
-        let mut root = Root { dir: real, cross_mounts, only_device: None, mounts: Vec::new() };
+        let (only_device, mounts, searched) = (None, Vec::new(), AtomicUsize::new(0));
+        let mut root = Root { dir: real, cross_mounts, only_device, mounts, searched };
         root.add_mount(dir)?;
         Ok(root)
     }

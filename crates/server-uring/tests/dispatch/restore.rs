@@ -281,6 +281,56 @@ fn a_file_is_found_by_the_name_that_is_left_where_nothing_is_cached() {
 }
 
 #[test]
+fn a_file_is_found_whose_known_names_are_all_gone() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, ext4) = (dir.path().join("image"), dir.path().join("ext4"));
+    std::fs::create_dir(&ext4).expect("directory");
+    let Some(mounted) = Mounted::ext4(&image, ext4.clone()) else { return };
+    let root = ext4.join("share");
+    std::fs::create_dir(&root).expect("directory");
+    let guest = Guest::new(&root, options());
+    let [one, two] = ["one", "two"].map(|name| guest.mkdir(ROOT, name).expect("mkdir").nodeid);
+    let create = |name| guest.create(one, name, O_RDWR).expect("create");
+    // The last name is in a directory that the guest forgets.
+    let forgotten = create("a");
+    guest.link(forgotten.0.nodeid, two, "a").expect("link");
+    guest.unlink(one, "a").expect("unlink");
+    // The first one of three is left.
+    let third = create("b");
+    guest.link(third.0.nodeid, two, "b").expect("link");
+    guest.link(third.0.nodeid, one, "b3").expect("link");
+    guest.unlink(one, "b3").expect("unlink");
+    guest.unlink(two, "b").expect("unlink");
+    // The host has moved it.
+    let moved = create("c");
+    std::fs::rename(root.join("one/c"), root.join("two/c2")).expect("rename");
+    // It is there still, and not in the share.
+    let outside = create("d");
+    std::fs::hard_link(root.join("one/d"), ext4.join("d")).expect("link");
+    guest.unlink(one, "d").expect("unlink");
+    let files = [forgotten, third, moved, outside];
+    let open =
+        files.map(|(entry, fh)| Open { fh, node: entry.nodeid, flags: O_RDWR, directory: false });
+    guest.forget(two, 1);
+    let memory = guest.memory.lock().expect("memory").clone();
+    drop(guest);
+    mounted.mount_again(&image);
+    let guest = taken_over(&root, options(), &memory, &open);
+    let [found @ .., (lost, _)] = files;
+    for (entry, fh) in found {
+        assert_eq!(guest.getattr(entry.nodeid).expect("found").ino, entry.attr.ino);
+        assert_eq!(guest.write(entry.nodeid, fh, 0, b"x"), Ok(1));
+    }
+    for _ in 0..100 {
+        assert_eq!(guest.getattr(lost.nodeid).map(drop), Err(Errno::STALE));
+    }
+    for name in ["two/a", "one/b", "two/c2"] {
+        assert_eq!(std::fs::read(root.join(name)).expect("host"), b"x", "{name}");
+    }
+    drop(guest);
+}
+
+#[test]
 fn another_file_never_takes_the_place() {
     on_each(|root| {
         let guest = Guest::new(root, options());
