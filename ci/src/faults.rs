@@ -15,6 +15,7 @@ pub mod rng;
 mod run;
 pub mod schedule;
 mod shared;
+mod stall;
 mod workload;
 mod world;
 
@@ -88,6 +89,9 @@ pub struct Args {
     /// Kill the client that often, in milliseconds: another one takes the mount over
     #[arg(long, value_name = "MS")]
     kill_client_every: Option<u64>,
+    /// Stop a process, or the proxy, about that often, in milliseconds, for up to 20 s
+    #[arg(long, value_name = "MS")]
+    stall_every: Option<u64>,
     /// Threads of the checker
     #[arg(long, default_value_t = 6)]
     threads: u64,
@@ -126,6 +130,7 @@ impl Args {
             rings: false,
             kill_every: None,
             kill_client_every: None,
+            stall_every: None,
             threads: 6,
             gap: 2000,
             calm: false,
@@ -169,6 +174,9 @@ impl Args {
         }
         if let Some(ms) = self.kill_client_every {
             line += &format!(" --kill-client-every {ms}");
+        }
+        if let Some(ms) = self.stall_every {
+            line += &format!(" --stall-every {ms}");
         }
         if !self.options.is_empty() {
             line += &format!(" --options {}", self.options);

@@ -172,11 +172,15 @@ pub fn pidfd(pid: Pid) -> Result<OwnedFd> {
 
 /// The processes that this one has made.
 pub fn children(pid: Pid) -> Result<Vec<OwnedFd>> {
+    // One that is gone has no pidfd.
+    Ok(child_pids(pid)?.into_iter().filter_map(|pid| pidfd(pid).ok()).collect())
+}
+
+/// The same, by their numbers, which are theirs until this process or that one takes their end.
+pub fn child_pids(pid: Pid) -> Result<Vec<Pid>> {
     let pid = pid.as_raw_nonzero();
     let listed = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-    let pids = listed.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
-    // One that is gone has no pidfd.
-    Ok(pids.filter_map(|pid| pidfd(pid).ok()).collect())
+    Ok(listed.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
 }
 
 /// The time in which we have run. Limits are held against it: while all of us stand still (a

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{CWD, Mode, mkfifoat};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -208,6 +208,11 @@ impl Daemon {
         };
         daemon.wait_ready()?;
         Ok(daemon)
+    }
+
+    /// Its processes: the parent, and its workers.
+    pub fn pids(&self) -> Result<(Pid, Vec<Pid>)> {
+        Ok((self.process.pid(), guard::child_pids(self.process.pid())?))
     }
 
     /// Kills it without a warning and starts it again on the same sockets; its log goes on in a
@@ -504,6 +509,12 @@ impl Mount {
 /// Kills the process that serves the mount at `dir`, as the keeper has started it; false: there is
 /// none now. The mount is not touched, nor a process forked, which would have its files open.
 pub fn kill_client_of(dir: &Path) -> Result<bool> {
+    let killed = |pid| rustix::process::kill_process(pid, Signal::KILL).is_ok();
+    Ok(client_of(dir)?.is_some_and(killed))
+}
+
+/// The process that serves the mount at `dir`; the mount is not touched.
+pub fn client_of(dir: &Path) -> Result<Option<Pid>> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -512,12 +523,10 @@ pub fn kill_client_of(dir: &Path) -> Result<bool> {
         let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
         let is_worker = words.contains(&&b"--worker"[..]);
         if is_worker && words.contains(&dir.as_os_str().as_bytes()) {
-            let pid = rustix::process::Pid::from_raw(pid).context("a process number")?;
-            let killed = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            return Ok(killed.is_ok());
+            return Ok(Some(Pid::from_raw(pid).context("a process number")?));
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn launch(ringfsd: &Path, arguments: &[OsString], log: &Path) -> Result<Process> {

@@ -165,8 +165,18 @@ impl<'a> Worker<'a> {
             self.account.ops.fetch_add(1, Relaxed);
             if let Err(problem) = done {
                 self.account.problem(format!("thread {}: {problem}", self.thread));
+                self.tell_story();
                 self.void = true;
                 return;
+            }
+        }
+    }
+
+    /// What led to a problem.
+    fn tell_story(&self) {
+        for (whose, world) in [("its own", &self.own), ("the shared", &self.common)] {
+            for line in world.story() {
+                println!("faults: thread {} in {whose} tree: {line}", self.thread);
             }
         }
     }

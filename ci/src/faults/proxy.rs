@@ -12,7 +12,7 @@ use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -75,6 +75,9 @@ pub struct Shared {
     begun: Instant,
     findings: Mutex<Vec<String>>,
     links: Mutex<Vec<Weak<Link>>>,
+    /// Nothing passes, neither bytes nor ends, as long as this is so.
+    frozen: Mutex<bool>,
+    thawed: Condvar,
     /// Connections that are held open without a sign of life.
     silent: Mutex<Vec<Arc<Link>>>,
 }
@@ -102,6 +105,21 @@ impl Shared {
         if findings.len() < FINDINGS_MAX {
             findings.push(what);
         }
+    }
+
+    /// Waits while the proxy stands still; whether it did.
+    pub fn wait_thawed(&self) -> bool {
+        let mut frozen = lock(&self.frozen);
+        let stood_still = *frozen;
+        while *frozen {
+            frozen = self.thawed.wait(frozen).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        stood_still
+    }
+
+    fn freeze(&self, freeze: bool) {
+        *lock(&self.frozen) = freeze;
+        self.thawed.notify_all();
     }
 
     fn serve(self: &Arc<Self>, guest: UnixStream) -> Result<()> {
@@ -149,11 +167,14 @@ impl Proxy {
             begun: Instant::now(),
             findings: Mutex::default(),
             links: Mutex::default(),
+            frozen: Mutex::default(),
+            thawed: Condvar::new(),
             silent: Mutex::default(),
         });
         let accepting = shared.clone();
         let acceptor = thread::Builder::new().name("proxy".into()).spawn(move || {
             for guest in listener.incoming() {
+                accepting.wait_thawed();
                 if accepting.stop.load(Relaxed) {
                     break;
                 }
@@ -165,6 +186,12 @@ impl Proxy {
             }
         })?;
         Ok(Self { shared, socket: socket.into(), acceptor: Some(acceptor) })
+    }
+
+    /// It stands still as long as what this gives lives.
+    pub fn freeze(&self) -> Frozen {
+        self.shared.freeze(true);
+        Frozen(self.shared.clone())
     }
 
     /// Begins or ends making faults.
@@ -221,6 +248,16 @@ impl Proxy {
     /// A line for the log of decisions, such as what else happened at that point.
     pub fn note(&self, line: &str) {
         self.shared.log(line);
+    }
+}
+
+/// A proxy that stands still.
+#[derive(Debug)]
+pub struct Frozen(Arc<Shared>);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.0.freeze(false);
     }
 }
 

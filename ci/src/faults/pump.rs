@@ -23,6 +23,8 @@ use super::schedule::{Benign, Direction, Event, Fault, Plan};
 const SWAP_WAIT: Duration = Duration::from_millis(20);
 /// How long a close waits for bytes that it can leave unread.
 const UNREAD_WAIT: Duration = Duration::from_millis(30);
+/// Some go on later than others, where all stood still.
+const STRAGGLE_MS: u64 = 1500;
 /// Longer than a lane waits for any sign of life: 1 s, then 2 s after its PING.
 const STALL_LONG: Duration = Duration::from_millis(3500);
 /// Of a batch that comes in pieces so much does; the rest comes at once.
@@ -64,7 +66,18 @@ impl Pump {
         }
     }
 
+    /// Waits while the proxy stands still; after that not all go on at once.
+    fn wait_thawed(&self) {
+        while self.shared.wait_thawed() {
+            let mut rng = self.shared.schedule.straggle(self.link.conn, self.direction, self.batch);
+            if rng.once_in(2) {
+                self.link.pause(Duration::from_millis(rng.below(STRAGGLE_MS)));
+            }
+        }
+    }
+
     fn send(&self, bytes: &[u8]) -> bool {
+        self.wait_thawed();
         let side = match self.direction {
             Direction::Up => &self.link.daemon,
             Direction::Down => &self.link.guest,
@@ -91,6 +104,7 @@ impl Pump {
                 }
             }
         }
+        self.wait_thawed();
         // One end has gone: the other learns of it, and of all that was sent before.
         if !self.link.stopped() {
             self.link.cut();

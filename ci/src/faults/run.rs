@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::Pid;
 
 use super::checker::{self, Account};
 use super::proxy::Proxy;
@@ -36,7 +37,7 @@ const CLIENT_KILLS: [u32; 4] = [12, 1, 20, 3];
 /// A daemon with a proxy before it.
 pub(super) struct Run<'a> {
     args: &'a Args,
-    seed: u64,
+    pub(super) seed: u64,
     sandbox: &'a Sandbox,
     backing: &'a Path,
     daemon: Mutex<Daemon>,
@@ -44,6 +45,7 @@ pub(super) struct Run<'a> {
     pub(super) proxy: Proxy,
     begun: Instant,
     client_kills: AtomicU64,
+    pub(super) stalls: AtomicU64,
     spliced: AtomicU64,
     _rings: Option<Guard>,
 }
@@ -90,6 +92,7 @@ impl<'a> Run<'a> {
             proxy,
             begun,
             client_kills: AtomicU64::new(0),
+            stalls: AtomicU64::new(0),
             spliced: AtomicU64::new(0),
             _rings: rings,
         })
@@ -214,8 +217,13 @@ impl<'a> Run<'a> {
                 let (every, dir) = (Duration::from_millis(ms), &mount.dir);
                 scope.spawn(move || self.kill_clients(&kills_over, every, dir, account));
             }
+            let (done_as_well, stalls_over) = mpsc::channel::<()>();
+            if let Some(ms) = self.args.stall_every {
+                let (every, dir) = (Duration::from_millis(ms), &mount.dir);
+                scope.spawn(move || self.stall(&stalls_over, every, dir, account));
+            }
             let result = work(&mount, &name);
-            drop(done);
+            drop((done, done_as_well));
             result
         });
         self.proxy.arm(false);
@@ -234,6 +242,11 @@ impl<'a> Run<'a> {
             lock(&self.daemon).assert_back_at(&self.start)?;
         }
         Ok(())
+    }
+
+    /// The daemon's processes: the parent, and its workers.
+    pub(super) fn daemon_pids(&self) -> Result<(Pid, Vec<Pid>)> {
+        lock(&self.daemon).pids()
     }
 
     /// Kills whoever serves the mount, also soon after it was killed.
@@ -319,6 +332,10 @@ impl<'a> Run<'a> {
         let client_kills = self.client_kills.load(Relaxed);
         if client_kills > 0 {
             closing += &format!(", {client_kills} kills of the client");
+        }
+        let stalls = self.stalls.load(Relaxed);
+        if stalls > 0 {
+            closing += &format!(", {stalls} stalls");
         }
         if self.args.unchecked {
             closing += &format!(", {} replies spliced", self.spliced());

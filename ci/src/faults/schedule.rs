@@ -132,6 +132,11 @@ impl Schedule {
         plan
     }
 
+    /// By what a direction goes on later than others, where all stood still.
+    pub fn straggle(&self, conn: u64, direction: Direction, batch: u64) -> Rng {
+        Rng::of(&[self.seed, conn, direction as u64, batch, 2])
+    }
+
     /// What no end may notice, at that record.
     pub fn benign(&self, conn: u64, direction: Direction, record: u64) -> Option<Benign> {
         let mut rng = Rng::of(&[self.seed, conn, direction as u64, record, 1]);

@@ -4,6 +4,7 @@
 //! allowed (docs/faults.md: only after the daemon was killed), the tree must then be as it was
 //! before the operation or as it had to be after it, and the model becomes that.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -16,6 +17,8 @@ use super::workload::Workload;
 const PAGE_BYTES: usize = 4096;
 /// Until a name is looked at again that may be gone.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// Of each tree so many operations are remembered.
+const STORY_MAX: usize = 400;
 
 /// A tree under work.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub struct World<S> {
     /// Of an append that failed the kernel may have made several requests, of which the first ones
     /// were done, and one may have been cut short: both at the end of a page.
     in_parts: bool,
+    /// The last operations, and how they ended where that was an error.
+    story: VecDeque<String>,
 }
 
 /// How an operation went.
@@ -60,7 +65,13 @@ impl<S: Forget> World<S> {
             workload,
             names_good: Duration::ZERO,
             in_parts: false,
+            story: VecDeque::new(),
         }
+    }
+
+    /// The last operations, for whoever asks how a problem came about.
+    pub fn story(&self) -> impl Iterator<Item = &str> {
+        self.story.iter().map(String::as_str)
     }
 
     /// On a mount whose names are good for that long.
@@ -84,6 +95,7 @@ impl<S: Forget> World<S> {
         let before = self.model.clone();
         let expected = self.model.apply(&op);
         let found = self.subject.apply(&op);
+        self.note(&op, &found);
         if expected == found {
             return Ok(Step::Same);
         }
@@ -99,6 +111,16 @@ impl<S: Forget> World<S> {
         let told = if errno == Errno::IO { told } else { 0 };
         self.settle(before, &op, told).map_err(|more| format!("{what}; then {more}"))?;
         Ok(Step::Tolerated(what))
+    }
+
+    fn note(&mut self, op: &Op, found: &Outcome) {
+        if self.story.len() == STORY_MAX {
+            self.story.pop_front();
+        }
+        self.story.push_back(match found {
+            Outcome::Fail(errno) => format!("{op:?}: {errno}"),
+            _ => format!("{op:?}"),
+        });
     }
 
     /// Finds out whether an operation that failed was done, and goes on from there. Of what it was
