@@ -5,16 +5,18 @@
 //! (EINTR from the park, a CANCEL to the daemon) only when its task is dying. That is looked up in
 //! `/proc/PID/status`, at once and then every [`LOOK_INTERVAL`] until the request is answered: by a
 //! thread of its own, which sleeps while no interrupted request waits. Not in `stat`: whoever reads
-//! that of a task in execve waits for it, and it may wait for us, with the FLUSH of a file.
+//! that of a task in execve waits for it, and it may wait for us, with the FLUSH of a file. Where a
+//! lane cannot be told, because the device is not read, say, all that waits in it is looked up.
 //!
 //! Invariant: a request of a task that lives, or of which nothing is known (pid 0: a task outside
 //! of our pid namespace; no /proc), is never dropped. It must not read devices or sockets.
 
 use crate::lane::{Interrupted, Lane, lock};
 use crate::session::Session;
+use ringfs_wire::limits::LANES_MAX;
 use rustix::io::Errno;
 use rustix::process::Signal;
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,47 +32,72 @@ struct Suspect {
     pid: u32,
 }
 
-/// The interrupted requests of a session that nobody has looked at yet.
+const _: () = assert!(LANES_MAX <= u32::BITS as usize);
+
+/// What the thread is told.
+#[derive(Debug, Default)]
+struct News {
+    /// Interrupted requests that it has not looked at yet.
+    fresh: Vec<Suspect>,
+    /// The lanes that may have others, one bit each.
+    deaf: u32,
+}
+
+/// The interrupted requests of a session.
 #[derive(Debug, Default)]
 pub struct Interrupts {
-    fresh: Mutex<Vec<Suspect>>,
+    news: Mutex<News>,
     bell: Condvar,
 }
 
 impl Interrupts {
-    /// The kernel interrupts `unique`, which the lane has in flight or parked for the task `pid`,
-    /// or might without telling. Once a request and cut: what lanes hold bounds this.
+    /// The kernel interrupts `unique`, which the lane has in flight or parked for the task `pid`.
+    /// It says so once.
     pub fn add(&self, lane: u8, unique: u64, pid: u32) {
-        lock(&self.fresh).push(Suspect { lane: usize::from(lane), unique, pid });
+        lock(&self.news).fresh.push(Suspect { lane: usize::from(lane), unique, pid });
+        self.bell.notify_one();
+    }
+
+    /// Whether, from now on, the kernel may interrupt requests of that lane without our seeing it:
+    /// then the tasks of all that waits there are looked up.
+    pub fn set_deaf(&self, lane: u8, is_deaf: bool) {
+        let mut news = lock(&self.news);
+        match is_deaf {
+            true => news.deaf |= 1 << lane,
+            false => news.deaf &= !(1 << lane),
+        }
+        drop(news);
         self.bell.notify_one();
     }
 
     /// Wakes the thread, to see that the session is over.
     pub fn ring(&self) {
         // Under the lock: else it might come between the thread's look and its sleep.
-        let _fresh = lock(&self.fresh);
+        let _news = lock(&self.news);
         self.bell.notify_one();
     }
 }
 
 /// Watches until the session stops.
 pub fn run(session: &Arc<Session>) {
-    let mut waiting: VecDeque<Suspect> = VecDeque::new();
+    let mut told: HashMap<u64, Suspect> = HashMap::new();
+    let (mut deaf, mut last) = (0, 0);
     let mut look_at = Instant::now();
     while !session.is_stopping() {
-        let patience =
-            (!waiting.is_empty()).then(|| look_at.saturating_duration_since(Instant::now()));
-        let fresh = wait_for_fresh(session, patience);
-        if waiting.is_empty() {
+        let is_idle = told.is_empty() && deaf == 0;
+        let patience = (!is_idle).then(|| look_at.saturating_duration_since(Instant::now()));
+        let news = wait_for_news(session, deaf, patience);
+        if is_idle {
             look_at = Instant::now() + LOOK_INTERVAL;
         }
-        let fresh = fresh.into_iter().filter(|suspect| still_waits(&session.lanes, suspect));
-        waiting.extend(fresh.collect::<Vec<_>>());
+        deaf = news.deaf;
+        let fresh = news.fresh.into_iter().filter(|suspect| still_waits(&session.lanes, suspect));
+        told.extend(fresh.map(|suspect| (suspect.unique, suspect)));
         if Instant::now() >= look_at {
-            for _ in 0..waiting.len().min(LOOKS_MAX) {
-                let Some(suspect) = waiting.pop_front() else { break };
-                if still_waits(&session.lanes, &suspect) {
-                    waiting.push_back(suspect);
+            let all = told.values().copied().chain(all_of(&session.lanes, deaf));
+            for suspect in next_looks(all, &mut last) {
+                if !still_waits(&session.lanes, &suspect) {
+                    told.remove(&suspect.unique);
                 }
             }
             look_at = Instant::now() + LOOK_INTERVAL;
@@ -79,17 +106,38 @@ pub fn run(session: &Arc<Session>) {
 }
 
 /// What has come; sleeps until something does, the patience is over, or the session is.
-fn wait_for_fresh(session: &Session, patience: Option<Duration>) -> Vec<Suspect> {
-    let Interrupts { fresh, bell } = &session.interrupts;
-    let idle = |fresh: &mut Vec<Suspect>| fresh.is_empty() && !session.is_stopping();
-    let mut fresh = match patience {
-        None => bell.wait_while(lock(fresh), idle).unwrap_or_else(PoisonError::into_inner),
+fn wait_for_news(session: &Session, deaf: u32, patience: Option<Duration>) -> News {
+    let Interrupts { news, bell } = &session.interrupts;
+    let idle =
+        |news: &mut News| news.fresh.is_empty() && news.deaf == deaf && !session.is_stopping();
+    let mut news = match patience {
+        None => bell.wait_while(lock(news), idle).unwrap_or_else(PoisonError::into_inner),
         Some(patience) => {
-            let woken = bell.wait_timeout_while(lock(fresh), patience, idle);
+            let woken = bell.wait_timeout_while(lock(news), patience, idle);
             woken.unwrap_or_else(PoisonError::into_inner).0
         }
     };
-    std::mem::take(&mut fresh)
+    News { fresh: std::mem::take(&mut news.fresh), deaf: news.deaf }
+}
+
+/// All that waits in these lanes.
+fn all_of(lanes: &[Lane], deaf: u32) -> impl Iterator<Item = Suspect> {
+    let deaf = lanes.iter().enumerate().filter(move |(lane, _)| deaf >> lane & 1 == 1);
+    deaf.flat_map(|(lane, its)| {
+        its.waiting().into_iter().map(move |(unique, pid)| Suspect { lane, unique, pid })
+    })
+}
+
+/// Those whose turn it is, each once: from behind the `last` one that had its turn on.
+fn next_looks(all: impl Iterator<Item = Suspect>, last: &mut u64) -> Vec<Suspect> {
+    let mut all: Vec<Suspect> = all.collect();
+    all.sort_unstable_by_key(|suspect| suspect.unique);
+    all.dedup_by_key(|suspect| suspect.unique);
+    let behind = all.partition_point(|suspect| suspect.unique <= *last);
+    all.rotate_left(behind);
+    all.truncate(LOOKS_MAX);
+    *last = all.last().map_or(0, |suspect| suspect.unique);
+    all
 }
 
 /// False once the request is answered, or is dropped here because its task is dying.
@@ -165,6 +213,22 @@ mod tests {
         {
             check(garbage, false);
         }
+    }
+
+    #[test]
+    fn all_have_their_turn_and_each_once() {
+        let suspect = |unique| Suspect { lane: 0, unique, pid: 0 };
+        let count = 2 * LOOKS_MAX as u64 - 9;
+        // They are told of again and again.
+        let all = || (1..=count).chain(1..=count).map(suspect);
+        let mut last = 0;
+        let uniques = |looks: &[Suspect]| looks.iter().map(|s| s.unique).collect::<Vec<_>>();
+        let most = LOOKS_MAX as u64;
+        assert_eq!(uniques(&next_looks(all(), &mut last)), Vec::from_iter(1..=most));
+        let second = Vec::from_iter((most + 1..=count).chain(1..=9));
+        assert_eq!(uniques(&next_looks(all(), &mut last)), second);
+        assert_eq!(last, 9);
+        assert_eq!(next_looks(std::iter::empty(), &mut last), []);
     }
 
     #[test]

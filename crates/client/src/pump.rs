@@ -89,6 +89,8 @@ struct Pump<'s> {
     dry: bool,
     /// Frames read since the last batch left.
     frames: usize,
+    /// Interrupts of what waits here may lie in the device.
+    is_deaf: bool,
 }
 
 /// Serves the lane until the mount is gone or the session stops.
@@ -135,6 +137,7 @@ impl<'s> Pump<'s> {
             spin: Spin::new(spin),
             dry: false,
             frames: 0,
+            is_deaf: false,
         })
     }
 
@@ -201,6 +204,7 @@ impl<'s> Pump<'s> {
 
     /// Reads a frame; whether there was one.
     fn read(&mut self) -> Result<bool, End> {
+        self.set_deaf(false);
         // A batch that is not due has room for the largest record.
         let spare = &mut self.intake.spare()[..RECORD_BYTES_MAX];
         let outcome = self.lane.device.read_frame(spare)?;
@@ -412,14 +416,46 @@ impl<'s> Pump<'s> {
         }
     }
 
-    /// No frame could be taken in: only a reply helps, or a kick.
+    /// No frame could be taken in: only a reply helps, or a kick. Where all lanes wait so, nobody
+    /// reads whose tasks are killed, or that the mount is gone.
     fn wait_for_slot(&mut self) -> Result<(), End> {
-        let Rest::For(limit) = self.rest() else { return Ok(()) };
+        let Rest::For(mut limit) = self.rest() else { return Ok(()) };
+        if !self.is_park_full() {
+            // What waited too long has failed.
+            return Ok(());
+        }
         self.leave_device();
+        if self.link.is_none() {
+            self.set_deaf(true);
+            // The device wakes who waits for that with each frame, so it is not among the few.
+            let device = PollFd::new(&*self.lane.device, PollFlags::empty());
+            let mut fds = [device, PollFd::new(&self.few, PollFlags::IN)];
+            let _ = poll(&mut fds, limit.map(timespec).as_ref());
+            limit = Some(Duration::ZERO);
+        }
         let woken = self.doze(false, limit);
         self.session.watch.wake();
-        self.act_on(&woken?);
+        let woken = woken?;
+        self.act_on(&woken);
+        if woken.1 == 0 {
+            // A daemon that answers makes room soon; one that says nothing for a while may not.
+            self.set_deaf(true);
+            self.see_mount()?;
+        }
         Ok(())
+    }
+
+    fn set_deaf(&mut self, is_deaf: bool) {
+        if std::mem::replace(&mut self.is_deaf, is_deaf) != is_deaf {
+            self.session.interrupts.set_deaf(self.lane.index, is_deaf);
+        }
+    }
+
+    /// Whether the mount is gone, of which no lane is told that does not read.
+    fn see_mount(&self) -> Result<(), End> {
+        let mut device = [PollFd::new(&*self.lane.device, PollFlags::empty())];
+        let _ = poll(&mut device, Some(&Timespec::default()));
+        if device[0].revents().is_empty() { Ok(()) } else { Err(End::Unmounted) }
     }
 
     /// Waits for the kick and the connection, or the device as well.

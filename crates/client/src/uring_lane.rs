@@ -145,6 +145,8 @@ impl<'s> RingLane<'s> {
         let kick = ring.watch(lane.kick_fd()).map_err(End::Thread)?;
         lane.answers_by_ring();
         session.forgets.share();
+        // Until it has a connection.
+        session.interrupts.set_deaf(lane.index, true);
         Ok(RingLane {
             session,
             lane,
@@ -214,6 +216,7 @@ impl<'s> RingLane<'s> {
             }
         }
         self.link = Some(link);
+        self.session.interrupts.set_deaf(self.lane.index, false);
         // What it holds has slots, and is among what is sent again.
         self.builder = BatchBuilder::new();
         self.resends = Some(self.lane.resend());
@@ -319,9 +322,6 @@ impl<'s> RingLane<'s> {
         if let Err(errno) = taken {
             self.uniques[usize::from(id.0)] = None;
             return Ok(self.ring.reply(id, Err(errno.raw_os_error()))?);
-        }
-        if self.link.is_none() {
-            self.session.interrupts.add(self.lane.index, unique, pid);
         }
         // The interrupt may have come by the device before this.
         if self.session.take_early_interrupt(unique) {
@@ -501,9 +501,7 @@ impl<'s> RingLane<'s> {
         self.session.lost(self.lane, &link.conn, end, &unsent);
         // The kernel does not tell of a signal that comes while it hands a request to its entry, as
         // with the FLUSH of a killed process; and while it is cut nothing else would answer.
-        for (unique, pid) in self.lane.waiting() {
-            self.session.interrupts.add(self.lane.index, unique, pid);
-        }
+        self.session.interrupts.set_deaf(self.lane.index, true);
     }
 
     fn receive(&mut self) -> Result<(), End> {

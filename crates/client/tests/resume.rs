@@ -11,13 +11,19 @@ use bench::uses::*;
 use bench::*;
 use host::{Hidden, Host, Mood, Terms, big_byte};
 use ringfs_wire::hello::Reason;
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// As in lane.rs.
+const PARK_FRAMES_MAX: usize = 512;
 
 /// Writes one MiB at each of these, each by a thread of its own.
 fn write(bench: &Bench, at: &[u64]) -> JoinHandle<()> {
@@ -36,6 +42,57 @@ fn write(bench: &Bench, at: &[u64]) -> JoinHandle<()> {
             }
         });
     })
+}
+
+/// Processes that each have opened `big`, and do one thing with it when they are told to. (This one
+/// must have no file of the mount open.)
+struct Crowd(Reader);
+
+impl Crowd {
+    fn new(bench: &Bench, count: usize, what: &str) -> Crowd {
+        let code = format!(
+            "pipe R, W; pipe A, B; $| = 1;
+            for (1..{count}) {{
+                next if fork;
+                close W; close A; open(F, '+<', $ARGV[0]) or exit 1;
+                syswrite B, 'x'; close B; sysread R, $x, 1;
+                exit({what} ? 0 : 1);
+            }}
+            close B; for ($n = 0; $n < {count}; $n += $more) {{ $more = sysread A, $x, 99 or die }}
+            print \"open\\n\"; <STDIN>; close W; print \"told\\n\";
+            $bad = 0; while (wait > 0) {{ $bad |= $? }} exit($bad != 0)"
+        );
+        let mut command = Command::new("perl");
+        command.args(["-e", &code]).arg(bench.file("big"));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut crowd = Crowd(Reader { child: command.spawn().expect("perl") });
+        crowd.hear("open");
+        crowd
+    }
+
+    fn reading(bench: &Bench, count: usize) -> Crowd {
+        Crowd::new(bench, count, "sysread(F, $x, 4096)")
+    }
+
+    fn hear(&mut self, words: &'static str) {
+        let mut stdout = self.0.child.stdout.take().expect("piped");
+        let line = within(words, move || {
+            let mut line = [0; 5];
+            stdout.read_exact(&mut line).map(|()| (line, stdout))
+        });
+        let (line, stdout) = line.expect("a line");
+        assert_eq!(&line[..4], words.as_bytes());
+        self.0.child.stdout = Some(stdout);
+    }
+
+    fn go(&mut self) {
+        drop(self.0.child.stdin.take());
+        self.hear("told");
+    }
+
+    fn succeeds(self) -> bool {
+        self.0.wait().status.success()
+    }
 }
 
 fn join(what: &str, thread: JoinHandle<()>) {
@@ -217,6 +274,85 @@ fn killed_processes_get_out_while_it_is_cut() {
     use_mount(&bench);
     assert_eq!(bench.host.wait_for("cancels", |seen| Some(seen.cancels)), 0);
     umount(&bench, client);
+}
+
+/// A cut mount of one lane that parks all that it may, and reads the device no more.
+fn filled_up(options: &str) -> (Bench, Client, Crowd, Hidden, [Reader; 2]) {
+    let (bench, client) = mounted(Terms::default(), options);
+    let in_flight = hanging(&bench);
+    let mut crowd = Crowd::reading(&bench, PARK_FRAMES_MAX + 8);
+    let hidden = bench.host.hide();
+    bench.host.cut();
+    wait_until("the cut", || status_of(&bench)["lanes_without_connection"] == 1);
+    let parked = fill_park(&bench, &mut crowd);
+    (bench, client, crowd, hidden, [in_flight, parked])
+}
+
+/// Where no request gets a slot: all that may be parked is, and the device is read no more. One of
+/// those that wait.
+fn fill_park(bench: &Bench, crowd: &mut Crowd) -> Reader {
+    let parked = bench.cat("hello");
+    wait_until("the park", || status_of(bench)["parked"] == 1);
+    crowd.go();
+    wait_until("a full park", || status_of(bench)["parked"] == PARK_FRAMES_MAX);
+    parked
+}
+
+#[test]
+fn killed_processes_get_out_while_nothing_more_can_be_parked() {
+    let (bench, client, crowd, hidden, [in_flight, parked]) = filled_up("lanes=1");
+    let killed = Instant::now();
+    parked.kill();
+    assert_eq!(parked.wait().status.signal(), Some(9));
+    assert!(killed.elapsed() < Duration::from_secs(4), "after {:?}", killed.elapsed());
+    wait_until("one in its place", || status_of(&bench)["parked"] == PARK_FRAMES_MAX);
+    // It has a file open: then there is a FLUSH, which nobody reads.
+    in_flight.kill();
+    wait_until("its answer", || status_of(&bench)["abandoned_total"] == 1);
+    drop(hidden);
+    assert_eq!(in_flight.wait().status.signal(), Some(9));
+    assert!(crowd.succeeds());
+    use_mount(&bench);
+    umount(&bench, client);
+}
+
+#[test]
+fn killed_processes_get_out_while_the_daemon_makes_no_room() {
+    let (bench, client) = mounted(Terms { slots: 1, ..Terms::default() }, "lanes=1");
+    let mut crowd = Crowd::reading(&bench, PARK_FRAMES_MAX + 8);
+    let in_flight = hanging(&bench);
+    let parked = fill_park(&bench, &mut crowd);
+    parked.kill();
+    assert_eq!(parked.wait().status.signal(), Some(9));
+    deny_read(&bench, in_flight);
+    assert!(crowd.succeeds());
+    use_mount(&bench);
+    umount(&bench, client);
+    assert_eq!(bench.host.wait_for("resumes", |seen| Some(seen.resumes)), 0);
+}
+
+#[test]
+fn a_soft_mount_fails_also_what_could_not_be_parked() {
+    let (bench, client, crowd, hidden, readers) = filled_up("lanes=1,soft,timeout=8");
+    assert!(readers.into_iter().all(|reader| !reader.wait().status.success()));
+    assert!(!crowd.succeeds());
+    drop(hidden);
+    wait_resumes(&bench.host, 1);
+    let path = bench.mountpoint.display().to_string();
+    assert!(bench.run(&["wait", "--resumed", &path]).status.success());
+    use_mount(&bench);
+    umount(&bench, client);
+}
+
+#[test]
+fn an_abort_is_seen_while_nothing_more_can_be_parked() {
+    let (bench, client, crowd, hidden, readers) = filled_up("lanes=1");
+    // It is in use, and aborted all the same.
+    unmount(&bench.mountpoint, UnmountFlags::FORCE).expect_err("busy");
+    assert!(readers.into_iter().all(|reader| !reader.wait().status.success()));
+    assert!(!crowd.succeeds());
+    client.wait();
+    drop(hidden);
 }
 
 #[test]

@@ -75,10 +75,13 @@ impl Table {
         }
     }
 
-    fn waiting(&self) -> impl Iterator<Item = (u64, u32)> {
+    /// Those in flight by whether the daemon has been told that their task is dying.
+    fn waiting(&self, choose: impl Fn(bool) -> bool) -> impl Iterator<Item = (u64, u32)> {
         let parked = self.park.iter().map(|parked| (parked.unique, parked.pid));
-        let in_flight = self.slots.in_flight().filter_map(|(_, request)| match request {
-            InFlight::Request { unique, pid, .. } => Some((*unique, *pid)),
+        let in_flight = self.slots.in_flight().filter_map(move |(_, request)| match request {
+            InFlight::Request { unique, pid, cancelled, .. } => {
+                choose(*cancelled).then_some((*unique, *pid))
+            }
             InFlight::Forget | InFlight::Abandoned => None,
         });
         parked.chain(in_flight)
@@ -415,12 +418,14 @@ impl Lane {
     /// The task that waits for the answer to `unique`, if that is parked or in flight here.
     pub fn waits(&self, unique: u64) -> Option<u32> {
         let table = lock(&self.table);
-        table.waiting().find(|(its, _)| *its == unique).map(|(_, pid)| pid)
+        table.waiting(|_| true).find(|(its, _)| *its == unique).map(|(_, pid)| pid)
     }
 
-    /// All that is parked or in flight here, with the tasks that wait.
+    /// All that is parked or in flight here and that nobody has interrupted, with the tasks that
+    /// wait.
     pub fn waiting(&self) -> Vec<(u64, u32)> {
-        lock(&self.table).waiting().collect()
+        let table = lock(&self.table);
+        table.waiting(|cancelled| !cancelled).collect()
     }
 
     /// Nobody waits for `unique` any more: takes it from the park, or has the daemon told.
@@ -430,6 +435,9 @@ impl Lane {
             && let Some(parked) = table.park.remove(at)
         {
             table.park_bytes -= parked.frame.len();
+            drop(table);
+            // There is room for another one.
+            self.kick();
             return Interrupted::Parked;
         }
         let is_cut = table.phase == Phase::Cut;
@@ -577,9 +585,12 @@ mod tests {
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
         assert!(matches!(lane.interrupt(2), Interrupted::Cancelled));
         assert!(readable(&lane));
+        assert_eq!((lane.waits(2), lane.waiting()), (Some(0), vec![(4, 77)]));
         assert_eq!(lane.next_control(), Some(lane.record(Kind::Cancel, at, 0, 16)));
         assert_eq!(lane.next_control(), None);
+        assert!(lane.take_kick() && !lane.is_kicked());
         assert!(matches!(lane.interrupt(4), Interrupted::Parked));
+        assert!(lane.is_kicked());
         assert_eq!(lane.parked(), (0, 0));
         assert_eq!(lane.waits(4), None);
         assert!(matches!(lane.interrupt(4), Interrupted::Unknown));
