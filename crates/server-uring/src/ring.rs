@@ -62,7 +62,7 @@ pub struct UringRing {
     looks: u32,
     /// It will be again.
     is_watched: bool,
-    /// Threads that have what would not end in the ring; none before they are needed.
+    /// Threads that have what would not end in the ring; none but while they are needed.
     threads: Option<FileThreads>,
     /// They take all.
     is_stuck: bool,
@@ -287,6 +287,10 @@ impl UringRing {
             threads.collect(done);
         }
         self.is_stuck &= self.on_files > 0;
+        if !self.is_stuck && !self.is_rung && threads.in_flight() == 0 {
+            threads.end(Instant::now());
+            self.threads = None;
+        }
         self.listen();
     }
 
@@ -370,7 +374,10 @@ impl Ring for UringRing {
                     let result = completion.result();
                     let on_file = op.is_on_file();
                     self.on_files -= usize::from(on_file);
-                    if on_file && self.is_stuck && result == -libc::ECANCELED {
+                    // Not begun, or nothing done: the cancel wakes also who waits on a file system
+                    // that lets itself be woken.
+                    if on_file && self.is_stuck && matches!(-result, libc::ECANCELED | libc::EINTR)
+                    {
                         untaken.push(op);
                         continue;
                     }

@@ -79,6 +79,7 @@ fn others_write_while_one_hangs(engine: &str) {
     let Some(mut frozen) = Disk::at(dir.path(), "a") else { return };
     let Some(other) = Disk::at(dir.path(), "b") else { return };
     let daemon = daemon(engine, [&frozen.path, &other.path]);
+    let before = daemon.gauges_at_rest();
     let mut foe = mount(&daemon.path("s"), "a").expect("welcome");
     let mut friend = mount(&daemon.path("t"), "b").expect("welcome");
     let (stuck, free) = (files_of(&mut foe, 100), files_of(&mut friend, 64));
@@ -107,6 +108,7 @@ fn others_write_while_one_hangs(engine: &str) {
     }
     goodbye(foe);
     goodbye(friend);
+    daemon.settles_at(&before);
     daemon.stop_well();
 }
 
