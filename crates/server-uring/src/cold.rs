@@ -19,9 +19,8 @@ pub(crate) type FileKey = (u64, u64);
 /// Nodes of one number that are looked at for one file: a guest may have made up any number.
 const TWINS_MAX: usize = 16;
 
-/// What all sessions' cold nodes take of the daemon's memory. Nodes that were let go were looked up
-/// one by one; those that a guest tells of (restore.rs) cost it nothing but bytes, so these are
-/// bounded here.
+/// What cold nodes that guests tell of (restore.rs) take of the daemon's memory: they cost a guest
+/// nothing but bytes, so they are bounded here. Those that were let go were looked up one by one.
 #[derive(Debug)]
 pub(crate) struct ColdMemory {
     used: AtomicUsize,
@@ -77,8 +76,9 @@ fn key_of(recipe: &Recipe) -> FileKey {
 }
 
 impl Entry {
+    /// Of the memory that is bounded.
     fn bytes(&self) -> usize {
-        COLD_NODE_BYTES + self.recipe.len()
+        if self.ours { 0 } else { COLD_NODE_BYTES + self.recipe.len() }
     }
 }
 
@@ -103,7 +103,10 @@ impl Cold {
     pub(crate) fn room(&self) -> Room {
         let ColdMemory { used, most } = &*self.memory;
         let used = used.load(Ordering::Relaxed);
+        // All sessions, the new ones too: whoever has taken the rest has not taken theirs.
+        let alive = Arc::strong_count(&self.memory);
         match self.bytes.load(Ordering::Relaxed) {
+            modest if modest <= most / (2 * alive) => Room::Whole,
             _ if used >= most.saturating_mul(2) => Room::Nothing,
             mine if mine >= COLD_BYTES_PER_SESSION_MAX || used >= *most => Room::Lost,
             _ => Room::Whole,
