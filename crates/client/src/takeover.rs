@@ -174,8 +174,9 @@ fn read_again(
             break;
         };
         if places[lane].cell(slot).load().0 == State::Abandoned {
-            // The client before had no time to say so.
-            let _ = device.reply(&error_reply(unique, Errno::INTR.raw_os_error()))?;
+            // The client before had no time to say so: a dying task sees no errno, and who has
+            // waited for as long as a soft mount does is told EIO.
+            let _ = device.reply(&error_reply(unique, Errno::IO.raw_os_error()))?;
             continue;
         }
         if append_groups && groups::matter_to(opcode, uid) {

@@ -216,6 +216,10 @@ impl<'s> RingLane<'s> {
             }
         }
         self.link = Some(link);
+        // Whose task was killed meanwhile is not told: they are looked at until they are answered.
+        for (unique, pid) in self.lane.waiting() {
+            self.session.interrupts.add(self.lane.index, unique, pid);
+        }
         self.session.interrupts.set_deaf(self.lane.index, false);
         // What it holds has slots, and is among what is sent again.
         self.builder = BatchBuilder::new();
