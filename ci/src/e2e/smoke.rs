@@ -30,6 +30,7 @@ pub const CASES: &[Case] = &[
     ("names_of_all_kinds", names),
     ("attributes", attributes),
     ("set_id_bits_go_on_write", set_id_bits),
+    ("programs_that_run_stay_whole", running_program),
     ("xattrs", xattrs),
     ("sparse_over_4_tib", sparse),
     ("append_is_atomic", append),
@@ -183,6 +184,21 @@ fn set_id_bits(rig: &Rig) -> Result<()> {
         ensure!(mode(&path)? == 0o777, "`{change}` left {:o}", mode(&path)?);
         ensure!(mode(&rig.backing.join("f"))? == 0o777, "the host kept the bits");
     }
+    mount.umount()
+}
+
+/// O_TRUNC without writing: the kernel asks for the file first, and refuses then.
+fn running_program(rig: &Rig) -> Result<()> {
+    let mount = rig.mount("mnt", "")?;
+    let path = mount.dir.join("sleep");
+    let len = fs::copy("/bin/sleep", &path)?;
+    let mut child = std::process::Command::new(&path).arg("60").spawn()?;
+    let refused = rustix::fs::open(&path, OFlags::RDONLY | OFlags::TRUNC, Mode::empty());
+    let lives = child.try_wait();
+    child.kill()?;
+    child.wait()?;
+    ensure!(refused.is_err_and(|errno| errno == Errno::TXTBSY), "opened while it runs");
+    ensure!(lives?.is_none() && fs::metadata(rig.backing.join("sleep"))?.len() == len, "cut off");
     mount.umount()
 }
 

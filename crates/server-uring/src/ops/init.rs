@@ -23,9 +23,9 @@ const CONGESTION_THRESHOLD: u16 = 384;
 ///
 /// Not wanted, and why: EXPORT_SUPPORT (`..` is never looked up), POSIX_LOCKS and FLOCK_LOCKS
 /// (locks are the guest kernel's own), NO_OPEN_SUPPORT (the host must see opens), SETXATTR_EXT and
-/// SECURITY_CTX (the crate cannot parse them).
+/// SECURITY_CTX (the crate cannot parse them), ATOMIC_O_TRUNC (the OPEN is sent before the kernel
+/// looks whether the file is being executed: ETXTBSY would come when all is lost).
 const WANTED: u64 = flag::ASYNC_READ
-    | flag::ATOMIC_O_TRUNC
     | flag::BIG_WRITES
     | flag::DO_READDIRPLUS
     | flag::READDIRPLUS_AUTO
@@ -86,7 +86,8 @@ pub(crate) fn serve(fs: &Fs, init: &abi::InitOut) -> Result<(), &'static str> {
         ("major", init.major != abi::FUSE_KERNEL_VERSION),
         ("minor", !minors.contains(&init.minor)),
         // One by one: a file system that changed its cache mode must not keep the old one's.
-        ("flags", flags & !(wanted(fs) | flag::INIT_EXT) != 0),
+        // Daemons before this one offered ATOMIC_O_TRUNC.
+        ("flags", flags & !(wanted(fs) | flag::INIT_EXT | flag::ATOMIC_O_TRUNC) != 0),
         ("max_write", !(PAGE_BYTES..=IO_BYTES_MAX as u32).contains(&init.max_write)),
         ("max_pages", pages > IO_BYTES_MAX as u32),
         ("time_gran", init.time_gran != 1),

@@ -45,12 +45,11 @@ fn host_flags(fs: &Fs, flags: u32) -> Result<u32, Errno> {
     if fs.options.read_only && (flags & ACCESS != 0 || flags & O_TRUNC != 0) {
         return Err(Errno::ROFS);
     }
-    let mut kept = flags & (ACCESS | O_APPEND | O_SYNC | O_DSYNC);
+    // The guest's kernel says O_TRUNC in a CREATE, as somebody else may have made the file; in an
+    // OPEN where the INIT answer of an older daemon asks for it.
+    let mut kept = flags & (ACCESS | O_APPEND | O_SYNC | O_DSYNC | O_TRUNC);
     if fs.options.direct_io {
         kept |= flags & O_DIRECT;
-    }
-    if fs.negotiated() & abi::init::ATOMIC_O_TRUNC != 0 {
-        kept |= flags & O_TRUNC;
     }
     if fs.writeback() {
         // The guest's kernel knows where the end is, and reads what it fills up pages with.
