@@ -11,7 +11,7 @@ use bench::*;
 use host::{BIG_BYTES, Mood, Terms, big_byte};
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -131,6 +131,18 @@ fn a_reply_that_comes_in_crumbs_is_right() {
     umount(&bench, client);
 }
 
+/// Stops a process, and waits until each of its threads stands.
+fn stop(pid: Pid) {
+    kill_process(pid, Signal::STOP).expect("stop");
+    wait_until("all threads stopped", || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the client lives");
+        tasks.flatten().all(|task| {
+            let status = std::fs::read_to_string(task.path().join("status"));
+            status.is_ok_and(|status| status.contains("State:\tT"))
+        })
+    });
+}
+
 #[test]
 fn errors_and_readers_that_are_killed() {
     let bench = Bench::new(Terms::default());
@@ -145,7 +157,7 @@ fn errors_and_readers_that_are_killed() {
     let reader = hanging(&bench);
     let (lane, at) = bench.host.wait_for("a read", last);
     let pid = worker(&bench);
-    kill_process(pid, Signal::STOP).expect("stop");
+    stop(pid);
     reader.kill();
     bench.host.give_hanging(lane, at, hung_data());
     kill_process(pid, Signal::CONT).expect("go on");

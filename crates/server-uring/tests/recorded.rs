@@ -26,6 +26,7 @@ const REPLY: u8 = 4;
 const FORGET: u8 = 5;
 const GOODBYE: u8 = 12;
 const VERSION_REASON: u32 = 3;
+const ATOMIC_O_TRUNC: u32 = 1 << 3;
 
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
@@ -252,7 +253,14 @@ impl Replay {
             }
         }
         match opcode {
-            INIT | READ | READLINK | WRITE => same(0, old.body.len()),
+            INIT => {
+                same(0, 12);
+                // A guest is told whatever holds now, and this one is not wanted any more.
+                let granted = u32_at(&old.body, 12) & !ATOMIC_O_TRUNC;
+                assert_eq!(u32_at(&new.body, 12), granted, "flags");
+                same(16, old.body.len() - 16);
+            }
+            READ | READLINK | WRITE => same(0, old.body.len()),
             LOOKUP | SYMLINK | MKDIR => self.learn_entry(&old.body, &new.body),
             OPEN | OPENDIR => {
                 same(8, 4); // open_flags
