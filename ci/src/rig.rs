@@ -122,6 +122,7 @@ pub struct Told {
     pub parked: u64,
     pub parked_bytes: u64,
     pub replies_spliced: u64,
+    pub stored: u64,
     pub nodes_known: u64,
     pub handles_known: u64,
     pub rebuilds: u64,

@@ -10,7 +10,8 @@
 //! **Trap**: the kernel takes the parent's inode lock for names, and waits for locked pages for
 //! inodes. A thread that serves requests of the same mount must never send these, or it waits for a
 //! task which waits for it; and a process whose thread waits so does not end when it is killed.
-//! [`Notice::resend`] and [`Notice::inc_epoch`] wait for nothing, [`Notice::prune`] for no request.
+//! [`Notice::resend`] and [`Notice::inc_epoch`] wait for nothing, [`Notice::prune`] for no request,
+//! and [`store`] for none where none can have locked a page: of a node that nobody has opened.
 
 use ringfs_wire::abi::{
     NotifyDeleteOut, NotifyInvalEntryOut, NotifyInvalInodeOut, NotifyPruneOut, OutHeader,
@@ -102,15 +103,7 @@ impl Notice {
 
     /// write(2) to an fd of the session. See the file's head for who must not do this.
     pub fn send(&self, device: &Device) -> Result<NotifyOutcome, DeviceError> {
-        match device.write_notice(&self.0) {
-            Ok(len) if len == self.0.len() => Ok(NotifyOutcome::Done),
-            Ok(_) => Err(io_error("write the whole of a notification to", Errno::IO)),
-            Err(Errno::NOENT | Errno::NOTDIR) => Ok(NotifyOutcome::NotCached),
-            Err(Errno::NOTEMPTY | Errno::BUSY) => Ok(NotifyOutcome::InUse),
-            Err(Errno::NOSYS | Errno::INVAL) => Ok(NotifyOutcome::Unsupported),
-            Err(Errno::NODEV | Errno::CONNABORTED | Errno::PERM) => Ok(NotifyOutcome::Unmounted),
-            Err(errno) => Err(io_error("notify", errno)),
-        }
+        send(device, &self.0)
     }
 
     fn entry(parent: u64, name: &[u8], flags: u32) -> Result<Notice, NameError> {
@@ -124,6 +117,50 @@ impl Notice {
         // A name or some node ids: the cast cannot cut.
         let header = OutHeader { len: len as u32, error: code, unique: 0 };
         Notice([header.as_bytes(), body.as_bytes(), tail].concat())
+    }
+}
+
+/// Puts bytes into the page cache: `frame` is room for a head, `NotifyStoreOut` and the bytes.
+/// Where they reach beyond the end of the file that the kernel knows, it is moved; a page is filled
+/// whole, or up to that end.
+pub fn store(device: &Device, frame: &mut [u8]) -> Result<NotifyOutcome, DeviceError> {
+    let len = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+    let head = OutHeader { len, error: code::STORE, unique: 0 };
+    let Some(room) = frame.get_mut(..size_of::<OutHeader>()) else {
+        return Ok(NotifyOutcome::Unsupported);
+    };
+    room.copy_from_slice(head.as_bytes());
+    send(device, frame)
+}
+
+/// Whether a kernel of this release clears what is behind the end of a file in a page that
+/// [`store`] fills. Others show there what their memory held before (CVE-2024-44947).
+pub fn store_is_clean(release: &str) -> bool {
+    const FIXED: [(u32, u32, u32); 7] = [
+        (4, 19, 321),
+        (5, 4, 283),
+        (5, 10, 225),
+        (5, 15, 166),
+        (6, 1, 107),
+        (6, 6, 48),
+        (6, 10, 7),
+    ];
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    let (major, minor, patch) = (next(), next(), next());
+    (major, minor) >= (6, 11)
+        || FIXED.iter().any(|&(a, b, c)| (a, b) == (major, minor) && c <= patch)
+}
+
+fn send(device: &Device, frame: &[u8]) -> Result<NotifyOutcome, DeviceError> {
+    match device.write_notice(frame) {
+        Ok(len) if len == frame.len() => Ok(NotifyOutcome::Done),
+        Ok(_) => Err(io_error("write the whole of a notification to", Errno::IO)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(NotifyOutcome::NotCached),
+        Err(Errno::NOTEMPTY | Errno::BUSY) => Ok(NotifyOutcome::InUse),
+        Err(Errno::NOSYS | Errno::INVAL) => Ok(NotifyOutcome::Unsupported),
+        Err(Errno::NODEV | Errno::CONNABORTED | Errno::PERM) => Ok(NotifyOutcome::Unmounted),
+        Err(errno) => Err(io_error("notify", errno)),
     }
 }
 
@@ -165,6 +202,28 @@ mod tests {
         check(Notice::inc_epoch(), &[16, 8, 0, 0], b"");
         let prune = Notice::prune(&[5, 7]);
         check(prune, &[48, 9, 0, 0, 2, 0, 0, 0, 5, 0, 7, 0], b"");
+    }
+
+    #[test]
+    fn kernels_that_clear_the_rest_of_a_page() {
+        for (release, is_clean) in [
+            ("6.18.5", true),
+            ("7.0.0-rc1", true),
+            ("6.11.0-8-generic", true),
+            ("6.10.6", false),
+            ("6.10.7-200.fc40", true),
+            ("6.1.106", false),
+            ("6.1.107", true),
+            ("5.10.224", false),
+            ("5.10.225", true),
+            ("5.15.0-91-generic", false),
+            ("6.7.12", false),
+            ("4.19.321+", true),
+            ("", false),
+            ("99999999999.1", false),
+        ] {
+            assert_eq!(store_is_clean(release), is_clean, "{release}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ pub const CASES: &[Case] = &[
     ("fio_randwrite_verify", fio_verify),
     ("fio_verify_with_writeback", fio_writeback),
     ("64_threads_on_one_file", one_file),
+    ("first_opens_beside_changes", first_opens),
     ("8_guests_at_once", guests),
     ("shared_mmap_writes", mmap),
     ("direct_on_4096_byte_sectors", large_sectors),
@@ -32,6 +34,66 @@ pub fn fio(dir: &Path, name: &str, more: &[&str]) -> Result<()> {
     // Without this fio leaves a file in the working directory.
     let fio = fio.arg("--verify_state_save=0");
     fio.args(["--group_reporting", "--size=64m"]).args(more).limit(LIMIT).run().map(drop)
+}
+
+/// A small file's content comes with its first OPEN: not over what is changed meanwhile, nor behind
+/// the end of a file that is cut off.
+fn first_opens(rig: &Rig) -> Result<()> {
+    const FILES: usize = 1500;
+    let (old, new) = ([b'o'; 5000], [b'n'; 5000]);
+    let name = |i: usize| format!("first-{i}");
+    (0..FILES).try_for_each(|i| fs::write(rig.backing.join(name(i)), old))?;
+    let mount = rig.mount("mnt", "lanes=4")?;
+    let change = |i: usize, path: &Path| -> Result<Vec<u8>> {
+        let open = || File::options().write(true).open(path);
+        match i % 3 {
+            0 => open()?.write_all_at(&new, 0)?,
+            1 => fs::write(path, b"")?,
+            _ => open()?.set_len(100)?,
+        }
+        Ok(match i % 3 {
+            0 => new.to_vec(),
+            1 => Vec::new(),
+            _ => old[..100].to_vec(),
+        })
+    };
+    for i in 0..FILES {
+        let path = mount.dir.join(name(i));
+        let begin = Barrier::new(2);
+        let (reader, changed) = thread::scope(|scope| {
+            let reader = scope.spawn(|| -> Result<File> {
+                begin.wait();
+                let file = File::open(&path)?;
+                let seen = read_to_end(&file)?;
+                // Zeros: a page that is cut off while it is read, as on a local disk.
+                ensure!(seen.iter().all(|byte| b"on\0".contains(byte)), "{path:?}: other bytes");
+                Ok(file)
+            });
+            begin.wait();
+            let changed = change(i, &path);
+            (reader.join(), changed)
+        });
+        let file = reader.map_err(|_| anyhow!("the reader panicked"))??;
+        let (expected, seen) = (changed?, read_to_end(&file)?);
+        ensure!(seen == expected, "{path:?}: {} bytes, or old ones, after its change", seen.len());
+        ensure!(file.metadata()?.len() == expected.len() as u64, "{path:?} has another length");
+    }
+    let stored = mount.told()?.stored;
+    ensure!(stored > 0, "no content came with an OPEN");
+    mount.umount()
+}
+
+fn read_to_end(file: &File) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; 8192];
+    let mut len = 0;
+    loop {
+        match file.read_at(&mut bytes[len..], len as u64)? {
+            0 => break,
+            n => len += n,
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes)
 }
 
 fn fio_verify(rig: &Rig) -> Result<()> {

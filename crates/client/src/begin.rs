@@ -22,6 +22,7 @@ use crate::transport::{Address, Socket};
 use fuser_fork::device::{DEVICE_PATH, Device};
 use fuser_fork::init::Limits;
 use fuser_fork::mount::{Mount, mount};
+use fuser_fork::notify::store_is_clean;
 use fuser_fork::reader::Clones;
 use ringfs_wire::abi;
 use ringfs_wire::hello::{
@@ -194,7 +195,7 @@ fn hello(request: &Request, extra: u16) -> Hello {
     let flag = |on: bool, flag: u32| if on { flag } else { 0 };
     Hello {
         versions: (VERSION_MIN, VERSION_MAX),
-        features: feature::RESTORE | if checksum { feature::PAYLOAD_CRC } else { 0 },
+        features: features(checksum),
         ticket: Ticket::NONE,
         epoch_seen: 0,
         lanes: options.lanes() + extra,
@@ -210,6 +211,13 @@ fn hello(request: &Request, extra: u16) -> Hello {
         init: None,
         nth: 0,
     }
+}
+
+fn features(checksum: bool) -> u64 {
+    let release = rustix::system::uname();
+    let stores = store_is_clean(&release.release().to_string_lossy());
+    let flag = |on: bool, flag: u64| if on { flag } else { 0 };
+    feature::RESTORE | flag(checksum, feature::PAYLOAD_CRC) | flag(stores, feature::STORE)
 }
 
 fn limits(options: &Options) -> Limits {

@@ -13,7 +13,8 @@ use crate::lane::{Control, InFlight, Lane, LaneCounters};
 use crate::lift::{Lift, Lifted};
 use crate::session::{End, Session};
 use fuser_fork::frame::{error_reply, out_header};
-use ringfs_wire::abi::Opcode;
+use fuser_fork::notify::NotifyOutcome;
+use ringfs_wire::abi::{NotifyStoreOut, Opcode};
 use ringfs_wire::batch::{Cursor, Kind, RecordHeader, notify};
 use ringfs_wire::hello::Reason;
 use ringfs_wire::limits::RECORD_HEADER_BYTES;
@@ -21,6 +22,7 @@ use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::SlotUse;
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
+use zerocopy::FromBytes;
 
 /// The kernel takes errors of 1 to 511 from a file system.
 const ERRNO_MAX: u32 = 511;
@@ -46,7 +48,7 @@ pub fn take_batches(
             if record.kind == Kind::Reply as u8 {
                 take_reply(session, lane, kept, record, &mut bytes[span])?;
             } else {
-                take_record(session, lane, record, &bytes[span])?;
+                take_record(session, lane, record, &mut bytes[span])?;
             }
         }
         conn.set_received(half.rx.received());
@@ -59,7 +61,7 @@ pub fn take_record(
     session: &Session,
     lane: &Lane,
     record: RecordHeader,
-    bytes: &[u8],
+    bytes: &mut [u8],
 ) -> Result<(), End> {
     match Kind::from_u8(record.kind) {
         Some(Kind::Node) => {
@@ -70,6 +72,10 @@ pub fn take_record(
         Some(Kind::Notify) if record.code == notify::GIVE_BACK => {
             session.prune.ask(&lane.device, &bytes[RECORD_HEADER_BYTES..]);
             Ok(())
+        }
+        Some(Kind::Notify) if record.code == notify::STORE => {
+            let stored = store(session, lane, bytes);
+            stored.ok_or(End::Protocol("a NOTIFY STORE that cannot be"))
         }
         // A daemon that sends another one knows more than we.
         Some(Kind::Notify) => {
@@ -101,6 +107,23 @@ pub fn take_record(
         }
         None => Err(End::Protocol("a record of an unknown kind: update ringfs")),
     }
+}
+
+/// Puts what a file holds into the kernel's page cache: its record is written over by the
+/// notification. `None`: it is none.
+fn store(session: &Session, lane: &Lane, bytes: &mut [u8]) -> Option<()> {
+    let (head, content) = NotifyStoreOut::read_from_prefix(&bytes[RECORD_HEADER_BYTES..]).ok()?;
+    let is_whole = head.offset == 0 && content.len() == head.size as usize;
+    if !is_whole || content.is_empty() {
+        return None;
+    }
+    session.known.unless_opened(head.nodeid, || {
+        // Where it is not done the pages are read.
+        let stored = fuser_fork::notify::store(&lane.device, bytes);
+        let is_done = matches!(stored, Ok(NotifyOutcome::Done));
+        LaneCounters::add(&lane.counters.stored, usize::from(is_done));
+    });
+    Some(())
 }
 
 fn take_reply(

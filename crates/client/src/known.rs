@@ -182,6 +182,13 @@ impl Known {
         if !is_in(ANY, opcode) || self.shards.is_empty() {
             return;
         }
+        if opcode == Opcode::Setattr as u32 {
+            // Also with an error: it may have been done.
+            if let Some(asked) = asked().filter(Asked::sets_size) {
+                self.shard(asked.nodeid).mark_opened(asked.nodeid);
+            }
+            return;
+        }
         self.undecided.set(tag);
         if is_in(RELEASE, opcode) {
             // Whatever came of it: the kernel has forgotten the handle.
@@ -217,6 +224,7 @@ impl Known {
             let node = if is_in(OPEN, opcode) { Some(asked.nodeid) } else { entry };
             let directory = opcode == Opcode::Opendir as u32;
             if let Some(node) = node {
+                self.shard(node).mark_opened(node);
                 self.open(
                     tag,
                     fh,
@@ -252,6 +260,19 @@ impl Known {
     pub fn doubt_is_told(&self, asked: &Asked) {
         if self.shard(asked.fh()).doubt(asked.fh(), false) {
             self.doubts.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Does it where the kernel has no page of that node: no OPEN of it was answered so far, and
+    /// none is while it is done, nor a change of its length. So no page of it can be locked by a
+    /// READ that waits for this very lane, nor hold what was written.
+    pub fn unless_opened(&self, node: u64, then: impl FnOnce()) {
+        if self.shards.is_empty() {
+            return;
+        }
+        let shard = self.shard(node);
+        if shard.nodes.get(&node).is_some_and(|its| its.count > 0 && !its.opened) {
+            then();
         }
     }
 

@@ -126,6 +126,7 @@ pub struct LaneCounters {
     pub requests: AtomicU64,
     pub replies: AtomicU64,
     pub replies_spliced: AtomicU64,
+    pub stored: AtomicU64,
     pub forgets: AtomicU64,
     pub interrupts: AtomicU64,
     pub cancels: AtomicU64,

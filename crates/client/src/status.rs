@@ -142,6 +142,9 @@ pub struct Report {
     /// Those that went from the connection to the kernel without a copy.
     #[serde(default)]
     pub replies_spliced: u64,
+    /// Small files whose content came with their OPEN.
+    #[serde(default)]
+    pub stored: u64,
     pub refused_replies: u64,
     pub forgets: u64,
     pub interrupts: u64,
@@ -238,6 +241,7 @@ impl Report {
             report.requests += read(&counters.requests);
             report.replies += read(&counters.replies);
             report.replies_spliced += read(&counters.replies_spliced);
+            report.stored += read(&counters.stored);
             report.refused_replies += read(&counters.refused_replies);
             report.forgets += read(&counters.forgets);
             report.interrupts += read(&counters.interrupts);

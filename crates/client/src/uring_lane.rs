@@ -540,7 +540,7 @@ impl<'s> RingLane<'s> {
             let mut cursor = Cursor::new(&header);
             while let Some((record, span)) = cursor.next(bytes) {
                 if record.kind != Kind::Reply as u8 {
-                    down::take_record(self.session, self.lane, record, &bytes[span])?;
+                    down::take_record(self.session, self.lane, record, &mut bytes[span])?;
                     continue;
                 }
                 let reply = &bytes[span];

@@ -8,7 +8,8 @@ mod host;
 use bench::uses::*;
 use bench::*;
 use host::{BIG_BYTES, HANG, HELLO_TEXT, Host, Terms, big_byte};
-use ringfs_wire::batch::Kind;
+use ringfs_wire::abi::{NotifyStoreOut, fopen};
+use ringfs_wire::batch::{Kind, notify};
 use ringfs_wire::hello::{Reason, feature};
 use ringfs_wire::restore::push_node;
 use rustix::process::{Pid, Resource, Signal, kill_process, prlimit};
@@ -20,6 +21,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
+use zerocopy::IntoBytes;
 
 #[test]
 fn files_are_read_and_written_through_the_mount() {
@@ -291,6 +293,9 @@ fn a_daemon_that_breaks_the_protocol_or_refuses_to_go_on_ends_the_mount() {
     let unknown: fn(&Host) = |host| host.say(77, 0, &[]);
     let guest_only: fn(&Host) = |host| host.say(Kind::Forget as u8, 0, &[]);
     let invented: fn(&Host) = |host| host.say(Kind::Reply as u8, 0, &[]);
+    // Whose length is another one than it says.
+    let store_short: fn(&Host) = |host| store(host, &stored(2, 0, b"hello")[1..]);
+    let store_beyond: fn(&Host) = |host| store(host, &stored(2, 4096, b"hello"));
     let forgotten: fn(&Host) = |host| {
         host.refuse(Some(Reason::UnknownSession));
         host.cut();
@@ -300,6 +305,8 @@ fn a_daemon_that_breaks_the_protocol_or_refuses_to_go_on_ends_the_mount() {
         (unknown, "unknown kind"),
         (guest_only, "only a guest sends"),
         (invented, "broke the protocol"),
+        (store_short, "a NOTIFY STORE that cannot be"),
+        (store_beyond, "a NOTIFY STORE that cannot be"),
         (forgotten, "does not know this session"),
     ] {
         let (bench, client) = mounted(Terms::default(), "lanes=2");
@@ -310,6 +317,50 @@ fn a_daemon_that_breaks_the_protocol_or_refuses_to_go_on_ends_the_mount() {
         assert!(words.contains("Input/output error"), "{expected}: {output:?}");
         failed(&bench, client, expected);
     }
+}
+
+fn stored(nodeid: u64, offset: u64, content: &[u8]) -> Vec<u8> {
+    let head = NotifyStoreOut { nodeid, offset, size: content.len() as u32, padding: 0 };
+    [head.as_bytes(), content].concat()
+}
+
+fn store(host: &Host, body: &[u8]) {
+    host.say(Kind::Notify as u8, notify::STORE, body);
+}
+
+#[test]
+fn content_is_taken_for_files_that_were_not_opened_and_for_no_others() {
+    let (open_flags, names_valid) = (fopen::KEEP_CACHE, 60);
+    let terms = Terms { open_flags, names_valid, ..Terms::default() };
+    let (bench, client) = mounted(terms, "lanes=1");
+    let path = bench.file("hello");
+    let text = HELLO_TEXT.to_ascii_uppercase();
+    let files_stored = || status_of(&bench)["stored"].as_u64().expect("a status");
+    let heard = |what: &str| {
+        let before = bench.host.wait_for("pongs", |seen| Some(seen.pongs));
+        bench.host.say(Kind::Ping as u8, 0, &[]);
+        bench.host.wait_for(what, |seen| (seen.pongs > before).then_some(()));
+    };
+    // A file that the kernel does not know.
+    store(&bench.host, &stored(2, 0, &text));
+    heard("content of a file that is not known");
+    assert_eq!(files_stored(), 0);
+
+    let stat = path.clone();
+    within("a stat", move || assert!(std::fs::metadata(stat).is_ok()));
+    store(&bench.host, &stored(2, 0, &text));
+    heard("content");
+    assert_eq!(files_stored(), 1);
+    let read = path.clone();
+    let seen = within("a read", move || std::fs::read(read));
+    assert_eq!(seen.expect("content"), text, "not what the host would have read");
+
+    store(&bench.host, &stored(2, 0, HELLO_TEXT));
+    heard("content of a file that was opened");
+    assert_eq!(files_stored(), 1);
+    let seen = within("a read", move || std::fs::read(path));
+    assert_eq!(seen.expect("content"), text, "written over");
+    umount(&bench, client);
 }
 
 #[test]
@@ -328,7 +379,7 @@ fn pings_are_answered_and_optional_records_skipped() {
         status["nodes_seen"] == 2 && status["records_skipped"] == 4
     });
     let features = bench.host.wait_for("hello", |seen| Some(seen.hellos[0].features));
-    assert_eq!(features, feature::PAYLOAD_CRC | feature::RESTORE);
+    assert_eq!(features, feature::PAYLOAD_CRC | feature::RESTORE | feature::STORE);
     umount(&bench, client);
 }
 

@@ -8,9 +8,9 @@
 //! Invariant: a reply that is put off counts in its connection's `running`, is looked at again (its
 //! connection is touched, sends, or waits for room), and is forgotten when its stream is cut.
 
-use super::file_io::{Cached, read_cached};
 use super::*;
 use crate::fdops;
+use crate::handles::Cached;
 use std::os::fd::AsFd;
 
 /// A READ whose reply is put off.
@@ -115,7 +115,7 @@ impl<R: Ring> Shard<R> {
         let Err(mut buf) = self.splice(tag, &file, offset, len, buf) else {
             return self.let_go(tag.conn, Handle::File(file));
         };
-        match read_cached(&file, &mut buf[BODY_AT..BODY_AT + len], offset) {
+        match file.read_cached(&mut buf[BODY_AT..BODY_AT + len], offset) {
             Cached::All(n) => self.read_done(tag, file, buf, n),
             Cached::Part(done) => {
                 let range = BODY_AT + done..BODY_AT + len;

@@ -6,6 +6,7 @@
 
 use super::*;
 use crate::fdops;
+use crate::handles::Cached;
 use crate::link::SPLICE_HEAD_BYTES;
 use ringfs_wire::abi::WriteOut;
 use ringfs_wire::limits::RECORD_ALIGN;
@@ -36,7 +37,7 @@ impl<R: Ring> Shard<R> {
             None if !try_cache => self.buffers.small(),
             None => {
                 let room = conn.link.reply_room(len, &mut self.buffers);
-                match read_cached(&file, &mut room[..len], offset) {
+                match file.read_cached(&mut room[..len], offset) {
                     Cached::All(n) => {
                         conn.reply_made(&tag, 0, n);
                         self.was_read(tag.conn, n);
@@ -218,34 +219,4 @@ impl<R: Ring> Shard<R> {
         let out = result.map(|n| WriteOut { size: n as u32, padding: 0 });
         self.answer(tag, out.as_ref().map(WriteOut::as_bytes).map_err(|&errno| errno));
     }
-}
-
-/// What the page cache had of a range.
-pub(super) enum Cached {
-    /// All of it, or all up to the end of the file.
-    All(usize),
-    /// So many bytes; the rest is on the disk.
-    Part(usize),
-    Failed(Errno),
-}
-
-pub(super) fn read_cached(file: &OpenFile, room: &mut [u8], offset: u64) -> Cached {
-    if file.direct || !(file.nowait || file.memory) {
-        return Cached::Part(0);
-    }
-    let mut done = 0;
-    while done < room.len() {
-        let (at, rest) = (offset + done as u64, &mut room[done..]);
-        let read = match file.memory {
-            true => fdops::read_at(file.as_fd(), at, rest),
-            false => fdops::try_read_nowait(file.as_fd(), at, rest),
-        };
-        match read {
-            Ok(0) => break,
-            Ok(n) => done += n,
-            Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Cached::Part(done),
-            Err(errno) => return Cached::Failed(errno),
-        }
-    }
-    Cached::All(done)
 }

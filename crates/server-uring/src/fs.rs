@@ -84,6 +84,8 @@ pub struct FsOptions {
     pub handles_max: usize,
     /// Note what finds each node again (notes.rs): the guest can rebuild the session elsewhere.
     pub recipes: bool,
+    /// The content of small files goes with their first OPEN (store.rs).
+    pub stores: bool,
     /// The daemon's fds; sessions of one process share it.
     pub fds: Arc<Fds>,
     /// Limits of the share; its sessions share it.
@@ -109,6 +111,7 @@ impl Default for FsOptions {
             nodes_max: 2_000_000,
             handles_max: 131_072,
             recipes: false,
+            stores: false,
             fds: Fds::of_process(None),
             quota: Arc::default(),
             long_calls: Arc::default(),
@@ -414,7 +417,12 @@ impl Fs {
     }
 
     pub(crate) fn file_handle(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> Handle {
-        Handle::File(Arc::new(OpenFile::new(node, fd, flags, self.waits)))
+        Handle::File(Arc::new(self.opened(node, fd, flags)))
+    }
+
+    pub(crate) fn opened(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> OpenFile {
+        node.take_unopened();
+        OpenFile::new(node, fd, flags, self.waits)
     }
 
     /// The caller of a creating call, as the host knows it. Where the daemon cannot change its ids,

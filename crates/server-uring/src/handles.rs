@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use crate::fdops;
 use crate::fds::{Counted, Fds};
 use crate::nodes::{Node, first_id};
 use crate::passthrough::Stat;
@@ -80,7 +81,7 @@ impl OpenFile {
             return Ok(Arc::clone(pages));
         }
         let flags = if self.readable { libc::O_RDWR } else { libc::O_WRONLY } as u32;
-        let fd = crate::fdops::reopen(self.fd.as_fd(), OFlags::from_bits_retain(flags))?;
+        let fd = fdops::reopen(self.fd.as_fd(), OFlags::from_bits_retain(flags))?;
         let waits = match (self.nowait, self.memory) {
             (true, _) => Waits::Nowait,
             (_, true) => Waits::Never,
@@ -89,6 +90,37 @@ impl OpenFile {
         let pages = Arc::new(OpenFile::new(Arc::clone(&self.node), fd, flags, waits));
         Ok(Arc::clone(self.pages.get_or_init(|| pages)))
     }
+
+    /// Reads what is there without a wait.
+    pub(crate) fn read_cached(&self, room: &mut [u8], offset: u64) -> Cached {
+        if self.direct || !(self.nowait || self.memory) {
+            return Cached::Part(0);
+        }
+        let mut done = 0;
+        while done < room.len() {
+            let (at, rest) = (offset + done as u64, &mut room[done..]);
+            let read = match self.memory {
+                true => fdops::read_at(self.as_fd(), at, rest),
+                false => fdops::try_read_nowait(self.as_fd(), at, rest),
+            };
+            match read {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(Errno::AGAIN | Errno::OPNOTSUPP) => return Cached::Part(done),
+                Err(errno) => return Cached::Failed(errno),
+            }
+        }
+        Cached::All(done)
+    }
+}
+
+/// What the page cache had of a range.
+pub(crate) enum Cached {
+    /// All of it, or all up to the end of the file.
+    All(usize),
+    /// So many bytes; the rest is on the disk.
+    Part(usize),
+    Failed(Errno),
 }
 
 impl std::fmt::Debug for OpenFile {

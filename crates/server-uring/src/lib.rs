@@ -67,6 +67,7 @@ pub mod state_file;
 pub mod state_hold;
 pub mod stats;
 pub mod status;
+mod store;
 pub mod systemd;
 mod tickets;
 pub mod top;

@@ -53,6 +53,8 @@ pub struct Node {
     kind: u16,
     /// Used since evict.rs last came by.
     used: AtomicBool,
+    /// It was never opened, so the guest's kernel has no pages of it: see store.rs.
+    is_unopened: AtomicBool,
 }
 
 // With the counts of its Arc and what malloc adds: 128.
@@ -131,7 +133,14 @@ impl Node {
             unnamed: None,
             kind: (mode & libc::S_IFMT) as u16,
             used: AtomicBool::new(true),
+            is_unopened: AtomicBool::new(false),
         }
+    }
+
+    /// The same for a file that the guest did not know before.
+    pub(crate) fn unopened(mut self) -> Node {
+        *self.is_unopened.get_mut() = true;
+        self
     }
 
     /// The same for a file without a name.
@@ -193,6 +202,11 @@ impl Node {
     /// Whether it was used since this was asked last.
     pub(crate) fn take_used(&self) -> bool {
         self.used.swap(false, Ordering::Relaxed)
+    }
+
+    /// It is being opened now; whether for the first time, as far as is known.
+    pub(crate) fn take_unopened(&self) -> bool {
+        self.is_unopened.load(Ordering::Relaxed) && self.is_unopened.swap(false, Ordering::Relaxed)
     }
 
     /// Its file type: one of `S_IFREG`, `S_IFDIR`, ...

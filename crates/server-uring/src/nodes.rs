@@ -255,7 +255,7 @@ impl Nodes {
         self.check_count()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let node = Node::new(&self.home, id, found.stat.mode, (found.inode, 1), 1, place);
-        let node = Arc::new(node);
+        let node = Arc::new(node.unopened());
         shard.insert(&node);
         self.enter(&mut self.lock_id(id), &node);
         Ok(node)

@@ -43,6 +43,8 @@ const _: () = {
 #[derive(Debug)]
 pub struct Notes {
     body: RefCell<Vec<u8>>,
+    /// The body of a NOTIFY STORE that is due with it.
+    content: RefCell<Vec<u8>>,
     all: Cell<bool>,
     conn: Cell<u16>,
     /// What is noted leaves before any later reply of that connection.
@@ -58,8 +60,8 @@ impl Default for Notes {
 impl Notes {
     /// Empty; it allocates with the first entry, and keeps its room when it is cleared.
     pub fn new() -> Notes {
-        let (body, all) = (RefCell::new(Vec::new()), Cell::new(false));
-        Notes { body, all, conn: Cell::new(0), in_order: true }
+        let (body, content) = Default::default();
+        Notes { body, content, all: Cell::new(false), conn: Cell::new(0), in_order: true }
     }
 
     /// For another thread, whose replies others may overtake.
@@ -88,7 +90,7 @@ impl Notes {
 
     /// Nothing is due.
     pub fn is_empty(&self) -> bool {
-        self.body.borrow().is_empty()
+        self.body.borrow().is_empty() && self.content.borrow().is_empty()
     }
 
     /// The body of the NODE record that is due; `restore::split_nodes` makes several of it where a
@@ -108,6 +110,24 @@ impl Notes {
     /// It was sent.
     pub fn clear(&self) {
         self.body.borrow_mut().clear();
+        self.content.borrow_mut().clear();
+    }
+
+    /// What a file holds, as `write` has put it after its head; `write` says whether all is there.
+    /// Nothing where replies may overtake it.
+    pub(crate) fn store(&self, write: impl FnOnce(&mut Vec<u8>) -> bool) -> bool {
+        let mut content = self.content.borrow_mut();
+        content.clear();
+        let is_whole = self.in_order && write(&mut content);
+        if !is_whole {
+            content.clear();
+        }
+        is_whole
+    }
+
+    /// The body of the NOTIFY STORE that is due; empty: none is.
+    pub fn content(&self) -> std::cell::Ref<'_, [u8]> {
+        std::cell::Ref::map(self.content.borrow(), Vec::as_slice)
     }
 
     /// To be sent by another thread.

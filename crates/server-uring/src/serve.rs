@@ -10,7 +10,7 @@ use crate::handles::Last;
 use crate::intent;
 use crate::nodes::Released;
 use crate::pool::{Body, Job};
-use ringfs_wire::abi::{ForgetOne, Opcode};
+use ringfs_wire::abi::{ForgetOne, NotifyStoreOut, Opcode};
 use ringfs_wire::batch::notify;
 use ringfs_wire::limits::FORGETS_PER_RECORD_MAX;
 use std::os::fd::AsFd;
@@ -175,8 +175,8 @@ impl<R: Ring> Shard<R> {
                     Ok(len) => {
                         self.scratch.clear();
                         self.scratch.extend_from_slice(&room[..len]);
-                        conn.link.push_nodes(&self.notes.body(), &mut self.buffers);
-                        self.notes.clear();
+                        self.send_notes(tag.conn);
+                        let conn = &mut self.conns[tag.conn];
                         let room = conn.link.reply_room(len, &mut self.buffers);
                         room[..len].copy_from_slice(&self.scratch);
                         conn.reply_made(&tag, 0, len);
@@ -232,12 +232,19 @@ impl<R: Ring> Shard<R> {
         self.touched.push(tag.conn);
     }
 
-    /// What finds the nodes again that the next reply gives.
+    /// What finds the nodes again that the next reply gives, and what the file holds that it opens.
     fn send_notes(&mut self, key: usize) {
-        if !self.notes.is_empty() {
-            self.conns[key].link.push_nodes(&self.notes.body(), &mut self.buffers);
-            self.notes.clear();
+        if self.notes.is_empty() {
+            return;
         }
+        let link = &mut self.conns[key].link;
+        link.push_nodes(&self.notes.body(), &mut self.buffers);
+        let content = self.notes.content().len().saturating_sub(size_of::<NotifyStoreOut>());
+        if content > 0 {
+            link.push(Kind::Notify, notify::STORE, &self.notes.content(), &mut self.buffers);
+            self.was_read(key, content);
+        }
+        self.notes.clear();
     }
 
     /// Answers a request that was in flight.

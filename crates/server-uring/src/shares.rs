@@ -50,6 +50,7 @@ impl Share {
         options.read_only |= has(mount_flag::READ_ONLY);
         options.acl &= has(mount_flag::POSIX_ACL);
         options.recipes = hello.features & feature::RESTORE != 0;
+        options.stores = hello.features & feature::STORE != 0;
         options
     }
 

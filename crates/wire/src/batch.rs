@@ -149,6 +149,10 @@ pub mod notify {
     /// GIVE_BACK: nodes, by their ids (u64), that nobody has used lately and the daemon would like
     /// to have back, as FORGETs. A wish: lost with its connection, and answered by nothing else.
     pub const GIVE_BACK: u32 = 1;
+    /// STORE: what a file held when an OPEN was executed whose REPLY comes next, for the guest's
+    /// page cache: `fuse_notify_store_out`, and the bytes. Lost with its connection: then they are
+    /// read.
+    pub const STORE: u32 = 2;
 }
 
 /// Why bytes are no batch. All of them end the connection.

@@ -26,8 +26,10 @@ pub mod feature {
     pub const PAYLOAD_CRC: u64 = 1 << 0;
     /// NODE and RESTORE: the guest keeps what rebuilds the session elsewhere.
     pub const RESTORE: u64 = 1 << 1;
+    /// NOTIFY STORE: the content of small files comes with their first OPEN.
+    pub const STORE: u64 = 1 << 2;
     /// All that this version knows.
-    pub const KNOWN: u64 = PAYLOAD_CRC | RESTORE;
+    pub const KNOWN: u64 = PAYLOAD_CRC | RESTORE | STORE;
 }
 
 /// Mount options that the daemon acts on.

@@ -26,6 +26,8 @@ pub const RECORD_HEAD_BYTES: usize = 256;
 pub const FORGETS_PER_RECORD_MAX: usize = 2048;
 /// What finds one node again.
 pub const RECIPE_BYTES_MAX: usize = 512;
+/// Content of one NOTIFY STORE.
+pub const STORE_BYTES_MAX: usize = 16 << 10;
 /// Body of one NODE record.
 pub const NODE_BODY_BYTES_MAX: usize = 96 << 10;
 /// Body of one RESTORE record.

@@ -2,7 +2,7 @@
 //!
 //! Pure: it takes bytes. Invariant: what the kernel refuses gives nothing.
 
-use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_WRITE_CACHE, Opcode, OpenOut};
+use ringfs_wire::abi::{Attr, DirentPlus, EntryOut, FUSE_WRITE_CACHE, Opcode, OpenOut, fattr};
 use rustix::fs::{FileType, OFlags};
 use zerocopy::FromBytes;
 
@@ -31,7 +31,8 @@ const ENTRY_AND_OPEN: u64 = bits(&[Opcode::Create, Opcode::Tmpfile]);
 pub(super) const OPEN: u64 = bits(&[Opcode::Open, Opcode::Opendir]);
 pub(super) const RELEASE: u64 = bits(&[Opcode::Release, Opcode::Releasedir]);
 pub(super) const LISTING: u64 = bits(&[Opcode::Readdirplus]);
-pub(super) const ANY: u64 = ENTRY | ENTRY_AND_OPEN | OPEN | RELEASE | LISTING;
+const SETATTR: u64 = bits(&[Opcode::Setattr]);
+pub(super) const ANY: u64 = ENTRY | ENTRY_AND_OPEN | OPEN | RELEASE | LISTING | SETATTR;
 
 pub(super) const fn is_in(set: u64, opcode: u32) -> bool {
     opcode < u64::BITS && set >> opcode & 1 != 0
@@ -71,6 +72,11 @@ impl Asked {
     /// The first argument of RELEASE, RELEASEDIR and WRITE.
     pub(super) fn fh(&self) -> u64 {
         u64::from(self.word(0)) | u64::from(self.word(4)) << 32
+    }
+
+    /// Whether a SETATTR changes the length.
+    pub(super) fn sets_size(&self) -> bool {
+        self.word(0) & fattr::SIZE != 0
     }
 
     /// Whether a WRITE is of pages that are written back.

@@ -36,7 +36,9 @@ pub(super) struct Node {
     /// Lookups; 0: a reply that gives it may be yet to come.
     pub(super) count: u64,
     /// How many had been given back with it; 0: it was not, or has come again.
-    pub(super) late: u64,
+    pub(super) late: u32,
+    /// The kernel may have pages of it, as an OPEN or a change of its length was answered.
+    pub(super) opened: bool,
     pub(super) recipe: Box<[u8]>,
 }
 
@@ -121,8 +123,8 @@ pub(super) struct Shard {
     /// them count by now.
     pub(super) early: VecDeque<(u64, u64)>,
     /// Nodes that were given back, likewise, and as which one.
-    pub(super) late: VecDeque<(u64, u64, u64)>,
-    given_back: u64,
+    pub(super) late: VecDeque<(u64, u64, u32)>,
+    given_back: u32,
     /// As the one who holds the lock has seen it.
     pub(super) turn: u64,
     pub(super) node_id_max: u64,
@@ -215,6 +217,8 @@ impl Shard {
             let Some(change) = change else { return false };
             self.redo(&change, &mut journal.recent);
         }
+        // What the client before has answered is not in the log.
+        self.nodes.values_mut().for_each(|node| node.opened = true);
         for recent in &mut journal.recent {
             match may_be_owed(recent.tag) {
                 true => journal.undecided.set(recent.tag),
@@ -234,7 +238,7 @@ impl Shard {
                 }
             }
             Change::Node { id, count, recipe } => {
-                self.nodes.insert(id, Node { count, late: 0, recipe: recipe.into() });
+                self.nodes.insert(id, Node { count, late: 0, opened: true, recipe: recipe.into() });
             }
             Change::Given { id, tag } => {
                 recent_of(recent, tag).given.push(id);
@@ -312,6 +316,13 @@ impl Shard {
         self.put_handle(fh, handle);
     }
 
+    /// The kernel may have pages of it from now on.
+    pub(super) fn mark_opened(&mut self, id: u64) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.opened = true;
+        }
+    }
+
     fn put_handle(&mut self, fh: u64, handle: Handle) {
         self.fh_max = self.fh_max.max(fh);
         if self.handles.len() < HANDLES_PER_SHARD_MAX || self.handles.contains_key(&fh) {
@@ -360,7 +371,7 @@ impl Shard {
             }
             Entry::Vacant(_) if is_full => false,
             Entry::Vacant(room) => {
-                room.insert(Node { count: 0, late: 0, recipe: recipe.into() });
+                room.insert(Node { count: 0, late: 0, opened: false, recipe: recipe.into() });
                 true
             }
         }
@@ -385,7 +396,7 @@ impl Shard {
 
     /// Keeps a node that was given back.
     fn keep_late(&mut self, id: u64) {
-        self.given_back += 1;
+        self.given_back = self.given_back.checked_add(1).unwrap_or(1);
         if let Some(node) = self.nodes.get_mut(&id) {
             node.late = self.given_back;
         }
@@ -461,7 +472,7 @@ impl Shard {
                 (node.count, node.late) = ((node.count + 1).min(NUMBER_MAX), 0);
             }
             Entry::Vacant(room) if !is_full => {
-                room.insert(Node { count: 1, late: 0, recipe: Box::default() });
+                room.insert(Node { count: 1, late: 0, opened: false, recipe: Box::default() });
             }
             Entry::Vacant(_) => {}
         }

@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 use zerocopy::IntoBytes;
 
+mod opened;
+
 type Told = (BTreeMap<u64, (u64, Vec<u8>)>, BTreeMap<u64, Handle>, End);
 
 /// What a daemon would be told.

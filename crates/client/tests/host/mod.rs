@@ -47,6 +47,8 @@ pub struct Terms {
     pub init_flags: u64,
     /// What a GETATTR of the root is answered with; 0: it.
     pub root_errno: u32,
+    /// Of files: what the kernel may keep of them.
+    pub open_flags: u32,
     /// Seconds that the kernel may go on with a name.
     pub names_valid: u64,
     /// To a HELLO that resumes: `Some` refuses.
@@ -57,7 +59,7 @@ impl Default for Terms {
     fn default() -> Terms {
         let (lanes, conns, slots) = (8, 8, 1024);
         let (init_errno, init_flags, root_errno, names_valid, refuses) = (0, 0, 0, 0, None);
-        let features = u64::MAX;
+        let (features, open_flags) = (u64::MAX, fopen::DIRECT_IO);
         Terms {
             lanes,
             conns,
@@ -66,6 +68,7 @@ impl Default for Terms {
             init_errno,
             init_flags,
             root_errno,
+            open_flags,
             names_valid,
             refuses,
         }

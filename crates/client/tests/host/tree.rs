@@ -52,7 +52,7 @@ pub(super) fn answer(
             Ok(AttrOut { attr, ..AttrOut::default() }.as_bytes().to_vec())
         }
         Opcode::Open | Opcode::Opendir => {
-            let open_flags = fopen::DIRECT_IO;
+            let open_flags = shared.terms.lock().expect("terms").open_flags;
             let fh = shared.next_fh.fetch_add(1, Ordering::SeqCst);
             Ok(OpenOut { fh, open_flags, backing_id: 0 }.as_bytes().to_vec())
         }

@@ -19,6 +19,7 @@ use crate::ops::names::{groups, parent_for_new};
 use crate::ops::no_fsetid;
 use crate::passthrough::{Caller, Stat};
 use crate::reply::put;
+use crate::store;
 
 const O_APPEND: u32 = libc::O_APPEND as u32;
 const O_CREAT: u32 = libc::O_CREAT as u32;
@@ -110,8 +111,14 @@ pub fn open(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
             again
         }
     };
-    let fh = fs.insert_file(node, fd, flags);
-    put(out, &abi::OpenOut { fh, open_flags: fopen_flags(fs, open.flags), backing_id: 0 })
+    let is_first = node.take_unopened();
+    let file = fs.opened(node, fd, flags);
+    let mut open_flags = fopen_flags(fs, open.flags);
+    if is_first && store::content_of(fs, request, &file, open_flags) {
+        open_flags |= fopen::KEEP_CACHE;
+    }
+    let fh = fs.handles.insert(Handle::File(Arc::new(file)));
+    put(out, &abi::OpenOut { fh, open_flags, backing_id: 0 })
 }
 
 /// The file of a handle that was open before: nothing is made, cut off or asked anew.

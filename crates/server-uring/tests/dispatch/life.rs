@@ -3,14 +3,18 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use ringfs_server::dispatch::Request;
 use ringfs_server::fdops;
 use ringfs_server::fs::{CacheMode, FsOptions};
+use ringfs_server::notes::Notes;
+use ringfs_server::quota::{Limits, ShareQuota};
 use ringfs_wire::abi::{self, Opcode, fattr, fopen, init};
+use ringfs_wire::limits::STORE_BYTES_MAX;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::support::{
-    O_EXCL, O_RDWR, O_WRONLY, ROOT, listed, named, share, share_with, split_created,
+    Guest, O_EXCL, O_RDWR, O_WRONLY, ROOT, listed, named, share, share_with, split_created,
 };
 
 #[test]
@@ -472,4 +476,66 @@ fn direct_io_reaches_the_host_when_passed() {
     file.read_exact_at(&mut host, 4095).expect("host");
     assert_eq!(&host, b"ab");
     drop(listed(&[], false));
+}
+
+/// What an OPEN has sent before its reply, and the reply.
+fn open_noting(guest: &Guest, node: u64, flags: u32) -> (Vec<u8>, abi::OpenOut) {
+    let open = abi::OpenIn { flags, open_flags: 0 };
+    let (body, notes) = (guest.body(node, open.as_bytes(), &[]), Notes::new());
+    let request = Request::parse(Opcode::Open as u32, &body).expect("whole").noting(&notes);
+    let mut out = vec![0; guest.fs.reply_bytes_max(&request)];
+    let used = guest.fs.execute(&request, &mut out).expect("open");
+    let reply = abi::OpenOut::read_from_bytes(&out[..used]).expect("a reply");
+    (notes.content().to_vec(), reply)
+}
+
+#[test]
+fn the_content_of_a_small_file_goes_with_its_first_open() {
+    let stores = FsOptions { stores: true, ..FsOptions::default() };
+    let (dir, guest) = share_with(stores.clone());
+    let make = |name: &str, bytes: usize| {
+        let content: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
+        std::fs::write(dir.path().join(name), &content).expect("host");
+        content
+    };
+    let lookup = |name: &str| guest.lookup(ROOT, name).expect("lookup").nodeid;
+    for bytes in [1, 4096, 5000, STORE_BYTES_MAX] {
+        let name = format!("of {bytes}");
+        let content = make(&name, bytes);
+        let node = lookup(&name);
+        let (sent, reply) = open_noting(&guest, node, 0);
+        let (head, sent) = abi::NotifyStoreOut::read_from_prefix(&sent).expect("a head");
+        assert_eq!((head.nodeid, head.offset, head.size as usize), (node, 0, bytes));
+        assert!(sent == content, "{bytes} bytes");
+        assert_ne!(reply.open_flags & fopen::KEEP_CACHE, 0);
+        guest.release(node, reply.fh).expect("release");
+        let (sent, reply) = open_noting(&guest, node, 0);
+        assert_eq!((sent.len(), reply.open_flags & fopen::KEEP_CACHE), (0, 0), "the second");
+    }
+    let none = |guest: &Guest, node: u64, flags: u32, why: &str| {
+        let (sent, reply) = open_noting(guest, node, flags);
+        assert_eq!((sent.len(), reply.open_flags & fopen::KEEP_CACHE), (0, 0), "{why}");
+    };
+    for (name, bytes) in [("empty", 0), ("large", STORE_BYTES_MAX + 1)] {
+        make(name, bytes);
+        none(&guest, lookup(name), 0, name);
+    }
+    for flags in [O_RDWR, O_WRONLY] {
+        make("written", 10);
+        none(&guest, lookup("written"), flags, "to be written");
+    }
+    let (made, fh) = guest.create(ROOT, "made", O_RDWR | O_EXCL).expect("create");
+    guest.write(made.nodeid, fh, 0, b"content").expect("write");
+    none(&guest, made.nodeid, 0, "the guest made it");
+
+    let amount = "1M".parse().expect("an amount");
+    let limits = ShareQuota::new(&Limits { ops: Some(amount), ..Limits::default() });
+    let modes = [CacheMode::Never, CacheMode::Metadata];
+    let cached = modes.map(|cache| FsOptions { cache, ..stores.clone() });
+    let limited = FsOptions { quota: limits, ..stores };
+    for options in cached.into_iter().chain([limited, FsOptions::default()]) {
+        let why = format!("{options:?}");
+        let guest = Guest::new(dir.path(), options);
+        none(&guest, guest.lookup(ROOT, "of 4096").expect("lookup").nodeid, 0, &why);
+    }
 }
