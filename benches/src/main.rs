@@ -209,9 +209,7 @@ fn run(cli: &Cli, scratch: &Path) -> Result<()> {
     }
     same_readahead(&sites)?;
     introduce(&sites, &tools, cli.about.as_deref())?;
-    let mut scale = cli.scale();
-    // A passthrough holds a descriptor for each.
-    scale.nodes = scale.nodes.min(files_limit() / 2);
+    let scale = cli.scale();
     let rounds = cli.rounds.unwrap_or(if cli.quick { 3 } else { 7 });
     let place = Place { backing: &backing, scratch, tools: &tools, label: "", relayed: false };
     let counts = cli.mounted.is_empty() && (cli.costs || !cli.quick && !cli.goals);

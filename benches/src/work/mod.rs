@@ -68,7 +68,7 @@ impl Scale {
         runtime: Duration::from_millis(500),
         names: 1_000,
         entries: 10_000,
-        nodes: 10_000,
+        nodes: 50_000,
         sessions: 4,
     };
     /// The same two in an emulated guest, where all is many times slower.
