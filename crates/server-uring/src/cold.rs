@@ -1,23 +1,35 @@
 //! Nodes that the guest knows and no fd of ours stands behind: what remains of them in memory.
 //!
-//! A few more bytes than a recipe each ([`Recipe::pack`]), found by node id, and by the file's
-//! device and inode number, so that a LOOKUP that meets the file again gives the same id. Several
-//! may have one number: of files that are gone, which the guest has open still, and of the file
-//! that has the number now.
+//! Each is one short piece of bytes (`form.rs`, `slots.rs`) that two tables of numbers lead to: by
+//! node id, and by the file's device and inode number, so that a LOOKUP that meets the file again
+//! gives the same id. Several may have one number: of files that are gone, which the guest has open
+//! still, and of the file that has the number now; a guest may make up any number of them.
 //! nodes.rs moves nodes in and out under its own locks; nothing here calls the kernel.
 
-use std::collections::{BTreeSet, HashMap};
+mod form;
+mod slots;
+
+use std::collections::BTreeSet;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hashbrown::HashTable;
+
 use crate::import::Recipe;
 use crate::limits::{COLD_BYTES_PER_SESSION_MAX, COLD_NODE_BYTES};
+use form::{Form, Mounts};
+use slots::{At, Slots};
 
 /// Device and inode number.
 pub(crate) type FileKey = (u64, u64);
 
 /// Nodes of one number that are looked at for one file: a guest may have made up any number.
 const TWINS_MAX: usize = 16;
+
+/// Tables give no room back below so many nodes.
+const ROOM_KEPT: usize = 64;
 
 /// What cold nodes that guests tell of (restore.rs) take of the daemon's memory: they cost a guest
 /// nothing but bytes, so they are bounded here. Those that were let go were looked up one by one.
@@ -57,28 +69,145 @@ pub(crate) struct Cold {
     maps: Mutex<Maps>,
 }
 
-#[derive(Default)]
 struct Maps {
-    by_id: HashMap<u64, Entry>,
-    by_file: BTreeSet<(FileKey, u64)>,
+    slots: Slots<{ form::BYTES_MAX }>,
+    mounts: Mounts,
+    by_id: HashTable<At>,
+    /// One node of each file.
+    by_file: HashTable<At>,
+    /// All others.
+    twins: BTreeSet<(FileKey, u64)>,
+    hasher: RandomState,
 }
 
-struct Entry {
-    given: u64,
-    recipe: Box<[u8]>,
-    /// Made here, of a file that was there; else it is a guest's word.
-    ours: bool,
+impl Default for Maps {
+    fn default() -> Maps {
+        Maps {
+            slots: Slots::new(),
+            mounts: Mounts::default(),
+            by_id: HashTable::new(),
+            by_file: HashTable::new(),
+            twins: BTreeSet::new(),
+            hasher: RandomState::new(),
+        }
+    }
 }
 
-fn key_of(recipe: &Recipe) -> FileKey {
-    let (major, minor) = recipe.mount.device;
-    (rustix::fs::makedev(major, minor), recipe.ino)
+/// Of the memory that is bounded.
+fn told_bytes(node: Form<'_>) -> usize {
+    if node.is_ours() { 0 } else { COLD_NODE_BYTES + node.len() }
 }
 
-impl Entry {
-    /// Of the memory that is bounded.
-    fn bytes(&self) -> usize {
-        if self.ours { 0 } else { COLD_NODE_BYTES + self.recipe.len() }
+/// A guest that walked through millions of files and forgot them has its memory back.
+fn shrink(table: &mut HashTable<At>, hash: impl Fn(&At) -> u64) {
+    if table.capacity() > ROOM_KEPT && table.len() * 4 < table.capacity() {
+        table.shrink_to(table.len() * 2, hash);
+    }
+}
+
+impl Maps {
+    fn node(&self, at: At) -> Form<'_> {
+        Form::of(self.slots.get(at))
+    }
+
+    fn find(&self, id: u64) -> Option<At> {
+        let hash = self.hasher.hash_one(id);
+        self.by_id.find(hash, |&at| self.node(at).id() == id).copied()
+    }
+
+    fn find_file(&self, file: FileKey) -> Option<At> {
+        let is_it = |&at: &At| self.node(at).file(&self.mounts) == Some(file);
+        self.by_file.find(self.hasher.hash_one(file), is_it).copied()
+    }
+
+    /// The nodes of a file, the newest first.
+    fn ids_of(&self, file: FileKey) -> Vec<u64> {
+        let Some(first) = self.find_file(file) else { return Vec::new() };
+        let mut ids = vec![self.node(first).id()];
+        if !self.twins.is_empty() {
+            let twins = self.twins.range((file, 0)..=(file, u64::MAX)).rev();
+            ids.extend(twins.take(TWINS_MAX).map(|&(_, id)| id));
+            ids.sort_unstable_by_key(|&id| std::cmp::Reverse(id));
+            ids.truncate(TWINS_MAX);
+        }
+        ids
+    }
+
+    fn insert(&mut self, id: u64, bytes: &[u8]) -> Option<At> {
+        let at = self.slots.insert(bytes)?;
+        let Maps { slots, mounts, by_id, by_file, hasher, .. } = self;
+        let hash = |&at: &At| hasher.hash_one(Form::of(slots.get(at)).id());
+        by_id.insert_unique(hasher.hash_one(id), at, hash);
+        if let Some(file) = Form::of(slots.get(at)).file(mounts) {
+            let file_of = |at| Form::of(slots.get(at)).file(mounts);
+            let hash = |&at: &At| hasher.hash_one(file_of(at).unwrap_or_default());
+            let is_it = |&at: &At| file_of(at) == Some(file);
+            match by_file.find(hasher.hash_one(file), is_it) {
+                Some(_) => drop(self.twins.insert((file, id))),
+                None => drop(by_file.insert_unique(hasher.hash_one(file), at, hash)),
+            }
+        }
+        Some(at)
+    }
+
+    /// From now on nobody finds the node by its file.
+    fn disown(&mut self, file: FileKey, id: u64) {
+        if self.twins.remove(&(file, id)) {
+            return;
+        }
+        let next = self.twins.range((file, 0)..=(file, u64::MAX)).next_back().copied();
+        let next = next.and_then(|twin| Some((twin, self.find(twin.1)?)));
+        let Maps { slots, mounts, by_file, hasher, .. } = self;
+        let of = |at| Form::of(slots.get(at));
+        let is_it = |&at: &At| of(at).id() == id && of(at).file(mounts) == Some(file);
+        let Ok(mut found) = by_file.find_entry(hasher.hash_one(file), is_it) else { return };
+        match next {
+            Some((twin, at)) => {
+                *found.get_mut() = at;
+                self.twins.remove(&twin);
+            }
+            None => {
+                found.remove();
+                let hash = |&at: &At| hasher.hash_one(of(at).file(mounts).unwrap_or_default());
+                shrink(by_file, hash);
+            }
+        }
+    }
+
+    fn remove(&mut self, id: u64, at: At) {
+        if let Some(file) = self.node(at).file(&self.mounts) {
+            self.disown(file, id);
+        }
+        let Maps { slots, by_id, hasher, .. } = self;
+        let is_it = |&other: &At| other == at;
+        if let Ok(found) = by_id.find_entry(hasher.hash_one(id), is_it) {
+            found.remove();
+        }
+        if let Some(from) = slots.remove(at) {
+            self.moved(from, at);
+        }
+        let Maps { slots, by_id, hasher, .. } = self;
+        shrink(by_id, |&at| hasher.hash_one(Form::of(slots.get(at)).id()));
+        if by_id.is_empty() {
+            self.mounts.clear();
+        }
+    }
+
+    /// What was at `from` is at `to`.
+    fn moved(&mut self, from: At, to: At) {
+        let (id, file) = (self.node(to).id(), self.node(to).file(&self.mounts));
+        let Maps { by_id, by_file, hasher, .. } = self;
+        if let Some(at) = by_id.find_mut(hasher.hash_one(id), |&at| at == from) {
+            *at = to;
+        }
+        let at = file.and_then(|file| by_file.find_mut(hasher.hash_one(file), |&at| at == from));
+        if let Some(at) = at {
+            *at = to;
+        }
+    }
+
+    fn files(&self) -> usize {
+        self.by_file.len() + self.twins.len()
     }
 }
 
@@ -134,11 +263,13 @@ impl Cold {
 
     /// All that a file is known of.
     pub(crate) fn findable(&self) -> Vec<u64> {
-        self.lock().by_file.iter().map(|&(_, id)| id).collect()
+        let maps = self.lock();
+        let first = maps.by_file.iter().map(|&at| maps.node(at).id());
+        first.chain(maps.twins.iter().map(|&(_, id)| id)).collect()
     }
 
     pub(crate) fn contains(&self, id: u64) -> bool {
-        self.count() > 0 && self.lock().by_id.contains_key(&id)
+        self.count() > 0 && self.lock().find(id).is_some()
     }
 
     /// What rebuilds the node; `None` for one that is not here.
@@ -147,62 +278,78 @@ impl Cold {
             return None;
         }
         let maps = self.lock();
-        Recipe::unpack(&maps.by_id.get(&id)?.recipe)
+        maps.node(maps.find(id)?).recipe(&maps.mounts)
     }
 
     /// The same, of a node that was resident here.
     pub(crate) fn own_recipe(&self, id: u64) -> Option<Recipe> {
         let maps = self.lock();
-        Recipe::unpack(&maps.by_id.get(&id).filter(|entry| entry.ours)?.recipe)
+        let node = maps.node(maps.find(id)?);
+        node.is_ours().then(|| node.recipe(&maps.mounts)).flatten()
     }
 
     /// The nodes that may be a file's, the newest first; the rest when these are disowned.
     pub(crate) fn ids_of(&self, file: FileKey) -> Vec<u64> {
-        if !self.has_files() {
-            return Vec::new();
-        }
+        if self.has_files() { self.lock().ids_of(file) } else { Vec::new() }
+    }
+
+    /// The one of them that was resident here and has this handle, which opens the file.
+    pub(crate) fn id_by_handle(&self, file: FileKey, raw_type: i32, handle: &[u8]) -> Option<u64> {
         let maps = self.lock();
-        let ids = maps.by_file.range((file, 0)..=(file, u64::MAX)).rev();
-        ids.take(TWINS_MAX).map(|&(_, id)| id).collect()
+        let mut ids = maps.ids_of(file).into_iter();
+        let is_it = |at| maps.node(at).has_own_handle(raw_type, handle);
+        ids.find(|&id| maps.find(id).is_some_and(is_it))
     }
 
     /// The number belongs to another file now: the node is stale, and stays so.
     pub(crate) fn disown(&self, file: FileKey, id: u64) {
         let mut maps = self.lock();
-        maps.by_file.remove(&(file, id));
+        maps.disown(file, id);
         self.count_again(&maps);
     }
 
-    /// A node that was resident.
-    pub(crate) fn insert(&self, id: u64, given: u64, recipe: &Recipe) {
-        self.put(id, Some(key_of(recipe)), Entry { given, recipe: recipe.pack(), ours: true });
+    /// A node that was resident. `false`: there is no room for it.
+    pub(crate) fn insert(&self, id: u64, given: u64, noted: u64, recipe: &Recipe) -> bool {
+        form::fits(recipe) && self.put(id, (given, noted), Some(recipe), true)
     }
 
-    /// A node that a guest tells of.
-    pub(crate) fn insert_told(&self, id: u64, given: u64, recipe: &Recipe) {
-        self.put(id, Some(key_of(recipe)), Entry { given, recipe: recipe.pack(), ours: false });
+    /// A node that a guest tells of. `false`: there is no room for it.
+    pub(crate) fn insert_told(&self, id: u64, given: u64, recipe: &Recipe) -> bool {
+        self.put(id, (given, 0), Some(recipe).filter(|recipe| form::fits(recipe)), false)
     }
 
-    /// A node that nothing leads to: it is known, and stale.
-    pub(crate) fn insert_lost(&self, id: u64, given: u64) {
-        self.put(id, None, Entry { given, recipe: Box::default(), ours: false });
+    /// A node that nothing leads to: it is known, and stale. `false`: there is no room for it.
+    pub(crate) fn insert_lost(&self, id: u64, given: u64) -> bool {
+        self.put(id, (given, 0), None, false)
     }
 
-    fn put(&self, id: u64, key: Option<FileKey>, entry: Entry) {
+    fn put(
+        &self,
+        id: u64,
+        (given, noted): (u64, u64),
+        recipe: Option<&Recipe>,
+        ours: bool,
+    ) -> bool {
         let mut maps = self.lock();
-        if let Some(key) = key {
-            maps.by_file.insert((key, id));
+        if let Some(old) = maps.find(id) {
+            self.take(&mut maps, id, old);
         }
-        self.takes(entry.bytes());
-        if let Some(old) = maps.by_id.insert(id, entry) {
-            self.gives(old.bytes());
-        }
+        let bytes = form::write(id, given, noted, recipe, ours, &mut maps.mounts);
+        let Some(at) = maps.insert(id, &bytes) else { return false };
+        self.takes(told_bytes(maps.node(at)));
         self.count_again(&maps);
+        true
     }
 
-    /// Takes a node out; how many lookups the guest has of it, and what rebuilds it.
-    pub(crate) fn remove(&self, id: u64) -> Option<(u64, Option<Recipe>)> {
-        self.take(&mut self.lock(), id)
+    /// Takes a node out; how many lookups the guest has of it, how it is noted, and what rebuilds
+    /// it.
+    pub(crate) fn remove(&self, id: u64) -> Option<(u64, u64, Option<Recipe>)> {
+        let mut maps = self.lock();
+        let at = maps.find(id)?;
+        let node = maps.node(at);
+        let taken = (node.given(), node.noted(), node.recipe(&maps.mounts));
+        self.take(&mut maps, id, at);
+        Some(taken)
     }
 
     /// The guest gives back lookups. `None`: unknown. Else how many it still has, and how many it
@@ -212,38 +359,32 @@ impl Cold {
             return None;
         }
         let mut maps = self.lock();
-        let entry = maps.by_id.get_mut(&id)?;
-        let beyond = count.saturating_sub(entry.given);
-        entry.given = entry.given.saturating_sub(count);
-        let left = entry.given;
+        let at = maps.find(id)?;
+        let given = maps.node(at).given();
+        let left = given.saturating_sub(count);
         if left == 0 {
-            self.take(&mut maps, id);
+            self.take(&mut maps, id, at);
+        } else {
+            form::set_given(maps.slots.get_mut(at), left);
         }
-        Some((left, beyond))
+        Some((left, count.saturating_sub(given)))
     }
 
-    fn take(&self, maps: &mut Maps, id: u64) -> Option<(u64, Option<Recipe>)> {
-        let entry = maps.by_id.remove(&id)?;
-        self.gives(entry.bytes());
-        let recipe = Recipe::unpack(&entry.recipe);
-        if let Some(recipe) = &recipe {
-            maps.by_file.remove(&(key_of(recipe), id));
-        }
-        // A guest that walked through millions of files and forgot them has its memory back.
-        if maps.by_id.len() * 4 < maps.by_id.capacity() {
-            let room = maps.by_id.len() * 2;
-            maps.by_id.shrink_to(room);
-        }
+    fn take(&self, maps: &mut Maps, id: u64, at: At) {
+        self.gives(told_bytes(maps.node(at)));
+        maps.remove(id, at);
         self.count_again(maps);
-        Some((entry.given, recipe))
     }
 
     fn count_again(&self, maps: &Maps) {
         self.count.store(maps.by_id.len(), Ordering::Release);
-        self.files.store(maps.by_file.len(), Ordering::Release);
+        self.files.store(maps.files(), Ordering::Release);
     }
 
     fn lock(&self) -> MutexGuard<'_, Maps> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -155,7 +155,7 @@ pub fn run(config: Config, source: Source) -> Result<(), DaemonError> {
     raise_open_files();
     become_root_group()?;
     let limits = Limits::read(Path::new("/"));
-    let fds = Fds::of_process(limits.memory);
+    let fds = Fds::of_process(limits.memory, config.nodes_with_fd);
     let mut shares = Vec::new();
     for share in &config.shares {
         let failed = |source| DaemonError::Serve { name: share.name.clone(), source };

@@ -267,10 +267,11 @@ impl Fs {
         if self.names_unopened(opcode, request) {
             return Route::Pool;
         }
-        // To take a node in may need a search of the disk, and what changes names may take several
-        // in. What changes a file system waits for
-        // its journal at times, and as long as somebody has it frozen.
-        let cold = self.nodes.is_cold(request.nodeid) || rule.changes && self.nodes.has_cold();
+        // To take a node in may need a search of the disk. What changes a file system waits for its
+        // journal at times, and as long as somebody has it frozen.
+        let second = second_node(opcode, request);
+        let cold = [Some(request.nodeid), second].into_iter().flatten();
+        let cold = { cold }.any(|id| self.nodes.is_cold(id));
         let quick = self.local && !cold && !(rule.changes && self.waits != Waits::Never);
         let held = self.waits == Waits::Never && self.options.long_calls.any();
         let metadata = if quick && !held { Route::Inline } else { Route::Pool };
@@ -352,6 +353,14 @@ impl Fs {
         }
         result
     }
+}
+
+/// The other node of a request that names two.
+fn second_node(opcode: Opcode, request: &Request<'_>) -> Option<u64> {
+    use Opcode as Op;
+    let names_two = matches!(opcode, Op::Rename | Op::Rename2 | Op::Link);
+    let first = names_two.then(|| request.args.first_chunk()).flatten()?;
+    Some(u64::from_le_bytes(*first))
 }
 
 /// One name that fills `bytes` up to its NUL at the end.

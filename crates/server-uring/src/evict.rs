@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLockReadGuard};
 use std::time::{Duration, Instant};
@@ -52,7 +52,8 @@ pub struct HeldNames<'a> {
 /// The directory that was looked at last.
 struct OpenDir {
     node: Arc<Node>,
-    fd: OwnedFd,
+    /// Where the node keeps none.
+    fd: Option<OwnedFd>,
 }
 
 /// One eviction.
@@ -61,11 +62,6 @@ struct Eviction {
     directory: Option<OpenDir>,
     loads: u32,
     failures: u32,
-}
-
-fn recipe_in(directory: &Option<OpenDir>, place: &Place) -> Result<Recipe, Errno> {
-    let OpenDir { fd, .. } = directory.as_ref().ok_or(Errno::STALE)?;
-    Recipe::brief(fd.as_fd(), &place.name, place.parent).map_err(ImportError::errno)
 }
 
 impl Nodes {
@@ -82,20 +78,21 @@ impl Nodes {
         if rests_until.is_some_and(|until| now < until) {
             return Some(0);
         }
-        let before = self.resident();
+        let mut evicted = 0;
         let mut eviction = Eviction::default();
         // The first round finds what was not used since the last one, the second all the rest.
         for _ in 0..2 * SHARDS {
-            let evicted = before.saturating_sub(self.resident());
             if evicted >= want || eviction.failures >= FAILURES_MAX {
                 break;
             }
             let mut idle = self.idle_nodes(want - evicted);
             // Siblings together: their directory is opened once.
-            idle.sort_by_cached_key(|node| node.place().parent);
+            idle.sort_by_cached_key(|node| node.parent());
             for node in idle {
                 let id = node.id;
-                if !self.evict_one(node, &mut eviction).unwrap_or(false) {
+                if self.evict_one(node, &mut eviction).unwrap_or(false) {
+                    evicted += 1;
+                } else {
                     eviction.failures += 1;
                     // It stays, and others have their turn before it is tried again.
                     let _ = self.find_resident(id);
@@ -103,7 +100,6 @@ impl Nodes {
             }
             eviction.directory = None;
         }
-        let evicted = before.saturating_sub(self.resident());
         *rests_until = (evicted == 0 && eviction.failures >= FAILURES_MAX).then(|| now + REST);
         Some(evicted)
     }
@@ -150,13 +146,31 @@ impl Nodes {
 
     fn evict_one(&self, node: Arc<Node>, eviction: &mut Eviction) -> Result<bool, Errno> {
         let inode = node.inode()?;
-        let stat = self.backend.getattr(inode)?;
-        if stat.nlink == 0 {
-            return Ok(false);
-        }
-        let recipe = self.recipe_of(&node, inode, &stat, eviction)?;
+        let recipe = match self.recipe_by_name(&node, eviction) {
+            Some(recipe) => recipe,
+            None => {
+                let stat = self.backend.getattr(inode)?;
+                if stat.nlink == 0 {
+                    return Ok(false);
+                }
+                self.recipe_of(&node, inode, &stat, eviction)?
+            }
+        };
         let recipe = Recipe { other: self.other_names.handle(node.id), ..recipe };
         Ok(recipe.proves_identity() && self.cool(node, inode, &recipe))
+    }
+
+    /// As [`Nodes::recipe_of`] by two calls, for a file of the root's device that its last name
+    /// leads to, in a directory that is not cold.
+    fn recipe_by_name(&self, node: &Node, eviction: &mut Eviction) -> Option<Recipe> {
+        let ino = node.ino_on_root()?;
+        let place = node.place();
+        if !self.open_directory(place.parent, eviction, true).ok()? {
+            return None;
+        }
+        let dir = self.directory_of(eviction).ok()?;
+        let recipe = Recipe::brief_on(self.root.identity()?, dir, &place.name, place.parent)?;
+        (recipe.ino == ino).then_some(recipe)
     }
 
     fn recipe_of(
@@ -178,7 +192,7 @@ impl Nodes {
             let recipe = Recipe::brief_of_fd(fd.as_fd(), &place.name, place.parent);
             return recipe.map_err(ImportError::errno);
         }
-        match recipe_in(&eviction.directory, &place) {
+        match self.recipe_in(eviction, &place) {
             Ok(recipe) if is_it(&recipe) => return Ok(recipe),
             Ok(_) | Err(_) if !can_open => return Err(Errno::STALE),
             Ok(_) | Err(_) => {}
@@ -186,7 +200,17 @@ impl Nodes {
         // Renamed on the host, or since the guest looked it up; the kernel knows the name.
         let place = self.place_now(inode)?;
         self.open_directory(place.parent, eviction, false)?;
-        recipe_in(&eviction.directory, &place).ok().filter(is_it).ok_or(Errno::STALE)
+        self.recipe_in(eviction, &place).ok().filter(is_it).ok_or(Errno::STALE)
+    }
+
+    fn recipe_in(&self, eviction: &Eviction, place: &Place) -> Result<Recipe, Errno> {
+        let recipe = Recipe::brief(self.directory_of(eviction)?, &place.name, place.parent);
+        recipe.map_err(ImportError::errno)
+    }
+
+    fn directory_of<'a>(&'a self, eviction: &'a Eviction) -> Result<BorrowedFd<'a>, Errno> {
+        let OpenDir { node, fd } = eviction.directory.as_ref().ok_or(Errno::STALE)?;
+        self.kept_dir(node).or(fd.as_ref().map(AsFd::as_fd)).ok_or(Errno::STALE)
     }
 
     /// Opens a directory, and says whether: not a cold one where the caller can do without.
@@ -211,7 +235,8 @@ impl Nodes {
             }
             None => return Err(Errno::STALE),
         };
-        let fd = self.backend.path_fd(node.inode()?)?;
+        let is_kept = self.kept_dir(&node).is_some();
+        let fd = if is_kept { None } else { Some(self.backend.path_fd(node.inode()?)?) };
         eviction.directory = Some(OpenDir { node, fd });
         Ok(true)
     }
@@ -294,7 +319,7 @@ impl Nodes {
     /// when that is over. What cannot be found is left as it is.
     pub(crate) fn load_some(&self, ids: &mut Vec<u64>, most: usize) -> bool {
         for _ in 0..most {
-            let Some(id) = ids.pop().filter(|_| self.fds.has_plenty()) else { return false };
+            let Some(id) = ids.pop().filter(|_| self.fds.may_warm()) else { return false };
             let _ = self.load_known(id);
         }
         true
@@ -391,6 +416,11 @@ impl Nodes {
 
     fn held(&self, dir: &Node, name: &CStr) -> Result<Option<Arc<Node>>, Errno> {
         // A name that is not there is the call's own business.
+        let seen = self.with_dir(dir, |at| Stat::at(at, name))?;
+        let is_cold = |stat: Stat| !self.cold.ids_of((stat.dev, stat.ino)).is_empty();
+        if !seen.is_ok_and(is_cold) {
+            return Ok(None);
+        }
         let Ok(found) = self.backend.lookup(dir.inode()?, name) else { return Ok(None) };
         let twin = self.cold_twin(&found, dir, name);
         if let Ok(Some(id)) = twin {

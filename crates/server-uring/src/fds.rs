@@ -3,7 +3,9 @@
 //! Each file that a guest knows costs the daemon an `O_PATH` fd, and each file that it holds open
 //! another one. Both are counted here, for the whole process. Where they run short, the session
 //! with the most known files lets some of them go ([`Nodes::evict`]): its guest goes on knowing
-//! them, and they are taken in again on their next use.
+//! them, and they are taken in again on their next use. The same is done where there are more of
+//! them than `--nodes-with-fd` allows, for the memory that they take; but this bound refuses
+//! nothing, and only lets go what handles find again wherever the host has moved it.
 //!
 //! The count is of what lasts; fds for the length of a call, sockets and rings have the rest of
 //! the limit. It must not open or close anything itself.
@@ -16,7 +18,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::cold::ColdMemory;
-use crate::limits::COLD_BYTES_OF_MEMORY;
+use crate::limits::{COLD_BYTES_OF_MEMORY, NODES_WITH_FD_DEFAULT};
 use crate::nodes::Nodes;
 
 /// Nodes let go at a time: some hundred microseconds of work.
@@ -28,8 +30,8 @@ const BUSY_PAUSE: Duration = Duration::from_micros(100);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Relief {
-    /// Some were let go.
-    Some,
+    /// So many were let go.
+    Some(usize),
     /// There was nothing that could be.
     Nothing,
     /// Another thread is at it.
@@ -46,6 +48,12 @@ fn machine_memory() -> u64 {
 pub struct Fds {
     used: AtomicUsize,
     most: usize,
+    /// Known files that have one.
+    nodes: AtomicUsize,
+    /// How many there may be before some are let go.
+    nodes_most: usize,
+    /// The same, or more where most of them were in use.
+    nodes_relief: AtomicUsize,
     /// What is kept of files without one.
     pub(crate) cold: Arc<ColdMemory>,
     sessions: Mutex<Vec<Weak<Nodes>>>,
@@ -60,17 +68,31 @@ impl Fds {
 
     /// As [`Fds::new`], and remembers files without fds in a part of `memory` bytes.
     pub fn within(most: usize, memory: u64) -> Arc<Fds> {
-        let cold = usize::try_from(memory / COLD_BYTES_OF_MEMORY).unwrap_or(usize::MAX);
-        let cold = ColdMemory::new(cold);
-        Arc::new(Fds { used: AtomicUsize::new(0), most, cold, sessions: Mutex::default() })
+        Fds::bounded(most, memory, NODES_WITH_FD_DEFAULT)
     }
 
     /// Three quarters of what the process may have open, and its part of the memory that it may
-    /// have; with no limit said, of the machine's.
-    pub fn of_process(memory: Option<u64>) -> Arc<Fds> {
+    /// have; with no limit said, of the machine's. Of known files `nodes_most` have one, as far as
+    /// they are not in use.
+    pub fn of_process(memory: Option<u64>, nodes_most: usize) -> Arc<Fds> {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         let most = usize::try_from(limit / 4 * 3).unwrap_or(usize::MAX).clamp(16, 1 << 30);
-        Fds::within(most, memory.map_or_else(machine_memory, |most| most.min(machine_memory())))
+        let memory = memory.map_or_else(machine_memory, |most| most.min(machine_memory()));
+        Fds::bounded(most, memory, nodes_most)
+    }
+
+    fn bounded(most: usize, memory: u64, nodes_most: usize) -> Arc<Fds> {
+        let nodes_most = nodes_most.max(EVICTED_AT_ONCE);
+        let cold = usize::try_from(memory / COLD_BYTES_OF_MEMORY).unwrap_or(usize::MAX);
+        Arc::new(Fds {
+            used: AtomicUsize::new(0),
+            most,
+            nodes: AtomicUsize::new(0),
+            nodes_most,
+            nodes_relief: AtomicUsize::new(nodes_most),
+            cold: ColdMemory::new(cold),
+            sessions: Mutex::default(),
+        })
     }
 
     /// In use now.
@@ -83,6 +105,11 @@ impl Fds {
         self.used() < self.most / 2
     }
 
+    /// Whether nodes may be taken in before they are used.
+    pub(crate) fn may_warm(&self) -> bool {
+        self.has_plenty() && self.nodes.load(Ordering::Relaxed) < self.nodes_most
+    }
+
     /// The most open files that one session may hold: each has an fd, and pins its node's.
     pub fn handles_max(&self) -> usize {
         self.most / 8 * 3
@@ -93,12 +120,13 @@ impl Fds {
     /// # Errors
     /// `ENFILE`: all are in use, and none can be had back.
     pub fn make_room(&self, mine: usize) -> Result<(), Errno> {
+        self.relieve_memory();
         let spare = self.most / 16;
         for _ in 0..BUSY_TRIES_MAX {
             if self.used() < self.most {
                 return Ok(());
             }
-            let relief = self.relieve();
+            let relief = self.relieve(|_| true);
             let used = self.used();
             if used < self.most || relief == Relief::Busy && used < self.most + spare {
                 return Ok(());
@@ -114,8 +142,24 @@ impl Fds {
         if modest && self.used() < self.most + spare { Ok(()) } else { Err(Errno::NFILE) }
     }
 
+    /// Lets some nodes go where too many have an fd.
+    fn relieve_memory(&self) {
+        if self.nodes.load(Ordering::Relaxed) < self.nodes_relief.load(Ordering::Relaxed) {
+            return;
+        }
+        let relief = self.relieve(Nodes::finds_by_handle);
+        let left = self.nodes.load(Ordering::Relaxed);
+        let next = match relief {
+            Relief::Busy => return,
+            Relief::Some(count) if count >= EVICTED_AT_ONCE => self.nodes_most,
+            // The rest is in use: who looks for what is not looks at all of it, so not too often.
+            Relief::Some(_) | Relief::Nothing => (left + left / 16).max(self.nodes_most),
+        };
+        self.nodes_relief.store(next, Ordering::Relaxed);
+    }
+
     /// The session with the most nodes gives up some. Where it cannot, the next one is asked.
-    fn relieve(&self) -> Relief {
+    fn relieve(&self, may: impl Fn(&Nodes) -> bool) -> Relief {
         let mut sessions = match self.sessions.try_lock() {
             Ok(sessions) => sessions,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -124,16 +168,28 @@ impl Fds {
         sessions.retain(|session| session.strong_count() > 0);
         let mut alive: Vec<_> = sessions.iter().filter_map(Weak::upgrade).collect();
         drop(sessions);
+        alive.retain(|nodes| may(nodes));
         alive.sort_by_key(|nodes| std::cmp::Reverse(nodes.resident()));
         let mut relief = Relief::Nothing;
         for nodes in alive {
             match nodes.evict(EVICTED_AT_ONCE) {
                 None => relief = Relief::Busy,
                 Some(0) => {}
-                Some(_) => return Relief::Some,
+                Some(count) => return Relief::Some(count),
             }
         }
         relief
+    }
+
+    /// Counts one more, which is a known file's.
+    pub(crate) fn add_node(&self) {
+        self.nodes.fetch_add(1, Ordering::Relaxed);
+        self.add();
+    }
+
+    pub(crate) fn remove_node(&self) {
+        self.nodes.fetch_sub(1, Ordering::Relaxed);
+        self.remove(1);
     }
 
     /// Counts one more, until it is removed.

@@ -25,6 +25,7 @@ use crate::handles::{Handle, Handles, OpenFile, Waits};
 use crate::history::History;
 use crate::idmap::Ids;
 use crate::import::{self, ImportError};
+use crate::limits::NODES_WITH_FD_DEFAULT;
 use crate::long_calls::LongCalls;
 use crate::nodes::{Bound, Node, NodeGiven, Nodes, Released};
 use crate::notes::Notes;
@@ -112,7 +113,7 @@ impl Default for FsOptions {
             handles_max: 131_072,
             recipes: false,
             stores: false,
-            fds: Fds::of_process(None),
+            fds: Fds::of_process(None, NODES_WITH_FD_DEFAULT),
             quota: Arc::default(),
             long_calls: Arc::default(),
         }

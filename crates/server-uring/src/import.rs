@@ -99,6 +99,7 @@ pub struct Root {
     mounts: Vec<Mount>,
     /// Steps of all searches: see search.rs.
     searched: AtomicUsize,
+    opens_handles: bool,
 }
 
 /// A file found again; the fd is `O_PATH`.
@@ -129,9 +130,17 @@ impl Root {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let real = fdops::reopen(dir, flags).map_err(ImportError::Host)?;
         let (only_device, mounts, searched) = (None, Vec::new(), AtomicUsize::new(0));
-        let mut root = Root { dir: real, cross_mounts, only_device, mounts, searched };
+        let handle = Handle::nameless(dir).filter(|handle| handle.kind() == HandleKind::Plain);
+        let opens_handles = handle.is_some_and(|handle| handle.open(real.as_fd()).is_ok());
+        let mut root =
+            Root { dir: real, cross_mounts, only_device, mounts, searched, opens_handles };
         root.add_mount(dir)?;
         Ok(root)
+    }
+
+    /// Whether files are found by their handles, wherever they were moved.
+    pub(crate) fn opens_handles(&self) -> bool {
+        self.opens_handles
     }
 
     /// Refuses what lies on another device than the root: for a share whose mounts below could

@@ -22,6 +22,12 @@ use crate::passthrough::Backend;
 /// Stands for "the crate does not know this file".
 pub(crate) const NO_INODE: u64 = 0;
 
+/// Where the crate's number of a file has the host's, unless that is too long.
+const HOST_INO: u64 = (1 << 47) - 1;
+
+/// It lies on the root's device, and the crate's number of it has the host's.
+const TELLS_INO: u16 = 1;
+
 /// A shard gives no room back below so many nodes.
 const SHARD_ROOM_KEPT: usize = 64;
 
@@ -49,7 +55,7 @@ pub struct Node {
     dir: OnceLock<OwnedFd>,
     /// A file that has no name yet (`O_TMPFILE`) and so is unknown to the crate.
     unnamed: Option<OwnedFd>,
-    /// Its file type, which an inode never changes.
+    /// Its file type, which an inode never changes; and [`TELLS_INO`].
     kind: u16,
     /// Used since evict.rs last came by.
     used: AtomicBool,
@@ -120,7 +126,7 @@ impl Node {
         given: u64,
         place: Place,
     ) -> Node {
-        home.fds.add();
+        home.fds.add_node();
         Node {
             id,
             inode: AtomicU64::new(inode),
@@ -163,6 +169,18 @@ impl Node {
         }
     }
 
+    /// It has this inode number there.
+    pub(crate) fn lies_on_root(&mut self, ino: u64) {
+        if *self.inode.get_mut() & HOST_INO == ino {
+            self.kind |= TELLS_INO;
+        }
+    }
+
+    /// Its inode number on the root's device, where that is known without a call.
+    pub(crate) fn ino_on_root(&self) -> Option<u64> {
+        (self.kind & TELLS_INO != 0).then(|| self.inode.load(Ordering::Relaxed) & HOST_INO)
+    }
+
     /// The crate's inode, for operations that only named files can serve.
     pub fn inode(&self) -> Result<u64, Errno> {
         match self.backing()? {
@@ -177,6 +195,11 @@ impl Node {
 
     pub(crate) fn place(&self) -> Place {
         self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The directory of its place.
+    pub(crate) fn parent(&self) -> u64 {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).parent
     }
 
     /// Where it was seen before, if elsewhere.
@@ -211,7 +234,7 @@ impl Node {
 
     /// Its file type: one of `S_IFREG`, `S_IFDIR`, ...
     pub fn kind(&self) -> u32 {
-        self.kind.into()
+        u32::from(self.kind) & libc::S_IFMT
     }
 
     /// True for a directory.
@@ -240,7 +263,8 @@ impl Drop for Node {
         if inode != NO_INODE && owed > 0 {
             self.home.backend.forget(inode, owed);
         }
-        self.home.fds.remove(1 + usize::from(self.dir.get().is_some()));
+        self.home.fds.remove_node();
+        self.home.fds.remove(usize::from(self.dir.get().is_some()));
     }
 }
 

@@ -23,9 +23,9 @@ use ringfs_wire::abi::FUSE_ROOT_ID;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::cold::Cold;
+use crate::cold::{Cold, FileKey};
 use crate::fds::Fds;
-use crate::import::{self, Recipe};
+use crate::import::{self, HANDLE_BYTES_MAX, HandleKind, Recipe};
 use crate::node::{Home, NO_INODE, Place, Shard};
 use crate::notes::{HandleKinds, Notes};
 use crate::other_names::OtherNames;
@@ -246,19 +246,28 @@ impl Nodes {
             self.backend.forget(found.inode, 1);
         }
         let node = node?;
-        // A cold one has a recipe, but its place may be another by now.
-        self.seen(&node, found, parent, name);
-        Ok(NodeGiven { node, news: true })
+        // A cold one has a recipe, but its place may be another by now. A new one is not noted.
+        let news = self.seen(&node, found, parent, name);
+        Ok(NodeGiven { node, news })
     }
 
     fn give_new(&self, shard: &mut Shard, found: &Found, place: Place) -> Result<Arc<Node>, Errno> {
         self.check_count()?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let node = Node::new(&self.home, id, found.stat.mode, (found.inode, 1), 1, place);
-        let node = Arc::new(node.unopened());
+        let node = Arc::new(self.node_of(id, found, 1, place).unopened());
         shard.insert(&node);
         self.enter(&mut self.lock_id(id), &node);
         Ok(node)
+    }
+
+    fn node_of(&self, id: u64, found: &Found, given: u64, place: Place) -> Node {
+        let Stat { mode, dev, ino, .. } = found.stat;
+        let mut node = Node::new(&self.home, id, mode, (found.inode, 1), given, place);
+        let device = (rustix::fs::major(dev), rustix::fs::minor(dev));
+        if self.root.identity().is_some_and(|root| root.device == device) {
+            node.lies_on_root(ino);
+        }
+        node
     }
 
     /// The cold node of a file that the crate has just found.
@@ -272,6 +281,9 @@ impl Nodes {
         let ids = self.cold.ids_of(file);
         if ids.is_empty() {
             return Ok(None);
+        }
+        if let Some(id) = self.proved_twin(file, parent, name) {
+            return Ok(Some(id));
         }
         let dir = self.backend.path_fd(parent.inode()?)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -292,6 +304,17 @@ impl Nodes {
         Ok(None)
     }
 
+    /// The same by one call and no open, as far as a handle that opens the file proves it. The name
+    /// may lead to another file by now; but what has this handle has that number, as long as the
+    /// crate holds the file of that number.
+    fn proved_twin(&self, file: FileKey, parent: &Node, name: &CStr) -> Option<u64> {
+        let mut bytes = [0; HANDLE_BYTES_MAX];
+        let read = self
+            .with_dir(parent, |dir| import::Handle::read(HandleKind::Plain, dir, name, &mut bytes));
+        let (raw_type, len) = read.ok()?.ok()?;
+        self.cold.id_by_handle(file, raw_type, bytes.get(..len)?)
+    }
+
     /// A cold node becomes resident, and the guest is given `more` lookups of it; the crate counts
     /// the one of `found`. It was found at `place`; without one the recipe's is kept, as the name
     /// that it was met under may be taken away now. `None`: the guest has forgotten it meanwhile,
@@ -305,7 +328,7 @@ impl Nodes {
         place: Option<Place>,
     ) -> Option<Arc<Node>> {
         let mut ids = self.lock_id(id);
-        let (given, recipe) = self.cold.remove(id)?;
+        let (given, noted, recipe) = self.cold.remove(id)?;
         let given = given.saturating_add(more);
         // What was found has a recipe.
         let recipe = recipe?;
@@ -314,8 +337,8 @@ impl Nodes {
         if let Some(other) = recipe.other.clone() {
             self.other_names.put(id, other);
         }
-        let node = Node::new(&self.home, id, found.stat.mode, (found.inode, 1), given, place);
-        let node = Arc::new(node);
+        let node = Arc::new(self.node_of(id, found, given, place));
+        node.noted.store(noted, Ordering::Relaxed);
         shard.insert(&node);
         self.enter(&mut ids, &node);
         Some(node)
@@ -332,9 +355,12 @@ impl Nodes {
         if !here || given == 0 || Arc::strong_count(&node) != 3 {
             return false;
         }
+        let noted = node.noted.load(Ordering::Relaxed);
+        if !self.cold.insert(node.id, given, noted, recipe) {
+            return false;
+        }
         shard.remove(inode);
         self.leave(&mut ids, node.id);
-        self.cold.insert(node.id, given, recipe);
         // Closing needs no lock.
         drop((ids, shard));
         true
@@ -444,6 +470,11 @@ impl Nodes {
     /// Nodes with an fd behind them.
     pub fn resident(&self) -> usize {
         self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Whether what is let go is found again where the host has moved it.
+    pub(crate) fn finds_by_handle(&self) -> bool {
+        self.root.opens_handles()
     }
 
     /// How often a guest gave back what it did not have.

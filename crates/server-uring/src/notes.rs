@@ -285,6 +285,10 @@ impl Nodes {
         self.root.identity().is_some_and(|root| root.device == mount.device)
     }
 
+    pub(crate) fn kept_dir<'a>(&'a self, dir: &'a Node) -> Option<BorrowedFd<'a>> {
+        if dir.id == FUSE_ROOT_ID { Some(self.root.dir()) } else { dir.dir() }
+    }
+
     /// A directory's fd, kept with the node while there are plenty: what a directory holds is
     /// mostly looked up together.
     pub(crate) fn with_dir<T>(
@@ -292,10 +296,7 @@ impl Nodes {
         dir: &Node,
         then: impl FnOnce(BorrowedFd<'_>) -> T,
     ) -> Result<T, Errno> {
-        if dir.id == FUSE_ROOT_ID {
-            return Ok(then(self.root.dir()));
-        }
-        if let Some(fd) = dir.dir() {
+        if let Some(fd) = self.kept_dir(dir) {
             return Ok(then(fd));
         }
         let fd = self.backend.path_fd(dir.inode()?)?;

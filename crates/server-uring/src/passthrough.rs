@@ -99,6 +99,12 @@ impl Stat {
         if self.nlink == 0 { self.blocks + 1 } else { 0 }
     }
 
+    /// Of what a name leads to, which may be a link.
+    pub(crate) fn at(dir: impl AsFd, name: &CStr) -> Result<Stat, Errno> {
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        Ok(Stat::from_rustix(&rustix::fs::statat(dir, name, flags)?))
+    }
+
     /// `fstat(2)` of an fd of ours; an `O_PATH` one will do.
     pub fn of(fd: impl AsFd) -> Result<Stat, Errno> {
         Ok(Stat::from_rustix(&rustix::fs::fstat(fd)?))

@@ -129,12 +129,15 @@ impl Nodes {
         if room == Room::Nothing {
             return Err(Errno::NOMEM);
         }
-        match Recipe::unpack(recipe) {
+        let is_kept = match Recipe::unpack(recipe) {
             Some(mut recipe) if recipe.proves_identity() && room == Room::Whole => {
                 recipe.mount = self.root.identity_now(recipe.mount);
-                self.cold.insert_told(id, count, &recipe);
+                self.cold.insert_told(id, count, &recipe)
             }
             Some(_) | None => self.cold.insert_lost(id, count),
+        };
+        if !is_kept {
+            return Err(Errno::NOMEM);
         }
         self.count_on_from(id);
         Ok(())

@@ -7,15 +7,16 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::handle::Handle;
+use super::handle::{Handle, HandleKind};
 use super::{ImportError, O_PATH, sys};
 use crate::fdops;
 
-/// Type, link count, inode number and birth time.
-const IDENTITY_MASK: u32 = 0x0001 | 0x0004 | 0x0100 | 0x0800;
+/// What [`Seen`] has.
+const IDENTITY: StatxFlags =
+    StatxFlags::TYPE.union(StatxFlags::NLINK).union(StatxFlags::INO).union(StatxFlags::BTIME);
 
 /// Which file system: `f_fsid` of statfs(2) stays over remounts for ext4 and btrfs; the device
 /// number tells apart, while they are mounted, what has no such id.
@@ -86,6 +87,26 @@ impl Recipe {
         let fd =
             rustix::fs::openat(dir, name, O_PATH, Mode::empty()).map_err(ImportError::from_walk)?;
         Recipe::with(Handle::nameless(fd.as_fd()), name, parent, fd.as_fd())
+    }
+
+    /// As [`Recipe::brief`] by two calls and no open, where the file lies on `mount` and has a
+    /// handle that opens it; else `None`. Where the name is given to another file just now, handle
+    /// and inode number disagree, and the import ends in ESTALE.
+    pub(crate) fn brief_on(
+        mount: MountIdentity,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        parent: u64,
+    ) -> Option<Recipe> {
+        let mut bytes = [0; sys::HANDLE_BYTES_MAX];
+        let (raw_type, len) = Handle::read(HandleKind::Plain, dir, name, &mut bytes).ok()?;
+        let handle = Handle::new(HandleKind::Plain, raw_type, bytes.get(..len)?);
+        let seen = Seen::at(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        let Seen { ino, kind, btime, links, device } = seen;
+        let (other, generation, name) = (None, None, name.into());
+        let is_there = links > 0 && device == mount.device;
+        let recipe = Recipe { handle, other, mount, ino, kind, btime, generation, parent, name };
+        is_there.then_some(recipe)
     }
 
     /// As [`Recipe::brief`] with the file's fd, for a name that cannot be looked at now: whether it
@@ -165,14 +186,18 @@ pub(crate) struct Seen {
 
 impl Seen {
     pub(super) fn of(fd: BorrowedFd<'_>) -> Result<Seen, Errno> {
-        let got = fdops::statx(fd, IDENTITY_MASK, 0)?;
-        let btime = (got.btime.tv_sec, got.btime.tv_nsec);
+        Seen::at(fd, c"", AtFlags::EMPTY_PATH)
+    }
+
+    fn at(dir: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> Result<Seen, Errno> {
+        let got = rustix::fs::statx(dir, name, flags, IDENTITY)?;
+        let btime = (got.stx_btime.tv_sec, got.stx_btime.tv_nsec);
         Ok(Seen {
-            ino: got.ino,
-            kind: got.mode & 0o170_000,
-            links: got.nlink,
-            btime: (got.mask & 0x0800 != 0).then_some(btime),
-            device: (got.dev_major, got.dev_minor),
+            ino: got.stx_ino,
+            kind: got.stx_mode & 0o170_000,
+            links: got.stx_nlink,
+            btime: (got.stx_mask & StatxFlags::BTIME.bits() != 0).then_some(btime),
+            device: (got.stx_dev_major, got.stx_dev_minor),
         })
     }
 }

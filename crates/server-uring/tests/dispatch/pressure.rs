@@ -10,7 +10,7 @@ use ringfs_server::fs::FsOptions;
 use ringfs_wire::abi::{self, Opcode};
 use rustix::io::Errno;
 
-use crate::support::{Guest, Lcg, Listed, O_RDWR, ROOT, share_with};
+use crate::support::{Guest, Lcg, Listed, O_RDWR, ROOT, is_root, share_with};
 
 const FDS: usize = 64;
 const FILES: usize = 1_000;
@@ -65,6 +65,108 @@ fn the_guest_knows_more_files_than_there_are_fds() {
     let counts = guest.fs.counts();
     assert_eq!((counts.nodes, counts.overdrawn), (1, 0));
     assert_eq!(fds.used(), 1, "the root's");
+}
+
+/// The same by the bound of memory: it refuses nothing, keeps what is in use, and holds.
+#[test]
+fn no_more_nodes_keep_an_fd_than_may() {
+    if !is_root() {
+        // Files are found by their handles: without the right to open these nothing is let go.
+        return;
+    }
+    let fds = Fds::of_process(None, FDS);
+    let options = FsOptions { fds: Arc::clone(&fds), recipes: true, ..FsOptions::default() };
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let resident = || guest.fs.counts().nodes_with_fd;
+    let nodes: Vec<u64> = (0..FILES)
+        .map(|i| {
+            let node = guest.lookup(ROOT, &format!("f{i}")).expect("lookup").nodeid;
+            assert!(resident() <= FDS + 1, "{} nodes", resident());
+            node
+        })
+        .collect();
+    assert!(resident() > FDS / 4 && guest.fs.counts().nodes == FILES + 1);
+    // What the host moves is found, and what it replaces is another file.
+    std::fs::rename(dir.path().join("f0"), dir.path().join("moved")).expect("rename");
+    std::fs::write(dir.path().join("new"), "another").expect("write");
+    std::fs::rename(dir.path().join("new"), dir.path().join("f1")).expect("rename");
+    assert_eq!(guest.getattr(nodes[0]).expect("attributes").ino, ino(&dir.path().join("moved")));
+    assert_eq!(guest.getattr(nodes[1]).map(|_| ()), Err(Errno::STALE));
+    assert_ne!(guest.lookup(ROOT, "f1").expect("lookup").nodeid, nodes[1]);
+    // Twice as many open as may have an fd, half of them without a name then.
+    let open = |&node: &u64| guest.open(node, O_RDWR).expect("open").fh;
+    let open: Vec<(usize, u64)> = (2..2 + 2 * FDS).map(|i| (i, open(&nodes[i]))).collect();
+    for &(i, _) in &open[..FDS] {
+        guest.unlink(ROOT, &format!("f{i}")).expect("unlink");
+    }
+    for (i, &node) in nodes.iter().enumerate().skip(2 + 2 * FDS) {
+        let name = format!("f{i}");
+        assert_eq!(guest.lookup(ROOT, &name).expect("lookup").nodeid, node);
+        assert_eq!(guest.getattr(node).expect("attributes").ino, ino(&dir.path().join(name)));
+        assert!(resident() <= 3 * FDS, "{} nodes", resident());
+    }
+    for &(i, fh) in &open {
+        assert_eq!(guest.read(nodes[i], fh, 0, 64).expect("read"), i.to_string().as_bytes());
+        let links = guest.getattr(nodes[i]).expect("attributes").nlink;
+        assert_eq!(links, u32::from(i >= 2 + FDS));
+        guest.release(nodes[i], fh).expect("release");
+    }
+    for &(i, _) in &open[FDS..] {
+        assert_eq!(guest.lookup(ROOT, &format!("f{i}")).expect("lookup").nodeid, nodes[i]);
+    }
+    // What the guest has open without a name is never let go, though nobody uses it now.
+    for &(i, _) in &open[..FDS] {
+        assert_eq!(guest.getattr(nodes[i]).expect("attributes").nlink, 0);
+    }
+    for &node in &nodes {
+        guest.forget(node, 2);
+    }
+    assert_eq!(guest.fs.counts().overdrawn, (2 + FDS) as u64);
+}
+
+#[test]
+fn what_a_guest_has_of_a_node_is_not_told_again_after_it_was_cold() {
+    let (_fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let node = guest.lookup(ROOT, "f999").expect("lookup").nodeid;
+    let is_told = || {
+        press(&guest, ROOT);
+        let args = [0; size_of::<abi::GetattrIn>()];
+        assert_eq!(guest.route(Opcode::Getattr, node, &args), "pool", "it is cold");
+        guest.memory.lock().expect("memory").recipes.clear();
+        assert_eq!(guest.lookup(ROOT, "f999").expect("lookup").nodeid, node);
+        guest.memory.lock().expect("memory").recipes.contains_key(&node)
+    };
+    assert!(!is_told());
+    // The connection by which it was told is cut; the guest gives back a lookup, which may cross.
+    guest.fs.noted_is_lost();
+    assert!(is_told());
+    assert!(!is_told());
+    press(&guest, ROOT);
+    guest.forget(node, 1);
+    assert!(is_told());
+    std::fs::rename(dir.path().join("f999"), dir.path().join("f0")).expect("rename");
+    press(&guest, ROOT);
+    assert_eq!(guest.lookup(ROOT, "f0").expect("lookup").nodeid, node);
+    assert!(guest.memory.lock().expect("memory").recipes.contains_key(&node), "another name");
+}
+
+#[test]
+fn names_change_on_the_shard_while_other_nodes_have_no_fd() {
+    // In memory, where nothing has to be waited for.
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return };
+    let (_fds, options) = options();
+    let guest = Guest::new(dir.path(), options);
+    files(dir.path(), FILES);
+    let sub = guest.mkdir(ROOT, "sub").expect("mkdir").nodeid;
+    press(&guest, ROOT);
+    let rename = [&sub.to_le_bytes()[..], b"f999\0new\0"].concat();
+    assert_eq!(guest.route(Opcode::Rename, ROOT, &rename), "pool", "its directory is cold");
+    guest.getattr(sub).expect("attributes");
+    assert_eq!(guest.route(Opcode::Rename, ROOT, &rename), "inline");
+    assert_eq!(guest.route(Opcode::Unlink, ROOT, b"f999\0"), "inline");
 }
 
 #[test]
