@@ -24,9 +24,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
 use crate::deps;
 use crate::guard;
+use crate::mode::Mode;
 use crate::paths::Bins;
 use crate::sandbox::{LoopFs, LoopShape, Sandbox};
 
@@ -80,9 +82,6 @@ pub struct Args {
     /// The daemon's engine
     #[arg(long, value_enum, default_value = "uring")]
     engine: Engine,
-    /// Mount with FUSE-over-io_uring
-    #[arg(long)]
-    rings: bool,
     /// Kill the daemon that often, in milliseconds, and start it again
     #[arg(long, value_name = "MS")]
     kill_every: Option<u64>,
@@ -127,7 +126,6 @@ impl Args {
             seconds: 12,
             work: Work::Checker,
             engine: Engine::Uring,
-            rings: false,
             kill_every: None,
             kill_client_every: None,
             stall_every: None,
@@ -142,17 +140,21 @@ impl Args {
         }
     }
 
-    /// Whether the client has to splice; what a killed one did is not counted.
-    fn splices(&self) -> bool {
+    /// Whether the client has to splice: rings have no pipe, and what a killed one did is not
+    /// counted.
+    fn splices(&self, mode: Mode) -> bool {
         self.unchecked
-            && !self.rings
+            && mode != Mode::Rings
             && self.kill_client_every.is_none()
             && matches!(self.work, Work::Large | Work::All)
     }
 
     /// How to do the same again.
-    fn line(&self, seed: u64) -> String {
+    fn line(&self, mode: Mode, seed: u64) -> String {
         let mut line = format!("cargo xtask faults --seed {seed} --gap {}", self.gap);
+        if let Some(mode) = mode.to_possible_value().filter(|_| mode != Mode::Defaults) {
+            line += &format!(" --mode {}", mode.get_name());
+        }
         line += &format!(" --seconds {} --threads {}", self.seconds, self.threads);
         line += match self.work {
             Work::Checker => " --work checker",
@@ -163,7 +165,6 @@ impl Args {
         };
         for (is, word) in [
             (self.engine == Engine::Threads, " --engine threads"),
-            (self.rings, " --rings"),
             (self.calm, " --calm"),
             (self.unchecked, " --unchecked"),
         ] {
@@ -204,7 +205,9 @@ pub fn run(args: &Args) -> Result<String> {
         return run_short();
     }
     let seed = args.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000_000);
-    println!("faults: seed {seed}: {}", args.line(seed));
+    let mode = Mode::current();
+    let again = args.line(mode, seed);
+    println!("faults: seed {seed}: {again}");
     match args.work {
         Work::Checker | Work::Fio | Work::Large => deps::debian(deps::TEST_PACKAGES)?,
         Work::Fsx | Work::All => deps::all()?,
@@ -241,11 +244,11 @@ pub fn run(args: &Args) -> Result<String> {
     if cuts < args.cuts && !args.calm {
         problems.push(format!("{cuts} cuts were made, {} are asked for", args.cuts));
     }
-    if args.splices() && under.spliced() == 0 {
+    if args.splices(mode) && under.spliced() == 0 {
         problems.push("no large reply was spliced".into());
     }
     verdict(&account, &problems, format!("seed {seed}, {closing}"))
-        .with_context(|| format!("logs in {}; again: {}", logs.display(), args.line(seed)))
+        .with_context(|| format!("logs in {}; again: {again}", logs.display()))
 }
 
 /// Fails if there is any problem.
@@ -257,4 +260,22 @@ fn verdict(account: &Account, findings: &[String], closing: String) -> Result<St
     }
     let count = account.count.load(Relaxed) + findings.len() as u64;
     bail!("{count} errors ({closing}):\n  {}", problems.join("\n  "));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mode_is_told_and_rings_need_not_splice() {
+        let large = Args { unchecked: true, work: Work::Large, ..Args::short() };
+        let check = |mode, splices, told| {
+            assert_eq!(large.splices(mode), splices, "{mode:?}");
+            let line = large.line(mode, 7);
+            assert_eq!(line.split(" --").find(|word| word.starts_with("mode")), told);
+        };
+        check(Mode::Defaults, true, None);
+        check(Mode::NoSpin, true, Some("mode no-spin"));
+        check(Mode::Rings, false, Some("mode rings"));
+    }
 }

@@ -37,9 +37,14 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::mode::Mode;
+
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "The commands of the ringfs project")]
 struct Cli {
+    /// How both ends are set, but for the cargo tests, the bench and the emulated guest
+    #[arg(long, global = true, value_enum, default_value_t)]
+    mode: Mode,
     #[command(subcommand)]
     command: Command,
 }
@@ -88,7 +93,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = guard::on_signals().and_then(|()| dispatch(cli.command));
+    let result = guard::on_signals().and_then(|()| dispatch(cli));
     guard::rest_if_ending();
     guard::undo_all();
     match result {
@@ -100,7 +105,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> Result<()> {
+fn dispatch(Cli { mode, command }: Cli) -> Result<()> {
+    let _mode = mode.enter()?;
     match command {
         Command::Demo(args) => demo::run(&args).map(drop),
         Command::Test(args) => test::run(&args),

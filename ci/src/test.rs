@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::mode::Mode;
 use crate::paths::{self, Bins};
 use crate::vm::{self, VmArgs};
 use crate::{demo, deny, deps, e2e, faults, find, fsx, pjdfstest, soak, stress, survive};
@@ -25,9 +24,6 @@ pub struct Args {
     /// Leave out steps whose name holds this; they are counted as skipped
     #[arg(long)]
     skip: Vec<String>,
-    /// How both ends are set, but for the cargo tests and the emulated guest
-    #[arg(long, value_enum, default_value_t)]
-    mode: Mode,
     /// Print the names and end
     #[arg(long)]
     list: bool,
@@ -66,7 +62,6 @@ enum Verdict {
 
 /// Runs the steps and prints the summary; fails if any did.
 pub fn run(args: &Args) -> Result<()> {
-    let _mode = args.mode.enter()?;
     let mut verdicts = Vec::new();
     for step in STEPS.iter().filter(|step| step.name.contains(&args.pattern)) {
         if args.list {

@@ -19,7 +19,7 @@ use super::proxy::Proxy;
 use super::schedule::Schedule;
 use super::{Args, Engine, MORE_TIMES, Work};
 use crate::e2e::load;
-use crate::guard::{self, Guard};
+use crate::guard;
 use crate::paths::{self, Bins};
 use crate::rig::{self, Asker, Daemon, Mount};
 use crate::sandbox::Sandbox;
@@ -47,7 +47,6 @@ pub(super) struct Run<'a> {
     client_kills: AtomicU64,
     pub(super) stalls: AtomicU64,
     spliced: AtomicU64,
-    _rings: Option<Guard>,
 }
 
 fn lock(daemon: &Mutex<Daemon>) -> MutexGuard<'_, Daemon> {
@@ -62,7 +61,6 @@ impl<'a> Run<'a> {
         backing: &'a Path,
         bins: &Bins,
     ) -> Result<Self> {
-        let rings = args.rings.then(fsx::switch_rings_on).transpose()?;
         let mut extra: Vec<&str> = args.daemon_args.split_whitespace().collect();
         if args.engine == Engine::Threads {
             extra.push("--engine=threads");
@@ -94,7 +92,6 @@ impl<'a> Run<'a> {
             client_kills: AtomicU64::new(0),
             stalls: AtomicU64::new(0),
             spliced: AtomicU64::new(0),
-            _rings: rings,
         })
     }
 
@@ -198,7 +195,6 @@ impl<'a> Run<'a> {
         let dir = self.sandbox.make_dir(&name)?;
         let checksum = if self.args.unchecked { "off" } else { "on" };
         let mut options = format!("{cache},checksum={checksum}");
-        options += if self.args.rings { ",uring=on" } else { "" };
         if !self.args.options.is_empty() {
             options += &format!(",{}", self.args.options);
         }
