@@ -9,7 +9,9 @@
 //! system that stands still have them all, and keep a file's number in their table from those that
 //! have the same one (64). So where two peers' operations take long, what the kernel's threads have
 //! not begun, and all that comes until the ring has no file operation more, is done by threads of
-//! our own, of which each peer has its part (file_threads.rs).
+//! our own, of which each peer has its part (file_threads.rs). WRITEs of files with the same number
+//! are given to a kernel's thread all at once, and those behind one that hangs cannot be cancelled:
+//! so the ring has WRITEs of one peer at a time, and those of the others such threads do.
 //!
 //! Completions are copied out before they are stepped; nothing is stepped inside `reap`.
 
@@ -58,6 +60,9 @@ pub struct UringRing {
     ops: Slab<Flying>,
     /// Those of them that work on files.
     on_files: usize,
+    /// WRITEs among those, and the peer whose they are.
+    writes: usize,
+    writer: u64,
     /// How often it was looked whether they end.
     looks: u32,
     /// It will be again.
@@ -144,6 +149,8 @@ impl UringRing {
             uring,
             ops: Slab::with_capacity(RING_ENTRIES as usize),
             on_files: 0,
+            writes: 0,
+            writer: 0,
             looks: 0,
             is_watched: false,
             threads: None,
@@ -239,7 +246,7 @@ impl UringRing {
     }
 
     fn watch(&mut self) {
-        if self.on_files > 0 && !self.is_watched {
+        if (self.on_files > 0 || self.threads.is_some()) && !self.is_watched {
             let look = opcode::Timeout::new(&LOOK_AFTER).build().user_data(LOOK);
             self.is_watched = self.push(&look).is_ok();
         }
@@ -277,6 +284,9 @@ impl UringRing {
                 let _ = self.push(&opcode::AsyncCancel2::new(cancel).build().user_data(NO_OP));
             }
         }
+        if !self.is_stuck && self.threads.as_ref().is_some_and(|own| own.in_flight() == 0) {
+            self.threads.take().map(|mut own| own.end(Instant::now()));
+        }
         self.watch();
     }
 
@@ -287,10 +297,6 @@ impl UringRing {
             threads.collect(done);
         }
         self.is_stuck &= self.on_files > 0;
-        if !self.is_stuck && !self.is_rung && threads.in_flight() == 0 {
-            threads.end(Instant::now());
-            self.threads = None;
-        }
         self.listen();
     }
 
@@ -309,13 +315,16 @@ impl UringRing {
 
 impl Ring for UringRing {
     fn submit(&mut self, op: Op) -> Result<(), Op> {
-        let on_file = op.is_on_file();
-        if on_file
-            && self.is_stuck
+        let (on_file, is_write) = (op.is_on_file(), matches!(op.io, Io::Write { .. }));
+        let owner = op.tag.owner();
+        let is_apart = is_write && self.writes > 0 && owner != self.writer;
+        if (is_apart || on_file && self.is_stuck)
+            && self.has_threads()
             && let Some(threads) = &mut self.threads
         {
             threads.submit(op);
             self.listen();
+            self.watch();
             return Ok(());
         }
         let slot = self.registered_slot(&op.io);
@@ -324,6 +333,8 @@ impl Ring for UringRing {
         self.push(&entry).map_err(|_| self.ops.remove(key).op)?;
         if on_file {
             self.on_files += 1;
+            self.writes += usize::from(is_write);
+            self.writer = if is_write { owner } else { self.writer };
             self.watch();
         }
         Ok(())
@@ -374,6 +385,7 @@ impl Ring for UringRing {
                     let result = completion.result();
                     let on_file = op.is_on_file();
                     self.on_files -= usize::from(on_file);
+                    self.writes -= usize::from(matches!(op.io, Io::Write { .. }));
                     // Not begun, or nothing done: the cancel wakes also who waits on a file system
                     // that lets itself be woken.
                     if on_file && self.is_stuck && matches!(-result, libc::ECANCELED | libc::EINTR)

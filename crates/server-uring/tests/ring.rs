@@ -7,10 +7,11 @@ use ringfs_server::fds::Fds;
 use ringfs_server::handles::{OpenFile, Waits};
 use ringfs_server::import;
 use ringfs_server::nodes::{Bound, Nodes};
-use ringfs_server::op::{Io, Op, Tag};
+use ringfs_server::op::{Io, Op, RequestTag, Tag};
 use ringfs_server::passthrough::Backend;
 use ringfs_server::ring::{IoResult, Ring, UringRing};
 use ringfs_server::ring_threads::ThreadRing;
+use ringfs_wire::batch::RecordHeader;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -395,6 +396,30 @@ fn more_operations_than_the_queue_has_entries() {
         assert!(seen.into_iter().eq(0..OPS), "each once");
         assert_eq!((ring.in_flight(), buffers.in_use()), (0, 0));
     });
+}
+
+/// A WRITE that hangs holds up none but its own peer's.
+#[test]
+fn a_write_does_not_wait_for_that_of_another_peer() {
+    let place = tempfile::tempdir().expect("a temporary directory");
+    let (file, mut buffers) = (file_in(place.path()), BufferPool::default());
+    let mut ring = UringRing::new().expect("io_uring");
+    let none = RequestTag::of(0, &RecordHeader::default());
+    let mut write = |owner, offset| {
+        let (file, buf) = (file.clone(), Arc::new(buffers.small()));
+        let io = Io::Write { file, buf, range: 0..100, offset };
+        assert!(ring.submit(Op { io, tag: Tag::Request(RequestTag { owner, ..none }) }).is_ok());
+    };
+    // It is not entered, so that those that it has itself do not begin.
+    [(1, 0), (1, 100), (2, 200)].into_iter().for_each(|(owner, offset)| write(owner, offset));
+    let bytes = || std::fs::metadata(place.path().join("file")).expect("the file").len();
+    let start = Instant::now();
+    while bytes() != 300 {
+        assert!(start.elapsed() < LIMIT, "{} bytes", bytes());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    finish(&mut ring, 3).iter().for_each(|(_, result)| assert_eq!(*result, Ok(100)));
+    assert_eq!(ring.in_flight(), 0);
 }
 
 fn dropped_in_flight(mut ring: impl Ring, place: &Path) {

@@ -193,6 +193,14 @@ impl Daemon {
         });
     }
 
+    /// What is sent to it meanwhile it finds at once.
+    pub fn while_stopped(&self, send: impl FnOnce()) {
+        let worker = self.worker_pid();
+        kill(worker, Signal::STOP);
+        send();
+        kill(worker, Signal::CONT);
+    }
+
     /// The worker's resident memory.
     pub fn memory_kib(&self) -> u64 {
         let path = format!("/proc/{}/status", self.worker_pid());
