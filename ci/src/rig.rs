@@ -389,7 +389,7 @@ impl Daemon {
 
     /// Mounts `share` on the existing directory `dir`.
     pub fn mount_on(&self, share: &str, dir: &Path, options: &str) -> Result<Mount> {
-        self.mounted(self.mount_cmd(share, dir, options), dir)
+        self.mounted(self.mount_cmd(share, dir, options), dir, options)
     }
 
     /// The same by the way of `socket`, where somebody passes on to the daemon; the client writes
@@ -403,15 +403,15 @@ impl Daemon {
         log: &Path,
     ) -> Result<Mount> {
         let cmd = mount_cmd(&self.ringfs, socket, share, dir, options);
-        self.mounted(cmd.arg("--log").arg(log), dir)
+        self.mounted(cmd.arg("--log").arg(log), dir, options)
     }
 
-    fn mounted(&self, cmd: Cmd, dir: &Path) -> Result<Mount> {
+    fn mounted(&self, cmd: Cmd, dir: &Path, options: &str) -> Result<Mount> {
         let guard = Guard::new(Undo::Mount(dir.to_path_buf()));
         cmd.run()?;
         ensure!(!mounts::at(dir)?.is_empty(), "`ringfs mount` ended with 0 and mounted nothing");
         let mount = Mount { dir: dir.into(), ringfs: self.ringfs.clone(), guard: Some(guard) };
-        if mode::Mode::current() == mode::Mode::Rings {
+        if mode::Mode::current() == mode::Mode::Rings && !options.contains("uring=off") {
             ensure!(
                 mount.told()?.rings.queues > 0,
                 "{}: no rings in the mode of rings",
