@@ -15,14 +15,13 @@ use crate::options::{Options, cache_word};
 use crate::resume::Resume;
 use crate::rings::{Rings, with_causes};
 use crate::service::{HandedOver, Service};
-use crate::session::{End, Session};
+use crate::session::{End, Session, kernel_stores};
 use crate::status::{self, Facts, Granted, unix_now_s};
 use crate::takeover::{self, Taken, TakeoverError};
 use crate::transport::{Address, Socket};
 use fuser_fork::device::{DEVICE_PATH, Device};
 use fuser_fork::init::Limits;
 use fuser_fork::mount::{Mount, mount};
-use fuser_fork::notify::store_is_clean;
 use fuser_fork::reader::Clones;
 use ringfs_wire::abi;
 use ringfs_wire::hello::{
@@ -214,10 +213,8 @@ fn hello(request: &Request, extra: u16) -> Hello {
 }
 
 fn features(checksum: bool) -> u64 {
-    let release = rustix::system::uname();
-    let stores = store_is_clean(&release.release().to_string_lossy());
     let flag = |on: bool, flag: u64| if on { flag } else { 0 };
-    feature::RESTORE | flag(checksum, feature::PAYLOAD_CRC) | flag(stores, feature::STORE)
+    feature::RESTORE | flag(checksum, feature::PAYLOAD_CRC) | flag(kernel_stores(), feature::STORE)
 }
 
 fn limits(options: &Options) -> Limits {

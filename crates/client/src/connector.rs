@@ -231,6 +231,8 @@ fn resume(session: &Session, terms: &mut Terms, port: u16) -> Result<(), ResumeE
         conn: port,
         init: session.agreed().map(|agreed| agreed.served),
         nth: terms.count_hello(),
+        // What is in force: another daemon may know more.
+        features: terms.welcome.features,
         ..terms.hello.clone()
     };
     terms.put_down(Some(port));
@@ -314,7 +316,8 @@ fn check_terms(terms: &Terms, port: u16, used: Used, now: &Welcome) -> Result<bo
     }
     let same = |is_same: bool, what| if is_same { Ok(()) } else { Err(ResumeError::Changed(what)) };
     same(before.version == now.version, "versions")?;
-    same(before.features == now.features, "features")?;
+    // A daemon that stores nothing does no harm.
+    same((before.features ^ now.features) & !feature::STORE == 0, "features")?;
     if is_rebuild {
         let enough =
             |is_enough: bool, what| if is_enough { Ok(()) } else { Err(ResumeError::Fewer(what)) };
@@ -382,6 +385,9 @@ mod tests {
         check(&plain, Welcome { slots: 7, ..before }, Err("other slots"));
         check(&plain, Welcome { lanes: 1, ..before }, Err("other lanes"));
         check(&plain, Welcome { features: 3, ..before }, Err("other features"));
+        let with_store = Welcome { features: features | feature::STORE, ..before };
+        check(&plain, with_store, Ok(false));
+        check(&terms(with_store), before, Ok(false));
 
         let rebuild = Welcome { flags: welcome_flag::REBUILD, ..before };
         check(&plain, rebuild, Ok(true));

@@ -17,7 +17,7 @@ use fuser_fork::notify::NotifyOutcome;
 use ringfs_wire::abi::{NotifyStoreOut, Opcode};
 use ringfs_wire::batch::{Cursor, Kind, RecordHeader, notify};
 use ringfs_wire::hello::Reason;
-use ringfs_wire::limits::RECORD_HEADER_BYTES;
+use ringfs_wire::limits::{RECORD_HEADER_BYTES, STORE_BYTES_MAX};
 use ringfs_wire::session::LinkError;
 use ringfs_wire::slot::SlotUse;
 use rustix::io::Errno;
@@ -73,7 +73,7 @@ pub fn take_record(
             session.prune.ask(&lane.device, &bytes[RECORD_HEADER_BYTES..]);
             Ok(())
         }
-        Some(Kind::Notify) if record.code == notify::STORE => {
+        Some(Kind::Notify) if record.code == notify::STORE && session.stores => {
             let stored = store(session, lane, bytes);
             stored.ok_or(End::Protocol("a NOTIFY STORE that cannot be"))
         }
@@ -114,7 +114,7 @@ pub fn take_record(
 fn store(session: &Session, lane: &Lane, bytes: &mut [u8]) -> Option<()> {
     let (head, content) = NotifyStoreOut::read_from_prefix(&bytes[RECORD_HEADER_BYTES..]).ok()?;
     let is_whole = head.offset == 0 && content.len() == head.size as usize;
-    if !is_whole || content.is_empty() {
+    if !is_whole || !(1..=STORE_BYTES_MAX).contains(&content.len()) {
         return None;
     }
     session.known.unless_opened(head.nodeid, || {

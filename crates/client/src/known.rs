@@ -13,7 +13,7 @@
 use crate::journal::Log;
 use crate::lane::lock;
 pub use asked::Asked;
-use asked::{ANY, ENTRY, LISTING, OPEN, RELEASE, entry_of, is_in, listed, open_of};
+use asked::{ANY, ENTRY, Given, LISTING, OPEN, RELEASE, entry_of, is_in, listed, open_of};
 use ringfs_wire::abi::{EntryOut, FUSE_ROOT_ID, ForgetOne, Opcode, OpenOut};
 use ringfs_wire::limits::{RECIPE_BYTES_MAX, RESTORE_BODY_BYTES_MAX};
 use ringfs_wire::restore::{End, NUMBER_MAX, Nodes, Restore, RestoreError, push_restore};
@@ -182,13 +182,6 @@ impl Known {
         if !is_in(ANY, opcode) || self.shards.is_empty() {
             return;
         }
-        if opcode == Opcode::Setattr as u32 {
-            // Also with an error: it may have been done.
-            if let Some(asked) = asked().filter(Asked::sets_size) {
-                self.shard(asked.nodeid).mark_opened(asked.nodeid);
-            }
-            return;
-        }
         self.undecided.set(tag);
         if is_in(RELEASE, opcode) {
             // Whatever came of it: the kernel has forgotten the handle.
@@ -205,7 +198,7 @@ impl Known {
         }
         if is_in(LISTING, opcode) {
             if asked().is_some_and(|asked| body.len() <= asked.size()) {
-                listed(body, |id| self.give(tag, id));
+                listed(body, |entry| self.give(tag, entry));
             }
             return;
         }
@@ -217,11 +210,12 @@ impl Known {
                 (entry_of(head, tail.len().abs_diff(size_of::<OpenOut>())), open_of(tail))
             }
         };
-        if let Some(id) = entry {
-            self.give(tag, id);
+        if let Some(entry) = entry {
+            self.give(tag, entry);
         }
         if let (Some(fh), Some(asked)) = (open, asked()) {
-            let node = if is_in(OPEN, opcode) { Some(asked.nodeid) } else { entry };
+            let made = entry.map(|entry| entry.id);
+            let node = if is_in(OPEN, opcode) { Some(asked.nodeid) } else { made };
             let directory = opcode == Opcode::Opendir as u32;
             if let Some(node) = node {
                 self.shard(node).mark_opened(node);
@@ -263,9 +257,17 @@ impl Known {
         }
     }
 
-    /// Does it where the kernel has no page of that node: no OPEN of it was answered so far, and
-    /// none is while it is done, nor a change of its length. So no page of it can be locked by a
-    /// READ that waits for this very lane, nor hold what was written.
+    /// A SETATTR has come: whatever becomes of it, what a file held before is not to be stored any
+    /// more where its length changes.
+    pub fn is_changed(&self, asked: &Asked) {
+        if asked.sets_size() && !self.shards.is_empty() {
+            self.shard(asked.nodeid).mark_opened(asked.nodeid);
+        }
+    }
+
+    /// Does it where the kernel has no page of that node: of a regular file of which no OPEN was
+    /// answered so far, and none is while it is done, nor was its length changed. So no page of it
+    /// can be locked by a READ that waits for this very lane, nor hold what was written.
     pub fn unless_opened(&self, node: u64, then: impl FnOnce()) {
         if self.shards.is_empty() {
             return;
@@ -336,11 +338,11 @@ impl Known {
         Ok(done)
     }
 
-    fn give(&self, tag: u64, id: u64) {
+    fn give(&self, tag: u64, entry: Given) {
         // The root's lookups are not counted; the kernel refuses 0, and no daemon could count on
         // from what is larger.
-        if (FUSE_ROOT_ID + 1..=NUMBER_MAX).contains(&id) {
-            self.shard(id).give(id, tag);
+        if (FUSE_ROOT_ID + 1..=NUMBER_MAX).contains(&entry.id) {
+            self.shard(entry.id).give(entry, tag);
         }
     }
 

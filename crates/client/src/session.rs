@@ -15,6 +15,7 @@ use crate::prune::Prune;
 use crate::resume::Resume;
 use fuser_fork::device::DeviceError;
 use fuser_fork::init::{self, InitError, Limits, Negotiated};
+use fuser_fork::notify::store_is_clean;
 use fuser_fork::uring::UringError;
 use ringfs_wire::abi::{self, InitIn, Opcode};
 use ringfs_wire::hello::Reason;
@@ -161,6 +162,8 @@ pub struct Session {
     pub dev_minor: OnceLock<u32>,
     /// Requests whose tasks have signals.
     pub interrupts: Interrupts,
+    /// What a file holds may be put into this kernel's page cache.
+    pub stores: bool,
     limits: Limits,
     append_groups: AtomicBool,
     rings: AtomicBool,
@@ -171,6 +174,11 @@ pub struct Session {
     end: OnceLock<Arc<End>>,
     stopping: AtomicBool,
     events: OwnedFd,
+}
+
+/// Whether this kernel can be given a file's content ([`store_is_clean`]).
+pub fn kernel_stores() -> bool {
+    store_is_clean(&rustix::system::uname().release().to_string_lossy())
 }
 
 impl Session {
@@ -195,6 +203,7 @@ impl Session {
             expire: Expire::default(),
             dev_minor: OnceLock::new(),
             interrupts: Interrupts::default(),
+            stores: kernel_stores(),
             limits,
             append_groups: AtomicBool::new(false),
             rings: AtomicBool::new(false),
@@ -349,12 +358,18 @@ impl Session {
         self.expire.look_again(&lane.device, manner, names);
     }
 
-    /// Whether a request that has just come is to fail with EIO, and no daemon is to see it: it
+    /// A request has just come. Whether it is to fail with EIO, and no daemon is to see it: it
     /// writes on behind an append that was told to have failed, and may have been done.
     /// [`Session::refused`] follows.
     pub fn refuses(&self, opcode: u32, asked: impl FnOnce() -> Asked) -> Option<Asked> {
-        let is_write = opcode == Opcode::Write as u32;
-        is_write.then(|| self.known.is_doubted(asked)).flatten()
+        match Opcode::from_u32(opcode) {
+            Some(Opcode::Write) => self.known.is_doubted(asked),
+            Some(Opcode::Setattr) => {
+                self.known.is_changed(&asked());
+                None
+            }
+            Some(_) | None => None,
+        }
     }
 
     /// The kernel has that answer.

@@ -104,6 +104,22 @@ fn a_daemon_that_does_not_know_the_session_is_told_of_it() {
 }
 
 #[test]
+fn a_daemon_that_knows_more_or_less_of_what_can_be_left_out_goes_on() {
+    let without = Terms { features: !feature::STORE, ..Terms::default() };
+    for (first, then) in [(Terms::default(), without.clone()), (without, Terms::default())] {
+        let (bench, client) = mounted(first.clone(), "lanes=2");
+        for (round, terms) in [then, first].into_iter().enumerate() {
+            bench.host.grant(terms);
+            bench.host.restart(false, None);
+            check_told(&rebuilt(&bench, round + 1));
+            use_mount(&bench);
+        }
+        bench.host.assert_no_faults();
+        umount(&bench, client);
+    }
+}
+
+#[test]
 fn a_name_that_a_lost_daemon_may_have_removed_is_looked_up_again() {
     // It knows the slot, or has to be told that nobody knows.
     for knows_slots in [false, true] {

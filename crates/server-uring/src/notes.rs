@@ -113,12 +113,16 @@ impl Notes {
         self.content.borrow_mut().clear();
     }
 
+    /// What is noted leaves before any later reply of that connection.
+    pub(crate) const fn is_in_order(&self) -> bool {
+        self.in_order
+    }
+
     /// What a file holds, as `write` has put it after its head; `write` says whether all is there.
-    /// Nothing where replies may overtake it.
     pub(crate) fn store(&self, write: impl FnOnce(&mut Vec<u8>) -> bool) -> bool {
         let mut content = self.content.borrow_mut();
         content.clear();
-        let is_whole = self.in_order && write(&mut content);
+        let is_whole = write(&mut content);
         if !is_whole {
             content.clear();
         }

@@ -22,7 +22,8 @@ pub(crate) fn content_of(fs: &Fs, request: &Request<'_>, file: &OpenFile, open_f
     let is_cached = open_flags & fopen::DIRECT_IO == 0 && !fs.writeback();
     // A READ would be counted, and wait its turn.
     let is_free = fs.options.stores && !fs.quota.is_limited();
-    let Some(notes) = request.notes.filter(|_| is_free && is_cached && !file.writable) else {
+    let can = is_free && is_cached && !file.writable && (file.memory || file.nowait);
+    let Some(notes) = request.notes.filter(|notes| can && notes.is_in_order()) else {
         return false;
     };
     let Ok(stat) = Stat::of(file) else { return false };

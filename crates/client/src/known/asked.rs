@@ -31,8 +31,7 @@ const ENTRY_AND_OPEN: u64 = bits(&[Opcode::Create, Opcode::Tmpfile]);
 pub(super) const OPEN: u64 = bits(&[Opcode::Open, Opcode::Opendir]);
 pub(super) const RELEASE: u64 = bits(&[Opcode::Release, Opcode::Releasedir]);
 pub(super) const LISTING: u64 = bits(&[Opcode::Readdirplus]);
-const SETATTR: u64 = bits(&[Opcode::Setattr]);
-pub(super) const ANY: u64 = ENTRY | ENTRY_AND_OPEN | OPEN | RELEASE | LISTING | SETATTR;
+pub(super) const ANY: u64 = ENTRY | ENTRY_AND_OPEN | OPEN | RELEASE | LISTING;
 
 pub(super) const fn is_in(set: u64, opcode: u32) -> bool {
     opcode < u64::BITS && set >> opcode & 1 != 0
@@ -90,11 +89,26 @@ impl Asked {
     }
 }
 
+/// A node that a reply gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Given {
+    pub(super) id: u64,
+    /// A regular file.
+    pub(super) is_file: bool,
+}
+
+impl Given {
+    fn of(entry: &EntryOut) -> Given {
+        let kind = FileType::from_raw_mode(entry.attr.mode);
+        Given { id: entry.nodeid, is_file: kind == FileType::RegularFile }
+    }
+}
+
 /// The node of an entry, if the kernel counts it; `excess` is by how much the reply's length is
 /// wrong behind it.
-pub(super) fn entry_of(body: &[u8], excess: usize) -> Option<u64> {
+pub(super) fn entry_of(body: &[u8], excess: usize) -> Option<Given> {
     let entry = EntryOut::read_from_bytes(body).ok().filter(|_| excess == 0)?;
-    is_valid(&entry.attr).then_some(entry.nodeid)
+    is_valid(&entry.attr).then(|| Given::of(&entry))
 }
 
 pub(super) fn open_of(body: &[u8]) -> Option<u64> {
@@ -109,7 +123,7 @@ fn is_valid(attr: &Attr) -> bool {
 
 /// Walks a READDIRPLUS's body as the kernel does (`parse_dirplusfile`): what it does not reach
 /// gives nothing. An entry whose attributes it refuses counts, since it gives that back.
-pub(super) fn listed(mut body: &[u8], mut give: impl FnMut(u64)) {
+pub(super) fn listed(mut body: &[u8], mut give: impl FnMut(Given)) {
     while let Ok((head, rest)) = DirentPlus::read_from_prefix(body) {
         let namelen = head.dirent.namelen as usize;
         let len = (size_of::<DirentPlus>() + namelen.min(body.len())).next_multiple_of(8);
@@ -118,7 +132,7 @@ pub(super) fn listed(mut body: &[u8], mut give: impl FnMut(u64)) {
             return;
         }
         if name != b"." && name != b".." {
-            give(head.entry_out.nodeid);
+            give(Given::of(&head.entry_out));
         }
         body = next;
     }

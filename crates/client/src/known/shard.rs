@@ -6,6 +6,7 @@
 //! when there are too many. The kernel gives back all that it has at once, but asks for few at a
 //! time.
 
+use super::asked::Given;
 use crate::journal::{Entry as Change, Log};
 use ringfs_wire::limits::LANES_MAX;
 use ringfs_wire::restore::NUMBER_MAX;
@@ -37,7 +38,8 @@ pub(super) struct Node {
     pub(super) count: u64,
     /// How many had been given back with it; 0: it was not, or has come again.
     pub(super) late: u32,
-    /// The kernel may have pages of it, as an OPEN or a change of its length was answered.
+    /// The kernel may have pages of it: an OPEN was answered, its length changes, it is no regular
+    /// file, or nobody knows, as of all that a log tells.
     pub(super) opened: bool,
     pub(super) recipe: Box<[u8]>,
 }
@@ -125,6 +127,8 @@ pub(super) struct Shard {
     /// Nodes that were given back, likewise, and as which one.
     pub(super) late: VecDeque<(u64, u64, u32)>,
     given_back: u32,
+    /// There was no room for some node that counts.
+    has_lost: bool,
     /// As the one who holds the lock has seen it.
     pub(super) turn: u64,
     pub(super) node_id_max: u64,
@@ -140,6 +144,7 @@ impl Shard {
             early: VecDeque::new(),
             late: VecDeque::new(),
             given_back: 0,
+            has_lost: false,
             turn: 0,
             node_id_max: 0,
             fh_max: 0,
@@ -217,8 +222,6 @@ impl Shard {
             let Some(change) = change else { return false };
             self.redo(&change, &mut journal.recent);
         }
-        // What the client before has answered is not in the log.
-        self.nodes.values_mut().for_each(|node| node.opened = true);
         for recent in &mut journal.recent {
             match may_be_owed(recent.tag) {
                 true => journal.undecided.set(recent.tag),
@@ -371,7 +374,7 @@ impl Shard {
             }
             Entry::Vacant(_) if is_full => false,
             Entry::Vacant(room) => {
-                room.insert(Node { count: 0, late: 0, opened: false, recipe: recipe.into() });
+                room.insert(Node { count: 0, late: 0, opened: true, recipe: recipe.into() });
                 true
             }
         }
@@ -455,12 +458,16 @@ impl Shard {
         }
     }
 
-    pub(super) fn give(&mut self, id: u64, tag: u64) {
+    pub(super) fn give(&mut self, Given { id, is_file }: Given, tag: u64) {
         self.log(&Change::Given { id, tag });
         if let Some(recent) = self.recent(tag) {
             recent.given.push(id);
         }
         self.count_up(id);
+        // The kernel had it not so far, unless it is of those that found no room.
+        if let Some(node) = self.nodes.get_mut(&id).filter(|node| node.count == 1) {
+            node.opened = !is_file || self.has_lost;
+        }
     }
 
     fn count_up(&mut self, id: u64) {
@@ -472,9 +479,9 @@ impl Shard {
                 (node.count, node.late) = ((node.count + 1).min(NUMBER_MAX), 0);
             }
             Entry::Vacant(room) if !is_full => {
-                room.insert(Node { count: 1, late: 0, opened: false, recipe: Box::default() });
+                room.insert(Node { count: 1, late: 0, opened: true, recipe: Box::default() });
             }
-            Entry::Vacant(_) => {}
+            Entry::Vacant(_) => self.has_lost = true,
         }
     }
 

@@ -437,12 +437,12 @@ fn what_was_given_back_makes_room() {
     let most = NODES_PER_SHARD_MAX as u64;
     for id in 2..2 + most {
         shard.hear(id, &recipe);
-        shard.give(id, 1);
+        shard.give(Given { id, is_file: true }, 1);
     }
     (2..4).for_each(|id| shard.forget(id, 1, 0, 2));
     for id in [most + 10, most + 11, most + 12] {
         shard.hear(id, &recipe);
-        shard.give(id, 3);
+        shard.give(Given { id, is_file: true }, 3);
     }
     let has = |id| shard.nodes.get(&id).map(|node| (node.count, node.recipe.len()));
     assert_eq!([most + 10, most + 11].map(has), [Some((1, 8)); 2]);

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use ringfs_server::dispatch::Request;
 use ringfs_server::fdops;
+use ringfs_server::fds::Fds;
 use ringfs_server::fs::{CacheMode, FsOptions};
 use ringfs_server::notes::Notes;
 use ringfs_server::quota::{Limits, ShareQuota};
@@ -520,9 +521,10 @@ fn the_content_of_a_small_file_goes_with_its_first_open() {
         make(name, bytes);
         none(&guest, lookup(name), 0, name);
     }
-    for flags in [O_RDWR, O_WRONLY] {
-        make("written", 10);
-        none(&guest, lookup("written"), flags, "to be written");
+    for (flags, name) in [(O_RDWR, "changed"), (O_WRONLY, "written")] {
+        make(name, 10);
+        none(&guest, lookup(name), flags, name);
+        none(&guest, lookup(name), 0, "opened before");
     }
     let (made, fh) = guest.create(ROOT, "made", O_RDWR | O_EXCL).expect("create");
     guest.write(made.nodeid, fh, 0, b"content").expect("write");
@@ -532,10 +534,23 @@ fn the_content_of_a_small_file_goes_with_its_first_open() {
     let limits = ShareQuota::new(&Limits { ops: Some(amount), ..Limits::default() });
     let modes = [CacheMode::Never, CacheMode::Metadata];
     let cached = modes.map(|cache| FsOptions { cache, ..stores.clone() });
-    let limited = FsOptions { quota: limits, ..stores };
-    for options in cached.into_iter().chain([limited, FsOptions::default()]) {
+    let limited = FsOptions { quota: limits, ..stores.clone() };
+    let writeback = FsOptions { writeback: true, ..stores.clone() };
+    for options in cached.into_iter().chain([limited, writeback, FsOptions::default()]) {
         let why = format!("{options:?}");
         let guest = Guest::new(dir.path(), options);
         none(&guest, guest.lookup(ROOT, "of 4096").expect("lookup").nodeid, 0, &why);
     }
+    // One that has lost its fd meanwhile: what was done with it before is not known any more.
+    let fds = Fds::new(64);
+    let guest = Guest::new(dir.path(), FsOptions { fds, recipes: true, ..stores });
+    let node = guest.lookup(ROOT, "of 4096").expect("lookup").nodeid;
+    for i in 0..256 {
+        let name = format!("other {i}");
+        make(&name, 1);
+        guest.lookup(ROOT, &name).expect("lookup");
+    }
+    let get = abi::GetattrIn::default();
+    assert_eq!(guest.route(Opcode::Getattr, node, get.as_bytes()), "pool", "it is resident");
+    none(&guest, node, 0, "it was cold");
 }
