@@ -386,21 +386,36 @@ fn killed_daemon(rig: &Rig) -> Result<()> {
 }
 
 /// A share on a mount whose own daemon is stopped: whoever wants it waits and gives up, and guests
-/// of other shares come in.
+/// of other shares come in and look at files, also where that wants fds back which its guests have.
 fn hanging_share(rig: &Rig) -> Result<()> {
     let below = rig.mount("below", "cache=never")?;
     let good = rig.sandbox.make_dir("good")?;
+    for dir in [&rig.backing, &good] {
+        (0..HUNG_FILES).try_for_each(|n| fs::write(dir.join(format!("file-{n}")), ""))?;
+    }
     let shares = [rig::share("hung", &below.dir), rig::share("d", &good)];
-    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "upper", &shares, &[])?;
+    let few = format!("--nodes-with-fd={}", HUNG_FILES / 4);
+    let daemon = Daemon::start(&rig.sandbox, &rig.bins, "upper", &shares, &[&few])?;
+    let walked = daemon.mount(&rig.sandbox, "hung", "walked", "")?;
+    walk(&walked.dir)?;
     let outcome =
         rig.daemon.process().signal_all(Signal::STOP).and_then(|()| beside_hung(rig, &daemon));
     // Before anything else, also after a failure: threads of the upper daemon wait for it.
     rig.daemon.process().signal_all(Signal::CONT)?;
     outcome?;
-    daemon.counters_at_rest()?;
     daemon.mount(&rig.sandbox, "hung", "recovered", "")?.umount()?;
+    walk(&walked.dir)?;
+    walked.umount()?;
+    daemon.counters_at_rest()?;
     daemon.stop()?;
     below.umount()
+}
+
+const HUNG_FILES: usize = 400;
+
+fn walk(dir: &Path) -> Result<()> {
+    let look = |n| fs::symlink_metadata(dir.join(format!("file-{n}"))).map(drop);
+    Ok((0..HUNG_FILES).try_for_each(look)?)
 }
 
 fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
@@ -409,6 +424,7 @@ fn beside_hung(rig: &Rig, daemon: &Daemon) -> Result<()> {
     for n in 0..3 {
         let mount = daemon.mount(&rig.sandbox, "d", &format!("beside{n}"), "")?;
         fs::write(mount.dir.join("f"), "x")?;
+        walk(&mount.dir)?;
         mount.umount()?;
     }
     drop(waits);

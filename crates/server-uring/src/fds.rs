@@ -5,12 +5,15 @@
 //! with the most known files lets some of them go ([`Nodes::evict`]): its guest goes on knowing
 //! them, and they are taken in again on their next use. The same is done where there are more of
 //! them than `--nodes-with-fd` allows, for the memory that they take; but this bound refuses
-//! nothing, and only lets go what handles find again wherever the host has moved it.
+//! nothing, and only lets go what handles find again.
+//!
+//! Whoever needs an fd does this, on its own thread, for sessions of local file systems and for its
+//! own. What is of others may wait for ever: a thread apart does it, and nobody waits for that.
 //!
 //! The count is of what lasts; fds for the length of a call, sockets and rings have the rest of
 //! the limit. It must not open or close anything itself.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
@@ -23,6 +26,8 @@ use crate::nodes::Nodes;
 
 /// Nodes let go at a time: some hundred microseconds of work.
 const EVICTED_AT_ONCE: usize = 32;
+/// By the thread apart.
+const EVICTED_APART: usize = 256;
 
 /// How long is waited where another thread evicts just now, or changes names: a few milliseconds.
 const BUSY_TRIES_MAX: usize = 32;
@@ -57,6 +62,8 @@ pub struct Fds {
     /// What is kept of files without one.
     pub(crate) cold: Arc<ColdMemory>,
     sessions: Mutex<Vec<Weak<Nodes>>>,
+    /// The thread apart is at work.
+    is_apart: Arc<AtomicBool>,
 }
 
 impl Fds {
@@ -92,6 +99,7 @@ impl Fds {
             nodes_relief: AtomicUsize::new(nodes_most),
             cold: ColdMemory::new(cold),
             sessions: Mutex::default(),
+            is_apart: Arc::default(),
         })
     }
 
@@ -115,18 +123,19 @@ impl Fds {
         self.most / 8 * 3
     }
 
-    /// Before something new is opened that lasts, by a session that has `mine`.
+    /// Before something new is opened that lasts, by a session that has `mine`; its nodes, where
+    /// the calling thread may wait for their file system.
     ///
     /// # Errors
     /// `ENFILE`: all are in use, and none can be had back.
-    pub fn make_room(&self, mine: usize) -> Result<(), Errno> {
-        self.relieve_memory();
+    pub(crate) fn make_room(&self, mine: usize, own: Option<&Nodes>) -> Result<(), Errno> {
+        self.relieve_memory(own);
         let spare = self.most / 16;
         for _ in 0..BUSY_TRIES_MAX {
             if self.used() < self.most {
                 return Ok(());
             }
-            let relief = self.relieve(|_| true);
+            let relief = self.relieve(own, |_| true);
             let used = self.used();
             if used < self.most || relief == Relief::Busy && used < self.most + spare {
                 return Ok(());
@@ -143,14 +152,15 @@ impl Fds {
     }
 
     /// Lets some nodes go where too many have an fd.
-    fn relieve_memory(&self) {
+    fn relieve_memory(&self, own: Option<&Nodes>) {
         if self.nodes.load(Ordering::Relaxed) < self.nodes_relief.load(Ordering::Relaxed) {
             return;
         }
-        let relief = self.relieve(Nodes::finds_by_handle);
+        let relief = self.relieve(own, Nodes::finds_by_handle);
         let left = self.nodes.load(Ordering::Relaxed);
         let next = match relief {
-            Relief::Busy => return,
+            // Another thread is at it; who comes next need not look again at once.
+            Relief::Busy => left.max(self.nodes_most) + EVICTED_AT_ONCE,
             Relief::Some(count) if count >= EVICTED_AT_ONCE => self.nodes_most,
             // The rest is in use: who looks for what is not looks at all of it, so not too often.
             Relief::Some(_) | Relief::Nothing => (left + left / 16).max(self.nodes_most),
@@ -159,7 +169,7 @@ impl Fds {
     }
 
     /// The session with the most nodes gives up some. Where it cannot, the next one is asked.
-    fn relieve(&self, may: impl Fn(&Nodes) -> bool) -> Relief {
+    fn relieve(&self, own: Option<&Nodes>, may: impl Fn(&Nodes) -> bool) -> Relief {
         let mut sessions = match self.sessions.try_lock() {
             Ok(sessions) => sessions,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -172,13 +182,37 @@ impl Fds {
         alive.sort_by_key(|nodes| std::cmp::Reverse(nodes.resident()));
         let mut relief = Relief::Nothing;
         for nodes in alive {
-            match nodes.evict(EVICTED_AT_ONCE) {
+            let is_own = own.is_some_and(|own| std::ptr::eq(own, &*nodes));
+            let evicted = match nodes.may_hang && !is_own {
+                true => self.evict_apart(nodes),
+                false => nodes.evict(EVICTED_AT_ONCE),
+            };
+            match evicted {
                 None => relief = Relief::Busy,
                 Some(0) => {}
                 Some(count) => return Relief::Some(count),
             }
         }
         relief
+    }
+
+    /// As [`Nodes::evict`], by another thread, of which there is one: `None` while it is at work.
+    fn evict_apart(&self, nodes: Arc<Nodes>) -> Option<usize> {
+        if self.is_apart.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        let is_apart = Arc::clone(&self.is_apart);
+        let thread = std::thread::Builder::new().name("ringfs-evict".into());
+        let spawned = thread.spawn(move || {
+            let _ = nodes.evict(EVICTED_APART);
+            drop(nodes);
+            is_apart.store(false, Ordering::Release);
+        });
+        if spawned.is_ok() {
+            return None;
+        }
+        self.is_apart.store(false, Ordering::Release);
+        Some(0)
     }
 
     /// Counts one more, which is a known file's.

@@ -219,8 +219,10 @@ impl Fs {
         }
         let quota = Arc::new(Quota::new(&options.quota));
         let bound = Bound { most: options.nodes_max, quota: Arc::clone(&quota) };
+        // What is mounted below may be of another kind: then nothing is taken for granted.
+        let local = kind.is_local() && !merged;
         Ok(Fs {
-            nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, bound),
+            nodes: Nodes::new(Arc::clone(&backend), imports, &options.fds, bound, !local),
             handles: Handles::new(options.handles_max, &options.fds, &quota),
             quota,
             one_device: !hidden,
@@ -229,8 +231,7 @@ impl Fs {
             backend,
             root,
             root_stat,
-            // What is mounted below may be of another kind: then nothing is taken for granted.
-            local: kind.is_local() && !merged,
+            local,
             waits: if merged { Waits::Maybe } else { waits(kind) },
             negotiated: AtomicU64::new(0),
             has_groups: rustix::process::getgroups().map_or(true, |groups| !groups.is_empty()),

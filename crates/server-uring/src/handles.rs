@@ -283,7 +283,7 @@ impl Handles {
     /// `ENFILE`: the session holds as many files open as it may.
     pub fn check_room(&self) -> Result<(), Errno> {
         let count = self.check_count()?;
-        self.fds.make_room(count)
+        self.fds.make_room(count, None)
     }
 
     fn check_count(&self) -> Result<usize, Errno> {

@@ -100,6 +100,8 @@ pub struct Nodes {
     next_id: AtomicU64,
     resident: AtomicUsize,
     bound: Bound,
+    /// Calls on its file system may wait for ever: only its own threads make them, or one apart.
+    pub(crate) may_hang: bool,
     overdrawn: AtomicU64,
     home: Arc<Home>,
     pub(crate) backend: Arc<Backend>,
@@ -125,6 +127,7 @@ impl Nodes {
         root: import::Root,
         fds: &Arc<Fds>,
         bound: Bound,
+        may_hang: bool,
     ) -> Arc<Nodes> {
         let nodes = Arc::new(Nodes {
             by_id: (0..SHARDS).map(|_| RwLock::new(Shard::by_id())).collect(),
@@ -134,6 +137,7 @@ impl Nodes {
             next_id: AtomicU64::new(first_id()),
             resident: AtomicUsize::new(0),
             bound,
+            may_hang,
             overdrawn: AtomicU64::new(0),
             home: Arc::new(Home { backend: Arc::clone(&backend), fds: Arc::clone(fds) }),
             backend,
@@ -213,7 +217,7 @@ impl Nodes {
 
     /// Sees to it that there are fds.
     pub(crate) fn check_fds(&self) -> Result<(), Errno> {
-        self.fds.make_room(self.resident())
+        self.fds.make_room(self.resident(), Some(self))
     }
 
     pub(crate) fn check_count(&self) -> Result<(), Errno> {

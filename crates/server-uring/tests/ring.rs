@@ -67,7 +67,7 @@ fn file_in(dir: &Path) -> Arc<OpenFile> {
     let opened = std::fs::File::open(dir).expect("the directory");
     let root = import::Root::new(opened.as_fd(), false).expect("a root");
     let bound = Bound { most: 10, quota: Default::default() };
-    let node = Nodes::new(backend, root, &Fds::new(1024), bound).find(1).expect("the root");
+    let node = Nodes::new(backend, root, &Fds::new(1024), bound, false).find(1).expect("the root");
     let mut options = std::fs::File::options();
     let file = options.read(true).write(true).create(true).truncate(false);
     let file = file.open(dir.join("file")).expect("a file");
