@@ -209,6 +209,13 @@ impl Node {
         news.then(|| std::mem::replace(&mut *place, Place { parent, name: name.into() }))
     }
 
+    /// We have found it there ourselves: what the guest was told is of the place before.
+    pub(crate) fn place_found(&self, parent: u64, name: &CStr) {
+        if self.seen_at(parent, name).is_some() {
+            self.noted.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// May its fd be closed? Not the root's, and not that of a file that no name leads to.
     pub(crate) fn is_evictable(&self) -> bool {
         let named = self.inode.load(Ordering::Acquire) != NO_INODE && self.unnamed.is_none();

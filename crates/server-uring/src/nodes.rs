@@ -336,13 +336,15 @@ impl Nodes {
         let given = given.saturating_add(more);
         // What was found has a recipe.
         let recipe = recipe?;
-        let own = || Place { parent: recipe.parent, name: recipe.name.as_c_str().into() };
-        let place = place.unwrap_or_else(own);
+        let own = Place { parent: recipe.parent, name: recipe.name.as_c_str().into() };
         if let Some(other) = recipe.other.clone() {
             self.other_names.put(id, other);
         }
-        let node = Arc::new(self.node_of(id, found, given, place));
+        let node = Arc::new(self.node_of(id, found, given, own));
         node.noted.store(noted, Ordering::Relaxed);
+        if let Some(Place { parent, name }) = place {
+            node.place_found(parent, &name);
+        }
         shard.insert(&node);
         self.enter(&mut ids, &node);
         Some(node)
@@ -359,6 +361,7 @@ impl Nodes {
         if !here || given == 0 || Arc::strong_count(&node) != 3 {
             return false;
         }
+        node.place_found(recipe.parent, &recipe.name);
         let noted = node.noted.load(Ordering::Relaxed);
         if !self.cold.insert(node.id, given, noted, recipe) {
             return false;

@@ -38,6 +38,17 @@ fn press(guest: &Guest, dir: u64) {
     }
 }
 
+fn is_cold(guest: &Guest, node: u64) -> bool {
+    guest.route(Opcode::Getattr, node, &[0; size_of::<abi::GetattrIn>()]) == "pool"
+}
+
+/// Whether a LOOKUP that meets the node tells the guest what finds it again.
+fn is_told(guest: &Guest, name: &str, node: u64) -> bool {
+    guest.memory.lock().expect("memory").recipes.clear();
+    assert_eq!(guest.lookup(ROOT, name).expect("lookup").nodeid, node);
+    guest.memory.lock().expect("memory").recipes.contains_key(&node)
+}
+
 #[test]
 fn the_guest_knows_more_files_than_there_are_fds() {
     let (fds, options) = options();
@@ -131,26 +142,49 @@ fn what_a_guest_has_of_a_node_is_not_told_again_after_it_was_cold() {
     let (dir, guest) = share_with(options);
     files(dir.path(), FILES);
     let node = guest.lookup(ROOT, "f999").expect("lookup").nodeid;
-    let is_told = || {
+    let is_told_after_it_was_cold = || {
         press(&guest, ROOT);
-        let args = [0; size_of::<abi::GetattrIn>()];
-        assert_eq!(guest.route(Opcode::Getattr, node, &args), "pool", "it is cold");
-        guest.memory.lock().expect("memory").recipes.clear();
-        assert_eq!(guest.lookup(ROOT, "f999").expect("lookup").nodeid, node);
-        guest.memory.lock().expect("memory").recipes.contains_key(&node)
+        assert!(is_cold(&guest, node));
+        is_told(&guest, "f999", node)
     };
-    assert!(!is_told());
+    assert!(!is_told_after_it_was_cold());
     // The connection by which it was told is cut; the guest gives back a lookup, which may cross.
     guest.fs.noted_is_lost();
-    assert!(is_told());
-    assert!(!is_told());
+    assert!(is_told_after_it_was_cold());
+    assert!(!is_told_after_it_was_cold());
     press(&guest, ROOT);
     guest.forget(node, 1);
-    assert!(is_told());
-    std::fs::rename(dir.path().join("f999"), dir.path().join("f0")).expect("rename");
+    assert!(is_told_after_it_was_cold());
     press(&guest, ROOT);
-    assert_eq!(guest.lookup(ROOT, "f0").expect("lookup").nodeid, node);
-    assert!(guest.memory.lock().expect("memory").recipes.contains_key(&node), "another name");
+    std::fs::rename(dir.path().join("f999"), dir.path().join("moved")).expect("rename");
+    assert!(is_cold(&guest, node) && is_told(&guest, "moved", node), "another name");
+}
+
+/// Else its recipe has the old name, and without handles the next daemon does not find the file.
+#[test]
+fn a_place_that_the_daemon_has_found_by_itself_is_told() {
+    let (_fds, options) = options();
+    let (dir, guest) = share_with(options);
+    files(dir.path(), FILES);
+    let rename = |from: &str, to: &str| {
+        std::fs::rename(dir.path().join(from), dir.path().join(to)).expect("rename");
+    };
+    let node = guest.lookup(ROOT, "f999").expect("lookup").nodeid;
+    rename("f999", "moved");
+    press(&guest, ROOT);
+    assert!(is_cold(&guest, node));
+    assert!(is_told(&guest, "moved", node), "let go by it");
+    assert!(!is_told(&guest, "moved", node));
+    if !is_root() {
+        // The host finds by its handle what has moved since.
+        return;
+    }
+    press(&guest, ROOT);
+    rename("moved", "again");
+    assert!(is_cold(&guest, node));
+    guest.getattr(node).expect("found by its handle");
+    assert!(is_told(&guest, "again", node), "taken in by it");
+    assert!(!is_told(&guest, "again", node));
 }
 
 #[test]
