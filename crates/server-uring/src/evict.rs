@@ -160,7 +160,7 @@ impl Nodes {
         Ok(recipe.proves_identity() && self.cool(node, inode, &recipe))
     }
 
-    /// As [`Nodes::recipe_of`] by two calls, for a file of the root's device that its last name
+    /// As [`Nodes::recipe_of`] by fewer calls, for a file of the root's device that its last name
     /// leads to, in a directory that is not cold.
     fn recipe_by_name(&self, node: &Node, eviction: &mut Eviction) -> Option<Recipe> {
         let ino = node.ino_on_root()?;

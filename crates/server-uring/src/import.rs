@@ -345,7 +345,41 @@ fn path_of(fd: BorrowedFd<'_>) -> Result<CString, ImportError> {
 mod tests {
     use super::*;
     use crate::fdops::{FsKind, LocalFs};
+    use rustix::fs::{RenameFlags, renameat_with};
     use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    #[test]
+    fn a_recipe_is_of_one_file_while_two_change_names() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let opened = std::fs::File::open(dir.path()).expect("open");
+        let root = Root::new(opened.as_fd(), false).expect("a root");
+        let mount = root.identity().expect("a file system");
+        let recipe = |name: &CStr| {
+            std::fs::write(dir.path().join(name.to_str().expect("UTF-8")), "").expect("write");
+            Recipe::brief(opened.as_fd(), name, 1).expect("a recipe")
+        };
+        let both = [recipe(c"one"), recipe(c"two")];
+        let now = || Recipe::brief_on(mount, opened.as_fd(), c"one", 1);
+        if now().is_none() {
+            eprintln!("SKIPPED: the temporary directory's file system has no such handles");
+            return;
+        }
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (dir, flags) = (&opened, RenameFlags::EXCHANGE);
+                while !over.load(Relaxed) {
+                    renameat_with(dir, c"one", dir, c"two", flags).expect("rename");
+                }
+            });
+            let what = |recipe: &Recipe| (recipe.handle.clone(), recipe.ino);
+            let known = both.each_ref().map(what);
+            let is_of_one = |_| now().is_some_and(|now| known.contains(&what(&now)));
+            let right = (0..200_000).all(is_of_one);
+            over.store(true, Relaxed);
+            assert!(right, "the handle of one and the number of the other");
+        });
+    }
 
     #[test]
     fn a_file_that_is_gone_is_stale_also_while_a_new_one_gets_its_number() {

@@ -89,20 +89,18 @@ impl Recipe {
         Recipe::with(Handle::nameless(fd.as_fd()), name, parent, fd.as_fd())
     }
 
-    /// As [`Recipe::brief`] by two calls and no open, where the file lies on `mount` and has a
-    /// handle that opens it; else `None`. Where the name is given to another file just now, handle
-    /// and inode number disagree, and the import ends in ESTALE.
+    /// As [`Recipe::brief`] without asking for the file system, where the file lies on `mount` and
+    /// has a handle that opens it; else `None`.
     pub(crate) fn brief_on(
         mount: MountIdentity,
         dir: BorrowedFd<'_>,
         name: &CStr,
         parent: u64,
     ) -> Option<Recipe> {
-        let mut bytes = [0; sys::HANDLE_BYTES_MAX];
-        let (raw_type, len) = Handle::read(HandleKind::Plain, dir, name, &mut bytes).ok()?;
-        let handle = Handle::new(HandleKind::Plain, raw_type, bytes.get(..len)?);
-        let seen = Seen::at(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-        let Seen { ino, kind, btime, links, device } = seen;
+        // The name may be given to another file between two calls by it.
+        let fd = rustix::fs::openat(dir, name, O_PATH, Mode::empty()).ok()?;
+        let handle = Some(Handle::of_kind(HandleKind::Plain, dir, name, fd.as_fd())?);
+        let Seen { ino, kind, btime, links, device } = Seen::of(fd.as_fd()).ok()?;
         let (other, generation, name) = (None, None, name.into());
         let is_there = links > 0 && device == mount.device;
         let recipe = Recipe { handle, other, mount, ino, kind, btime, generation, parent, name };
@@ -186,11 +184,7 @@ pub(crate) struct Seen {
 
 impl Seen {
     pub(super) fn of(fd: BorrowedFd<'_>) -> Result<Seen, Errno> {
-        Seen::at(fd, c"", AtFlags::EMPTY_PATH)
-    }
-
-    fn at(dir: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> Result<Seen, Errno> {
-        let got = rustix::fs::statx(dir, name, flags, IDENTITY)?;
+        let got = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, IDENTITY)?;
         let btime = (got.stx_btime.tv_sec, got.stx_btime.tv_nsec);
         Ok(Seen {
             ino: got.stx_ino,
