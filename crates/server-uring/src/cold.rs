@@ -293,11 +293,17 @@ impl Cold {
         if self.has_files() { self.lock().ids_of(file) } else { Vec::new() }
     }
 
-    /// The one of them that was resident here and has this handle, which opens the file.
-    pub(crate) fn id_by_handle(&self, file: FileKey, raw_type: i32, handle: &[u8]) -> Option<u64> {
+    /// The one of them that was resident here, is of this kind and has this handle (its type and
+    /// bytes), which opens the file.
+    pub(crate) fn id_by_handle(
+        &self,
+        file: FileKey,
+        kind: u16,
+        handle: (i32, &[u8]),
+    ) -> Option<u64> {
         let maps = self.lock();
         let mut ids = maps.ids_of(file).into_iter();
-        let is_it = |at| maps.node(at).has_own_handle(raw_type, handle);
+        let is_it = |at| maps.node(at).has_own_handle(kind, handle);
         ids.find(|&id| maps.find(id).is_some_and(is_it))
     }
 

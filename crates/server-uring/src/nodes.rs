@@ -23,7 +23,7 @@ use ringfs_wire::abi::FUSE_ROOT_ID;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::cold::{Cold, FileKey};
+use crate::cold::Cold;
 use crate::fds::Fds;
 use crate::import::{self, HANDLE_BYTES_MAX, HandleKind, Recipe};
 use crate::node::{Home, NO_INODE, Place, Shard};
@@ -286,7 +286,7 @@ impl Nodes {
         if ids.is_empty() {
             return Ok(None);
         }
-        if let Some(id) = self.proved_twin(file, parent, name) {
+        if let Some(id) = self.proved_twin(found, parent, name) {
             return Ok(Some(id));
         }
         let dir = self.backend.path_fd(parent.inode()?)?;
@@ -311,12 +311,14 @@ impl Nodes {
     /// The same by one call and no open, as far as a handle that opens the file proves it. The name
     /// may lead to another file by now; but what has this handle has that number, as long as the
     /// crate holds the file of that number.
-    fn proved_twin(&self, file: FileKey, parent: &Node, name: &CStr) -> Option<u64> {
+    fn proved_twin(&self, found: &Found, parent: &Node, name: &CStr) -> Option<u64> {
+        let Stat { dev, ino, mode, .. } = found.stat;
         let mut bytes = [0; HANDLE_BYTES_MAX];
         let read = self
             .with_dir(parent, |dir| import::Handle::read(HandleKind::Plain, dir, name, &mut bytes));
         let (raw_type, len) = read.ok()?.ok()?;
-        self.cold.id_by_handle(file, raw_type, bytes.get(..len)?)
+        let kind = (mode & libc::S_IFMT) as u16;
+        self.cold.id_by_handle((dev, ino), kind, (raw_type, bytes.get(..len)?))
     }
 
     /// A cold node becomes resident, and the guest is given `more` lookups of it; the crate counts

@@ -295,11 +295,12 @@ impl<'a> Form<'a> {
         Some((rustix::fs::makedev(major, minor), rest.number()?))
     }
 
-    /// Whether it was made here with this handle, which opens the file.
-    pub(super) fn has_own_handle(self, raw_type: i32, bytes: &[u8]) -> bool {
+    /// Whether it was made here, of a file of this kind with this handle, which opens it.
+    pub(super) fn has_own_handle(self, kind: u16, handle: (i32, &[u8])) -> bool {
         let flags = self.flags();
         let is_plain = flags >> HANDLE_SHIFT & 3 == 2;
-        is_plain && flags & OURS != 0 && self.handle() == Some((raw_type, bytes))
+        let is_it = flags & OURS != 0 && flags & KIND == kind;
+        is_it && is_plain && self.handle() == Some(handle)
     }
 
     fn handle(self) -> Option<(i32, &'a [u8])> {
@@ -428,9 +429,10 @@ mod tests {
                 prop_assert_eq!(form.file(&mounts), Some(file));
                 if let Some(handle) = &recipe.handle {
                     let is_plain = handle.kind() == HandleKind::Plain;
-                    let (raw_type, bytes) = (handle.raw_type(), handle.bytes());
-                    prop_assert_eq!(form.has_own_handle(raw_type, bytes), ours && is_plain);
-                    prop_assert!(!form.has_own_handle(raw_type ^ 1, bytes));
+                    let (kind, raw_type, bytes) = (recipe.kind, handle.raw_type(), handle.bytes());
+                    prop_assert_eq!(form.has_own_handle(kind, (raw_type, bytes)), ours && is_plain);
+                    prop_assert!(!form.has_own_handle(kind, (raw_type ^ 1, bytes)));
+                    prop_assert!(!form.has_own_handle(kind ^ 0o020_000, (raw_type, bytes)));
                 }
                 set_given(&mut bytes, less.min(given));
                 let form = Form::of(&bytes);

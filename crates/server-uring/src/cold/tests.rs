@@ -55,12 +55,14 @@ fn a_handle_finds_what_was_resident_here_alone() {
     let cold = cold();
     assert!(cold.insert_told(1, 1, &recipe(5)));
     let handle = recipe(5).handle.expect("a handle");
-    assert_eq!(cold.id_by_handle(file(5), 1, handle.bytes()), None);
+    let id_of = |file, kind, handle: &[u8]| cold.id_by_handle(file, kind, (1, handle));
+    assert_eq!(id_of(file(5), 0o100_000, handle.bytes()), None);
     assert_eq!(cold.own_recipe(1), None);
     assert!(cold.insert(2, 1, 0, &recipe(5)));
-    assert_eq!(cold.id_by_handle(file(5), 1, handle.bytes()), Some(2));
-    assert_eq!(cold.id_by_handle(file(5), 1, &[0; 12]), None);
-    assert_eq!(cold.id_by_handle(file(6), 1, handle.bytes()), None);
+    assert_eq!(id_of(file(5), 0o100_000, handle.bytes()), Some(2));
+    assert_eq!(id_of(file(5), 0o100_000, &[0; 12]), None);
+    assert_eq!(id_of(file(6), 0o100_000, handle.bytes()), None);
+    assert_eq!(id_of(file(5), 0o120_000, handle.bytes()), None, "a file does not change its kind");
     assert_eq!(cold.own_recipe(2), Some(recipe(5)));
 }
 
