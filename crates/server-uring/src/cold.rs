@@ -8,6 +8,7 @@
 
 mod form;
 mod slots;
+mod table;
 
 use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
@@ -15,21 +16,17 @@ use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hashbrown::HashTable;
-
 use crate::import::Recipe;
 use crate::limits::{COLD_BYTES_PER_SESSION_MAX, COLD_NODE_BYTES};
 use form::{Form, Mounts};
 use slots::{At, Slots};
+use table::Table;
 
 /// Device and inode number.
 pub(crate) type FileKey = (u64, u64);
 
 /// Nodes of one number that are looked at for one file: a guest may have made up any number.
 const TWINS_MAX: usize = 16;
-
-/// Tables give no room back below so many nodes.
-const ROOM_KEPT: usize = 64;
 
 /// What cold nodes that guests tell of (restore.rs) take of the daemon's memory: they cost a guest
 /// nothing but bytes, so they are bounded here. Those that were let go were looked up one by one.
@@ -72,9 +69,9 @@ pub(crate) struct Cold {
 struct Maps {
     slots: Slots<{ form::BYTES_MAX }>,
     mounts: Mounts,
-    by_id: HashTable<At>,
+    by_id: Table,
     /// One node of each file.
-    by_file: HashTable<At>,
+    by_file: Table,
     /// All others.
     twins: BTreeSet<(FileKey, u64)>,
     hasher: RandomState,
@@ -85,8 +82,8 @@ impl Default for Maps {
         Maps {
             slots: Slots::new(),
             mounts: Mounts::default(),
-            by_id: HashTable::new(),
-            by_file: HashTable::new(),
+            by_id: Table::new(),
+            by_file: Table::new(),
             twins: BTreeSet::new(),
             hasher: RandomState::new(),
         }
@@ -98,13 +95,6 @@ fn told_bytes(node: Form<'_>) -> usize {
     if node.is_ours() { 0 } else { COLD_NODE_BYTES + node.len() }
 }
 
-/// A guest that walked through millions of files and forgot them has its memory back.
-fn shrink(table: &mut HashTable<At>, hash: impl Fn(&At) -> u64) {
-    if table.capacity() > ROOM_KEPT && table.len() * 4 < table.capacity() {
-        table.shrink_to(table.len() * 2, hash);
-    }
-}
-
 impl Maps {
     fn node(&self, at: At) -> Form<'_> {
         Form::of(self.slots.get(at))
@@ -112,12 +102,12 @@ impl Maps {
 
     fn find(&self, id: u64) -> Option<At> {
         let hash = self.hasher.hash_one(id);
-        self.by_id.find(hash, |&at| self.node(at).id() == id).copied()
+        self.by_id.find(hash, |at| self.node(at).id() == id)
     }
 
     fn find_file(&self, file: FileKey) -> Option<At> {
-        let is_it = |&at: &At| self.node(at).file(&self.mounts) == Some(file);
-        self.by_file.find(self.hasher.hash_one(file), is_it).copied()
+        let is_it = |at| self.node(at).file(&self.mounts) == Some(file);
+        self.by_file.find(self.hasher.hash_one(file), is_it)
     }
 
     /// The nodes of a file, the newest first.
@@ -135,16 +125,16 @@ impl Maps {
 
     fn insert(&mut self, id: u64, bytes: &[u8]) -> Option<At> {
         let at = self.slots.insert(bytes)?;
-        let Maps { slots, mounts, by_id, by_file, hasher, .. } = self;
-        let hash = |&at: &At| hasher.hash_one(Form::of(slots.get(at)).id());
-        by_id.insert_unique(hasher.hash_one(id), at, hash);
-        if let Some(file) = Form::of(slots.get(at)).file(mounts) {
-            let file_of = |at| Form::of(slots.get(at)).file(mounts);
-            let hash = |&at: &At| hasher.hash_one(file_of(at).unwrap_or_default());
-            let is_it = |&at: &At| file_of(at) == Some(file);
-            match by_file.find(hasher.hash_one(file), is_it) {
-                Some(_) => drop(self.twins.insert((file, id))),
-                None => drop(by_file.insert_unique(hasher.hash_one(file), at, hash)),
+        let Maps { slots, mounts, by_id, by_file, twins, hasher, .. } = self;
+        let of = |at| Form::of(slots.get(at));
+        by_id.insert(hasher.hash_one(id), at, |at| hasher.hash_one(of(at).id()));
+        if let Some(file) = of(at).file(mounts) {
+            let hash = hasher.hash_one(file);
+            if by_file.find(hash, |at| of(at).file(mounts) == Some(file)).is_some() {
+                twins.insert((file, id));
+            } else {
+                let file_of = |at| of(at).file(mounts).unwrap_or_default();
+                by_file.insert(hash, at, |at| hasher.hash_one(file_of(at)));
             }
         }
         Some(at)
@@ -157,19 +147,19 @@ impl Maps {
         }
         let next = self.twins.range((file, 0)..=(file, u64::MAX)).next_back().copied();
         let next = next.and_then(|twin| Some((twin, self.find(twin.1)?)));
-        let Maps { slots, mounts, by_file, hasher, .. } = self;
+        let Maps { slots, mounts, by_file, twins, hasher, .. } = self;
         let of = |at| Form::of(slots.get(at));
-        let is_it = |&at: &At| of(at).id() == id && of(at).file(mounts) == Some(file);
-        let Ok(mut found) = by_file.find_entry(hasher.hash_one(file), is_it) else { return };
+        let hash = hasher.hash_one(file);
+        let is_it = |at| of(at).id() == id && of(at).file(mounts) == Some(file);
+        let Some(found) = by_file.find(hash, is_it) else { return };
         match next {
             Some((twin, at)) => {
-                *found.get_mut() = at;
-                self.twins.remove(&twin);
+                by_file.replace(hash, found, at);
+                twins.remove(&twin);
             }
             None => {
-                found.remove();
-                let hash = |&at: &At| hasher.hash_one(of(at).file(mounts).unwrap_or_default());
-                shrink(by_file, hash);
+                let file_of = |at| of(at).file(mounts).unwrap_or_default();
+                by_file.remove(hash, found, |at| hasher.hash_one(file_of(at)));
             }
         }
     }
@@ -179,16 +169,12 @@ impl Maps {
             self.disown(file, id);
         }
         let Maps { slots, by_id, hasher, .. } = self;
-        let is_it = |&other: &At| other == at;
-        if let Ok(found) = by_id.find_entry(hasher.hash_one(id), is_it) {
-            found.remove();
-        }
+        let id_of = |at| Form::of(slots.get(at)).id();
+        by_id.remove(hasher.hash_one(id), at, |at| hasher.hash_one(id_of(at)));
         if let Some(from) = slots.remove(at) {
             self.moved(from, at);
         }
-        let Maps { slots, by_id, hasher, .. } = self;
-        shrink(by_id, |&at| hasher.hash_one(Form::of(slots.get(at)).id()));
-        if by_id.is_empty() {
+        if self.by_id.len() == 0 {
             self.mounts.clear();
         }
     }
@@ -197,12 +183,9 @@ impl Maps {
     fn moved(&mut self, from: At, to: At) {
         let (id, file) = (self.node(to).id(), self.node(to).file(&self.mounts));
         let Maps { by_id, by_file, hasher, .. } = self;
-        if let Some(at) = by_id.find_mut(hasher.hash_one(id), |&at| at == from) {
-            *at = to;
-        }
-        let at = file.and_then(|file| by_file.find_mut(hasher.hash_one(file), |&at| at == from));
-        if let Some(at) = at {
-            *at = to;
+        by_id.replace(hasher.hash_one(id), from, to);
+        if let Some(file) = file {
+            by_file.replace(hasher.hash_one(file), from, to);
         }
     }
 
@@ -264,7 +247,7 @@ impl Cold {
     /// All that a file is known of.
     pub(crate) fn findable(&self) -> Vec<u64> {
         let maps = self.lock();
-        let first = maps.by_file.iter().map(|&at| maps.node(at).id());
+        let first = maps.by_file.iter().map(|at| maps.node(at).id());
         first.chain(maps.twins.iter().map(|&(_, id)| id)).collect()
     }
 

@@ -115,11 +115,14 @@ fn many_take_little_memory_and_give_it_back() {
     let cold = cold();
     let parent = recipe(0).parent;
     assert!((0..COUNT).all(|n| cold.insert(parent + n, 1, 0, &recipe(1000 + n * 3))));
-    let allocated = |maps: &Maps| {
-        maps.slots.allocated() + maps.by_id.allocation_size() + maps.by_file.allocation_size()
-    };
+    let allocated =
+        |maps: &Maps| maps.slots.allocated() + maps.by_id.allocated() + maps.by_file.allocated();
     let each = allocated(&cold.lock()) as u64 / COUNT;
     assert!(each <= 75, "{each} bytes each");
+    // No insertion moves many, nor does a removal.
+    let moved_max = |maps: &Maps| maps.by_id.fullest().max(maps.by_file.fullest());
+    let moved = moved_max(&cold.lock());
+    assert!(moved <= COUNT as usize / 16, "{moved} at once");
     for n in (0..COUNT).filter(|n| n % 100 > 0) {
         assert_eq!(cold.remove(parent + n), Some((1, 0, Some(recipe(1000 + n * 3)))));
     }
