@@ -74,6 +74,8 @@ struct Maps {
     by_file: Table,
     /// All others.
     twins: BTreeSet<(FileKey, u64)>,
+    /// Which one [`Cold::some`] names next.
+    hand: At,
     hasher: RandomState,
 }
 
@@ -85,6 +87,7 @@ impl Default for Maps {
             by_id: Table::new(),
             by_file: Table::new(),
             twins: BTreeSet::new(),
+            hand: At::default(),
             hasher: RandomState::new(),
         }
     }
@@ -249,6 +252,20 @@ impl Cold {
         let maps = self.lock();
         let first = maps.by_file.iter().map(|at| maps.node(at).id());
         first.chain(maps.twins.iter().map(|&(_, id)| id)).collect()
+    }
+
+    /// Some nodes, of each length the oldest first; from where it ended the last time, or from the
+    /// start where that was the end.
+    pub(crate) fn some(&self, most: usize) -> Vec<u64> {
+        let mut maps = self.lock();
+        let from = maps.slots.places(maps.hand).next().unwrap_or_default();
+        let (ids, next) = {
+            let mut places = maps.slots.places(from);
+            let ids = places.by_ref().take(most).map(|at| maps.node(at).id()).collect();
+            (ids, places.next())
+        };
+        maps.hand = next.unwrap_or_default();
+        ids
     }
 
     pub(crate) fn contains(&self, id: u64) -> bool {

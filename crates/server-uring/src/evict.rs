@@ -123,7 +123,8 @@ impl Nodes {
         }
         self.asked_at.store(count, Ordering::Relaxed);
         let want = (count / 4).min(WANTED_BACK_MAX);
-        let mut ids = Vec::new();
+        // Those that were not used for the longest time.
+        let mut ids = self.cold.some(want);
         for _ in 0..2 * SHARDS {
             if ids.len() >= want {
                 break;
@@ -433,5 +434,46 @@ impl Nodes {
         }
         self.backend.forget(found.inode, 1);
         twin.map(|_| None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fds::Fds;
+    use crate::fs::{Fs, FsOptions};
+
+    #[test]
+    fn what_has_no_fd_is_wanted_back_first_and_though_all_else_is_in_use() {
+        const KNOWN: usize = 320;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let names: Vec<_> = (0..400).map(|i| format!("f{i:03}")).collect();
+        names.iter().for_each(|name| std::fs::write(dir.path().join(name), "").expect("file"));
+        let fds = Fds::of_process(None, 32);
+        let options = FsOptions { fds, nodes_max: 400, ..FsOptions::default() };
+        let fs = Fs::new(dir.path(), options).expect("a session");
+        let nodes = &fs.nodes;
+        let root = nodes.find(1).expect("root");
+        let look = |name: &String| {
+            let name = CString::new(name.as_str()).expect("no NUL");
+            nodes.check_fds()?;
+            let found = nodes.backend.lookup(1, &name)?;
+            Ok::<_, Errno>(nodes.give(&found, &root, &name)?.node)
+        };
+        let ids: Vec<_> =
+            names[..KNOWN].iter().map(|name| look(name).expect("lookup").id).collect();
+        let wanted = nodes.wanted_back();
+        assert_eq!(wanted.len(), nodes.count() / 4);
+        assert!(wanted.iter().all(|id| nodes.cold.contains(*id)), "others have an fd");
+        assert!(wanted.iter().all(|id| ids[..KNOWN / 2].contains(id)), "others are newer");
+        // Those with an fd are in use from now on.
+        let mut held: Vec<_> = ids.iter().filter_map(|&id| nodes.find_resident(id)).collect();
+        let mut asked: HashSet<_> = wanted.into_iter().collect();
+        for name in &names[KNOWN..] {
+            held.extend(look(name));
+            asked.extend(nodes.wanted_back());
+        }
+        assert!(asked.len() > KNOWN / 2, "{} are wanted back before there is no room", asked.len());
+        assert!(!held.is_empty());
     }
 }

@@ -10,8 +10,8 @@ const STEP: usize = 8;
 const PER_CHUNK: usize = 64;
 const INDEX_BITS: u32 = 25;
 
-/// Where a piece is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a piece is. The default is before all others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct At(u32);
 
 impl At {
@@ -118,6 +118,16 @@ impl<const MOST: usize> Slots<MOST> {
         moved
     }
 
+    /// Where there are pieces, from this place on.
+    pub(super) fn places(&self, from: At) -> impl Iterator<Item = At> {
+        let (first, index) = from.parts();
+        let classes = self.classes.iter().enumerate().skip(first);
+        classes.flat_map(move |(number, class)| {
+            let index = if number == first { index } else { 0 };
+            (index..class.count).map(move |index| At::new(number, index))
+        })
+    }
+
     /// Bytes that are allocated for pieces.
     #[cfg(test)]
     pub(super) fn allocated(&self) -> usize {
@@ -151,6 +161,10 @@ mod tests {
                     let at = slots.insert(&bytes).expect("room");
                     prop_assert!(kept.insert(at.0, bytes).is_none());
                 }
+                let places: Vec<_> = slots.places(At::default()).map(|at| at.0).collect();
+                let mut known: Vec<_> = kept.keys().copied().collect();
+                known.sort_unstable();
+                prop_assert_eq!(places, known);
                 for (&at, bytes) in &kept {
                     prop_assert_eq!(&slots.get(At(at))[..bytes.len()], &bytes[..]);
                 }

@@ -133,3 +133,20 @@ fn many_take_little_memory_and_give_it_back() {
     let left = allocated(&cold.lock()) as u64;
     assert!(left <= COUNT / 100 * 150, "{left} bytes are left");
 }
+
+#[test]
+fn some_at_a_time_are_named_once_a_round() {
+    let cold = cold();
+    assert!(cold.some(10).is_empty());
+    let long = || Recipe { name: c"a name that is longer than the other ones".into(), ..recipe(5) };
+    assert!((1..=10).all(|id| cold.insert(id, 1, 0, &recipe(id))));
+    assert!((11..=20).all(|id| cold.insert(id, 1, 0, &long())));
+    assert_eq!(cold.some(4), [1, 2, 3, 4]);
+    assert_eq!(cold.some(12), [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
+    assert_eq!(cold.some(12), [17, 18, 19, 20]);
+    assert_eq!(cold.some(20), (1..=20).collect::<Vec<_>>());
+    assert_eq!(cold.some(15).len(), 15);
+    // What it would go on with is gone.
+    assert!((11..=20).all(|id| cold.remove(id).is_some()));
+    assert_eq!(cold.some(2), [1, 2]);
+}
