@@ -6,8 +6,9 @@
 
 /// Lengths are rounded up to this.
 const STEP: usize = 8;
-/// Pieces that are allocated at once.
-const PER_CHUNK: usize = 64;
+/// Pieces that are allocated at once: so many, fewer where they are long.
+const PER_CHUNK_MAX: usize = 64;
+const CHUNK_BYTES_MAX: usize = 4096;
 const INDEX_BITS: u32 = 25;
 
 /// Where a piece is. The default is before all others.
@@ -44,8 +45,8 @@ impl<const MOST: usize> Slots<MOST> {
         Slots { classes: Vec::new() }
     }
 
-    fn chunk_bytes(class: usize) -> usize {
-        class * STEP * PER_CHUNK
+    fn per_chunk(class: usize) -> usize {
+        (CHUNK_BYTES_MAX / (class * STEP).max(1)).clamp(1, PER_CHUNK_MAX)
     }
 
     /// `None`: it is too long, or there are 2^25 of its length.
@@ -62,8 +63,9 @@ impl<const MOST: usize> Slots<MOST> {
         if index >= 1 << INDEX_BITS {
             return None;
         }
-        if index.is_multiple_of(PER_CHUNK) {
-            class.chunks.push(vec![0; Self::chunk_bytes(number)].into());
+        if index.is_multiple_of(Self::per_chunk(number)) {
+            let bytes = number * STEP * Self::per_chunk(number);
+            class.chunks.push(vec![0; bytes].into());
         }
         class.count += 1;
         let at = At::new(number, index);
@@ -74,8 +76,9 @@ impl<const MOST: usize> Slots<MOST> {
 
     fn place(at: At) -> (usize, usize, std::ops::Range<usize>) {
         let (class, index) = at.parts();
-        let from = index % PER_CHUNK * class * STEP;
-        (class, index / PER_CHUNK, from..from + class * STEP)
+        let per_chunk = Self::per_chunk(class);
+        let from = index % per_chunk * class * STEP;
+        (class, index / per_chunk, from..from + class * STEP)
     }
 
     /// A piece that is here, and what it was rounded up by.
@@ -109,7 +112,7 @@ impl<const MOST: usize> Slots<MOST> {
                 to_chunk[to].copy_from_slice(&from_chunk[from]);
             }
         }
-        if class.count.is_multiple_of(PER_CHUNK) {
+        if class.count.is_multiple_of(Self::per_chunk(number)) {
             class.chunks.pop();
             if class.chunks.len() * 4 < class.chunks.capacity() {
                 class.chunks.shrink_to(class.chunks.len() * 2);
@@ -177,6 +180,13 @@ mod tests {
             }
             prop_assert_eq!(slots.allocated(), 0);
         }
+    }
+
+    #[test]
+    fn one_of_each_length_takes_a_page_at_most() {
+        let mut slots = Slots::<800>::new();
+        assert!((1..=800).step_by(STEP).all(|len| slots.insert(&vec![0; len]).is_some()));
+        assert!(slots.allocated() <= 100 * CHUNK_BYTES_MAX, "{} bytes", slots.allocated());
     }
 
     #[test]
