@@ -419,12 +419,13 @@ impl Fs {
     }
 
     pub(crate) fn file_handle(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> Handle {
-        Handle::File(Arc::new(self.opened(node, fd, flags)))
+        Handle::File(Arc::new(self.opened(node, fd, flags).0))
     }
 
-    pub(crate) fn opened(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> OpenFile {
-        node.take_unopened();
-        OpenFile::new(node, fd, flags, self.waits)
+    /// A file that was just opened, and whether for the first time, as far as is known.
+    pub(crate) fn opened(&self, node: Arc<Node>, fd: OwnedFd, flags: u32) -> (OpenFile, bool) {
+        let is_first = node.take_unopened();
+        (OpenFile::new(node, fd, flags, self.waits), is_first)
     }
 
     /// The caller of a creating call, as the host knows it. Where the daemon cannot change its ids,

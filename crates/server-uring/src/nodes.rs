@@ -481,7 +481,7 @@ impl Nodes {
         self.resident.load(Ordering::Relaxed)
     }
 
-    /// Whether what is let go is found again where the host has moved it.
+    /// Whether what is let go can be opened by its handle.
     pub(crate) fn finds_by_handle(&self) -> bool {
         self.root.opens_handles()
     }

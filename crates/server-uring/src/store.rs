@@ -3,8 +3,9 @@
 //!
 //! Invariant: no page is written over that the guest has, or may have changed. So it is of files
 //! that were not opened before, as far as is known, and goes in front of the OPEN's reply; the
-//! guest drops it where another OPEN of the file, or a truncation, was answered meanwhile (client
-//! known.rs). What is not in the page cache of the host, or changes right now, is left to READs.
+//! guest drops it where another OPEN of the file was answered meanwhile, or a change of its length
+//! was asked for (client known.rs). What is not in the page cache of the host, or changes right
+//! now, is left to READs.
 
 use ringfs_wire::abi::{NotifyStoreOut, fopen};
 use ringfs_wire::limits::STORE_BYTES_MAX;

@@ -111,8 +111,7 @@ pub fn open(fs: &Fs, request: &Request<'_>, out: &mut [u8]) -> Result<usize, Err
             again
         }
     };
-    let is_first = node.take_unopened();
-    let file = fs.opened(node, fd, flags);
+    let (file, is_first) = fs.opened(node, fd, flags);
     let mut open_flags = fopen_flags(fs, open.flags);
     if is_first && store::content_of(fs, request, &file, open_flags) {
         open_flags |= fopen::KEEP_CACHE;
